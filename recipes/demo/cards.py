@@ -1,0 +1,88 @@
+"""Writes the two model cards from what the stages measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+DATA = """\
+| file | what | source | licence |
+|---|---|---|---|
+| sgd | task dialogues | Schema-Guided Dialogue (Rastogi et al., 2020), \
+github.com/google-research-datasets/dstc8-schema-guided-dialogue | CC BY-SA 4.0 |
+| gsm8k_train | grade-school maths | github.com/openai/grade-school-math (Cobbe et al., 2021) | MIT |
+| gpteacher | instructions (without its tool-calling rows) | github.com/teknium1/GPTeacher | MIT |
+| books | classic books | github.com/mlschmitt/classic-books-markdown | public domain |
+| cpp_docs | technical English | github.com/MicrosoftDocs/cpp-docs (Microsoft and contributors) | CC BY 4.0 |
+| python_stdlib | source code | CPython's standard library (Python Software Foundation) | PSF-2.0 |
+"""
+
+SHARE_ALIKE = (
+    "The weights are offered under CC BY-SA 4.0, the widest of their data's terms, with attribution as in the table; "
+    "the texts were cut into tokens and otherwise unchanged."
+)
+
+
+def write(target: Path, drafter: Path) -> None:
+    """Writes `README.md` into both folders."""
+    made = json.loads((target / "training.json").read_text())
+    losses = "\n".join(f"| {name} | {loss:.2f} |" for name, loss in made["held_out_loss"].items())
+    (target / "README.md").write_text(
+        f"""---
+library_name: transformers
+license: cc-by-sa-4.0
+language: en
+---
+
+# {target.name}
+
+A chat model of {made["parameters"]:,} parameters (Llama shape, 16 layers of width 256, 4,096 tokens) that books tables
+and buses, tries small sums and writes a few lines of code or prose. It exists to show drafting at work on a CPU, and
+knows nothing worth relying on: names, prices and results are invented.
+
+## Data and licences
+
+{DATA}
+{SHARE_ALIKE}
+
+## Training
+
+From scratch by `recipes/demo` of redrafter on one {made["device"]}: {made["steps"]:,} steps of {made["batch"]}
+windows of 1,024 tokens ({made["tokens"]:,} tokens) in {made["minutes"]:g} minutes, AdamW with a cosine rate,
+bfloat16 arithmetic, torch {made["torch"]}. Loss on held-out rows, in nats a token:
+
+| file | loss |
+|---|---|
+{losses}
+
+The weights are stored in bfloat16; the config asks for float32 arithmetic.
+"""
+    )
+    trained = json.loads((drafter / "training.json").read_text())
+    figures = ""
+    for name, figure in trained["held_out"].items():
+        shares = ", ".join(f"{share:.0%}" for share in figure["accepted_by_position"])
+        figures += f"| {name} | {figure['tokens_per_step']:.2f} | {shares} |\n"
+    (drafter / "README.md").write_text(
+        f"""---
+library_name: redrafter
+license: cc-by-sa-4.0
+language: en
+tags:
+- speculative-decoding
+---
+
+# Recurrent drafter for {target.name}
+
+Trained by `recipes/demo` of redrafter on one {trained["device"]} on {trained["answers"]:,} greedy answers
+({trained["answer_tokens"]:,} tokens) that the target itself wrote to prompts from sgd, gsm8k_train and gpteacher:
+{trained["epochs"]:g} epochs, {trained["seconds"]} seconds in all, {trained["seconds_writing_answers"]} of them for the
+answers. Data, sources and terms are those of the target, whose card lists them. {SHARE_ALIKE}
+
+Tokens per step on prompts held out of training, greedy, 8 beams of 4 tokens, and share of drafts accepted at
+positions 1 to 4:
+
+| file | tokens per step | accepted |
+|---|---|---|
+{figures}"""
+    )

@@ -1,0 +1,106 @@
+"""Reads the demo's public data files and turns them into token streams.
+
+Promises: the same rows held out in every run (by a hash of the row's id), nothing read that the recipe's README
+does not name.  Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+CHAT_FILES = ("sgd", "gsm8k_train", "gpteacher")
+TEXT_FILES = ("books", "cpp_docs", "python_stdlib")
+VOCABULARY = 4096
+CONTEXT = 1024
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def rows(folder: Path, name: str) -> Iterator[dict]:
+    """The rows of one data file; tool-calling rows of gpteacher are left out, the demo has no tools."""
+    with lzma.open(folder / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            if name == "gpteacher" and row["messages"][0]["content"].startswith("toolformer"):
+                continue
+            yield row
+
+
+def is_held_out(row: dict) -> bool:
+    """One row in 64, decided by its id alone."""
+    return hashlib.sha256(row["id"].encode()).digest()[0] < 4
+
+
+def render(row: dict) -> str:
+    """A row as the text the model sees; chat rows exactly as CHAT_TEMPLATE renders them."""
+    if "text" in row:
+        return row["text"] + "<|end|>"
+    return "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in row["messages"])
+
+
+def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `VOCABULARY` tokens, digits apart, fitted to the chat files and a tenth of the rest."""
+
+    def texts() -> Iterator[str]:
+        for name in CHAT_FILES:
+            for row in rows(folder, name):
+                yield from (m["content"] for m in row["messages"])
+        for name in TEXT_FILES:
+            for row in rows(folder, name):
+                yield row["text"][: max(2000, len(row["text"]) // 10)]
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer.train_from_iterator(
+        texts(),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """All texts as one stream of token ids (uint16) and the offset at which each text starts (int64)."""
+    ids: list[np.ndarray] = []
+    for start in range(0, len(texts), 2000):
+        batch = tokenizer.backend_tokenizer.encode_batch_fast(texts[start : start + 2000], add_special_tokens=False)
+        ids += [np.asarray(encoding.ids, dtype=np.uint16) for encoding in batch]
+    starts = np.cumsum([0] + [len(i) for i in ids[:-1]])
+    return np.concatenate(ids), starts
+
+
+def streams(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, names: tuple[str, ...], *, held_out: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The named files' training (or held-out) rows as one stream, in file order."""
+    return encode(tokenizer, [render(r) for name in names for r in rows(folder, name) if is_held_out(r) == held_out])

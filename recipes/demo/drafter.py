@@ -1,0 +1,103 @@
+"""Trains the demo's drafter on answers that the target itself wrote.
+
+Promises a drafter folder in bfloat16 beside the target, and `training.json` with tokens per step on held-out prompts.
+Uses the package as any user would; knows nothing of how the target was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from corpus import CHAT_FILES, is_held_out, rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from redrafter import RecurrentDrafter, generate
+from redrafter.training.data import Row, most_frequent
+from redrafter.training.trainer import Recipe, run
+
+TURNS = 3  # answers asked for in one dialogue
+PROMPT, ANSWER = 512, 160  # tokens at most
+LENGTH, WIDTH, VOCABULARY = 5, 8, 2048
+HELD_OUT_PROMPTS = 64  # of each file
+
+
+def contexts(data: Path, name: str, tokenizer, *, held_out: bool, seed: int = 0) -> list[list[int]]:
+    """Prompts from one file, shuffled: conversations up to a turn that the assistant is to write."""
+    draw = random.Random(seed)
+    prompts = []
+    for row in rows(data, name):
+        if is_held_out(row) != held_out:
+            continue
+        turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+        for turn in draw.sample(turns, min(TURNS, len(turns))):
+            ids = tokenizer.apply_chat_template(row["messages"][:turn], add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+            if len(ids) <= PROMPT:
+                prompts.append(list(ids))
+    draw.shuffle(prompts)
+    return prompts
+
+
+def answers(model, prompts: list[list[int]], batch: int) -> list[Row]:
+    """The target's greedy answers as training rows, of which only the answer is learnt."""
+    out: list[Row] = []
+    prompts = sorted(prompts, key=len)
+    for start in range(0, len(prompts), batch):
+        group = prompts[start : start + batch]
+        new = generate(model, None, group, max_new_tokens=ANSWER).new_tokens
+        out += [Row(p + n, [False] * len(p) + [True] * len(n)) for p, n in zip(group, new, strict=True)]
+    return out
+
+
+def train(data: Path, target: Path, output: Path, *, epochs: float, device: torch.device, limit: int | None) -> None:
+    """Answers, then training, then the figures on held-out prompts; `limit` prompts a file at most."""
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    begin = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(target).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    on_gpu = device.type == "cuda"
+    prompts = [p for name in CHAT_FILES for p in contexts(data, name, tokenizer, held_out=False)[:limit]]
+    learnt = answers(model, prompts, batch=2048 if on_gpu else 32)
+    wrote = time.perf_counter() - begin
+    tokens = sum(sum(row.trained) for row in learnt)
+    print(f"the target wrote {len(learnt):,} answers, {tokens:,} tokens, in {wrote:.0f} s", flush=True)
+
+    drafter = RecurrentDrafter.for_target(
+        model,
+        beam_length=LENGTH,
+        beam_width=WIDTH,
+        draft_vocabulary=most_frequent(learnt, VOCABULARY),
+    )
+    recipe = Recipe(epochs=epochs, batch_size=256 if on_gpu else 16, learning_rate=2e-3, save_steps=10_000)
+    loss = run(model, drafter, learnt, output, recipe, resume=False)
+    drafter.to(torch.bfloat16).save_pretrained(output)
+
+    drafter.to(torch.float32)  # what is measured are the rounded weights
+    figures = {}
+    for name in CHAT_FILES:
+        held_out = contexts(data, name, tokenizer, held_out=True)[:HELD_OUT_PROMPTS]
+        stats = generate(model, drafter, held_out, max_new_tokens=ANSWER, beam_length=4).stats
+        drafts = stats.steps - len(held_out)
+        figures[name] = {
+            "tokens_per_step": round(stats.tokens_per_step, 3),
+            "accepted_by_position": [round(count / drafts, 3) for count in stats.accepted_by_position],
+        }
+        print(name, json.dumps(figures[name]), flush=True)
+    record = {
+        "answers": len(learnt),
+        "answer_tokens": tokens,
+        "epochs": epochs,
+        "training_loss": round(loss, 4),
+        "seconds": round(time.perf_counter() - begin),
+        "seconds_writing_answers": round(wrote),
+        "held_out": figures,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "torch": torch.__version__,
+    }
+    (output / "training.json").write_text(json.dumps(record, indent=1) + "\n")

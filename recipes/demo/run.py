@@ -1,0 +1,41 @@
+"""The demo pair, from data files to the two folders that ship: one command, one GPU, under 15 minutes.
+
+    python recipes/demo/run.py --data DATA --output OUT
+
+A stage whose `training.json` exists is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import cards
+import drafter
+import target
+import torch
+
+TARGET, DRAFTER = "redrafter-demo-12m", "drafter"
+
+
+def main() -> None:
+    """Parses the command line and runs the stages."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with the files that README.md names")
+    parser.add_argument("--output", type=Path, required=True, help=f"where {TARGET}/ and {DRAFTER}/ are written")
+    parser.add_argument("--target-minutes", type=float, default=6.0)
+    parser.add_argument("--batch", type=int, default=64, help="windows of 1,024 tokens in a step of the target")
+    parser.add_argument("--drafter-epochs", type=float, default=4.0)
+    parser.add_argument("--prompts", type=int, help="prompts of each file that the target answers (default: all)")
+    given = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, head = given.output / TARGET, given.output / DRAFTER
+    if not (model / "training.json").exists():
+        target.train(given.data, model, minutes=given.target_minutes, batch=given.batch, device=device)
+    if not (head / "training.json").exists():
+        drafter.train(given.data, model, head, epochs=given.drafter_epochs, device=device, limit=given.prompts)
+    cards.write(model, head)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Exact, fast speculative decoding with a recurrent drafter (arXiv 2403.09919).
+
+The public page: these names and no others.  Nothing heavy is imported until one of them is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from redrafter.config import DrafterConfig
+    from redrafter.decoding import Event, Generation, Stats, generate, stream
+    from redrafter.drafter import RecurrentDrafter
+    from redrafter.errors import RedrafterError
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DrafterConfig": "config",
+    "Event": "decoding",
+    "Generation": "decoding",
+    "RecurrentDrafter": "drafter",
+    "RedrafterError": "errors",
+    "Stats": "decoding",
+    "generate": "decoding",
+    "stream": "decoding",
+}
+
+__all__ = [  # noqa: RUF022
+    "generate",
+    "stream",
+    "RecurrentDrafter",
+    "DrafterConfig",
+    "Generation",
+    "Event",
+    "Stats",
+    "RedrafterError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"redrafter.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,50 @@
+"""Beam search with the recurrent drafter (arXiv 2403.09919, section 3.2).
+
+Promises the `width` most probable continuations that a beam search of that width finds, best first, nothing of
+vocabulary size kept.  Does not know trees or the target's forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from redrafter.drafter import RecurrentDrafter
+
+
+def beam_search(
+    drafter: RecurrentDrafter,
+    embed: Callable[[Tensor], Tensor],
+    context: Float[Tensor, "B H"],
+    root: Int[Tensor, " B"],
+    *,
+    width: int,
+    length: int,
+) -> tuple[Int[Tensor, "B W L"], Float[Tensor, "B W"]]:
+    """Continuations of the guaranteed token `root`, and their log-probabilities under the drafter.
+
+    `embed` is the target's token embedding, `context` the hidden state from which the target chose `root`.  The first
+    step grows one beam only; each later one takes the best `width` of every beam's own best.
+    """
+    best = min(width, drafter.config.head_size)
+    if best < width:
+        raise ValueError(f"width {width} exceeds the {best} tokens that the drafter scores")
+    state = drafter.step(None, embed(root))[:, None]  # [B, 1, H], then [B, W, H]
+    context = context[:, None]
+    beams = root.new_empty((root.shape[0], 1, 0))
+    scores = context.new_zeros((root.shape[0], 1), dtype=torch.float32)
+    for position in range(length):
+        logits = drafter.logits(context.expand_as(state), state).float()
+        top, choice = logits.topk(width, dim=-1)
+        grown = scores[..., None] + top - logits.logsumexp(dim=-1, keepdim=True)  # [B, beams, W]
+        scores, flat = grown.flatten(1).topk(width, dim=-1)
+        tokens = drafter.to_target_ids(choice.flatten(1).gather(1, flat))
+        parent = flat.div(width, rounding_mode="floor")[..., None]
+        beams = torch.cat((beams.gather(1, parent.expand(-1, -1, position)), tokens[..., None]), dim=-1)
+        if position + 1 < length:
+            carried = state.gather(1, parent.expand(-1, -1, state.shape[-1]))
+            state = drafter.step(carried, embed(tokens))
+    return beams, scores

@@ -1,0 +1,86 @@
+"""Keys and values in per-row slots, behind the Hugging Face `Cache` protocol.
+
+Promises: every row has its own length, a slot is a position, memory is allocated once.  All that differs between
+versions of transformers' cache lives here.  Does not know trees: it is told which slots to write and which to move.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer of the target keeps: heads, sizes of a key and of a value, dtype and device."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's view of the cache; models call `update` without positions, so it asks its owner for the slots."""
+
+    def __init__(self, owner: SlotCache, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.owner, self.keys, self.values, self.is_initialized = owner, keys, values, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes the new states [B, heads, Q, size] at the owner's slots; returns all visible slots."""
+        slots, visible = self.owner.slots.to(self.keys.device), self.owner.visible
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            buffer.scatter_(2, slots[:, None, :, None].expand_as(states), states)
+        return self.keys[:, :, :visible], self.values[:, :, :visible]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Visible slots, no offset.  Only consulted where a model ignores the mask it is given."""
+        return self.owner.visible, 0
+
+    def get_seq_length(self) -> int:
+        """Always 0: rows differ, and positions are always passed."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """All slots."""
+        return self.keys.shape[2]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: allocated by the owner."""
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """All layers' keys and values, each kind of layer in one tensor [layers, B, heads, S, size]."""
+
+    def __init__(self, shapes: list[LayerShape], *, batch: int, slots: int):
+        self.slots: Int[Tensor, "B Q"] = torch.empty((batch, 0), dtype=torch.long)
+        self.visible = slots
+        self.capacity = slots
+        self.pools: list[Tensor] = []
+        layers: dict[int, SlotLayer] = {}
+        for shape in dict.fromkeys(shapes):
+            members = [i for i, other in enumerate(shapes) if other == shape]
+            keys, values = (
+                torch.zeros((len(members), batch, shape.heads, slots, size), dtype=shape.dtype, device=shape.device)
+                for size in (shape.key_size, shape.value_size)
+            )
+            self.pools += [keys, values]
+            layers |= {member: SlotLayer(self, keys[i], values[i]) for i, member in enumerate(members)}
+        super().__init__(layers=[layers[i] for i in range(len(shapes))])
+
+    def keep(self, path: Int[Tensor, "B K"], length: Int[Tensor, " B"]) -> None:
+        """Moves the tree nodes `path`, which sit at slots `length + path`, to slots `length … length + K - 1`."""
+        for pool in self.pools:
+            source = (length[:, None] + path).to(pool.device)
+            target = (length[:, None] + torch.arange(path.shape[1], device=length.device)).to(pool.device)
+            layers, _, heads, _, size = pool.shape
+            shape = (layers, -1, heads, -1, size)
+            moved = pool.gather(3, source[None, :, None, :, None].expand(shape))
+            pool.scatter_(3, target[None, :, None, :, None].expand(shape), moved)

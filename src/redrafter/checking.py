@@ -1,0 +1,88 @@
+"""Holds drafted text against undrafted text, and explains where they part.
+
+Low precision rounds, and rounding differs with the shape of a computation, so two right ways to compute can choose
+differently between two all but equal logits.  Does not excuse anything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from redrafter.decoding import generate
+from redrafter.drafter import RecurrentDrafter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROUNDING = 8
+"""Roundings of the largest logit, in units of the dtype's epsilon, by which two ways to compute a logit may differ.
+
+A property of the arithmetic, not of this package's own computation, which is what is being checked.
+"""
+
+
+@dataclass(frozen=True)
+class Parting:
+    """The first difference between the two texts of a prompt."""
+
+    row: int
+    position: int
+    """Index among the new tokens."""
+    margin: float
+    """Distance of the two best logits there, by the model's own forward over the plain text."""
+    rounding: float
+    """The distance that rounding explains."""
+
+    @property
+    def explained(self) -> bool:
+        """Whether rounding alone can have swapped the two."""
+        return self.margin <= self.rounding
+
+
+@dataclass(frozen=True)
+class Report:
+    """All partings, and how well the drafter did."""
+
+    partings: list[Parting]
+    tokens: int
+    tokens_per_step: float
+
+
+def compare(
+    model: PreTrainedModel,
+    drafter: RecurrentDrafter,
+    prompts: list[list[int]],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    beam_width: int | None = None,
+    beam_length: int | None = None,
+) -> Report:
+    """Generates from every prompt with and without the drafter.  Raises RedrafterError for bad prompts."""
+    partings = []
+    tokens = steps = 0
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        plain = generate(model, None, batch, max_new_tokens=max_new_tokens)
+        drafted = generate(
+            model, drafter, batch, max_new_tokens=max_new_tokens, beam_width=beam_width, beam_length=beam_length
+        )
+        tokens, steps = tokens + drafted.stats.tokens, steps + drafted.stats.steps
+        for row, (one, other) in enumerate(zip(plain.new_tokens, drafted.new_tokens, strict=True)):
+            if one != other:
+                partings.append(_parting(model, start + row, batch[row], one, other))
+    return Report(partings, tokens, tokens / max(1, steps))
+
+
+def _parting(model: PreTrainedModel, row: int, prompt: list[int], one: list[int], other: list[int]) -> Parting:
+    shorter = min(len(one), len(other))
+    position = next((i for i in range(shorter) if one[i] != other[i]), shorter)
+    prefix = torch.tensor([prompt + one[:position]], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=prefix, use_cache=False).logits[0, -1]
+    best = logits.double().topk(2).values
+    rounding = ROUNDING * torch.finfo(logits.dtype).eps * logits.double().abs().max()
+    return Parting(row, position, float(best[0] - best[1]), float(rounding))

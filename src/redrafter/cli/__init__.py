@@ -1,0 +1,55 @@
+"""The command line.  One thin file per command; heavy imports happen inside them, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+import typer
+
+from redrafter.cli.check import check
+from redrafter.cli.demo import demo
+from redrafter.cli.generate import generate
+from redrafter.cli.info import info
+from redrafter.cli.train import train
+from redrafter.errors import RedrafterError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Exact, fast speculative decoding with a recurrent drafter: the model's own text, sooner. "
+    "Start with `redrafter demo`.",
+)
+for command in (demo, generate, train, check, info):
+    app.command()(command)
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; may stand anywhere."),
+) -> None:
+    """Options of all commands."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command: exit status 0, 1 for a failed check, 2 for bad input, which is said in one sentence."""
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
+    try:
+        app([word for word in words if word != "--debug"], prog_name="redrafter")
+    except RedrafterError as error:
+        sentence = str(error)
+        if debug:
+            raise
+    except SystemExit as end:
+        if end.code != 130:  # what typer makes of an interrupt
+            raise
+        sentence = "Interrupted."
+    except OSError as error:
+        if debug:
+            raise
+        reason = "no space is left on the device" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        sentence = f"Reading or writing {error.filename or 'a file'} failed: {reason}."
+    print(f"redrafter: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,54 @@
+"""`redrafter check`: proves that drafting changes no text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from redrafter.cli.loading import Device, DrafterPath, Dtype, Length, Model, NewTokens, Width
+
+
+def check(
+    model: Model,
+    drafter: DrafterPath,
+    prompts: Annotated[Path, typer.Option(help="JSONL rows of `prompt`, `messages` or `turns`.")],
+    max_new_tokens: NewTokens = 128,
+    beam_width: Width = None,
+    beam_length: Length = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Decode with and without the drafter; exit status 1 if texts part where rounding does not explain it."""
+    from redrafter.checking import compare
+    from redrafter.cli.loading import load_drafter, load_model
+    from redrafter.prompts import prompt_ids, read_json_lines
+
+    target, tokenizer = load_model(model, dtype, device)
+    head = load_drafter(drafter, target)
+    ids = [prompt_ids(record, tokenizer, where) for where, record in read_json_lines([prompts])]
+    report = compare(
+        target,
+        head,
+        ids,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        beam_width=beam_width,
+        beam_length=beam_length,
+    )
+    for parting in report.partings:
+        verdict = "within rounding" if parting.explained else "NOT explained by rounding"
+        typer.echo(
+            f"prompt {parting.row + 1} parts at new token {parting.position + 1}: the two best logits are "
+            f"{parting.margin:.3g} apart, rounding reaches {parting.rounding:.3g}: {verdict}"
+        )
+    same = len(ids) - len(report.partings)
+    unexplained = sum(not p.explained for p in report.partings)
+    typer.echo(
+        f"{same} of {len(ids)} texts equal, {report.tokens} tokens, {report.tokens_per_step:.2f} per step; "
+        + ("drafting changes nothing." if not unexplained else f"{unexplained} differ without excuse.")
+    )
+    if unexplained:
+        raise typer.Exit(1)

@@ -1,0 +1,151 @@
+"""`redrafter demo`: the bundled pair, drafted and undrafted, side by side on this machine."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from redrafter.cli.loading import Length, NewTokens, Width
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from redrafter.decoding import Stats
+    from redrafter.drafter import RecurrentDrafter
+
+PROMPTS = (
+    "I want to book a table for two at an Italian restaurant in San Jose.",
+    "Can you find me a bus from Los Angeles to San Diego for tomorrow morning?",
+    "What will the weather be like in Seattle on Saturday?",
+    "I need a hotel in London for three nights.",
+    "Tom has 12 apples. He buys 8 more and gives 5 to Anna. How many apples does he have now?",
+    "Write a Python function that adds two numbers.",
+    "Describe a quiet morning by the sea.",
+    "I would like to watch a comedy tonight. What can you suggest?",
+)
+
+
+def demo(
+    prompt: Annotated[list[str] | None, typer.Option(help="Your own prompt, once or more, instead of ours.")] = None,
+    max_new_tokens: NewTokens = 96,
+    beam_width: Width = None,
+    beam_length: Length = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Times to measure each way; the medians are shown.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Watch the bundled model write with and without its drafter: the same text, sooner."""
+    from rich.console import Console
+
+    from redrafter.cli.loading import demo_folder, load_drafter, load_model
+    from redrafter.prompts import chat_ids
+
+    model, tokenizer = load_model(str(demo_folder() / "target"), device="cpu")
+    drafter = load_drafter(str(demo_folder() / "drafter"), model)
+    console = Console(highlight=False)
+    settings = {"max_new_tokens": max_new_tokens, "beam_width": beam_width, "beam_length": beam_length}
+    rows, by_position = [], [0] * (beam_length or drafter.config.beam_length)
+    for text in prompt or PROMPTS:
+        ids = chat_ids([{"role": "user", "content": text}], tokenizer, "--prompt")
+        if not as_json:
+            _show(console, model, tokenizer, drafter, text, ids, settings)
+        row, stats = _measure(model, tokenizer, drafter, text, ids, settings, repeats)
+        rows.append(row)
+        by_position = [a + b for a, b in zip(by_position, stats.accepted_by_position, strict=True)]
+    speed_up = statistics.median(r["seconds_autoregressive"] / r["seconds_drafted"] for r in rows)
+    if as_json:
+        typer.echo(json.dumps({"prompts": rows, "median_speedup": round(speed_up, 4)}, ensure_ascii=False))
+    else:
+        _table(console, rows, by_position, speed_up)
+    if not all(r["same_text"] for r in rows):
+        raise typer.Exit(1)
+
+
+def _show(
+    console: Console,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafter: RecurrentDrafter,
+    text: str,
+    ids: list[int],
+    settings: dict[str, Any],
+) -> None:
+    """Streams the drafted answer: accepted drafts in green, the target's own tokens in the usual colour."""
+    from rich.text import Text
+
+    from redrafter.decoding import stream
+    from redrafter.text import Detokenizer
+
+    console.print(Text(f"\n> {text}", style="bold"))
+    pieces = Detokenizer(tokenizer)
+    for event in stream(model, drafter, [ids], **settings):
+        for index, token in enumerate(event.tokens):
+            drafted = index < event.accepted
+            console.print(Text(pieces.push(token), style="green" if drafted else ""), end="", soft_wrap=True)
+    console.print()
+
+
+def _measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafter: RecurrentDrafter,
+    text: str,
+    ids: list[int],
+    settings: dict[str, Any],
+    repeats: int,
+) -> tuple[dict[str, Any], Stats]:
+    """Both ways in turn, so that a drifting machine favours neither; the first round only warms up."""
+    from redrafter.decoding import generate
+
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(1 + repeats):
+        outputs = {}
+        for drafted in (False, True):
+            begin = time.perf_counter()
+            outputs[drafted] = generate(model, drafter if drafted else None, [ids], **settings)
+            seconds[drafted].append(time.perf_counter() - begin)
+    new, stats = outputs[True].new_tokens[0], outputs[True].stats
+    row = {
+        "prompt": text,
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "same_text": new == outputs[False].new_tokens[0],
+        "tokens": stats.tokens,
+        "steps": stats.steps,
+        "tokens_per_step": round(stats.tokens_per_step, 4),
+        "seconds_autoregressive": round(statistics.median(seconds[False][1:]), 5),
+        "seconds_drafted": round(statistics.median(seconds[True][1:]), 5),
+    }
+    return row, stats
+
+
+def _table(console: Console, rows: list[dict[str, Any]], by_position: list[int], speed_up: float) -> None:
+    from rich.table import Table
+
+    table = Table(title="\nThe same text, with and without the drafter", title_justify="left", title_style="bold")
+    table.add_column("prompt", no_wrap=True, max_width=32)
+    for name in ("tokens", "steps", "tokens per step", "alone, s", "drafted, s", "speed-up"):
+        table.add_column(name, justify="right")
+    table.add_column("same text")
+    for row in rows:
+        alone, drafted = row["seconds_autoregressive"], row["seconds_drafted"]
+        table.add_row(
+            row["prompt"],
+            str(row["tokens"]),
+            str(row["steps"]),
+            f"{row['tokens_per_step']:.2f}",
+            f"{alone:.2f}",
+            f"{drafted:.2f}",
+            f"{alone / drafted:.2f}x",
+            "yes" if row["same_text"] else "NO",
+        )
+    console.print(table)
+    tokens, steps = sum(r["tokens"] for r in rows), sum(r["steps"] for r in rows)
+    drafts = steps - len(rows)  # the prompt's own run drafts nothing
+    shares = ", ".join(f"{count / max(1, drafts):.0%}" for count in by_position)
+    console.print(f"tokens per step: {tokens / steps:.2f}; drafts accepted at position 1, 2, …: {shares}")
+    console.print(f"median speed-up on this machine: {speed_up:.2f}x")
+    console.print(f"same text: {'yes' if all(r['same_text'] for r in rows) else 'NO'}")

@@ -1,0 +1,64 @@
+"""What several commands load: the target, its tokenizer, the drafter; and the options that say which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from redrafter.errors import RedrafterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from redrafter.drafter import RecurrentDrafter
+
+Model = Annotated[str, typer.Option(help="The target: a folder or hub id of a Hugging Face causal language model.")]
+DrafterPath = Annotated[str, typer.Option(help="The drafter: a folder or hub id.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, mps.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Beams to draft.  [default: as the drafter's folder says]")]
+Length = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens to draft in each beam, the guaranteed one not counted.  [default: as trained]"),
+]
+NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
+
+
+def load_model(path: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The target, ready to decode, and its tokenizer.  Raises RedrafterError where they cannot be loaded."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise RedrafterError(f"--dtype {dtype} is not one of auto, float32, bfloat16, float16.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise RedrafterError(f"The model {path} cannot be loaded: {reason}.") from error
+    try:
+        return model.to(torch.device(device)).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise RedrafterError(f"The model cannot be put on --device {device}: {reason}.") from error
+
+
+def load_drafter(path: str, model: PreTrainedModel) -> RecurrentDrafter:
+    """The drafter beside its target, on its device and in its dtype."""
+    from redrafter.drafter import RecurrentDrafter
+
+    return RecurrentDrafter.from_pretrained(path, target=model)
+
+
+def demo_folder() -> Path:
+    """Where the bundled pair lies."""
+    return Path(__file__).parent.parent / "assets" / "demo"

@@ -1,0 +1,77 @@
+"""What a drafter is: the record that is saved beside its weights.
+
+Promises: a configuration that exists is valid.  Keys that Apple's released code writes keep their names
+(https://github.com/apple/ml-recurrent-drafter), so folders travel both ways; keys it does not know are ours.
+Does not know torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+
+from redrafter.errors import RedrafterError
+
+
+class DrafterConfig(BaseModel):
+    """Shape, origin and decoding defaults of a recurrent drafter.
+
+    `vocab_size` and `hidden_size` are the target's.  `exit_dim` is the width of the head's blocks (paper: 2 × hidden
+    size, the default).  `num_draft_layers` counts its residual blocks.  `rnn=False` replaces the recurrence by a
+    running sum of embeddings.  `draft_vocab_size` is set when the head scores only part of the vocabulary.  `target`
+    and `target_revision` name the model it was made for, `beam_length` is the draft length it was trained for (drafted
+    tokens only, the guaranteed token not counted), and `beam_width` the width to decode with unless told otherwise.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    model_type: Literal["recurrent_drafting_drafter"] = "recurrent_drafting_drafter"
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    exit_dim: PositiveInt
+    num_draft_layers: int
+    rnn: bool = True
+    draft_vocab_size: PositiveInt | None = None
+    target: str | None = None
+    target_revision: str | None = None
+    beam_width: PositiveInt = 10
+    beam_length: PositiveInt = 4
+
+    @model_validator(mode="before")
+    @classmethod
+    def _released_defaults(cls, values: Any) -> Any:
+        """Fills in what the released training script takes when not told: exit_dim 2H, two blocks."""
+        if isinstance(values, dict):
+            values = {"num_draft_layers": 2, **values}
+            if values.get("exit_dim") is None and isinstance(values.get("hidden_size"), int):
+                values["exit_dim"] = 2 * values["hidden_size"]
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DrafterConfig:
+        if self.num_draft_layers < 0:
+            raise ValueError("num_draft_layers cannot be negative")
+        if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
+            raise ValueError("draft_vocab_size cannot exceed vocab_size")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Number of tokens that the head scores."""
+        return self.draft_vocab_size or self.vocab_size
+
+    @classmethod
+    def from_file(cls, path: Path) -> DrafterConfig:
+        """Reads a `config.json`.  Raises RedrafterError where it is not JSON or not a drafter's."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise RedrafterError(f"{path} does not describe a recurrent drafter: {where}: {first['msg']}.") from None
+
+    def to_json(self) -> str:
+        """The text of `config.json`; what is not set is left out."""
+        return self.model_dump_json(indent=2, exclude_none=True) + "\n"

@@ -1,0 +1,343 @@
+"""Decoding: generate ⊃ stream ⊃ step.
+
+Promises the target's own text: drafted and undrafted decoding are the same loop over the same step, and without a
+proposer the step is autoregressive decoding.  `step` is a function of fixed-shape tensors that never asks the device a
+question; the loop around it makes one small read a step.  Does not know files, prompts as text or commands.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from redrafter.cache import SlotCache
+from redrafter.drafter import RecurrentDrafter
+from redrafter.errors import RedrafterError
+from redrafter.proposers import Proposer, RecurrentProposer
+from redrafter.target import Target
+from redrafter.tree import chain
+from redrafter.verify import walk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFILL_CHUNK = 512
+"""Prompt tokens that one run of the target takes in; bounds the memory of masks and activations."""
+
+FinishReason = Literal["eos", "length"]
+
+
+@dataclass(frozen=True)
+class State:
+    """All that one step hands to the next; rows are independent."""
+
+    root: Int[Tensor, " B"]
+    """The guaranteed token: chosen by the target, not yet in the cache."""
+    context: Float[Tensor, "B H"]
+    """The hidden state from which the target chose it."""
+    length: Int[Tensor, " B"]
+    """Committed slots of the cache."""
+    alive: Int[Tensor, " B"]
+    """1, or 0 for a row that has ended and no longer grows."""
+    cache: SlotCache
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What one step wrote."""
+
+    tokens: Int[Tensor, "B path"]
+    """Accepted drafted tokens, then the target's own next one; what follows is not defined."""
+    accepted: Int[Tensor, " B"]
+    drafted: Int[Tensor, " B"]
+
+
+@dataclass
+class Stats:
+    """Counts of a generation, in vLLM's words; `rows` holds the same for every row.
+
+    `steps`: runs of the target that wrote tokens, the prompt's own run counted as one, so that without a drafter
+    `tokens == steps`.  `drafted`: tokens proposed, `accepted`: those kept, `accepted_by_position[i]`: steps that kept a
+    drafted token at depth i + 1.  `seconds`: wall time, prompt included; for a row, until it ended.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_by_position: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    rows: list[Stats] = field(default_factory=list)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens written for each run of the target; 1 without a drafter."""
+        return self.tokens / max(1, self.steps)
+
+    def count(self, event: Event) -> None:
+        """Adds one event of a row."""
+        self.steps += 1
+        self.tokens += len(event.tokens)
+        self.drafted += event.drafted
+        self.accepted += event.accepted
+        for position in range(event.accepted):
+            self.accepted_by_position[position] += 1
+
+
+@dataclass(frozen=True)
+class Event:
+    """Tokens of one row from one step: `accepted` drafted ones, then at most one that the target wrote alone."""
+
+    row: int
+    tokens: list[int]
+    accepted: int
+    drafted: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """`sequences` [B, longest]: prompt and new tokens of every row, padded right; `new_tokens`: the new ones alone."""
+
+    sequences: Int[Tensor, "B T"]
+    new_tokens: list[list[int]]
+    finish_reasons: list[FinishReason]
+    stats: Stats
+
+
+def step(target: Target, proposer: Proposer | None, state: State) -> tuple[State, Emission]:
+    """Draft, verify, keep: one run of the target over one tree a row.
+
+    Advances `state.cache` in place and returns the rest as a new state.
+    """
+    length = 0 if proposer is None else proposer.length
+    tree = chain(state.root[:, None]) if proposer is None else proposer.propose(state.context, state.root)
+    if state.root.device.type == "cpu":
+        tree = tree.trimmed()
+    hidden, logits = target.forward(tree, state.length, state.cache)
+    choice = logits.argmax(dim=-1)
+    path, accepted = walk(tree, choice, length=length)
+    if length:  # a path of the root alone already sits where it belongs
+        state.cache.keep(path, state.length)
+    end = path.gather(1, accepted[:, None])
+    following = choice.gather(1, path)  # the choice after each node of the path is the next node's token
+    advanced = replace(
+        state,
+        root=following.gather(1, accepted[:, None])[:, 0],
+        context=hidden.gather(1, end[..., None].expand(-1, -1, hidden.shape[-1]))[:, 0],
+        length=state.length + state.alive * (accepted + 1),
+    )
+    return advanced, Emission(following, accepted, tree.valid.sum(dim=1) - 1)
+
+
+def prefill(target: Target, prompts: list[list[int]], cache: SlotCache) -> State:
+    """Runs the prompts, chunk by chunk as chains, and chooses the first token of every row."""
+    device = target.device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
+    root = torch.zeros_like(lengths)
+    context = torch.zeros((len(prompts), target.hidden_size), dtype=target.dtype, device=device)
+    for start in range(0, padded.shape[1], PREFILL_CHUNK):
+        tokens = padded[:, start : start + PREFILL_CHUNK]
+        last = lengths - 1 - start
+        select = last.clamp(0, tokens.shape[1] - 1)
+        cache.visible = start + tokens.shape[1]
+        hidden, logits = target.forward(chain(tokens), torch.full_like(lengths, start), cache, select)
+        here = select == last  # rows whose prompt ends in this chunk
+        root = torch.where(here, logits[:, 0].argmax(dim=-1), root)
+        context = torch.where(here[:, None], hidden[:, 0], context)
+    return State(root, context, lengths, torch.ones_like(lengths), cache)
+
+
+def stream(
+    model: PreTrainedModel,
+    drafter: RecurrentDrafter | None,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int = 256,
+    beam_width: int | None = None,
+    beam_length: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> Iterator[Event]:
+    """Greedy decoding of a batch, an event for every row that a step advanced.
+
+    `input_ids` is a padded tensor [B, P] with its `attention_mask`, or a list of rows of any lengths.  `drafter=None`
+    decodes autoregressively.  `beam_width` and `beam_length` (drafted tokens only) default to what the drafter was made
+    for, `eos_token_id` to the model's own; pass `()` to go on past them.  A row ends at an end token, which is kept,
+    after `max_new_tokens`, or where the model's context is full.
+
+    The arguments are checked when this is called, not at the first event.  Raises RedrafterError.
+    """
+    target = Target(model)
+    prompts = _rows(input_ids, attention_mask)
+    _check_prompts(target, prompts, max_new_tokens)
+    proposer = _proposer(target, drafter, beam_width, beam_length)
+    ends = _end_tokens(model, eos_token_id)
+    budget = [max_new_tokens] * len(prompts)
+    if target.context_length is not None:  # the last token written is never read again, so it needs no position
+        budget = [min(max_new_tokens, target.context_length + 1 - len(p)) for p in prompts]
+    return _events(target, proposer, prompts, budget, ends)
+
+
+def generate(
+    model: PreTrainedModel,
+    drafter: RecurrentDrafter | None,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int = 256,
+    beam_width: int | None = None,
+    beam_length: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+) -> Generation:
+    """Greedy decoding of a batch: the text that the model writes alone, in fewer runs of it.
+
+    Arguments as for `stream`; `pad_token_id` fills the rows of `sequences` (default: the model's own, else 0).
+    """
+    prompts = _rows(input_ids, attention_mask)
+    events = stream(
+        model,
+        drafter,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        beam_width=beam_width,
+        beam_length=beam_length,
+        eos_token_id=eos_token_id,
+    )
+    positions = 0 if drafter is None else drafter.config.beam_length if beam_length is None else beam_length
+    new: list[list[int]] = [[] for _ in prompts]
+    reasons: list[FinishReason] = ["length"] * len(prompts)
+    rows = [Stats(accepted_by_position=[0] * positions) for _ in prompts]
+    begin = time.perf_counter()
+    for event in events:
+        new[event.row] += event.tokens
+        rows[event.row].count(event)
+        if event.finish_reason is not None:
+            reasons[event.row] = event.finish_reason
+            rows[event.row].seconds = time.perf_counter() - begin
+    total = Stats(
+        steps=sum(r.steps for r in rows),
+        tokens=sum(r.tokens for r in rows),
+        drafted=sum(r.drafted for r in rows),
+        accepted=sum(r.accepted for r in rows),
+        accepted_by_position=[sum(r.accepted_by_position[i] for r in rows) for i in range(positions)],
+        seconds=time.perf_counter() - begin,
+        rows=rows,
+    )
+    if pad_token_id is None:
+        pad_token_id = getattr(model.generation_config, "pad_token_id", None) or 0
+    sequences = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(p + n) for p, n in zip(prompts, new, strict=True)], batch_first=True, padding_value=pad_token_id
+    )
+    return Generation(sequences.to(model.device), new, reasons, total)
+
+
+def _events(
+    target: Target, proposer: Proposer | None, prompts: list[list[int]], budget: list[int], ends: frozenset[int]
+) -> Iterator[Event]:
+    """The loop: one step, one small read, one event for each row that is still alive."""
+    size = 1 if proposer is None else proposer.size
+    over = 0 if proposer is None else proposer.length  # a last step may accept more than the row may still write
+    reach = max(len(p) + b for p, b in zip(prompts, budget, strict=True))
+    cache = target.new_cache(batch=len(prompts), slots=reach + over + size)
+    left = dict(enumerate(budget))  # tokens that each living row may still write
+    committed = [len(p) for p in prompts]
+
+    def event(row: int, tokens: list[int], accepted: int, drafted: int) -> Event:
+        """Cuts a row's tokens at its end and takes note of it."""
+        tokens = tokens[: left[row]]
+        stop = next((i for i, token in enumerate(tokens) if token in ends), None)
+        if stop is not None:
+            tokens = tokens[: stop + 1]
+        left[row] -= len(tokens)
+        reason: FinishReason | None = "eos" if stop is not None else "length" if left[row] == 0 else None
+        if reason is not None:
+            del left[row]
+        return Event(row, tokens, min(accepted, len(tokens)), drafted, reason)
+
+    with target.evaluating():
+        with torch.inference_mode():
+            state = prefill(target, prompts, cache)
+            first = state.root.tolist()
+        yield from [event(row, [token], 0, 0) for row, token in enumerate(first)]
+        while left:
+            with torch.inference_mode():
+                alive = torch.tensor([int(row in left) for row in range(len(prompts))])
+                state = replace(state, alive=alive.to(target.device, non_blocking=True))
+                cache.visible = max(committed) + size
+                state, emitted = step(target, proposer, state)
+                read = torch.cat((emitted.accepted[:, None], emitted.drafted[:, None], emitted.tokens), dim=1).tolist()
+            events = []
+            for row in list(left):
+                accepted, drafted, *tokens = read[row]
+                committed[row] += accepted + 1
+                events.append(event(row, tokens[: accepted + 1], accepted, drafted))
+            yield from events
+
+
+def _rows(input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None) -> list[list[int]]:
+    """Prompts as lists of ids, padding removed."""
+    if not isinstance(input_ids, Tensor):
+        if attention_mask is not None:
+            raise RedrafterError("An attention mask goes with a tensor of input ids, not with a list of rows.")
+        return [list(row) for row in input_ids]
+    if input_ids.ndim != 2:
+        raise RedrafterError(f"input_ids must have two dimensions, rows and tokens, not {input_ids.ndim}.")
+    if attention_mask is None:
+        return input_ids.tolist()  # type: ignore[no-any-return]
+    if attention_mask.shape != input_ids.shape:
+        raise RedrafterError(
+            f"The attention mask's shape {tuple(attention_mask.shape)} is not that of the input ids "
+            f"{tuple(input_ids.shape)}."
+        )
+    kept = attention_mask.bool()
+    if bool(((kept[:, 1:] != kept[:, :-1]).sum(dim=1) + kept[:, 0].int() > 2).any()):
+        raise RedrafterError("The attention mask has holes: pad each row at one or both ends only.")
+    return [row[mask].tolist() for row, mask in zip(input_ids, kept, strict=True)]
+
+
+def _check_prompts(target: Target, prompts: list[list[int]], max_new_tokens: int) -> None:
+    if not prompts:
+        raise RedrafterError("There is no prompt.")
+    if max_new_tokens < 1:
+        raise RedrafterError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise RedrafterError(f"The prompt of row {row} is empty; give it at least one token.")
+        if target.context_length is not None and len(prompt) > target.context_length:
+            raise RedrafterError(
+                f"The prompt of row {row} has {len(prompt)} tokens, the model's context {target.context_length}."
+            )
+        if not 0 <= min(prompt) <= max(prompt) < target.vocab_size:
+            raise RedrafterError(f"The prompt of row {row} holds ids outside the vocabulary of {target.vocab_size}.")
+
+
+def _proposer(
+    target: Target, drafter: RecurrentDrafter | None, width: int | None, length: int | None
+) -> RecurrentProposer | None:
+    if drafter is None:
+        return None
+    config = drafter.config
+    target.check_drafter(config)
+    width = config.beam_width if width is None else width
+    length = config.beam_length if length is None else length
+    if length < 1:
+        raise RedrafterError(f"beam_length must be at least 1, not {length}; pass drafter=None to decode without one.")
+    if not 1 <= width <= config.head_size:
+        raise RedrafterError(f"beam_width must lie between 1 and the drafter's {config.head_size} tokens, not {width}.")
+    if drafter.device != target.device:
+        raise RedrafterError(f"The drafter is on {drafter.device}, the model on {target.device}; move one of them.")
+    return RecurrentProposer(drafter, target, width, length)
+
+
+def _end_tokens(model: PreTrainedModel, told: int | Sequence[int] | None) -> frozenset[int]:
+    ends = getattr(model.generation_config, "eos_token_id", None) if told is None else told
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)

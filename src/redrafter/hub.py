@@ -1,0 +1,95 @@
+"""Drafter folders on disk and on the hub: `config.json`, `model.safetensors`, `README.md`.
+
+Promises that a file is replaced whole or not at all: everything is written beside its place first, then renamed.
+Does not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from redrafter.errors import RedrafterError
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+def fetch(path: str | Path, *, revision: str | None = None) -> Path:
+    """The local folder of a drafter; a hub id is downloaded first.  Raises RedrafterError where there is none."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+            raise RedrafterError(f"There is no drafter folder at {path}.")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            wanted = [CONFIG, WEIGHTS, CARD]
+            folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = type(error).__name__
+            raise RedrafterError(f"{path} is neither a folder nor a hub repository within reach ({reason}).") from error
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise RedrafterError(f"{folder} is not a drafter folder: {name} is missing.")
+    return folder
+
+
+def load_weights(module: nn.Module, folder: Path) -> None:
+    """Fills `module` from the folder's weights, and takes their dtype.
+
+    Raises RedrafterError where the file is damaged or does not hold just the tensors that the config calls for.
+    """
+    file = folder / WEIGHTS
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise RedrafterError(f"{file} is damaged or truncated: {error}.") from None
+    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise RedrafterError(
+                f"{file} does not fit {CONFIG} beside it: tensor {name} should be "
+                f"{expected.get(name, 'absent')} and is {found.get(name, 'absent')}."
+            )
+    module.to(next(t.dtype for t in tensors.values() if t.is_floating_point()))
+    module.load_state_dict(tensors)
+
+
+def save_folder(folder: Path, config: str, tensors: Mapping[str, Tensor], card: str | None = None) -> None:
+    """Writes a drafter folder, each file beside its place first and renamed when all are complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {k: v.detach().to("cpu", copy=False).contiguous() for k, v in tensors.items()}
+    contents = {WEIGHTS: save(whole, metadata={"format": "pt"}), CONFIG: config.encode()}
+    if card is not None:
+        contents[CARD] = card.encode()
+    written: list[tuple[Path, Path]] = []
+    try:
+        for name, content in contents.items():
+            beside = folder / f".{name}.{os.getpid()}.part"
+            written.append((beside, folder / name))
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for beside, place in written:
+            os.replace(beside, place)
+    finally:
+        for beside, _ in written:
+            beside.unlink(missing_ok=True)
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the folder's own files."""
+    return sum((folder / name).stat().st_size for name in (CONFIG, WEIGHTS, CARD) if (folder / name).exists())
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trained weights."""
+    return sum(p.numel() for p in module.parameters())

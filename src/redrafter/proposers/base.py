@@ -1,0 +1,27 @@
+"""What a drafting method must offer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from redrafter.tree import DraftTree
+
+
+class Proposer(Protocol):
+    """Proposes trees of a fixed shape.  Decoding is exact whatever they hold."""
+
+    @property
+    def length(self) -> int:
+        """L, the most drafted tokens on one path; the guaranteed token is not counted."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """N, nodes of every tree, counting the root."""
+        ...
+
+    def propose(self, context: Tensor, root: Tensor) -> DraftTree:
+        """Trees [B, N] below the guaranteed tokens `root` [B]; `context` [B, H] is where the target chose them."""
+        ...

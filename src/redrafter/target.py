@@ -1,0 +1,253 @@
+"""Any causal language model of transformers, unmodified, as a verifier of draft trees.
+
+Promises the model's own logits, and the hidden state that its output head reads, at every node of a tree; refuses a
+model for which it cannot, with the reason.  Uses the public forward alone, so quantised, sharded and adapted models
+work alike.  Does not know how trees are made nor what is kept of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from redrafter.cache import LayerShape, SlotCache
+from redrafter.config import DrafterConfig
+from redrafter.errors import RedrafterError
+from redrafter.tree import DraftTree, ancestors_of, chain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_probed: weakref.WeakKeyDictionary[nn.Module, list[LayerShape]] = weakref.WeakKeyDictionary()
+
+
+def tree_mask(
+    tree: DraftTree, length: Int[Tensor, " B"], *, slots: int, window: int | None = None
+) -> Bool[Tensor, "B N slots"]:
+    """Which slots each node attends to: the committed ones (below `length`) and its ancestors, at `length` + node.
+
+    With `window` only those at most `window - 1` positions back; a slot below `length` is its own position, a node's
+    position is `length` + depth.
+    """
+    index = torch.arange(slots, device=length.device) - length[:, None]  # [B, S]: the node in each slot
+    node = index.clamp(0, tree.size - 1)
+    in_tree = (index >= 0) & (index < tree.size)
+    own = tree.ancestors.gather(2, node[:, None].expand(-1, tree.size, -1)) & in_tree[:, None]
+    mask = own | (index < 0)[:, None]
+    if window is not None:
+        distance = torch.where(in_tree, tree.depth.gather(1, node), index)  # of the slot's position from `length`
+        mask = mask & (tree.depth[:, :, None] - distance[:, None] < window)
+    return mask
+
+
+class Target:
+    """A causal language model and what decoding needs to know of it."""
+
+    def __init__(self, model: PreTrainedModel):
+        """Raises RedrafterError where the model cannot verify trees."""
+        self.model = model
+        self.config: Any = model.config.get_text_config()
+        _refuse_by_structure(model, self.config)
+        self.head: nn.Module = model.get_output_embeddings()
+        self.embed: nn.Embedding = model.get_input_embeddings()
+        self.device: torch.device = self.embed.weight.device
+        self.dtype: torch.dtype = model.dtype
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size: int = self.config.vocab_size
+        self.context_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.name: str | None = _public_name(model.config._name_or_path)
+        self.revision: str | None = getattr(model.config, "_commit_hash", None)
+        types = getattr(self.config, "layer_types", None)
+        self._layer_types: list[str] | None = sorted(set(types)) if types else None
+        self._window: int | None = getattr(self.config, "sliding_window", None)
+        if getattr(self.config, "use_sliding_window", True) is False:
+            self._window = None
+        if model not in _probed:
+            self._shapes: list[LayerShape] = []
+            with torch.no_grad(), self.evaluating():
+                self._probe()
+            _probed[model] = self._shapes
+        self._shapes = _probed[model]
+
+    def new_cache(self, *, batch: int, slots: int) -> SlotCache:
+        """Memory for `batch` rows of `slots` positions each."""
+        return SlotCache(self._shapes, batch=batch, slots=slots)
+
+    def forward(
+        self,
+        tree: DraftTree,
+        length: Int[Tensor, " B"],
+        cache: SlotCache,
+        select: Int[Tensor, " B"] | None = None,
+    ) -> tuple[Float[Tensor, "B M H"], Float[Tensor, "B M V"]]:
+        """One run of the model over trees whose nodes take the slots `length … length + N - 1` of their rows.
+
+        Returns hidden states, as the output head reads them, and logits: of every node (M = N), or with `select` of one
+        node a row (M = 1).
+        """
+        position = length[:, None] + tree.depth
+        if self.context_length is not None:  # nodes past the end are never kept, but tables must not be overrun
+            position = position.clamp(max=self.context_length - 1)
+        cache.slots = length[:, None] + torch.arange(tree.size, device=length.device)
+        with self._head_input(select) as captured:
+            output = self.model(
+                input_ids=tree.tokens,
+                position_ids=position,
+                attention_mask=self._mask(tree, length, cache.visible),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return _at(captured[0], select), output.logits
+
+    def hidden_states(
+        self, input_ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"]
+    ) -> Float[Tensor, "B P H"]:
+        """What the output head would read at every position of plain text, padded right; no logits are computed."""
+        with self._head_input(input_ids.new_zeros(input_ids.shape[0])) as captured:
+            self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=torch.arange(input_ids.shape[1], device=input_ids.device)[None],
+                use_cache=False,
+            )
+        return captured[0]
+
+    def check_drafter(self, config: DrafterConfig) -> None:
+        """Raises RedrafterError where a drafter was made for another model."""
+        made_for = config.target or "a model that it does not name"
+        this = self.name or "this model"
+        if (config.vocab_size, config.hidden_size) != (self.vocab_size, self.hidden_size):
+            raise RedrafterError(
+                f"This drafter was made for {made_for} (vocabulary {config.vocab_size}, hidden size "
+                f"{config.hidden_size}), not for {this} (vocabulary {self.vocab_size}, hidden size {self.hidden_size})."
+            )
+        if config.target and self.name and _base_name(config.target) != _base_name(self.name):
+            raise RedrafterError(
+                f"This drafter was made for {made_for}, not for {this}; if they are one model under two names, "
+                f'set "target" in the drafter\'s config.json to "{_base_name(self.name)}".'
+            )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode, so that dropout changes no text; put back afterwards."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    @contextmanager
+    def _head_input(self, select: Int[Tensor, " B"] | None) -> Iterator[list[Tensor]]:
+        """Captures what the output head is given, whatever the family calls it, and hands on `select` of it alone."""
+        captured: list[Tensor] = []
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            captured.append(args[0])
+            return (_at(args[0], select), *args[1:])
+
+        handle = self.head.register_forward_pre_hook(hook)
+        try:
+            yield captured
+        finally:
+            handle.remove()
+
+    def _mask(self, tree: DraftTree, length: Tensor, slots: int) -> Tensor | dict[str, Tensor]:
+        """The tree's attention mask in the form the family reads: additive, one for each type of layer."""
+
+        def additive(window: int | None) -> Tensor:
+            visible = tree_mask(tree, length, slots=slots, window=window)
+            mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
+            return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)[:, None]
+
+        if self._layer_types is None:
+            return additive(self._window)
+        return {kind: additive(self._window if kind == "sliding_attention" else None) for kind in self._layer_types}
+
+    def _probe(self) -> None:
+        """Learns what the layers keep, and holds a small tree of unequal rows against the model's own forward."""
+        ids = torch.arange(1, 9, device=self.device) % self.vocab_size
+        prompts = [ids[:2], ids[2:5]]
+        expected = []
+        for prompt in prompts:
+            with self._head_input(None) as captured:
+                output = self.model(input_ids=torch.cat((prompt, ids[5:7]))[None], use_cache=True)
+            if not captured:
+                raise self._refusal("its output head is not called as a module, so its input cannot be read")
+            expected.append(captured[0][0, -1])
+        for layer in getattr(output.past_key_values, "layers", []):
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if keys is None or values is None or keys.ndim != 4:
+                raise self._refusal("not all of its layers keep keys and values")
+            self._shapes.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device))
+        if not self._shapes:
+            raise self._refusal("it returns no cache of keys and values")
+        if expected[0].shape[-1] != self.hidden_size or self.embed.weight.shape[-1] != self.hidden_size:
+            raise self._refusal("its embedding, hidden state and output head differ in width")
+
+        cache = self.new_cache(batch=2, slots=8)
+        padded = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        start = torch.zeros(2, dtype=torch.long, device=self.device)
+        self.forward(chain(padded), start, cache)
+        tokens = torch.stack((ids[5], ids[7], ids[6])).expand(2, 3)  # a root and two children, the second one checked
+        parents = torch.zeros_like(tokens)
+        depth = torch.tensor([0, 1, 1], device=self.device).expand(2, 3)
+        tree = DraftTree(tokens, parents, depth, depth >= 0, ancestors_of(parents, max_depth=1))
+        hidden, _ = self.forward(tree, torch.tensor([2, 3], device=self.device), cache)
+        wanted = torch.stack(expected).double()
+        error = (hidden[:, 2].double() - wanted).norm() / wanted.norm()
+        if not error < (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1):
+            raise self._refusal("its states at the nodes of a tree differ from those of plain text")
+
+    def _refusal(self, reason: str) -> RedrafterError:
+        return RedrafterError(f"{type(self.model).__name__} cannot verify draft trees: {reason}.")
+
+
+def _refuse_by_structure(model: PreTrainedModel, config: Any) -> None:
+    """Raises RedrafterError for what can be told without running the model."""
+    attention = getattr(model.config, "_attn_implementation", None)
+    types = set(getattr(config, "layer_types", None) or [])
+    reason = None
+    if getattr(model.config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder"
+    elif not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        reason = "it has no language-model head"
+    elif getattr(model, "_is_stateful", False):
+        reason = "it keeps a recurrent state, which cannot branch"
+    elif "position_ids" not in inspect.signature(model.forward).parameters:
+        reason = "it takes no position_ids, so branches cannot share a position"
+    elif not types <= _LAYER_TYPES:
+        reason = f"its layers of type {', '.join(sorted(types - _LAYER_TYPES))} take no tree mask"
+    elif attention not in ("sdpa", "eager"):
+        reason = f"its attention implementation {attention} takes no tree mask; load it with attn_implementation='sdpa'"
+    if reason is not None:
+        raise RedrafterError(f"{type(model).__name__} cannot verify draft trees: {reason}.")
+
+
+def _at(hidden: Float[Tensor, "B N H"], select: Int[Tensor, " B"] | None) -> Float[Tensor, "B M H"]:
+    """One position of each row, or all where none is selected."""
+    return hidden if select is None else hidden.gather(1, select[:, None, None].expand(-1, 1, hidden.shape[-1]))
+
+
+def _public_name(told: str | None) -> str | None:
+    """A hub id as it is; of a local folder its own name alone, which is all that may leave the machine."""
+    if not told:
+        return None
+    folder = Path(told)
+    return _base_name(str(folder.resolve())) if folder.exists() or folder.is_absolute() else told
+
+
+def _base_name(name: str) -> str:
+    """The last part of a hub id or path, looking through the hub's cache folders."""
+    parts = Path(name).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    return cached[-1].split("--")[-1] if cached else parts[-1]

@@ -1,0 +1,33 @@
+"""Tokens to text, piece by piece."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Detokenizer:
+    """Turns a growing list of tokens into text that only ever grows.
+
+    A token that ends inside a character is held back until the character is whole.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.shown = 0  # tokens whose text has been given out
+        self.base = 0  # from where to decode, so that a word's leading space is seen
+
+    def push(self, token: int) -> str:
+        """The text that `token` adds, which may be none yet."""
+        self.ids.append(token)
+        before, after = self._decode(self.base, self.shown), self._decode(self.base, len(self.ids))
+        if len(after) <= len(before) or after.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self.base, self.shown = self.shown, len(self.ids)
+        return after[len(before) :]
+
+    def _decode(self, start: int, end: int) -> str:
+        return str(self.tokenizer.decode(self.ids[start:end], skip_special_tokens=True))

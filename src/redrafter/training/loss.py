@@ -1,0 +1,88 @@
+"""The drafter's training loss: a teacher-forced unroll of its one recurrence.
+
+As in the released script: at every position t of a trained stretch the drafter is given the target's hidden state there
+and the true tokens that follow, and is asked for each next one, `length` times.  Promises that no tensor of
+`length × positions × vocabulary` ever exists: the head and the cross-entropy run over chunks of positions, and are
+computed again in the backward pass.  Does not know files or the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from redrafter.drafter import RecurrentDrafter
+
+CHUNK = 1024
+"""Positions whose logits exist at one time."""
+
+IGNORED = -100
+"""Label of what is not to be learnt."""
+
+
+def windows(
+    input_ids: Int[Tensor, "B P"], trained: Bool[Tensor, "B P"], *, length: int
+) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"], Int[Tensor, "M length1"], Bool[Tensor, "M length"]]:
+    """Every place where drafting can begin: rows, positions t, tokens `t+1 … t+1+length` and which to predict.
+
+    The guaranteed token t+1 and every predicted one must be trained tokens, without a gap; a window of which nothing is
+    to be predicted is left out.  `length1 = length + 1`.
+    """
+    padded = torch.nn.functional.pad(input_ids, (0, length + 1))
+    wanted = torch.nn.functional.pad(trained, (0, length + 1))
+    tokens = padded.unfold(1, length + 1, 1)[:, 1:]  # [B, P, length + 1], entry t begins at t + 1
+    unbroken = wanted.unfold(1, length + 1, 1)[:, 1:].cumprod(dim=-1).bool()[..., 1:]
+    rows, positions = unbroken[..., 0].nonzero(as_tuple=True)
+    return rows, positions, tokens[rows, positions], unbroken[rows, positions]
+
+
+def unrolled_loss(
+    drafter: RecurrentDrafter,
+    embed: Callable[[Tensor], Tensor],
+    hidden: Float[Tensor, "B P H"],
+    input_ids: Int[Tensor, "B P"],
+    trained: Bool[Tensor, "B P"],
+    *,
+    length: int,
+    chunk: int = CHUNK,
+) -> Float[Tensor, ""]:
+    """Sum over the `length` draft positions of the mean cross-entropy (nats) of the true token.
+
+    `hidden` is what the target's output head reads, `embed` its token embedding, `trained` marks the tokens to learn.
+    Tokens outside the draft vocabulary are not learnt.  A batch without a trained window gives 0.
+    """
+    rows, positions, tokens, wanted = windows(input_ids, trained, length=length)
+    labels = _labels(drafter, tokens[:, 1:].contiguous()).masked_fill(~wanted, IGNORED)
+    context = hidden[rows, positions].to(drafter.dtype)
+    losses = []
+    state = None
+    for position in range(length):
+        state = drafter.step(state, embed(tokens[:, position]).to(drafter.dtype))
+        label = labels[:, position]
+        parts = zip(context.split(chunk), state.split(chunk), label.split(chunk), strict=True)
+        summed = [checkpoint(_summed_loss, drafter, *part, use_reentrant=False) for part in parts]
+        if summed:
+            losses.append(torch.stack(summed).sum() / (label != IGNORED).sum().clamp(min=1))
+    if not losses:  # keeps the graph, so that a batch with nothing to learn can pass through any trainer
+        return sum((p.sum() for p in drafter.parameters()), torch.zeros((), device=hidden.device)) * 0.0
+    return torch.stack(losses).sum()
+
+
+def _summed_loss(
+    drafter: RecurrentDrafter, context: Float[Tensor, "C H"], state: Float[Tensor, "C H"], label: Int[Tensor, " C"]
+) -> Float[Tensor, ""]:
+    logits = drafter.logits(context, state).float()
+    return cross_entropy(logits, label, ignore_index=IGNORED, reduction="sum")
+
+
+def _labels(drafter: RecurrentDrafter, tokens: Int[Tensor, "M length"]) -> Int[Tensor, "M length"]:
+    """Target ids as ids of the draft vocabulary, IGNORED where it lacks them."""
+    if drafter.draft_vocabulary is None:
+        return tokens
+    place = torch.searchsorted(drafter.draft_vocabulary, tokens).clamp(max=len(drafter.draft_vocabulary) - 1)
+    return torch.where(drafter.draft_vocabulary[place] == tokens, place, IGNORED)

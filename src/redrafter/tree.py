@@ -1,0 +1,94 @@
+"""Draft trees: what is proposed in one step, as fixed-shape tensors on the device.
+
+Dynamic tree attention (arXiv 2403.09919, section 3.3): beams that share a prefix are folded into one prefix tree by
+tensor operations at run time.  Promises: node 0 is the root, parents come before children, siblings hold different
+tokens, padding nodes come last.  Does not know who proposed the tokens, nor the target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A batch of trees of N nodes each; rows with fewer nodes are padded at the end."""
+
+    tokens: Int[Tensor, "B N"]
+    parents: Int[Tensor, "B N"]
+    """Node index of the parent; 0 for the root itself and for padding."""
+    depth: Int[Tensor, "B N"]
+    """Distance from the root; 0 for padding."""
+    valid: Bool[Tensor, "B N"]
+    ancestors: Bool[Tensor, "B N N"]
+    """`ancestors[b, n, m]`: node m is n or lies between n and the root.  Padding sees itself and the root."""
+
+    @property
+    def size(self) -> int:
+        """N, nodes counting the root and padding."""
+        return self.tokens.shape[1]
+
+    def trimmed(self) -> DraftTree:
+        """The same trees without the padding that no row needs.  Reads the device: for the CPU, where it is free."""
+        size = int(self.valid.sum(dim=1).max())
+        if size == self.size:
+            return self
+        return DraftTree(
+            self.tokens[:, :size],
+            self.parents[:, :size],
+            self.depth[:, :size],
+            self.valid[:, :size],
+            self.ancestors[:, :size, :size],
+        )
+
+
+def chain(tokens: Int[Tensor, "B N"]) -> DraftTree:
+    """Tokens one after another: a prompt's chunk, or with N = 1 the root alone, which is autoregressive decoding."""
+    batch, size = tokens.shape
+    index = torch.arange(size, device=tokens.device)
+    return DraftTree(
+        tokens=tokens,
+        parents=(index - 1).clamp(min=0).expand(batch, size),
+        depth=index.expand(batch, size),
+        valid=torch.ones_like(tokens, dtype=torch.bool),
+        ancestors=(index[:, None] >= index).expand(batch, size, size),
+    )
+
+
+def fold(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> DraftTree:
+    """Folds W beams of L tokens, all continuations of `root`, into prefix trees of N = 1 + W·L nodes.
+
+    Of all beams that agree up to a position the smallest owns the node there; nodes are numbered by depth, then beam.
+    """
+    batch, width, length = beams.shape
+    device = beams.device
+    same = (beams[:, :, None] == beams[:, None]).cumprod(dim=-1).bool()  # [B, W, W, L]: prefixes agree
+    owner = same.int().argmax(dim=2).transpose(1, 2)  # [B, L, W]: the smallest beam with this prefix
+    owned = owner == torch.arange(width, device=device)
+    number = owned.flatten(1).cumsum(dim=1)  # [B, L·W]: node numbers of owners, in order of depth
+    node = number.view(batch, length, width).gather(2, owner)  # [B, L, W]: the node of every beam at every depth
+    above = torch.cat((node.new_zeros(batch, 1, width), node[:, :-1]), dim=1)
+
+    size = 1 + width * length
+    place = torch.where(owned.flatten(1), number, size)  # what owns no node lands in a column that is cut off
+    depths = torch.arange(1, length + 1, device=device)[:, None].expand(batch, length, width)
+    source = torch.stack((beams.transpose(1, 2), above, depths, torch.ones_like(above))).flatten(2)
+    fields = source.new_zeros(4, batch, size + 1).scatter_(2, place.expand(4, -1, -1), source)[..., :size]
+    tokens, parents, depth, valid = fields.unbind()
+    tokens[:, 0], valid[:, 0] = root, 1
+    return DraftTree(tokens, parents, depth, valid.bool(), ancestors_of(parents, max_depth=length))
+
+
+def ancestors_of(parents: Int[Tensor, "B N"], *, max_depth: int) -> Bool[Tensor, "B N N"]:
+    """Each node's ancestors and itself, by following `parents` for `max_depth` steps."""
+    batch, size = parents.shape
+    node = torch.arange(size, device=parents.device).expand(batch, size)
+    found = parents.new_zeros((batch, size, size), dtype=torch.bool).scatter_(2, node[..., None], True)
+    for _ in range(max_depth):
+        node = parents.gather(1, node)
+        found.scatter_(2, node[..., None], True)
+    return found

@@ -1,0 +1,92 @@
+"""Shared by all tests: shapes are checked at every call, `torch.empty` holds NaN, models are tiny and random."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys
+import warnings
+
+with warnings.catch_warnings():  # third parties' own warnings at import are not ours to mend
+    warnings.simplefilter("ignore")
+    import transformers
+    from jaxtyping import install_import_hook
+
+    if "redrafter" in sys.modules:
+        raise RuntimeError("redrafter was imported before its shapes could be checked")
+    install_import_hook("redrafter", "beartype.beartype")
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "redrafter", deadline=None, suppress_health_check=list(HealthCheck), max_examples=40, derandomize=True
+)
+settings.load_profile("redrafter")
+torch.set_num_threads(1)  # the suite runs in parallel
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
+"""Models that others trained; tests that use them skip where they are absent."""
+
+
+def tiny_model(family: str = "llama", *, seed: int = 0, spread: float = 0.4, **changes: object):
+    """A random causal language model of two layers; `spread` sets logits far enough apart for a clear choice."""
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": spread,
+    }
+    if family == "gpt2":
+        shape = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "eos_token_id": 2}
+        shape |= {"initializer_range": spread, "bos_token_id": 1, "pad_token_id": 0}
+    if family == "gemma3_text":
+        shape |= {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    if family in ("bloom", "mpt"):
+        shape = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4, "d_model": 32, "n_heads": 4}
+    if family == "mamba":
+        shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    config = transformers.AutoConfig.for_model(family, **(shape | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = None  # a random model must not end by chance
+    return model
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return tiny_model()
+
+
+def greedy(model, prompt: list[int], count: int) -> list[int]:
+    """What transformers' own greedy generation adds to a prompt."""
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, pad_token_id=0
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.fixture
+def shared_models() -> Path:
+    if not MODELS.is_dir():
+        pytest.skip("the models that others trained are not here")
+    return MODELS

@@ -1,0 +1,67 @@
+"""Beam search against one written with lists, on random drafters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from redrafter.beam import beam_search
+from redrafter.config import DrafterConfig
+from redrafter.drafter import RecurrentDrafter
+
+
+def random_drafter(*, seed: int, rnn: bool, exit_dim: int, vocabulary: int = 11, draft: int | None = None):
+    torch.manual_seed(seed)
+    config = DrafterConfig(
+        vocab_size=vocabulary, hidden_size=6, exit_dim=exit_dim, num_draft_layers=1, rnn=rnn, draft_vocab_size=draft
+    )
+    drafter = RecurrentDrafter(config).double()
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    if draft:
+        drafter.draft_vocabulary = torch.randperm(vocabulary)[:draft].sort().values
+    return drafter, torch.nn.Embedding(vocabulary, 6).double()
+
+
+def plain_beam_search(drafter, embedding, context, root: int, width: int, length: int):
+    """Plain reference for one row: every beam grown by every token, the best kept."""
+    ids = range(drafter.config.head_size) if drafter.draft_vocabulary is None else drafter.draft_vocabulary.tolist()
+    beams = [([], 0.0, drafter.step(None, embedding(torch.tensor(root))))]
+    for _ in range(length):
+        grown = []
+        for tokens, score, state in beams:
+            log_probabilities = drafter.logits(context, state).log_softmax(-1).tolist()
+            for token, gain in zip(ids, log_probabilities, strict=True):
+                grown.append(([*tokens, token], score + gain, state))
+        grown.sort(key=lambda beam: -beam[1])
+        beams = [(t, s, drafter.step(state, embedding(torch.tensor(t[-1])))) for t, s, state in grown[:width]]
+    return [(tokens, score) for tokens, score, _ in beams]
+
+
+@given(
+    st.integers(0, 2**31),
+    st.booleans(),
+    st.sampled_from([12, 5]),
+    st.sampled_from([None, 7]),
+    st.integers(1, 6),
+    st.integers(1, 4),
+)
+@torch.no_grad()
+def test_agrees_with_the_plain_search(seed, rnn, exit_dim, draft, width, length):
+    drafter, embedding = random_drafter(seed=seed, rnn=rnn, exit_dim=exit_dim, draft=draft)
+    context, root = torch.randn(3, 6, dtype=torch.double), torch.tensor([1, 4, 10])
+    beams, scores = beam_search(drafter, embedding, context, root, width=width, length=length)
+    for row in range(3):
+        expected = plain_beam_search(drafter, embedding, context[row], int(root[row]), width, length)
+        assert beams[row].tolist() == [tokens for tokens, _ in expected]
+        assert scores[row].tolist() == pytest.approx([score for _, score in expected], abs=1e-4)
+
+
+def test_wider_than_the_vocabulary_is_refused():
+    drafter, embedding = random_drafter(seed=0, rnn=True, exit_dim=12)
+    with pytest.raises(ValueError, match="exceeds the 11 tokens"):
+        beam_search(
+            drafter, embedding, torch.zeros(1, 6, dtype=torch.double), torch.tensor([0]), width=12, length=1
+        )
