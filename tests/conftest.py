@@ -17,7 +17,8 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
 
     if "redrafter" in sys.modules:
         raise RuntimeError("redrafter was imported before its shapes could be checked")
-    install_import_hook("redrafter", "beartype.beartype")
+    core = ("beam", "cache", "checking", "decoding", "drafter", "proposers", "target", "training", "tree", "verify")
+    install_import_hook([f"redrafter.{name}" for name in core], "beartype.beartype")
 
 from pathlib import Path
 
@@ -90,3 +91,38 @@ def shared_models() -> Path:
     if not MODELS.is_dir():
         pytest.skip("the models that others trained are not here")
     return MODELS
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A tiny random model with a byte tokenizer and a chat template, as a user would have it on disk."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{% for m in messages %}<s>{{ m.role[0] + ':' + m.content + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<s>a:{% endif %}",
+    ).save_pretrained(folder)
+    tiny_model(vocab_size=len(vocabulary)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drafter_folder(model_folder) -> Path:
+    """A random drafter for it."""
+    from redrafter import RecurrentDrafter
+
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    folder = model_folder.parent / "drafter"
+    RecurrentDrafter.for_target(model, beam_length=3, beam_width=4).save_pretrained(folder)
+    return folder

@@ -62,6 +62,4 @@ def test_agrees_with_the_plain_search(seed, rnn, exit_dim, draft, width, length)
 def test_wider_than_the_vocabulary_is_refused():
     drafter, embedding = random_drafter(seed=0, rnn=True, exit_dim=12)
     with pytest.raises(ValueError, match="exceeds the 11 tokens"):
-        beam_search(
-            drafter, embedding, torch.zeros(1, 6, dtype=torch.double), torch.tensor([0]), width=12, length=1
-        )
+        beam_search(drafter, embedding, torch.zeros(1, 6, dtype=torch.double), torch.tensor([0]), width=12, length=1)

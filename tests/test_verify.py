@@ -17,9 +17,7 @@ def plain_walk(tree, choice, row: int) -> list[int]:
         following = [
             n
             for n in range(1, tree.size)
-            if tree.valid[row, n]
-            and tree.parents[row, n] == path[-1]
-            and tree.tokens[row, n] == choice[row, path[-1]]
+            if tree.valid[row, n] and tree.parents[row, n] == path[-1] and tree.tokens[row, n] == choice[row, path[-1]]
         ]
         if not following:
             return path

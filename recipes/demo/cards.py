@@ -17,10 +17,9 @@ github.com/google-research-datasets/dstc8-schema-guided-dialogue | CC BY-SA 4.0 
 | python_stdlib | source code | CPython's standard library (Python Software Foundation) | PSF-2.0 |
 """
 
-SHARE_ALIKE = (
-    "The weights are offered under CC BY-SA 4.0, the widest of their data's terms, with attribution as in the table; "
-    "the texts were cut into tokens and otherwise unchanged."
-)
+SHARE_ALIKE = """\
+The weights are offered under CC BY-SA 4.0, the widest of their data's terms, with attribution as in the table; the
+texts were cut into tokens and otherwise unchanged."""
 
 
 def write(target: Path, drafter: Path) -> None:
@@ -36,9 +35,10 @@ language: en
 
 # {target.name}
 
-A chat model of {made["parameters"]:,} parameters (Llama shape, 16 layers of width 256, 4,096 tokens) that books tables
-and buses, tries small sums and writes a few lines of code or prose. It exists to show drafting at work on a CPU, and
-knows nothing worth relying on: names, prices and results are invented.
+A chat model of {made["parameters"]:,} parameters (Llama shape: 16 layers of width 256, a vocabulary of 4,096, a context
+of 1,024) that books tables and buses, tries small sums and writes a few lines of code or prose. It exists to show
+drafting at work on a CPU, and knows nothing worth relying on: names, prices and results are invented, and long prose
+goes round in circles.
 
 ## Data and licences
 
@@ -48,8 +48,8 @@ knows nothing worth relying on: names, prices and results are invented.
 ## Training
 
 From scratch by `recipes/demo` of redrafter on one {made["device"]}: {made["steps"]:,} steps of {made["batch"]}
-windows of 1,024 tokens ({made["tokens"]:,} tokens) in {made["minutes"]:g} minutes, AdamW with a cosine rate,
-bfloat16 arithmetic, torch {made["torch"]}. Loss on held-out rows, in nats a token:
+windows of 1,024 tokens ({made["tokens"]:,} tokens) in {made["minutes"]:g} minutes, AdamW with a cosine rate and
+dropout, bfloat16 arithmetic, torch {made["torch"]}. Loss on held-out rows, in nats a token:
 
 | file | loss |
 |---|---|
@@ -74,13 +74,16 @@ tags:
 
 # Recurrent drafter for {target.name}
 
-Trained by `recipes/demo` of redrafter on one {trained["device"]} on {trained["answers"]:,} greedy answers
-({trained["answer_tokens"]:,} tokens) that the target itself wrote to prompts from sgd, gsm8k_train and gpteacher:
-{trained["epochs"]:g} epochs, {trained["seconds"]} seconds in all, {trained["seconds_writing_answers"]} of them for the
-answers. Data, sources and terms are those of the target, whose card lists them. {SHARE_ALIKE}
+Trained by `recipes/demo` of redrafter on one {trained["device"]} on {trained["answers"]:,} greedy
+answers ({trained["answer_tokens"]:,} tokens) that the target itself wrote to prompts from sgd, gsm8k_train and
+gpteacher: {trained["epochs"]:g} epochs, {trained["seconds"]} seconds in all, {trained["seconds_writing_answers"]} of
+them for the answers. Data and sources are those of the target:
 
-Tokens per step on prompts held out of training, greedy, 8 beams of 4 tokens, and share of drafts accepted at
-positions 1 to 4:
+{DATA}
+{SHARE_ALIKE}
+
+Tokens per step on prompts held out of training, greedy, {trained["beam_width"]} beams of {trained["beam_length"]}
+tokens, and share of drafts accepted at each position:
 
 | file | tokens per step | accepted |
 |---|---|---|

@@ -19,9 +19,9 @@ from redrafter import RecurrentDrafter, generate
 from redrafter.training.data import Row, most_frequent
 from redrafter.training.trainer import Recipe, run
 
-TURNS = 3  # answers asked for in one dialogue
+TURNS = 2  # answers asked for in one dialogue
 PROMPT, ANSWER = 512, 160  # tokens at most
-LENGTH, WIDTH, VOCABULARY = 5, 8, 2048
+LENGTH, WIDTH, VOCABULARY = 5, 4, 2048  # of the widths tried, 4 decodes fastest on two CPU cores
 HELD_OUT_PROMPTS = 64  # of each file
 
 
@@ -54,6 +54,21 @@ def answers(model, prompts: list[list[int]], batch: int) -> list[Row]:
     return out
 
 
+def figures(data: Path, model, drafter: RecurrentDrafter, tokenizer) -> dict[str, dict]:
+    """Tokens per step and share of drafts accepted at each position, on held-out prompts of each file."""
+    found = {}
+    for name in CHAT_FILES:
+        prompts = contexts(data, name, tokenizer, held_out=True)[:HELD_OUT_PROMPTS]
+        stats = generate(model, drafter, prompts, max_new_tokens=ANSWER).stats
+        drafts = stats.steps - len(prompts)
+        found[name] = {
+            "tokens_per_step": round(stats.tokens_per_step, 3),
+            "accepted_by_position": [round(count / drafts, 3) for count in stats.accepted_by_position],
+        }
+        print(name, json.dumps(found[name]), flush=True)
+    return found
+
+
 def train(data: Path, target: Path, output: Path, *, epochs: float, device: torch.device, limit: int | None) -> None:
     """Answers, then training, then the figures on held-out prompts; `limit` prompts a file at most."""
     torch.manual_seed(0)
@@ -63,7 +78,7 @@ def train(data: Path, target: Path, output: Path, *, epochs: float, device: torc
     tokenizer = AutoTokenizer.from_pretrained(target)
     on_gpu = device.type == "cuda"
     prompts = [p for name in CHAT_FILES for p in contexts(data, name, tokenizer, held_out=False)[:limit]]
-    learnt = answers(model, prompts, batch=2048 if on_gpu else 32)
+    learnt = answers(model, prompts, batch=1024 if on_gpu else 32)
     wrote = time.perf_counter() - begin
     tokens = sum(sum(row.trained) for row in learnt)
     print(f"the target wrote {len(learnt):,} answers, {tokens:,} tokens, in {wrote:.0f} s", flush=True)
@@ -74,21 +89,11 @@ def train(data: Path, target: Path, output: Path, *, epochs: float, device: torc
         beam_width=WIDTH,
         draft_vocabulary=most_frequent(learnt, VOCABULARY),
     )
-    recipe = Recipe(epochs=epochs, batch_size=256 if on_gpu else 16, learning_rate=2e-3, save_steps=10_000)
+    recipe = Recipe(epochs=epochs, batch_size=128 if on_gpu else 16, learning_rate=2e-3, save_steps=10_000)
     loss = run(model, drafter, learnt, output, recipe, resume=False)
     drafter.to(torch.bfloat16).save_pretrained(output)
 
     drafter.to(torch.float32)  # what is measured are the rounded weights
-    figures = {}
-    for name in CHAT_FILES:
-        held_out = contexts(data, name, tokenizer, held_out=True)[:HELD_OUT_PROMPTS]
-        stats = generate(model, drafter, held_out, max_new_tokens=ANSWER, beam_length=4).stats
-        drafts = stats.steps - len(held_out)
-        figures[name] = {
-            "tokens_per_step": round(stats.tokens_per_step, 3),
-            "accepted_by_position": [round(count / drafts, 3) for count in stats.accepted_by_position],
-        }
-        print(name, json.dumps(figures[name]), flush=True)
     record = {
         "answers": len(learnt),
         "answer_tokens": tokens,
@@ -96,7 +101,9 @@ def train(data: Path, target: Path, output: Path, *, epochs: float, device: torc
         "training_loss": round(loss, 4),
         "seconds": round(time.perf_counter() - begin),
         "seconds_writing_answers": round(wrote),
-        "held_out": figures,
+        "held_out": figures(data, model, drafter, tokenizer),
+        "beam_width": WIDTH,
+        "beam_length": LENGTH,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "torch": torch.__version__,
     }

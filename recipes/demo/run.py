@@ -23,10 +23,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the files that README.md names")
     parser.add_argument("--output", type=Path, required=True, help=f"where {TARGET}/ and {DRAFTER}/ are written")
-    parser.add_argument("--target-minutes", type=float, default=6.0)
+    parser.add_argument("--target-minutes", type=float, default=7.0)
     parser.add_argument("--batch", type=int, default=64, help="windows of 1,024 tokens in a step of the target")
     parser.add_argument("--drafter-epochs", type=float, default=4.0)
-    parser.add_argument("--prompts", type=int, help="prompts of each file that the target answers (default: all)")
+    parser.add_argument("--prompts", type=int, default=15_000, help="prompts of each file that the target answers")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, head = given.output / TARGET, given.output / DRAFTER

@@ -26,23 +26,33 @@ class LayerShape:
     device: torch.device
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's view of the cache; models call `update` without positions, so it asks its owner for the slots."""
+@dataclass
+class Window:
+    """What the layers' next update reads and writes; shared by all of them."""
 
-    def __init__(self, owner: SlotCache, keys: Tensor, values: Tensor):
+    slots: Int[Tensor, "B Q"]
+    """Where the new keys and values go."""
+    visible: int
+    """Slots that attention sees, from the first."""
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's view of the cache; models call `update` without positions, so the shared window tells the slots."""
+
+    def __init__(self, window: Window, keys: Tensor, values: Tensor):
         super().__init__()
-        self.owner, self.keys, self.values, self.is_initialized = owner, keys, values, True
+        self.window, self.keys, self.values, self.is_initialized = window, keys, values, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes the new states [B, heads, Q, size] at the owner's slots; returns all visible slots."""
-        slots, visible = self.owner.slots.to(self.keys.device), self.owner.visible
+        """Writes the new states [B, heads, Q, size] at the window's slots; returns all visible slots."""
+        slots, visible = self.window.slots.to(self.keys.device), self.window.visible
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             buffer.scatter_(2, slots[:, None, :, None].expand_as(states), states)
         return self.keys[:, :, :visible], self.values[:, :, :visible]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Visible slots, no offset.  Only consulted where a model ignores the mask it is given."""
-        return self.owner.visible, 0
+        return self.window.visible, 0
 
     def get_seq_length(self) -> int:
         """Always 0: rows differ, and positions are always passed."""
@@ -53,16 +63,17 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys.shape[2]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: allocated by the owner."""
+        """Nothing to do: allocated by the cache."""
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """All layers' keys and values, each kind of layer in one tensor [layers, B, heads, S, size]."""
+    """All layers' keys and values, each kind of layer in one tensor [layers, B, heads, S, size].
+
+    Layers do not know the cache, so that its memory is free the moment it is dropped.
+    """
 
     def __init__(self, shapes: list[LayerShape], *, batch: int, slots: int):
-        self.slots: Int[Tensor, "B Q"] = torch.empty((batch, 0), dtype=torch.long)
-        self.visible = slots
-        self.capacity = slots
+        self.window = Window(torch.zeros((batch, 0), dtype=torch.long), slots)
         self.pools: list[Tensor] = []
         layers: dict[int, SlotLayer] = {}
         for shape in dict.fromkeys(shapes):
@@ -72,7 +83,7 @@ class SlotCache(Cache):  # type: ignore[misc]
                 for size in (shape.key_size, shape.value_size)
             )
             self.pools += [keys, values]
-            layers |= {member: SlotLayer(self, keys[i], values[i]) for i, member in enumerate(members)}
+            layers |= {member: SlotLayer(self.window, keys[i], values[i]) for i, member in enumerate(members)}
         super().__init__(layers=[layers[i] for i in range(len(shapes))])
 
     def keep(self, path: Int[Tensor, "B K"], length: Int[Tensor, " B"]) -> None:

@@ -7,15 +7,12 @@ differently between two all but equal logits.  Does not excuse anything else.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from redrafter.decoding import generate
 from redrafter.drafter import RecurrentDrafter
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ROUNDING = 8
 """Roundings of the largest logit, in units of the dtype's epsilon, by which two ways to compute a logit may differ.

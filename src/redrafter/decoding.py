@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from redrafter.cache import SlotCache
 from redrafter.drafter import RecurrentDrafter
@@ -23,9 +24,6 @@ from redrafter.proposers import Proposer, RecurrentProposer
 from redrafter.target import Target
 from redrafter.tree import chain
 from redrafter.verify import walk
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PREFILL_CHUNK = 512
 """Prompt tokens that one run of the target takes in; bounds the memory of masks and activations."""
@@ -147,7 +145,7 @@ def prefill(target: Target, prompts: list[list[int]], cache: SlotCache) -> State
         tokens = padded[:, start : start + PREFILL_CHUNK]
         last = lengths - 1 - start
         select = last.clamp(0, tokens.shape[1] - 1)
-        cache.visible = start + tokens.shape[1]
+        cache.window.visible = start + tokens.shape[1]
         hidden, logits = target.forward(chain(tokens), torch.full_like(lengths, start), cache, select)
         here = select == last  # rows whose prompt ends in this chunk
         root = torch.where(here, logits[:, 0].argmax(dim=-1), root)
@@ -272,7 +270,7 @@ def _events(
             with torch.inference_mode():
                 alive = torch.tensor([int(row in left) for row in range(len(prompts))])
                 state = replace(state, alive=alive.to(target.device, non_blocking=True))
-                cache.visible = max(committed) + size
+                cache.window.visible = max(committed) + size
                 state, emitted = step(target, proposer, state)
                 read = torch.cat((emitted.accepted[:, None], emitted.drafted[:, None], emitted.tokens), dim=1).tolist()
             events = []

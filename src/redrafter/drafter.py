@@ -8,18 +8,15 @@ know beams, trees or the target's forward pass; the token embedding is the targe
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from redrafter import hub
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class ResidualBlock(nn.Module):

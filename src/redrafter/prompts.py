@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from redrafter.errors import RedrafterError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def read_json_lines(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -32,6 +31,14 @@ def read_json_lines(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]
             raise RedrafterError(f"{file} cannot be read: {error.strerror}.") from None
         except UnicodeDecodeError:
             raise RedrafterError(f"{file} is not UTF-8 text.") from None
+
+
+def read_prompts(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """All rows of a prompts file with their places.  Raises RedrafterError where there is none."""
+    records = list(read_json_lines([file]))
+    if not records:
+        raise RedrafterError(f"{file} holds no prompt.")
+    return records
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
@@ -54,7 +61,10 @@ def prompt_ids(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where
         end = tokenizer.eos_token_id
         ids = ids[:-1] if len(ids) > 1 and ids[-1] == end else ids  # some tokenizers close every text
     else:
-        ids = chat_ids(conversation(record, where), tokenizer, where)
+        messages = conversation(record, where)
+        if not getattr(tokenizer, "chat_template", None):
+            raise RedrafterError(f'{where}: the tokenizer has no chat template; give rows with "prompt" instead.')
+        ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
     if not ids:
         raise RedrafterError(f"{where}: the prompt is empty.")
     return ids
@@ -63,17 +73,15 @@ def prompt_ids(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where
 def conversation(record: dict[str, Any], where: str) -> list[dict[str, str]]:
     """The messages of a prompt row, which must end with a turn to answer."""
     if isinstance(record.get("turns"), list) and record["turns"]:
-        return [{"role": "user", "content": str(record["turns"][0])}]
-    messages = record.get("messages")
+        messages: Any = [{"role": "user", "content": str(record["turns"][0])}]
+    else:
+        messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RedrafterError(f'{where}: a prompt row needs "prompt", "messages" or "turns".')
     if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
         raise RedrafterError(f'{where}: every message needs a "role" and a "content".')
-    return messages[:-1] if messages[-1]["role"] == "assistant" and len(messages) > 1 else messages
-
-
-def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
-    """Token ids of a conversation that the assistant is to continue."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise RedrafterError(f'{where}: the tokenizer has no chat template; give rows with "prompt" instead.')
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    if messages[-1]["role"] == "assistant" and len(messages) > 1:
+        messages = messages[:-1]
+    if not messages[-1].get("content"):
+        raise RedrafterError(f"{where}: the prompt is empty.")
+    return messages  # type: ignore[no-any-return]

@@ -12,19 +12,17 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from redrafter.cache import LayerShape, SlotCache
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
 from redrafter.tree import DraftTree, ancestors_of, chain
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _probed: weakref.WeakKeyDictionary[nn.Module, list[LayerShape]] = weakref.WeakKeyDictionary()
@@ -97,12 +95,12 @@ class Target:
         position = length[:, None] + tree.depth
         if self.context_length is not None:  # nodes past the end are never kept, but tables must not be overrun
             position = position.clamp(max=self.context_length - 1)
-        cache.slots = length[:, None] + torch.arange(tree.size, device=length.device)
+        cache.window.slots = length[:, None] + torch.arange(tree.size, device=length.device)
         with self._head_input(select) as captured:
             output = self.model(
                 input_ids=tree.tokens,
                 position_ids=position,
-                attention_mask=self._mask(tree, length, cache.visible),
+                attention_mask=self._mask(tree, length, cache.window.visible),
                 past_key_values=cache,
                 use_cache=True,
             )

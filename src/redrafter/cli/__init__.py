@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from redrafter import __version__
 from redrafter.cli.check import check
 from redrafter.cli.demo import demo
 from redrafter.cli.generate import generate
@@ -25,9 +26,16 @@ for command in (demo, generate, train, check, info):
     app.command()(command)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"redrafter {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; may stand anywhere."),
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Say which version it is."),
 ) -> None:
     """Options of all commands."""
 

@@ -24,11 +24,11 @@ def check(
     """Decode with and without the drafter; exit status 1 if texts part where rounding does not explain it."""
     from redrafter.checking import compare
     from redrafter.cli.loading import load_drafter, load_model
-    from redrafter.prompts import prompt_ids, read_json_lines
+    from redrafter.prompts import prompt_ids, read_prompts
 
     target, tokenizer = load_model(model, dtype, device)
     head = load_drafter(drafter, target)
-    ids = [prompt_ids(record, tokenizer, where) for where, record in read_json_lines([prompts])]
+    ids = [prompt_ids(record, tokenizer, where) for where, record in read_prompts(prompts)]
     report = compare(
         target,
         head,

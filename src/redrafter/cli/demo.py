@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from redrafter.drafter import RecurrentDrafter
 
 PROMPTS = (
-    "I want to book a table for two at an Italian restaurant in San Jose.",
-    "Can you find me a bus from Los Angeles to San Diego for tomorrow morning?",
-    "What will the weather be like in Seattle on Saturday?",
-    "I need a hotel in London for three nights.",
-    "Tom has 12 apples. He buys 8 more and gives 5 to Anna. How many apples does he have now?",
-    "Write a Python function that adds two numbers.",
-    "Describe a quiet morning by the sea.",
-    "I would like to watch a comedy tonight. What can you suggest?",
+    "I want to book a table for two at Gusto Pizzeria in San Jose at 7 pm tonight.",
+    "Please find me a hotel in New York with a good rating.",
+    "I need a bus from Los Angeles to San Diego on March 3rd at 10 am for two people.",
+    "I am looking for a two bedroom apartment in San Jose.",
+    "Ben had 20 marbles and lost 5 of them. How many marbles does he have left?",
+    "Write a Java method that returns the sum of an array.",
+    "Write a Python function that counts the vowels in a string.",
+    "You are an astronaut. Describe the view of the Earth.",
 )
 
 
@@ -42,15 +42,17 @@ def demo(
     from rich.console import Console
 
     from redrafter.cli.loading import demo_folder, load_drafter, load_model
-    from redrafter.prompts import chat_ids
+    from redrafter.prompts import prompt_ids
 
-    model, tokenizer = load_model(str(demo_folder() / "target"), device="cpu")
+    model, tokenizer = load_model(str(demo_folder() / "redrafter-demo-12m"), device="cpu")
     drafter = load_drafter(str(demo_folder() / "drafter"), model)
     console = Console(highlight=False)
+    if not as_json:
+        console.print("[green]Green[/green]: drafted and accepted; plain: written by the model itself.")
     settings = {"max_new_tokens": max_new_tokens, "beam_width": beam_width, "beam_length": beam_length}
     rows, by_position = [], [0] * (beam_length or drafter.config.beam_length)
     for text in prompt or PROMPTS:
-        ids = chat_ids([{"role": "user", "content": text}], tokenizer, "--prompt")
+        ids = prompt_ids({"messages": [{"role": "user", "content": text}]}, tokenizer, "--prompt")
         if not as_json:
             _show(console, model, tokenizer, drafter, text, ids, settings)
         row, stats = _measure(model, tokenizer, drafter, text, ids, settings, repeats)
@@ -123,22 +125,23 @@ def _measure(
 
 
 def _table(console: Console, rows: list[dict[str, Any]], by_position: list[int], speed_up: float) -> None:
+    """The short table and what it comes to."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="\nThe same text, with and without the drafter", title_justify="left", title_style="bold")
-    table.add_column("prompt", no_wrap=True, max_width=32)
-    for name in ("tokens", "steps", "tokens per step", "alone, s", "drafted, s", "speed-up"):
-        table.add_column(name, justify="right")
-    table.add_column("same text")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("prompt", no_wrap=True, max_width=20)
+    for name in ("tokens", "tokens/step", "alone", "drafted", "faster"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("same", no_wrap=True)
     for row in rows:
         alone, drafted = row["seconds_autoregressive"], row["seconds_drafted"]
         table.add_row(
             row["prompt"],
             str(row["tokens"]),
-            str(row["steps"]),
             f"{row['tokens_per_step']:.2f}",
-            f"{alone:.2f}",
-            f"{drafted:.2f}",
+            f"{alone:.2f} s",
+            f"{drafted:.2f} s",
             f"{alone / drafted:.2f}x",
             "yes" if row["same_text"] else "NO",
         )
@@ -146,6 +149,7 @@ def _table(console: Console, rows: list[dict[str, Any]], by_position: list[int],
     tokens, steps = sum(r["tokens"] for r in rows), sum(r["steps"] for r in rows)
     drafts = steps - len(rows)  # the prompt's own run drafts nothing
     shares = ", ".join(f"{count / max(1, drafts):.0%}" for count in by_position)
-    console.print(f"tokens per step: {tokens / steps:.2f}; drafts accepted at position 1, 2, …: {shares}")
+    console.print(f"tokens per step: {tokens / steps:.2f}")
+    console.print(f"drafts accepted at positions 1 to {len(by_position)}: {shares}")
     console.print(f"median speed-up on this machine: {speed_up:.2f}x")
     console.print(f"same text: {'yes' if all(r['same_text'] for r in rows) else 'NO'}")

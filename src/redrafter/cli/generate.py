@@ -40,9 +40,9 @@ def generate(
 
     from redrafter.cli.loading import load_drafter, load_model
     from redrafter.decoding import generate as decode
-    from redrafter.prompts import conversation, prompt_ids, read_json_lines
+    from redrafter.prompts import conversation, prompt_ids, read_prompts
 
-    records = [("--prompt", {"prompt": prompt})] if prompts is None else list(read_json_lines([prompts]))
+    records = [("--prompt", {"prompt": prompt})] if prompts is None else read_prompts(prompts)
     if chat:
         records = [
             (where, {"messages": [{"role": "user", "content": record["prompt"]}]} if "prompt" in record else record)

@@ -51,7 +51,7 @@ def train(
     from redrafter.training.data import most_frequent, read_rows
     from redrafter.training.trainer import Recipe, newest_checkpoint, run
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     target, tokenizer = load_model(model, dtype, device)
     limit = Target(target).context_length or max_length
     rows = read_rows([*data, *(more or [])], tokenizer, max_length=min(max_length, limit))

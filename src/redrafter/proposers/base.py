@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from redrafter.tree import DraftTree
 
 
+@runtime_checkable
 class Proposer(Protocol):
     """Proposes trees of a fixed shape.  Decoding is exact whatever they hold."""
 

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from redrafter.drafter import RecurrentDrafter
 
-CHUNK = 1024
-"""Positions whose logits exist at one time."""
+LOGITS = 2**26
+"""Logits that exist at one time: 256 MB in float32."""
 
 IGNORED = -100
 """Label of what is not to be learnt."""
@@ -49,13 +49,15 @@ def unrolled_loss(
     trained: Bool[Tensor, "B P"],
     *,
     length: int,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over the `length` draft positions of the mean cross-entropy (nats) of the true token.
 
     `hidden` is what the target's output head reads, `embed` its token embedding, `trained` marks the tokens to learn.
-    Tokens outside the draft vocabulary are not learnt.  A batch without a trained window gives 0.
+    Tokens outside the draft vocabulary are not learnt.  A batch without a trained window gives 0.  `chunk` positions
+    are scored at a time, by default as many as LOGITS allows.
     """
+    chunk = chunk or max(1, LOGITS // drafter.config.head_size)
     rows, positions, tokens, wanted = windows(input_ids, trained, length=length)
     labels = _labels(drafter, tokens[:, 1:].contiguous()).masked_fill(~wanted, IGNORED)
     context = hidden[rows, positions].to(drafter.dtype)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from redrafter import hub
 from redrafter.drafter import RecurrentDrafter
@@ -21,9 +21,6 @@ from redrafter.errors import RedrafterError
 from redrafter.target import Target
 from redrafter.training.data import Row, collate
 from redrafter.training.loss import unrolled_loss
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 COMPLETE = "complete"
 """Empty file that marks a checkpoint as whole; it is written after all else."""
@@ -57,8 +54,13 @@ class Unrolled(nn.Module):
         (target,) = self.target
         with torch.no_grad(), target.evaluating(), torch.autocast(target.device.type, enabled=False):
             hidden = target.hidden_states(input_ids, attention_mask)
+
+        def embed(tokens: Tensor) -> Tensor:
+            embedding: Tensor = target.embed(tokens)
+            return embedding.detach()
+
         length = self.drafter.config.beam_length
-        return {"loss": unrolled_loss(self.drafter, target.embed, hidden, input_ids, trained, length=length)}
+        return {"loss": unrolled_loss(self.drafter, embed, hidden, input_ids, trained, length=length)}
 
 
 class MarkComplete(TrainerCallback):  # type: ignore[misc]
@@ -90,8 +92,6 @@ def run(
         raise RedrafterError(f"There is no checkpoint to resume from in {checkpoints}.")
     if not resume and latest is not None:
         raise RedrafterError(f"{output} holds an unfinished run: pass --resume, or another --output.")
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=recipe.epochs,

@@ -1,0 +1,279 @@
+"""Every command as a user types it, with good input and with bad."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from conftest import greedy, tiny_model
+from redrafter import RecurrentDrafter, __version__
+from redrafter.cli import main
+
+
+@pytest.fixture
+def say(capsys):
+    """Runs the command line; returns exit status, stdout and stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    rows = [{"prompt": "Once"}, {"messages": [{"role": "user", "content": "hi"}], "id": 7}, {"turns": ["a", "b"]}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def refusal(answer: tuple[int, str, str]) -> str:
+    """The one sentence of a refusal."""
+    status, out, err = answer
+    assert status == 2, (out, err)
+    assert out == ""
+    assert err.startswith("redrafter: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "train", "check", "info"])
+def test_help_names_every_command_and_every_option(say, command):
+    status, out, _ = say("--help")
+    assert status == 0
+    assert command in out
+    status, out, _ = say(command, "--help")
+    assert status == 0
+    assert "--help" in out
+
+
+def test_the_version(say):
+    assert say("--version")[:2] == (0, f"redrafter {__version__}\n")
+
+
+def test_generate_is_what_transformers_writes(say, model_folder, drafter_folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    expected = tokenizer.decode(greedy(model, tokenizer("Once").input_ids, 12), skip_special_tokens=True)
+    command = ["generate", "--model", model_folder, "--prompt", "Once", "--max-new-tokens", 12]
+    for drafting in (["--drafter", drafter_folder], ["--no-drafter"]):
+        status, out, err = say(*command, *drafting)
+        assert (status, out) == (0, expected + "\n")
+        assert "12 tokens" in err
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_a_file_is_answered_in_its_order_a_line_each(say, model_folder, drafter_folder, prompts, batch_size):
+    status, out, _ = say(
+        "generate", "--model", model_folder, "--drafter", drafter_folder, "--prompts", prompts,
+        "--batch-size", batch_size, "--max-new-tokens", 9, "--beam-width", 3, "--beam-length", 2, "--json",
+    )  # fmt: skip
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert [row.get("prompt") or row.get("id") or row["turns"][0] for row in rows] == ["Once", 7, "a"]
+    for row in rows:
+        assert row["tokens"] == 9
+        assert row["tokens_per_step"] == pytest.approx(row["tokens"] / row["steps"], abs=1e-4)
+        assert len(row["accepted_by_position"]) == 2
+        assert row["finish_reason"] == "length"
+    assert rows[1]["messages"][-1] == {"role": "assistant", "content": rows[1]["text"]}
+
+
+def test_what_generate_writes_can_be_trained_on_and_the_drafter_checked(say, model_folder, prompts, tmp_path):
+    own = tmp_path / "own.jsonl"
+    _, out, _ = say(
+        "generate", "--model", model_folder, "--no-drafter", "--prompts", prompts, "--max-new-tokens", 40, "--json"
+    )
+    own.write_text(out)
+    drafter = tmp_path / "drafter"
+    train = ["train", "--model", model_folder, "--data", own, "--output", drafter, "--max-steps", 3]
+    status, _, err = say(*train)
+    assert status == 0, err
+    assert f"Wrote {drafter}" in err
+    status, out, _ = say(
+        "check", "--model", model_folder, "--drafter", drafter, "--prompts", prompts, "--max-new-tokens", 20
+    )
+    assert status == 0
+    assert "3 of 3 texts equal" in out
+    status, out, _ = say("info", drafter)
+    assert status == 0
+    assert "tiny" in out
+    assert "4 drafted tokens" in out
+    assert "already holds a drafter: pass --overwrite" in refusal(say(*train))
+    assert say(*train, "--overwrite")[0] == 0
+
+
+def test_a_text_that_parts_without_excuse_fails_the_check(say, model_folder, drafter_folder, prompts, monkeypatch):
+    from redrafter import checking
+
+    generate = checking.generate
+
+    def spoilt(model, drafter, *rest, **settings):
+        out = generate(model, drafter, *rest, **settings)
+        if drafter is not None:
+            out.new_tokens[1][3] += 1
+        return out
+
+    monkeypatch.setattr(checking, "generate", spoilt)
+    command = ["check", "--model", model_folder, "--drafter", drafter_folder, "--prompts", prompts]
+    status, out, _ = say(*command, "--max-new-tokens", 8)
+    assert status == 1
+    assert "prompt 2 parts at new token 4" in out
+    assert "NOT explained by rounding" in out
+    assert "2 of 3 texts equal" in out
+
+
+def test_an_interrupt_says_how_to_go_on(say, model_folder, tmp_path, monkeypatch):
+    from redrafter.training import trainer
+
+    on_save = trainer.MarkComplete.on_save
+
+    def stop(self, args, state, control, **kwargs):
+        on_save(self, args, state, control, **kwargs)
+        raise KeyboardInterrupt
+
+    data, output = tmp_path / "data.jsonl", tmp_path / "drafter"
+    data.write_text('{"text": "once upon a time there was"}\n' * 4)
+    train = ["train", "--model", model_folder, "--data", data, "--output", output, "--max-steps", 4, "--save-steps", 2]
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.MarkComplete, "on_save", stop)
+        status, _, err = say(*train)
+    assert status == 2
+    assert "Interrupted; run it again with --resume to go on from checkpoint-2." in err
+    assert not (output / "config.json").exists()
+    assert say(*train, "--resume")[0] == 0
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_bad_models_and_drafters(say, model_folder, drafter_folder, tmp_path):
+    def answer(model, drafter):
+        return refusal(say("generate", "--model", model, "--drafter", drafter, "--prompt", "Once"))
+
+    assert f"The model {tmp_path}/none cannot be loaded" in answer(tmp_path / "none", drafter_folder)
+    assert f"There is no drafter folder at {tmp_path}/none." in answer(model_folder, tmp_path / "none")
+
+    broken = shutil.copytree(drafter_folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((drafter_folder / "model.safetensors").read_bytes()[:-9])
+    assert "damaged or truncated" in answer(model_folder, broken)
+    (broken / "model.safetensors").unlink()
+    assert "model.safetensors is missing" in answer(model_folder, broken)
+
+    cut = shutil.copytree(model_folder, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes()[:-9])
+    assert f"The model {cut} cannot be loaded" in answer(cut, drafter_folder)
+
+    other = tmp_path / "other"
+    RecurrentDrafter.for_target(tiny_model(vocab_size=70)).save_pretrained(other)
+    assert "vocabulary 70" in answer(model_folder, other)
+    renamed = shutil.copytree(model_folder, tmp_path / "renamed")
+    assert "made for tiny, not for renamed" in answer(renamed, drafter_folder)
+
+    stateful = tmp_path / "mamba"
+    tiny_model("mamba", vocab_size=259).save_pretrained(stateful)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_folder / name, stateful / name)
+    assert "MambaForCausalLM cannot verify draft trees" in answer(stateful, drafter_folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"prompt": "a"}\n{"prompt": "b"\n', "line 2 is not JSON"),
+        ('{"prompt": "a"}\n{"prompt": ""}\n', "line 2: the prompt is empty"),
+        ('{"words": "a"}\n', 'line 1: a prompt row needs "prompt", "messages" or "turns"'),
+        (json.dumps({"prompt": "a" * 129}) + "\n", "has 129 tokens, the model's context 128"),
+        ("", "p.jsonl holds no prompt"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "check"])
+def test_bad_prompts(say, model_folder, drafter_folder, tmp_path, command, content, sentence):
+    (tmp_path / "p.jsonl").write_text(content)
+    words = [command, "--model", model_folder, "--drafter", drafter_folder, "--prompts", tmp_path / "p.jsonl"]
+    assert sentence in refusal(say(*words))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        ([], "Give either --prompt or --prompts"),
+        (["--prompt", "a", "--prompts", "x"], "Give either --prompt or --prompts"),
+        (["--prompt", "a", "--beam-width", 300], "between 1 and the drafter's 259 tokens, not 300"),
+        (["--prompt", "a", "--dtype", "float8"], "--dtype float8 is not one of"),
+        (["--prompt", "a", "--device", "nowhere"], "--device nowhere"),
+    ],
+)
+def test_bad_options(say, model_folder, drafter_folder, words, sentence):
+    assert sentence in refusal(say("generate", "--model", model_folder, "--drafter", drafter_folder, *words))
+
+
+def test_a_drafter_must_be_asked_for_or_declined(say, model_folder):
+    assert "--no-drafter" in refusal(say("generate", "--model", model_folder, "--prompt", "a"))
+
+
+def test_bad_training_data_is_named(say, model_folder, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "once upon a time"}\n{"text": 3}\n')
+    words = ["train", "--model", model_folder, "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"]
+    assert "data.jsonl line 2" in refusal(say(*words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(model_folder):
+    with pytest.raises(Exception, match="no drafter folder"):
+        main(["info", "/none/such", "--debug"])
+
+
+def test_the_demo_pair_writes_the_same_text(say):
+    torch.set_num_threads(1)
+    status, out, err = say("demo", "--json", "--repeats", 1, "--max-new-tokens", 40)
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    assert set(result) == {"prompts", "median_speedup"}
+    assert len(result["prompts"]) >= 5
+    for row in result["prompts"]:
+        assert set(row) == {
+            "prompt", "text", "same_text", "tokens", "steps", "tokens_per_step",
+            "seconds_autoregressive", "seconds_drafted",
+        }  # fmt: skip
+        assert row["same_text"] is True
+        assert row["text"]
+    total = sum(row["tokens"] for row in result["prompts"])
+    assert total / sum(row["steps"] for row in result["prompts"]) >= 2.5
+
+
+def test_the_demo_shows_its_text_and_a_table(say):
+    status, out, _ = say("demo", "--prompt", "I need a hotel in London.", "--repeats", 1, "--max-new-tokens", 20)
+    assert status == 0
+    for word in ("I need a hotel in London.", "tokens per step", "positions 1 to 5", "speed-up", "same text: yes"):
+        assert word in out
+    assert "the prompt is empty" in refusal(say("demo", "--json", "--prompt", ""))
+
+
+def test_the_demo_writes_what_transformers_writes():
+    from redrafter import generate
+    from redrafter.cli.demo import PROMPTS
+    from redrafter.cli.loading import demo_folder, load_drafter, load_model
+    from redrafter.prompts import prompt_ids
+
+    model, tokenizer = load_model(str(demo_folder() / "redrafter-demo-12m"), device="cpu")
+    assert model.num_parameters() >= 10_000_000
+    drafter = load_drafter(str(demo_folder() / "drafter"), model)
+    prompts = [prompt_ids({"turns": [text]}, tokenizer, "here") for text in PROMPTS[:4]]
+    out = generate(model, drafter, prompts, max_new_tokens=40)
+    assert out.new_tokens == [greedy(model, prompt, 40) for prompt in prompts]
+
+
+def test_the_demo_pair_is_small_enough_to_ship():
+    from redrafter.cli.loading import demo_folder
+
+    assert sum(path.stat().st_size for path in demo_folder().rglob("*") if path.is_file()) <= 32e6

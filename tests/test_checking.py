@@ -1,0 +1,61 @@
+"""What `check` calls equal, explained and unexplained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import tiny_model
+from redrafter import RecurrentDrafter, checking
+from redrafter.checking import Parting, compare
+
+MODEL = tiny_model()
+PROMPTS = [[5, 9, 12], [7], [30, 31, 32, 33]]
+
+
+def test_drafted_text_is_equal_and_counted():
+    torch.manual_seed(0)
+    report = compare(MODEL, RecurrentDrafter.for_target(MODEL), PROMPTS, batch_size=2, max_new_tokens=9)
+    assert report.partings == []
+    assert report.tokens == 27
+    assert report.tokens_per_step >= 1
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_wrong_token_is_found_with_its_margin(monkeypatch, row):
+    generate = checking.generate
+
+    def spoilt(model, drafter, prompts, **settings):
+        out = generate(model, drafter, prompts, **settings)
+        if drafter is not None:
+            for prompt, new in zip(prompts, out.new_tokens, strict=True):
+                if prompt == PROMPTS[row]:
+                    new[4] = (new[4] + 1) % 61
+        return out
+
+    monkeypatch.setattr(checking, "generate", spoilt)
+    (parting,) = compare(MODEL, RecurrentDrafter.for_target(MODEL), PROMPTS, batch_size=2, max_new_tokens=9).partings
+    assert (parting.row, parting.position) == (row, 4)
+    text = PROMPTS[row] + generate(MODEL, None, [PROMPTS[row]], max_new_tokens=4).new_tokens[0]
+    best = MODEL(input_ids=torch.tensor([text])).logits[0, -1].detach().topk(2).values
+    assert parting.margin == pytest.approx(float(best[0] - best[1]), rel=1e-3)
+    assert not parting.explained
+
+
+def test_a_text_that_ends_early_parts_where_it_ends(monkeypatch):
+    generate = checking.generate
+
+    def cut(model, drafter, prompts, **settings):
+        return generate(model, drafter, prompts, **settings | ({"max_new_tokens": 3} if drafter else {}))
+
+    monkeypatch.setattr(checking, "generate", cut)
+    partings = compare(MODEL, RecurrentDrafter.for_target(MODEL), PROMPTS, max_new_tokens=9).partings
+    assert [parting.position for parting in partings] == [3, 3, 3]
+
+
+def test_only_a_margin_within_rounding_is_excused():
+    tie = Parting(row=0, position=3, margin=0.01, rounding=0.02)
+    assert tie.explained
+    assert not replace(tie, margin=0.03).explained

@@ -1,0 +1,299 @@
+"""Drafted text is undrafted text is transformers' text, whatever is drafted."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import greedy, tiny_model
+from redrafter import RecurrentDrafter, RedrafterError, decoding, generate, stream
+from redrafter.target import Target
+from redrafter.tree import fold
+
+MODEL = tiny_model()
+
+
+class Oracle:
+    """Proposes what the model will write, spoilt at random places, so that acceptance takes every value.
+
+    It finds its place by the context, which it looks up among the states of the finished texts.
+    """
+
+    def __init__(self, model, texts: list[list[int]], *, width: int, length: int, spoil: float = 0.0, seed: int = 0):
+        self.width, self.length, self.size = width, length, 1 + width * length
+        self.spoil, self.generator, self.vocabulary = (
+            spoil,
+            torch.Generator().manual_seed(seed),
+            model.config.vocab_size,
+        )
+        target = Target(model)
+        self.places = [(text, i) for text in texts for i in range(len(text))]
+        with torch.no_grad():
+            self.states = torch.cat(
+                [target.hidden_states(torch.tensor([t]), torch.ones(1, len(t), dtype=torch.long))[0] for t in texts]
+            )
+
+    def propose(self, context, root):
+        beams = torch.zeros(len(root), self.width, self.length, dtype=torch.long)
+        for row, place in enumerate(torch.cdist(context, self.states).argmin(dim=1).tolist()):
+            text, position = self.places[place]
+            following = torch.tensor(text[position + 2 : position + 2 + self.length])
+            beams[row, :, : len(following)] = following
+        spoilt = torch.rand(beams.shape, generator=self.generator) < self.spoil
+        return fold(root, torch.where(spoilt, (beams + 1) % self.vocabulary, beams))
+
+
+def drafted_by(monkeypatch, proposer, prompts, **settings):
+    """`generate` with another proposer; the drafter only carries the sizes."""
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "_proposer", lambda *_: proposer)
+        drafter = RecurrentDrafter.for_target(MODEL, beam_length=proposer.length)
+        return generate(MODEL, drafter, prompts, **settings)
+
+
+prompts_strategy = st.lists(st.lists(st.integers(3, 60), min_size=1, max_size=12), min_size=1, max_size=4)
+
+
+@settings(max_examples=25)
+@given(
+    prompts_strategy, st.integers(1, 20), st.integers(1, 5), st.integers(1, 4), st.floats(0, 1), st.integers(0, 2**31)
+)
+def test_any_draft_gives_the_text_of_transformers(prompts, count, width, length, spoil, seed):
+    expected = [greedy(MODEL, prompt, count) for prompt in prompts]
+    texts = [prompt + new for prompt, new in zip(prompts, expected, strict=True)]
+    oracle = Oracle(MODEL, texts, width=width, length=length, spoil=spoil, seed=seed)
+    drafted = drafted_by(pytest.MonkeyPatch(), oracle, prompts, max_new_tokens=count)
+    assert drafted.new_tokens == expected
+    assert generate(MODEL, None, prompts, max_new_tokens=count).new_tokens == expected
+
+
+@settings(max_examples=15)
+@given(prompts_strategy, st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**31))
+def test_a_recurrent_drafter_gives_the_text_of_transformers(prompts, width, length, seed):
+    torch.manual_seed(seed)
+    drafter = RecurrentDrafter.for_target(MODEL)
+    drafted = generate(MODEL, drafter, prompts, max_new_tokens=12, beam_width=width, beam_length=length)
+    assert drafted.new_tokens == [greedy(MODEL, prompt, 12) for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3_text", "gpt2"])
+def test_families_past_their_windows(family):
+    changes = {"sliding_window": 6} if family == "mistral" else {}
+    model = tiny_model(family, **changes)
+    prompts = [list(range(3, 23)), [9, 8, 7]]
+    expected = [greedy(model, prompt, 16) for prompt in prompts]
+    torch.manual_seed(0)
+    drafter = RecurrentDrafter.for_target(model)
+    assert generate(model, drafter, prompts, max_new_tokens=16).new_tokens == expected
+    assert generate(model, None, prompts, max_new_tokens=16).new_tokens == expected
+
+
+def test_counts_of_a_perfect_drafter(monkeypatch):
+    prompt = [5, 9, 12]
+    new = greedy(MODEL, prompt, 40)
+    oracle = Oracle(MODEL, [prompt + new], width=1, length=3)
+    out = drafted_by(monkeypatch, oracle, [prompt], max_new_tokens=13)
+    assert out.new_tokens == [new[:13]]
+    stats = out.stats
+    assert (stats.steps, stats.tokens, stats.drafted, stats.accepted) == (4, 13, 9, 9)  # 1, then three times 3 + 1
+    assert stats.accepted_by_position == [3, 3, 3]
+    assert stats.tokens_per_step == 13 / 4
+    assert stats.rows[0].steps == 4
+    assert 0 < stats.rows[0].seconds <= stats.seconds
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_the_budget_cuts_a_step_that_accepts_more(monkeypatch, count):
+    prompt = [5, 9, 12]
+    new = greedy(MODEL, prompt, 40)
+    out = drafted_by(monkeypatch, Oracle(MODEL, [prompt + new], width=2, length=4), [prompt], max_new_tokens=count)
+    assert out.new_tokens == [new[:count]]
+    assert out.finish_reasons == ["length"]
+    assert out.stats.tokens == count
+    assert out.stats.accepted <= count - 1
+
+
+def test_autoregressive_decoding_counts_one_token_a_step():
+    stats = generate(MODEL, None, [[3, 4], [5]], max_new_tokens=7).stats
+    assert (stats.steps, stats.tokens, stats.drafted, stats.accepted) == (14, 14, 0, 0)
+    assert stats.accepted_by_position == []
+    assert [row.tokens for row in stats.rows] == [7, 7]
+
+
+@given(st.integers(0, 19), st.floats(0, 1), st.integers(0, 2**31))
+@settings(max_examples=20)
+def test_each_row_ends_at_its_own_end_token(place, spoil, seed):
+    prompts = [[5, 9, 12], [7], [30, 31, 32, 33, 34]]
+    plain = [greedy(MODEL, prompt, 20) for prompt in prompts]
+    end = plain[1][place]
+    oracle = Oracle(
+        MODEL, [p + n for p, n in zip(prompts, plain, strict=True)], width=2, length=3, spoil=spoil, seed=seed
+    )
+    out = drafted_by(pytest.MonkeyPatch(), oracle, prompts, max_new_tokens=20, eos_token_id=end)
+    for new, reason, full in zip(out.new_tokens, out.finish_reasons, plain, strict=True):
+        stop = full.index(end) + 1 if end in full else 20
+        assert new == full[:stop]
+        assert reason == ("eos" if end in full else "length")
+
+
+def test_several_end_tokens_and_none():
+    new = generate(MODEL, None, [[5, 9, 12]], max_new_tokens=10).new_tokens[0]
+    first = min(new.index(new[4]), new.index(new[7]))
+    assert generate(MODEL, None, [[5, 9, 12]], max_new_tokens=10, eos_token_id=[new[4], new[7]]).new_tokens == [
+        new[: first + 1]
+    ]
+    model = tiny_model()
+    model.generation_config.eos_token_id = new[0]
+    assert generate(model, None, [[5, 9, 12]], max_new_tokens=10).new_tokens == [new[:1]]
+    assert generate(model, None, [[5, 9, 12]], max_new_tokens=10, eos_token_id=()).new_tokens == [new]
+
+
+@pytest.mark.parametrize("length", [20, 29, 30, 31, 32])
+def test_the_context_is_used_to_its_last_slot(length):
+    model = tiny_model(max_position_embeddings=32)
+    prompt = list(range(3, 3 + length))
+    torch.manual_seed(0)
+    drafter = RecurrentDrafter.for_target(model)
+    expected = greedy(model, prompt, 33 - length)
+    for head in (None, drafter):
+        out = generate(model, head, [prompt, [5]], max_new_tokens=50)
+        assert out.new_tokens[0] == expected
+        assert out.finish_reasons[0] == "length"
+        assert len(out.new_tokens[1]) == 32
+
+
+def test_padding_on_either_side_is_no_part_of_a_prompt():
+    rows = [[5, 9, 12, 3], [7, 8]]
+    expected = generate(MODEL, None, rows, max_new_tokens=6)
+    for padded, mask in (([7, 8, 0, 0], [1, 1, 0, 0]), ([0, 0, 7, 8], [0, 0, 1, 1]), ([0, 7, 8, 0], [0, 1, 1, 0])):
+        ids, attention = torch.tensor([rows[0], padded]), torch.tensor([[1, 1, 1, 1], mask])
+        assert generate(MODEL, None, ids, attention, max_new_tokens=6).new_tokens == expected.new_tokens
+    assert expected.sequences.tolist() == [rows[0] + expected.new_tokens[0], [*rows[1], *expected.new_tokens[1], 0, 0]]
+    assert generate(MODEL, None, rows, max_new_tokens=6, pad_token_id=33).sequences[1, -2:].tolist() == [33, 33]
+
+
+def test_prefill_in_chunks_gives_the_same_text(monkeypatch):
+    prompts = [list(range(3, 30)), [4, 5], list(range(10, 21))]
+    drafter = RecurrentDrafter.for_target(MODEL)
+    expected = generate(MODEL, drafter, prompts, max_new_tokens=8).new_tokens
+    for chunk in (1, 4, 11, 27):
+        monkeypatch.setattr(decoding, "PREFILL_CHUNK", chunk)
+        assert generate(MODEL, drafter, prompts, max_new_tokens=8).new_tokens == expected
+
+
+def test_the_stream_is_the_text_in_pieces():
+    torch.manual_seed(0)
+    drafter = RecurrentDrafter.for_target(MODEL)
+    prompts = [[5, 9, 12], [7]]
+    out = generate(MODEL, drafter, prompts, max_new_tokens=15)
+    events = list(stream(MODEL, drafter, prompts, max_new_tokens=15))
+    for row in range(2):
+        own = [event for event in events if event.row == row]
+        assert [token for event in own for token in event.tokens] == out.new_tokens[row]
+        assert [event.finish_reason for event in own] == [None] * (len(own) - 1) + ["length"]
+        assert all(len(event.tokens) in (event.accepted, event.accepted + 1) for event in own)
+
+
+def test_a_consumer_that_stops_early_leaves_all_as_it_was():
+    model = tiny_model().train()
+    events = stream(model, None, [[5, 9]], max_new_tokens=15)
+    next(events)
+    assert not model.training
+    events.close()
+    assert model.training
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_the_cache_is_freed_with_the_last_event(monkeypatch):
+    caches = []
+    new_cache = Target.new_cache
+
+    def watched(self, **sizes):
+        cache = new_cache(self, **sizes)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(Target, "new_cache", watched)
+    gc.disable()
+    try:
+        generate(MODEL, RecurrentDrafter.for_target(MODEL), [[5, 9]], max_new_tokens=5)
+        assert [alive() for alive in caches] == [None] * len(caches)
+        assert caches
+    finally:
+        gc.enable()
+
+
+def test_low_precision_decodes():
+    model = tiny_model().to(torch.bfloat16)
+    drafter = RecurrentDrafter.for_target(model).to(torch.bfloat16)
+    assert len(generate(model, drafter, [[5, 9, 12]], max_new_tokens=9).new_tokens[0]) == 9
+
+
+@pytest.mark.parametrize(
+    ("prompts", "given", "sentence"),
+    [
+        ([], {}, "There is no prompt"),
+        ([[5], []], {}, "prompt of row 1 is empty"),
+        ([[5, 61]], {}, "outside the vocabulary of 61"),
+        ([[5, -1]], {}, "outside the vocabulary of 61"),
+        ([[5] * 129], {}, "row 0 has 129 tokens, the model's context 128"),
+        ([[5]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ([[5]], {"beam_length": 0}, "pass drafter=None"),
+        ([[5]], {"beam_width": 0}, "between 1 and the drafter's 61 tokens, not 0"),
+        ([[5]], {"beam_width": 62}, "between 1 and the drafter's 61 tokens, not 62"),
+        (torch.tensor([5, 6]), {}, "two dimensions"),
+        (torch.tensor([[5, 6]]), {"attention_mask": torch.ones(1, 3)}, "is not that of the input ids"),
+        (torch.tensor([[5, 6, 7]]), {"attention_mask": torch.tensor([[1, 0, 1]])}, "has holes"),
+        ([[5]], {"attention_mask": torch.ones(1, 1)}, "not with a list of rows"),
+    ],
+)
+def test_bad_input_gets_a_sentence_before_the_first_event(prompts, given, sentence):
+    drafter = RecurrentDrafter.for_target(MODEL)
+    with pytest.raises(RedrafterError, match=sentence):
+        generate(MODEL, drafter, prompts, **given)
+    mask = given.pop("attention_mask", None)
+    with pytest.raises(RedrafterError, match=sentence):
+        stream(MODEL, drafter, prompts, mask, **given)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("drafting", [False, True])
+def test_a_step_asks_the_device_nothing(drafting):
+    model = tiny_model().cuda()
+    target = Target(model)
+    drafter = RecurrentDrafter.for_target(model)
+    proposer = decoding.RecurrentProposer(drafter, target, 4, 3) if drafting else None
+    with torch.inference_mode():
+        cache = target.new_cache(batch=2, slots=64)
+        state = decoding.prefill(target, [[5, 9, 12], [7]], cache)
+        cache.window.visible = 64
+        decoding.step(target, proposer, state)  # what is built on first use may ask
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            decoding.step(target, proposer, state)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text", "gpt2"])
+def test_on_a_gpu_text_is_that_of_transformers(family):
+    model = tiny_model(family, **({"sliding_window": 6} if family == "mistral" else {})).cuda()
+    prompts = [list(range(3, 23)), [9, 8, 7], [5]]
+    expected = [
+        model.generate(torch.tensor([p]).cuda(), do_sample=False, max_new_tokens=30, pad_token_id=0)[
+            0, len(p) :
+        ].tolist()
+        for p in prompts
+    ]
+    torch.manual_seed(0)
+    drafter = RecurrentDrafter.for_target(model)
+    assert generate(model, None, prompts, max_new_tokens=30).new_tokens == expected
+    assert generate(model, drafter, prompts, max_new_tokens=30).new_tokens == expected

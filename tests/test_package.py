@@ -1,0 +1,26 @@
+"""The package as a whole: what it exports, what it costs to import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import redrafter
+
+
+def test_every_public_name_is_there():
+    for name in redrafter.__all__:
+        assert getattr(redrafter, name) is not None
+    assert set(redrafter.__all__) == set(dir(redrafter))
+    assert redrafter.__version__ == version("redrafter")
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    assert not hasattr(redrafter, "nothing")
+
+
+def test_neither_the_package_nor_the_command_line_loads_torch_before_it_is_needed():
+    program = "import sys, redrafter, redrafter.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,161 @@
+"""Verification of trees by unmodified models, against one plain forward for every path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from conftest import tiny_model
+from redrafter.config import DrafterConfig
+from redrafter.errors import RedrafterError
+from redrafter.target import Target, _base_name, _public_name, tree_mask
+from redrafter.tree import chain, fold
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2", "gpt_neox", "phi", "olmo2"]
+
+
+def model_of(family: str, **changes):
+    """A tiny model whose window, where it has one, is shorter than the prompts below."""
+    if family == "mistral":
+        changes |= {"sliding_window": 5}
+    if family == "gpt_neox":
+        changes |= {"rotary_pct": 0.5}
+    return tiny_model(family, **changes)
+
+
+def path_to(tree, row: int, node: int) -> list[int]:
+    nodes = [node]
+    while nodes[0] != 0:
+        nodes.insert(0, int(tree.parents[row, nodes[0]]))
+    return nodes
+
+
+@given(st.integers(0, 2**31), st.sampled_from([None, 1, 2, 4]))
+def test_tree_mask_agrees_with_its_definition(seed, window):
+    generator = torch.Generator().manual_seed(seed)
+    tree = fold(torch.zeros(2, dtype=torch.long), torch.randint(0, 3, (2, 3, 3), generator=generator))
+    length = torch.randint(0, 6, (2,), generator=generator)
+    mask = tree_mask(tree, length, slots=18, window=window)
+    for row in range(2):
+        for node in range(tree.size):
+            above = path_to(tree, row, node)
+            for slot in range(18):
+                at = slot - int(length[row])
+                committed, ancestor = at < 0, at in above
+                position = slot if committed else int(length[row]) + (int(tree.depth[row, at]) if ancestor else 0)
+                distance = int(length[row]) + int(tree.depth[row, node]) - position
+                near = window is None or distance < window
+                assert bool(mask[row, node, slot]) == ((committed or ancestor) and near), (row, node, slot)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_node_sees_what_plain_text_sees(family, attention):
+    model = model_of(family)
+    model.set_attn_implementation(attention)
+    target = Target(model)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 61, (n,), generator=generator) for n in (4, 11)]
+    cache = target.new_cache(batch=2, slots=30)
+    target.forward(chain(nn.utils.rnn.pad_sequence(prompts, batch_first=True)), torch.zeros(2, dtype=torch.long), cache)
+    tree = fold(torch.tensor([5, 6]), torch.randint(3, 6, (2, 4, 3), generator=generator))
+    hidden, logits = target.forward(tree, torch.tensor([4, 11]), cache)
+    for row, prompt in enumerate(prompts):
+        for node in range(int(tree.valid[row].sum())):
+            text = torch.cat((prompt, tree.tokens[row, path_to(tree, row, node)]))
+            expected = model(input_ids=text[None]).logits[0, -1]
+            torch.testing.assert_close(logits[row, node], expected, atol=2e-5, rtol=2e-5)
+            plain = target.hidden_states(text[None], torch.ones(1, len(text), dtype=torch.long))
+            torch.testing.assert_close(hidden[row, node], plain[0, -1], atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_select_computes_logits_of_one_node_a_row(llama):
+    target = Target(llama)
+    tokens = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    start = torch.zeros(2, dtype=torch.long)
+    all_hidden, all_logits = target.forward(chain(tokens), start, target.new_cache(batch=2, slots=3))
+    select = torch.tensor([2, 0])
+    hidden, logits = target.forward(chain(tokens), start, target.new_cache(batch=2, slots=3), select)
+    assert hidden.shape == (2, 1, 32)
+    assert logits.shape == (2, 1, 61)
+    torch.testing.assert_close(hidden[:, 0], all_hidden[[0, 1], select])
+    torch.testing.assert_close(logits[:, 0], all_logits[[0, 1], select])
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("bloom", "position_ids"), ("mpt", "position_ids"), ("mamba", "recurrent state"), ("t5", "encoder-decoder")],
+)
+def test_families_that_cannot_verify_are_refused_with_the_reason(family, reason):
+    if family == "t5":
+        import transformers
+
+        config = transformers.T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        model = transformers.T5ForConditionalGeneration(config)
+    else:
+        model = tiny_model(family)
+    with pytest.raises(RedrafterError, match=f"{type(model).__name__} cannot verify draft trees: .*{reason}"):
+        Target(model)
+
+
+def test_an_attention_that_ignores_masks_is_found_by_the_probe(monkeypatch):
+    model = tiny_model(seed=3)
+    forward = model.model.forward
+    monkeypatch.setattr(
+        model.model, "forward", lambda *args, **kwargs: forward(*args, **kwargs | {"attention_mask": None})
+    )
+    with pytest.raises(RedrafterError, match="states at the nodes of a tree differ"):
+        Target(model)
+
+
+def test_a_model_without_head_is_refused():
+    with pytest.raises(RedrafterError, match="no language-model head"):
+        Target(tiny_model().model)
+
+
+def test_an_attention_implementation_without_masks_is_refused():
+    model = tiny_model()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(RedrafterError, match="attn_implementation='sdpa'"):
+        Target(model)
+
+
+@torch.no_grad()
+def test_evaluation_mode_is_lent_and_given_back():
+    model = tiny_model(attention_dropout=0.5).train()
+    target = Target(model)
+    assert model.training
+    with target.evaluating():
+        assert not model.training
+    assert model.training
+
+
+def config_for(target: Target, /, **changes) -> DrafterConfig:
+    sizes = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
+    return DrafterConfig(**(sizes | changes))
+
+
+def test_a_drafter_for_another_target_is_refused_by_both_names():
+    model = tiny_model()
+    model.config._name_or_path = "someone/mine-7b"
+    target = Target(model)
+    target.check_drafter(config_for(target))
+    target.check_drafter(config_for(target, target="copied-by/mine-7b"))
+    with pytest.raises(RedrafterError, match=r"made for someone/other-7b, not for someone/mine-7b"):
+        target.check_drafter(config_for(target, target="someone/other-7b"))
+    with pytest.raises(RedrafterError, match=r"someone/other-7b \(vocabulary 62.*someone/mine-7b \(vocabulary 61"):
+        target.check_drafter(config_for(target, vocab_size=62, target="someone/other-7b"))
+
+
+def test_names_that_leave_the_machine_hold_no_path(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    assert _public_name(str(tmp_path / "tiny")) == "tiny"
+    assert _public_name("/no/such/place/tiny") == "tiny"
+    assert _public_name("someone/tiny") == "someone/tiny"
+    assert _public_name("") is None
+    assert _base_name("/cache/models--someone--tiny/snapshots/0123") == "tiny"

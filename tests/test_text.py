@@ -1,0 +1,49 @@
+"""Pieces of text add up to the text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from redrafter.text import Detokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A decoder that drops the space before the first word, as sentencepiece models do."""
+    vocabulary = {token: i for i, token in enumerate(["</s>", "<unk>", "▁the", "▁cat", "s", "▁sat"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+BYTES, WORDS = byte_tokenizer(), word_tokenizer()
+
+
+@given(st.text(alphabet=st.sampled_from("ab é漢🙂\n"), max_size=20))
+def test_bytes_of_a_character_come_out_together(text):
+    pieces = Detokenizer(BYTES)
+    given_out = [pieces.push(token) for token in BYTES(text).input_ids]
+    assert "".join(given_out) == text
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in given_out)
+
+
+@given(st.lists(st.integers(2, 5), max_size=12))
+def test_spaces_between_words_are_kept(ids):
+    pieces = Detokenizer(WORDS)
+    assert "".join(pieces.push(token) for token in ids) == WORDS.decode(ids)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, WORDS])
+def test_special_tokens_add_no_text(tokenizer):
+    assert Detokenizer(tokenizer).push(0) == ""

@@ -1,0 +1,118 @@
+"""The unrolled loss against one written position by position."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from redrafter import DrafterConfig, RecurrentDrafter
+from redrafter.training.loss import unrolled_loss, windows
+
+VOCABULARY, HIDDEN = 23, 6
+
+
+def random_drafter(draft: int | None = None, rnn: bool = True) -> RecurrentDrafter:
+    torch.manual_seed(0)
+    config = DrafterConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, draft_vocab_size=draft, rnn=rnn)
+    drafter = RecurrentDrafter(config).double()
+    if draft:
+        drafter.draft_vocabulary = torch.randperm(VOCABULARY)[:draft].sort().values
+    return drafter
+
+
+def random_batch(seed: int, batch: int, size: int):
+    generator = torch.Generator().manual_seed(seed)
+    embedding = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.double)
+    hidden = torch.randn(batch, size, HIDDEN, generator=generator, dtype=torch.double)
+    ids = torch.randint(0, VOCABULARY, (batch, size), generator=generator)
+    trained = torch.rand(batch, size, generator=generator) < 0.7
+    return embedding, hidden, ids, trained
+
+
+def plain_loss(drafter, embedding, hidden, ids, trained, length: int) -> float:
+    """For every draft position: the mean over all places that draft a trained token there without a gap before it."""
+    known = list(range(VOCABULARY)) if drafter.draft_vocabulary is None else drafter.draft_vocabulary.tolist()
+    total = 0.0
+    for position in range(1, length + 1):
+        losses = []
+        for row in range(ids.shape[0]):
+            for t in range(ids.shape[1] - 1 - position):
+                stretch = range(t + 1, t + position + 2)  # the guaranteed token and all drafted ones
+                if not all(trained[row, i] for i in stretch) or int(ids[row, t + 1 + position]) not in known:
+                    continue
+                state = None
+                for i in range(t + 1, t + 1 + position):
+                    state = drafter.step(state, embedding[ids[row, i]])
+                log = drafter.logits(hidden[row, t], state).log_softmax(-1)
+                losses.append(-log[known.index(int(ids[row, t + 1 + position]))].item())
+        total += sum(losses) / max(1, len(losses))
+    return total
+
+
+@given(
+    st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 9), st.integers(1, 4),
+    st.sampled_from([None, 9]), st.booleans(), st.sampled_from([None, 1, 3]),
+)  # fmt: skip
+def test_agrees_with_the_plain_loss(seed, batch, size, length, draft, rnn, chunk):
+    drafter = random_drafter(draft, rnn)
+    embedding, hidden, ids, trained = random_batch(seed, batch, size)
+    loss = unrolled_loss(drafter, embedding.__getitem__, hidden, ids, trained, length=length, chunk=chunk)
+    assert loss.item() == pytest.approx(plain_loss(drafter, embedding, hidden, ids, trained, length), abs=1e-6)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 4))
+def test_windows_agree_with_a_loop(seed, size, length):
+    _, _, ids, trained = random_batch(seed, 2, size)
+    rows, positions, tokens, wanted = windows(ids, trained, length=length)
+    expected = {}
+    for row in range(2):
+        for t in range(size - 2):
+            if trained[row, t + 1] and trained[row, t + 2]:
+                stretch = [bool(i < size and trained[row, t + 1 : i + 1].all()) for i in range(t + 2, t + 2 + length)]
+                expected[row, t] = stretch
+    assert list(zip(rows.tolist(), positions.tolist(), strict=True)) == list(expected)
+    assert wanted.tolist() == list(expected.values())
+    for window, (row, t) in zip(tokens.tolist(), expected, strict=True):
+        assert window == [int(ids[row, i]) if i < size else 0 for i in range(t + 1, t + 2 + length)]
+
+
+def test_the_chunk_changes_no_gradient():
+    embedding, hidden, ids, trained = random_batch(1, 3, 12)
+    gradients = []
+    for chunk in (None, 2):
+        drafter = random_drafter()
+        unrolled_loss(drafter, embedding.__getitem__, hidden, ids, trained, length=3, chunk=chunk).backward()
+        gradients.append([parameter.grad for parameter in drafter.parameters()])
+    for whole, chunked in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, chunked)
+
+
+def test_a_batch_with_nothing_to_learn_passes_through():
+    drafter = random_drafter()
+    embedding, hidden, ids, trained = random_batch(1, 2, 5)
+    loss = unrolled_loss(drafter, embedding.__getitem__, hidden, ids, trained & False, length=3)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not parameter.grad.any() for parameter in drafter.parameters())
+
+
+def test_only_a_chunk_of_logits_exists_at_a_time():
+    class Largest(TorchDispatchMode):
+        """The most elements of any tensor whose last dimension is the vocabulary."""
+
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.ndim and out.shape[-1] == VOCABULARY:
+                self.size = max(self.size, out.numel())
+            return out
+
+    embedding, hidden, ids, trained = random_batch(1, 4, 50)
+    drafter = random_drafter()
+    with Largest() as largest:
+        unrolled_loss(drafter, embedding.__getitem__, hidden, ids, trained, length=3, chunk=16).backward()
+    assert largest.size == 16 * VOCABULARY
