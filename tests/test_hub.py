@@ -91,6 +91,6 @@ def test_a_disk_that_fills_up_leaves_the_old_folder_as_it_was(folder, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, broken, full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RedrafterError, match="drafter could not be written: No space left on device"):
         hub.save_folder(folder, '{"a": 2}\n', nn.Linear(30, 20).state_dict(), card="new card")
     assert contents(folder) == before

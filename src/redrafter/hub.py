@@ -63,14 +63,17 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 
 
 def save_folder(folder: Path, config: str, tensors: Mapping[str, Tensor], card: str | None = None) -> None:
-    """Writes a drafter folder, each file beside its place first and renamed when all are complete."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes a drafter folder, each file beside its place first and renamed when all are complete.
+
+    Raises RedrafterError where that fails; what the folder held before is then still there.
+    """
     whole = {k: v.detach().to("cpu", copy=False).contiguous() for k, v in tensors.items()}
     contents = {WEIGHTS: save(whole, metadata={"format": "pt"}), CONFIG: config.encode()}
     if card is not None:
         contents[CARD] = card.encode()
     written: list[tuple[Path, Path]] = []
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             beside = folder / f".{name}.{os.getpid()}.part"
             written.append((beside, folder / name))
@@ -80,6 +83,8 @@ def save_folder(folder: Path, config: str, tensors: Mapping[str, Tensor], card: 
                 os.fsync(file.fileno())
         for beside, place in written:
             os.replace(beside, place)
+    except OSError as error:
+        raise RedrafterError(f"{folder} could not be written: {error.strerror}.") from error
     finally:
         for beside, _ in written:
             beside.unlink(missing_ok=True)

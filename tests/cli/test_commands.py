@@ -105,6 +105,7 @@ def test_what_generate_writes_can_be_trained_on_and_the_drafter_checked(say, mod
     )
     assert status == 0
     assert "3 of 3 texts equal" in out
+    assert "drafting changes nothing" in out
     status, out, _ = say("info", drafter)
     assert status == 0
     assert "tiny" in out
@@ -131,22 +132,23 @@ def test_a_text_that_parts_without_excuse_fails_the_check(say, model_folder, dra
     assert "prompt 2 parts at new token 4" in out
     assert "NOT explained by rounding" in out
     assert "2 of 3 texts equal" in out
+    assert "1 part without excuse" in out
 
 
 def test_an_interrupt_says_how_to_go_on(say, model_folder, tmp_path, monkeypatch):
     from redrafter.training import trainer
 
-    on_save = trainer.MarkComplete.on_save
+    save = trainer.Checkpointing._save_checkpoint
 
-    def stop(self, args, state, control, **kwargs):
-        on_save(self, args, state, control, **kwargs)
+    def stop(self, *args, **kwargs):
+        save(self, *args, **kwargs)
         raise KeyboardInterrupt
 
     data, output = tmp_path / "data.jsonl", tmp_path / "drafter"
     data.write_text('{"text": "once upon a time there was"}\n' * 4)
     train = ["train", "--model", model_folder, "--data", data, "--output", output, "--max-steps", 4, "--save-steps", 2]
     with monkeypatch.context() as patched:
-        patched.setattr(trainer.MarkComplete, "on_save", stop)
+        patched.setattr(trainer.Checkpointing, "_save_checkpoint", stop)
         status, _, err = say(*train)
     assert status == 2
     assert "Interrupted; run it again with --resume to go on from checkpoint-2." in err

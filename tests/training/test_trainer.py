@@ -52,16 +52,20 @@ def test_it_learns_and_leaves_the_target_alone(tmp_path):
     assert first > 3 * 3, "an untrained drafter is near log 61 at each of three positions"
 
 
-def interrupted_at(step: int, monkeypatch):
-    """A trainer that is interrupted after a step, once what that step saves is written."""
-    on_save = trainer.MarkComplete.on_save
+def after_checkpoint(step: int, act, monkeypatch):
+    """Lets something happen once the checkpoint of a step is written."""
+    save = trainer.Checkpointing._save_checkpoint
 
-    def stop(self, args, state, control, **kwargs):
-        on_save(self, args, state, control, **kwargs)
-        if state.global_step == step:
-            raise KeyboardInterrupt
+    def saved(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        if self.state.global_step == step:
+            act()
 
-    monkeypatch.setattr(trainer.MarkComplete, "on_save", stop)
+    monkeypatch.setattr(trainer.Checkpointing, "_save_checkpoint", saved)
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(tmp_path, monkeypatch):
@@ -71,7 +75,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(tmp_path, monkeypatc
     run(MODEL, whole, rows, tmp_path / "whole", recipe, resume=False)
 
     with monkeypatch.context() as patched:
-        interrupted_at(6, patched)
+        after_checkpoint(6, interrupt, patched)
         with pytest.raises(KeyboardInterrupt):
             run(MODEL, fresh(), rows, tmp_path / "parted", recipe, resume=False)
     checkpoints = tmp_path / "parted" / "checkpoints"
@@ -89,3 +93,18 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(tmp_path, monkeypatc
 def test_there_must_be_something_to_resume(tmp_path):
     with pytest.raises(RedrafterError, match="no checkpoint to resume from"):
         run(MODEL, fresh(), own_text(2), tmp_path / "none", Recipe(), resume=True)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 2 vs 1")])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, error):
+    def broken(self, folder):
+        if self.state.global_step == 4:
+            raise error
+
+    monkeypatch.setattr(trainer.Trainer, "_save_optimizer_and_scheduler", broken)
+    with pytest.raises(RedrafterError, match=f"checkpoint-4 could not be written: .*{str(error)[-10:]}"):
+        run(MODEL, fresh(), own_text(4), tmp_path, Recipe(max_steps=6, save_steps=2), resume=False)
+    checkpoints = tmp_path / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
+    assert newest_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
+    assert not (tmp_path / "model.safetensors").exists()

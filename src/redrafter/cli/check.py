@@ -44,11 +44,13 @@ def check(
             f"prompt {parting.row + 1} parts at new token {parting.position + 1}: the two best logits are "
             f"{parting.margin:.3g} apart, rounding reaches {parting.rounding:.3g}: {verdict}"
         )
-    same = len(ids) - len(report.partings)
     unexplained = sum(not p.explained for p in report.partings)
+    verdict = "drafting changes nothing"
+    if report.partings:
+        verdict = f"{unexplained} part without excuse" if unexplained else "the others part within rounding"
     typer.echo(
-        f"{same} of {len(ids)} texts equal, {report.tokens} tokens, {report.tokens_per_step:.2f} per step; "
-        + ("drafting changes nothing." if not unexplained else f"{unexplained} differ without excuse.")
+        f"{len(ids) - len(report.partings)} of {len(ids)} texts equal, {report.tokens} tokens, "
+        f"{report.tokens_per_step:.2f} per step: {verdict}."
     )
     if unexplained:
         raise typer.Exit(1)

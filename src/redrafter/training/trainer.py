@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from redrafter import hub
 from redrafter.drafter import RecurrentDrafter
@@ -63,13 +64,20 @@ class Unrolled(nn.Module):
         return {"loss": unrolled_loss(self.drafter, embed, hidden, input_ids, trained, length=length)}
 
 
-class MarkComplete(TrainerCallback):  # type: ignore[misc]
-    """Marks each checkpoint once the Trainer has written all of it."""
+class Checkpointing(Trainer):  # type: ignore[misc]
+    """A Trainer that marks each checkpoint once all of it is written, and leaves none half-written."""
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer after a checkpoint."""
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch says "unexpected pos" of a full disk
+            full = shutil.disk_usage(self.args.output_dir).free < 2**16
+            shutil.rmtree(folder, ignore_errors=True)
+            reason = "no space is left on the device" if full else str(error).splitlines()[0].rstrip(".")
+            raise RedrafterError(f"The checkpoint {folder} could not be written: {reason}.") from error
+        if self.is_world_process_zero():
+            (folder / COMPLETE).touch()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -81,7 +89,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def run(
     model: PreTrainedModel, drafter: RecurrentDrafter, rows: list[Row], output: Path, recipe: Recipe, *, resume: bool
 ) -> float:
-    """Trains `drafter` in place and writes it to `output`; returns the mean training loss.
+    """Trains `drafter` in place and writes it to `output`; returns the last loss it logged.
 
     Checkpoints live in `output/checkpoints` until the drafter is written.  Raises RedrafterError where `output` holds
     something that this run would replace, or where there is nothing to resume.
@@ -112,19 +120,21 @@ def run(
         dataloader_pin_memory=drafter.device.type == "cuda",
         label_names=[],
         report_to=[],
+        disable_tqdm=False,  # whatever the level of transformers' log
     )
-    trainer = Trainer(
+    trainer = Checkpointing(
         model=Unrolled(drafter, Target(model)),
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
-        callbacks=[MarkComplete()],
     )
     result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    loss = float(logged[-1] if logged else result.training_loss)
     drafter.eval().to(model.dtype)
-    drafter.save_pretrained(output, card=_card(drafter, rows, recipe, result.training_loss))
+    drafter.save_pretrained(output, card=_card(drafter, rows, recipe, loss))
     shutil.rmtree(checkpoints, ignore_errors=True)
-    return float(result.training_loss)
+    return loss
 
 
 def _card(drafter: RecurrentDrafter, rows: list[Row], recipe: Recipe, loss: float) -> str:
@@ -136,6 +146,6 @@ def _card(drafter: RecurrentDrafter, rows: list[Row], recipe: Recipe, loss: floa
         f"# A recurrent drafter for {config.target or 'an unnamed model'}\n\n"
         f"Trained by redrafter on {len(rows):,} rows with {tokens:,} tokens to learn, teacher-forced over "
         f"{config.beam_length} draft positions: batch {recipe.batch_size}, learning rate {recipe.learning_rate:g}, "
-        f"mean loss {loss:.3f} nats summed over positions. {hub.count_parameters(drafter):,} parameters.\n\n"
+        f"last loss {loss:.3f} nats, summed over positions. {hub.count_parameters(drafter):,} parameters.\n\n"
         "Use it with `redrafter generate --model MODEL --drafter THIS_FOLDER --prompt TEXT`.\n"
     )

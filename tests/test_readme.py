@@ -1,0 +1,35 @@
+"""What the README shows runs as it stands."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs_as_printed():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(example, "README.md", "exec"), {})
+    text, figure = printed.getvalue().splitlines()
+    assert "hotel" in text
+    assert float(figure.removesuffix(" tokens per step")) > 2.5
+
+
+@pytest.mark.parametrize("name", re.findall(r"^  (\w[\w/]*\.py|\w+/)", README, re.MULTILINE))
+def test_the_tree_shows_what_is_there(name):
+    assert (ROOT / "src" / "redrafter" / name).exists()
+
+
+def test_the_tree_shows_every_module():
+    tree = README[README.index("src/redrafter/\n") :]
+    for path in (ROOT / "src" / "redrafter").iterdir():
+        if path.name not in ("__pycache__", "assets", "py.typed"):
+            assert path.name in tree, path.name
