@@ -230,6 +230,20 @@ def test_bad_training_data_is_named(say, model_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (["--epochs", 0], "The epochs must be positive, not 0"),
+        (["--learning-rate", -1], "The learning rate must be positive, not -1"),
+        (["--draft-vocabulary", 200], "fewer than a draft vocabulary of 200"),
+    ],
+)
+def test_training_that_could_learn_nothing_is_refused(say, model_folder, tmp_path, option, sentence):
+    (tmp_path / "data.jsonl").write_text('{"text": "once upon a time"}\n')
+    words = ["train", "--model", model_folder, "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"]
+    assert sentence in refusal(say(*words, *option))
+
+
 def test_debug_shows_the_traceback(model_folder):
     with pytest.raises(Exception, match="no drafter folder"):
         main(["info", "/none/such", "--debug"])

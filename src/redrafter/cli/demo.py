@@ -82,7 +82,7 @@ def _show(
     from redrafter.decoding import stream
     from redrafter.text import Detokenizer
 
-    console.print(Text(f"\n> {text}", style="bold"))
+    console.print(Text(f"\n> {text}", style="bold"), soft_wrap=True)
     pieces = Detokenizer(tokenizer)
     for event in stream(model, drafter, [ids], **settings):
         for index, token in enumerate(event.tokens):

@@ -51,6 +51,7 @@ def train(
     from redrafter.training.data import most_frequent, read_rows
     from redrafter.training.trainer import Recipe, newest_checkpoint, run
 
+    recipe = Recipe(epochs, max_steps, batch_size, learning_rate, save_steps=save_steps, seed=seed)
     console = Console(stderr=True, soft_wrap=True)
     target, tokenizer = load_model(model, dtype, device)
     limit = Target(target).context_length or max_length
@@ -66,7 +67,6 @@ def train(
     )
     learnt = sum(sum(row.trained) for row in rows)
     console.print(f"{len(rows):,} rows, {learnt:,} tokens to learn; {hub.count_parameters(drafter):,} parameters.")
-    recipe = Recipe(epochs, max_steps, batch_size, learning_rate, save_steps=save_steps, seed=seed)
     try:
         loss = run(target, drafter, rows, output, recipe, resume=resume)
     except KeyboardInterrupt:

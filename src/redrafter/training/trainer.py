@@ -29,7 +29,10 @@ COMPLETE = "complete"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the defaults are those of the released script where the data is small enough for them."""
+    """How to train; the defaults are those of the released script where the data is small enough for them.
+
+    Raises RedrafterError where nothing could be learnt so.
+    """
 
     epochs: float = 2.0
     max_steps: int = -1
@@ -40,6 +43,12 @@ class Recipe:
     """Share of the steps, followed by a cosine to zero."""
     save_steps: int = 500
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise RedrafterError(f"The learning rate must be positive, not {self.learning_rate:g}.")
+        if self.max_steps < 1 and self.epochs <= 0:
+            raise RedrafterError(f"The epochs must be positive, not {self.epochs:g}.")
 
 
 class Unrolled(nn.Module):
