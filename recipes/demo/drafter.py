@@ -83,11 +83,12 @@ def train(data: Path, target: Path, output: Path, *, epochs: float, device: torc
     tokens = sum(sum(row.trained) for row in learnt)
     print(f"the target wrote {len(learnt):,} answers, {tokens:,} tokens, in {wrote:.0f} s", flush=True)
 
+    kinds = len({i for row in learnt for i, trained in zip(row.input_ids, row.trained, strict=True) if trained})
     drafter = RecurrentDrafter.for_target(
         model,
         beam_length=LENGTH,
         beam_width=WIDTH,
-        draft_vocabulary=most_frequent(learnt, VOCABULARY),
+        draft_vocabulary=most_frequent(learnt, min(VOCABULARY, kinds)),
     )
     recipe = Recipe(epochs=epochs, batch_size=128 if on_gpu else 16, learning_rate=2e-3, save_steps=10_000)
     loss = run(model, drafter, learnt, output, recipe, resume=False)
