@@ -17,7 +17,19 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
 
     if "redrafter" in sys.modules:
         raise RuntimeError("redrafter was imported before its shapes could be checked")
-    core = ("beam", "cache", "checking", "decoding", "drafter", "proposers", "target", "training", "tree", "verify")
+    core = (
+        "beam",
+        "cache",
+        "checking",
+        "decoding",
+        "drafter",
+        "proposers",
+        "sampling",
+        "target",
+        "training",
+        "tree",
+        "verify",
+    )
     install_import_hook([f"redrafter.{name}" for name in core], "beartype.beartype")
 
 from pathlib import Path

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from conftest import greedy, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, decoding, generate, stream
+from redrafter.sampling import Sampler
 from redrafter.target import Target
 from redrafter.tree import fold
 
@@ -38,7 +39,7 @@ class Oracle:
                 [target.hidden_states(torch.tensor([t]), torch.ones(1, len(t), dtype=torch.long))[0] for t in texts]
             )
 
-    def propose(self, context, root):
+    def propose(self, context, root, draw):
         beams = torch.zeros(len(root), self.width, self.length, dtype=torch.long)
         for row, place in enumerate(torch.cdist(context, self.states).argmin(dim=1).tolist()):
             text, position = self.places[place]
@@ -264,20 +265,22 @@ def test_bad_input_gets_a_sentence_before_the_first_event(prompts, given, senten
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("drafting", [False, True])
-def test_a_step_asks_the_device_nothing(drafting):
+@pytest.mark.parametrize("sampling", [False, True])
+def test_a_step_asks_the_device_nothing(drafting, sampling):
     model = tiny_model().cuda()
     target = Target(model)
     drafter = RecurrentDrafter.for_target(model)
     proposer = decoding.RecurrentProposer(drafter, target, 4, 3) if drafting else None
     with torch.inference_mode():
         cache = target.new_cache(batch=2, slots=64)
-        state = decoding.prefill(target, [[5, 9, 12], [7]], cache)
+        sampler = Sampler(do_sample=sampling, top_k=20)
+        state, _ = decoding.prefill(target, sampler, [[5, 9, 12], [7]], [1, 2], cache)
         cache.window.visible = 64
-        decoding.step(target, proposer, state)  # what is built on first use may ask
+        decoding.step(target, proposer, sampler, state)  # what is built on first use may ask
         torch.cuda.synchronize()
         try:
             torch.cuda.set_sync_debug_mode("error")
-            decoding.step(target, proposer, state)
+            decoding.step(target, proposer, sampler, state)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -297,3 +300,69 @@ def test_on_a_gpu_text_is_that_of_transformers(family):
     drafter = RecurrentDrafter.for_target(model)
     assert generate(model, None, prompts, max_new_tokens=30).new_tokens == expected
     assert generate(model, drafter, prompts, max_new_tokens=30).new_tokens == expected
+
+
+LAW = {"do_sample": True, "temperature": 0.9, "top_k": 40, "top_p": 0.95}
+
+
+@settings(max_examples=20)
+@given(prompts_strategy, st.integers(1, 4), st.integers(1, 4), st.floats(0, 1), st.integers(0, 2**62))
+def test_any_draft_gives_the_text_that_is_sampled_without(prompts, width, length, spoil, seed):
+    expected = generate(MODEL, None, prompts, max_new_tokens=12, seed=seed, **LAW).new_tokens
+    texts = [prompt + new for prompt, new in zip(prompts, expected, strict=True)]
+    oracle = Oracle(MODEL, texts, width=width, length=length, spoil=spoil, seed=seed)
+    drafted = drafted_by(pytest.MonkeyPatch(), oracle, prompts, max_new_tokens=12, seed=seed, **LAW)
+    assert drafted.new_tokens == expected
+    if spoil == 0 and length == 4:
+        assert drafted.stats.steps < 12 * len(prompts), "it was drafted"
+
+
+@settings(max_examples=10)
+@given(prompts_strategy, st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**62))
+def test_a_recurrent_drafter_changes_no_sampled_text(prompts, width, length, seed):
+    torch.manual_seed(seed)
+    drafter = RecurrentDrafter.for_target(MODEL, draft_vocabulary=torch.arange(3, 40))
+    sampled = {"max_new_tokens": 10, "seed": seed} | LAW
+    drafted = generate(MODEL, drafter, prompts, beam_width=width, beam_length=length, **sampled)
+    assert drafted.new_tokens == generate(MODEL, None, prompts, **sampled).new_tokens
+
+
+def test_sampled_text_of_a_row_depends_on_its_own_seed_alone():
+    prompts, seeds = [[5, 9, 12], [7], [30, 31, 32, 33, 34], [7]], [3, 4, 5, 6]
+    together = generate(MODEL, None, prompts, max_new_tokens=15, seed=seeds, **LAW).new_tokens
+    backwards = generate(MODEL, None, prompts[::-1], max_new_tokens=15, seed=seeds[::-1], **LAW).new_tokens
+    alone = [
+        generate(MODEL, None, [prompt], max_new_tokens=15, seed=[seed], **LAW).new_tokens[0]
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    assert together == backwards[::-1] == alone
+    assert together[1] != together[3], "one prompt, two seeds"
+    assert generate(MODEL, None, prompts, max_new_tokens=15, seed=[9, 4, 5, 6], **LAW).new_tokens[1:] == together[1:]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("drafting", [False, True])
+@pytest.mark.parametrize("sampling", [False, True])
+def test_logits_that_are_no_numbers_are_named_by_row_and_position(bad, drafting, sampling):
+    model = tiny_model()
+    prompts = [[5, 9, 12], [7]]
+    plain = generate(model, None, prompts, max_new_tokens=8).new_tokens
+    wrong_after = plain[1][3]
+    first = plain[1].index(wrong_after)
+    drafter = RecurrentDrafter.for_target(model) if drafting else None
+
+    def spoil(module, args, output):
+        """Logits after one of the tokens that row 1 writes are no numbers; it never occurs in row 0."""
+        spoilt = output.clone()
+        spoilt[(args[0] - marked).abs().amax(dim=-1) < 1e-4] = bad
+        return spoilt
+
+    text = torch.tensor([prompts[1] + plain[1][: first + 1]])
+    marked = Target(model).hidden_states(text, torch.ones_like(text))[0, -1].detach()
+    handle = model.lm_head.register_forward_hook(spoil)
+    try:
+        settings = {"do_sample": True, "temperature": 1e-3, "seed": 1} if sampling else {}
+        with pytest.raises(RedrafterError, match=f"row 1, position {1 + first + 1} hold NaN or infinity"):
+            generate(model, drafter, prompts, max_new_tokens=8, **settings)
+    finally:
+        handle.remove()

@@ -23,11 +23,13 @@ def beam_search(
     *,
     width: int,
     length: int,
+    adjust: Callable[[Tensor, int], Tensor] | None = None,
 ) -> tuple[Int[Tensor, "B W L"], Float[Tensor, "B W"]]:
     """Continuations of the guaranteed token `root`, and their log-probabilities under the drafter.
 
     `embed` is the target's token embedding, `context` the hidden state from which the target chose `root`.  The first
     step grows one beam only; each later one takes the best `width` of every beam's own best.
+    `adjust(logits, position)` changes the head's logits [B, beams, head] before they are made probabilities.
     """
     best = min(width, drafter.config.head_size)
     if best < width:
@@ -38,6 +40,8 @@ def beam_search(
     scores = context.new_zeros((root.shape[0], 1), dtype=torch.float32)
     for position in range(length):
         logits = drafter.logits(context.expand_as(state), state).float()
+        if adjust is not None:
+            logits = adjust(logits, position)
         top, choice = logits.topk(width, dim=-1)
         grown = scores[..., None] + top - logits.logsumexp(dim=-1, keepdim=True)  # [B, beams, W]
         scores, flat = grown.flatten(1).topk(width, dim=-1)

@@ -6,13 +6,15 @@ differently between two all but equal logits.  Does not excuse anything else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from redrafter.decoding import generate
 from redrafter.drafter import RecurrentDrafter
+from redrafter.sampling import Sampler, row_seeds
 
 ROUNDING = 8
 """Roundings of the largest logit, in units of the dtype's epsilon, by which two ways to compute a logit may differ.
@@ -29,7 +31,7 @@ class Parting:
     position: int
     """Index among the new tokens."""
     margin: float
-    """Distance of the two best logits there, by the model's own forward over the plain text."""
+    """Distance of the two best logits there, in the model's forward over the plain text, with noise where sampled."""
     rounding: float
     """The distance that rounding explains."""
 
@@ -57,29 +59,50 @@ def compare(
     max_new_tokens: int = 128,
     beam_width: int | None = None,
     beam_length: int | None = None,
+    sampler: Sampler | None = None,
+    seed: int | None = None,
 ) -> Report:
-    """Generates from every prompt with and without the drafter.  Raises RedrafterError for bad prompts."""
+    """Generates from every prompt with and without the drafter, greedily unless `sampler` says otherwise.
+
+    Raises RedrafterError for bad prompts.
+    """
+    sampler = sampler or Sampler()
+    seeds = row_seeds(seed, len(prompts))
     partings = []
     tokens = steps = 0
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        plain = generate(model, None, batch, max_new_tokens=max_new_tokens)
-        drafted = generate(
-            model, drafter, batch, max_new_tokens=max_new_tokens, beam_width=beam_width, beam_length=beam_length
-        )
+        settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "seed": seeds[start : start + batch_size],
+        } | asdict(sampler)
+        plain = generate(model, None, batch, **settings)
+        drafted = generate(model, drafter, batch, beam_width=beam_width, beam_length=beam_length, **settings)
         tokens, steps = tokens + drafted.stats.tokens, steps + drafted.stats.steps
-        for row, (one, other) in enumerate(zip(plain.new_tokens, drafted.new_tokens, strict=True)):
+        for row, (one, other) in enumerate(zip(plain.new_tokens, drafted.new_tokens, strict=True), start):
             if one != other:
-                partings.append(_parting(model, start + row, batch[row], one, other))
+                partings.append(_parting(model, row, prompts[row], one, other, sampler, seeds[row]))
     return Report(partings, tokens, tokens / max(1, steps))
 
 
-def _parting(model: PreTrainedModel, row: int, prompt: list[int], one: list[int], other: list[int]) -> Parting:
+def _parting(
+    model: PreTrainedModel,
+    row: int,
+    prompt: list[int],
+    one: list[int],
+    other: list[int],
+    sampler: Sampler,
+    seed: int,
+) -> Parting:
     shorter = min(len(one), len(other))
     position = next((i for i in range(shorter) if one[i] != other[i]), shorter)
-    prefix = torch.tensor([prompt + one[:position]], device=model.device)
+    text = torch.tensor([prompt + one[:position]], device=model.device)
     with torch.inference_mode():
-        logits = model(input_ids=prefix, use_cache=False).logits[0, -1]
-    best = logits.double().topk(2).values
+        logits = model(input_ids=text, use_cache=False).logits[:, -1:]
+        place = torch.tensor([text.shape[1]], device=text.device)
+        draw = sampler.draw(place * 0 + seed, place, depths=1, vocabulary=logits.shape[-1])
+        best = draw.scores(logits, torch.zeros_like(text[:, -1:]))[0, 0].double().topk(2).values
     rounding = ROUNDING * torch.finfo(logits.dtype).eps * logits.double().abs().max()
+    if sampler.do_sample:
+        rounding = rounding / sampler.temperature
     return Parting(row, position, float(best[0] - best[1]), float(rounding))

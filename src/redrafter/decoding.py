@@ -21,6 +21,7 @@ from redrafter.cache import SlotCache
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Proposer, RecurrentProposer
+from redrafter.sampling import Sampler, row_seeds
 from redrafter.target import Target
 from redrafter.tree import chain
 from redrafter.verify import walk
@@ -43,6 +44,8 @@ class State:
     """Committed slots of the cache."""
     alive: Int[Tensor, " B"]
     """1, or 0 for a row that has ended and no longer grows."""
+    seed: Int[Tensor, " B"]
+    """Of the row's noise; without meaning where decoding is greedy."""
     cache: SlotCache
 
 
@@ -54,6 +57,8 @@ class Emission:
     """Accepted drafted tokens, then the target's own next one; what follows is not defined."""
     accepted: Int[Tensor, " B"]
     drafted: Int[Tensor, " B"]
+    sound: Int[Tensor, "B path"]
+    """1 where the logits that chose the token were numbers."""
 
 
 @dataclass
@@ -109,17 +114,18 @@ class Generation:
     stats: Stats
 
 
-def step(target: Target, proposer: Proposer | None, state: State) -> tuple[State, Emission]:
+def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: State) -> tuple[State, Emission]:
     """Draft, verify, keep: one run of the target over one tree a row.
 
     Advances `state.cache` in place and returns the rest as a new state.
     """
     length = 0 if proposer is None else proposer.length
-    tree = chain(state.root[:, None]) if proposer is None else proposer.propose(state.context, state.root)
+    draw = sampler.draw(state.seed, state.length + 1, depths=length + 1, vocabulary=target.vocab_size)
+    tree = chain(state.root[:, None]) if proposer is None else proposer.propose(state.context, state.root, draw)
     if state.root.device.type == "cpu":
         tree = tree.trimmed()
     hidden, logits = target.forward(tree, state.length, state.cache)
-    choice = logits.argmax(dim=-1)
+    choice, score = draw.choose(logits, tree.depth)
     path, accepted = walk(tree, choice, length=length)
     if length:  # a path of the root alone already sits where it belongs
         state.cache.keep(path, state.length)
@@ -131,15 +137,20 @@ def step(target: Target, proposer: Proposer | None, state: State) -> tuple[State
         context=hidden.gather(1, end[..., None].expand(-1, -1, hidden.shape[-1]))[:, 0],
         length=state.length + state.alive * (accepted + 1),
     )
-    return advanced, Emission(following, accepted, tree.valid.sum(dim=1) - 1)
+    sound = score.isfinite().gather(1, path).long()
+    return advanced, Emission(following, accepted, tree.valid.sum(dim=1) - 1, sound)
 
 
-def prefill(target: Target, prompts: list[list[int]], cache: SlotCache) -> State:
+def prefill(
+    target: Target, sampler: Sampler, prompts: list[list[int]], seeds: list[int], cache: SlotCache
+) -> tuple[State, Emission]:
     """Runs the prompts, chunk by chunk as chains, and chooses the first token of every row."""
     device = target.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
-    root = torch.zeros_like(lengths)
+    seed = torch.tensor(seeds, device=device)
+    draw = sampler.draw(seed, lengths, depths=1, vocabulary=target.vocab_size)
+    root, sound = torch.zeros_like(lengths), torch.zeros_like(lengths)
     context = torch.zeros((len(prompts), target.hidden_size), dtype=target.dtype, device=device)
     for start in range(0, padded.shape[1], PREFILL_CHUNK):
         tokens = padded[:, start : start + PREFILL_CHUNK]
@@ -148,9 +159,13 @@ def prefill(target: Target, prompts: list[list[int]], cache: SlotCache) -> State
         cache.window.visible = start + tokens.shape[1]
         hidden, logits = target.forward(chain(tokens), torch.full_like(lengths, start), cache, select)
         here = select == last  # rows whose prompt ends in this chunk
-        root = torch.where(here, logits[:, 0].argmax(dim=-1), root)
+        choice, score = draw.choose(logits, torch.zeros_like(lengths)[:, None])
+        root = torch.where(here, choice[:, 0], root)
+        sound = torch.where(here, score[:, 0].isfinite().long(), sound)
         context = torch.where(here[:, None], hidden[:, 0], context)
-    return State(root, context, lengths, torch.ones_like(lengths), cache)
+    none = torch.zeros_like(lengths)
+    state = State(root, context, lengths, torch.ones_like(lengths), seed, cache)
+    return state, Emission(root[:, None], none, none, sound[:, None])
 
 
 def stream(
@@ -163,13 +178,23 @@ def stream(
     beam_width: int | None = None,
     beam_length: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int | Sequence[int] | None = None,
 ) -> Iterator[Event]:
-    """Greedy decoding of a batch, an event for every row that a step advanced.
+    """Decoding of a batch, an event for every row that a step advanced.
 
     `input_ids` is a padded tensor [B, P] with its `attention_mask`, or a list of rows of any lengths.  `drafter=None`
     decodes autoregressively.  `beam_width` and `beam_length` (drafted tokens only) default to what the drafter was made
     for, `eos_token_id` to the model's own; pass `()` to go on past them.  A row ends at an end token, which is kept,
     after `max_new_tokens`, or where the model's context is full.
+
+    Greedy, or with `do_sample` by the law of transformers' `temperature`, `top_k`, `top_p` and `min_p`.  What is drawn
+    at a position depends on the row's seed, the position and the model alone, never on the drafter or on other rows.
+    `seed` is one for each row, or one from which row 0, 1, … get their own; without it torch's generator gives one.
 
     The arguments are checked when this is called, not at the first event.  Raises RedrafterError.
     """
@@ -178,10 +203,12 @@ def stream(
     _check_prompts(target, prompts, max_new_tokens)
     proposer = _proposer(target, drafter, beam_width, beam_length)
     ends = _end_tokens(model, eos_token_id)
+    sampler = Sampler(do_sample, temperature, top_k, top_p, min_p)
+    seeds = row_seeds(seed, len(prompts)) if do_sample else [0] * len(prompts)
     budget = [max_new_tokens] * len(prompts)
     if target.context_length is not None:  # the last token written is never read again, so it needs no position
         budget = [min(max_new_tokens, target.context_length + 1 - len(p)) for p in prompts]
-    return _events(target, proposer, prompts, budget, ends)
+    return _events(target, proposer, sampler, prompts, seeds, budget, ends)
 
 
 def generate(
@@ -195,8 +222,14 @@ def generate(
     beam_length: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int | Sequence[int] | None = None,
 ) -> Generation:
-    """Greedy decoding of a batch: the text that the model writes alone, in fewer runs of it.
+    """Decoding of a batch: the text that the model writes alone, in fewer runs of it.
 
     Arguments as for `stream`; `pad_token_id` fills the rows of `sequences` (default: the model's own, else 0).
     """
@@ -209,6 +242,12 @@ def generate(
         beam_width=beam_width,
         beam_length=beam_length,
         eos_token_id=eos_token_id,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
     )
     positions = 0 if drafter is None else drafter.config.beam_length if beam_length is None else beam_length
     new: list[list[int]] = [[] for _ in prompts]
@@ -239,7 +278,13 @@ def generate(
 
 
 def _events(
-    target: Target, proposer: Proposer | None, prompts: list[list[int]], budget: list[int], ends: frozenset[int]
+    target: Target,
+    proposer: Proposer | None,
+    sampler: Sampler,
+    prompts: list[list[int]],
+    seeds: list[int],
+    budget: list[int],
+    ends: frozenset[int],
 ) -> Iterator[Event]:
     """The loop: one step, one small read, one event for each row that is still alive."""
     size = 1 if proposer is None else proposer.size
@@ -249,9 +294,12 @@ def _events(
     left = dict(enumerate(budget))  # tokens that each living row may still write
     committed = [len(p) for p in prompts]
 
-    def event(row: int, tokens: list[int], accepted: int, drafted: int) -> Event:
+    def event(row: int, accepted: int, drafted: int, tokens: list[int], sound: list[int]) -> Event:
         """Cuts a row's tokens at its end and takes note of it."""
-        tokens = tokens[: left[row]]
+        tokens = tokens[: min(accepted + 1, left[row])]
+        if not all(sound[: len(tokens)]):
+            position = len(prompts[row]) + budget[row] - left[row] + sound.index(0)
+            raise RedrafterError(f"The model's logits for row {row}, position {position} hold NaN or infinity.")
         stop = next((i for i, token in enumerate(tokens) if token in ends), None)
         if stop is not None:
             tokens = tokens[: stop + 1]
@@ -263,22 +311,29 @@ def _events(
 
     with target.evaluating():
         with torch.inference_mode():
-            state = prefill(target, prompts, cache)
-            first = state.root.tolist()
-        yield from [event(row, [token], 0, 0) for row, token in enumerate(first)]
+            state, emitted = prefill(target, sampler, prompts, seeds, cache)
+            read = _read(emitted)
+        yield from [event(row, *read[row]) for row in list(left)]
         while left:
             with torch.inference_mode():
                 alive = torch.tensor([int(row in left) for row in range(len(prompts))])
                 state = replace(state, alive=alive.to(target.device, non_blocking=True))
                 cache.window.visible = max(committed) + size
-                state, emitted = step(target, proposer, state)
-                read = torch.cat((emitted.accepted[:, None], emitted.drafted[:, None], emitted.tokens), dim=1).tolist()
+                state, emitted = step(target, proposer, sampler, state)
+                read = _read(emitted)
             events = []
             for row in list(left):
-                accepted, drafted, *tokens = read[row]
-                committed[row] += accepted + 1
-                events.append(event(row, tokens[: accepted + 1], accepted, drafted))
+                committed[row] += read[row][0] + 1
+                events.append(event(row, *read[row]))
             yield from events
+
+
+def _read(emitted: Emission) -> list[tuple[int, int, list[int], list[int]]]:
+    """One read of the device: accepted and drafted tokens, tokens and their soundness, for every row."""
+    path = emitted.tokens.shape[1]
+    counts = torch.stack((emitted.accepted, emitted.drafted), dim=1)
+    read = torch.cat((counts, emitted.tokens, emitted.sound), dim=1).tolist()
+    return [(row[0], row[1], row[2 : 2 + path], row[2 + path :]) for row in read]
 
 
 def _rows(input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None) -> list[list[int]]:

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from redrafter.sampling import Draw
 from redrafter.tree import DraftTree
 
 
@@ -23,6 +24,9 @@ class Proposer(Protocol):
         """N, nodes of every tree, counting the root."""
         ...
 
-    def propose(self, context: Tensor, root: Tensor) -> DraftTree:
-        """Trees [B, N] below the guaranteed tokens `root` [B]; `context` [B, H] is where the target chose them."""
+    def propose(self, context: Tensor, root: Tensor, draw: Draw) -> DraftTree:
+        """Trees [B, N] below the guaranteed tokens `root` [B]; `context` [B, H] is where the target chose them.
+
+        `draw` is how the target will choose after nodes of depth 0 to L; a proposer may use it, or not.
+        """
         ...
