@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, checking
 from redrafter.checking import Parting, compare
+from redrafter.sampling import Sampler
 
 MODEL = tiny_model()
 PROMPTS = [[5, 9, 12], [7], [30, 31, 32, 33]]
@@ -42,6 +43,20 @@ def test_a_wrong_token_is_found_with_its_margin(monkeypatch, row):
     best = MODEL(input_ids=torch.tensor([text])).logits[0, -1].detach().topk(2).values
     assert parting.margin == pytest.approx(float(best[0] - best[1]), rel=1e-3)
     assert not parting.explained
+
+
+def test_sampled_text_is_compared_under_the_same_seeds(monkeypatch):
+    law = Sampler(do_sample=True, temperature=0.7)
+    drafter = RecurrentDrafter.for_target(MODEL)
+    assert compare(MODEL, drafter, PROMPTS, batch_size=2, max_new_tokens=9, sampler=law, seed=5).partings == []
+    generate = checking.generate
+
+    def other_seed(model, drafter, prompts, **settings):
+        settings["seed"] = [seed + bool(drafter) for seed in settings["seed"]]
+        return generate(model, drafter, prompts, **settings)
+
+    monkeypatch.setattr(checking, "generate", other_seed)
+    assert compare(MODEL, drafter, PROMPTS, batch_size=2, max_new_tokens=9, sampler=law, seed=5).partings
 
 
 def test_a_text_that_ends_early_parts_where_it_ends(monkeypatch):

@@ -176,3 +176,10 @@ def test_impossible_values_are_refused(values, sentence):
     model = tiny_model()
     with pytest.raises(RedrafterError, match=sentence):
         generate(model, None, [[5]], do_sample=True, **values)
+
+
+@pytest.mark.parametrize("values", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"seed": 3}])
+def test_what_greedy_decoding_would_not_heed_is_refused(values):
+    (name,) = values
+    with pytest.raises(RedrafterError, match=f"{name} means nothing in greedy decoding"):
+        generate(tiny_model(), None, [[5]], **values)

@@ -72,10 +72,9 @@ def compare(
     tokens = steps = 0
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        settings: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "seed": seeds[start : start + batch_size],
-        } | asdict(sampler)
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, **asdict(sampler)}
+        if sampler.do_sample or seed is not None:
+            settings["seed"] = seeds[start : start + batch_size]
         plain = generate(model, None, batch, **settings)
         drafted = generate(model, drafter, batch, beam_width=beam_width, beam_length=beam_length, **settings)
         tokens, steps = tokens + drafted.stats.tokens, steps + drafted.stats.steps

@@ -204,6 +204,8 @@ def stream(
     proposer = _proposer(target, drafter, beam_width, beam_length)
     ends = _end_tokens(model, eos_token_id)
     sampler = Sampler(do_sample, temperature, top_k, top_p, min_p)
+    if seed is not None and not do_sample:
+        raise RedrafterError("seed means nothing in greedy decoding: ask for do_sample, or leave it out.")
     seeds = row_seeds(seed, len(prompts)) if do_sample else [0] * len(prompts)
     budget = [max_new_tokens] * len(prompts)
     if target.context_length is not None:  # the last token written is never read again, so it needs no position

@@ -57,7 +57,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Sampler:
-    """The law of the draws; without `do_sample` the others mean nothing.  Raises RedrafterError for what cannot be."""
+    """The law of the draws.  Raises RedrafterError for impossible values, and for any that would go unheeded."""
 
     do_sample: bool = False
     temperature: float = 1.0
@@ -67,6 +67,11 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if not self.do_sample:
+            told = {"temperature": self.temperature != 1}
+            told |= {name: getattr(self, name) is not None for name in ("top_k", "top_p", "min_p")}
+            if any(told.values()):
+                name = next(name for name, is_set in told.items() if is_set)
+                raise RedrafterError(f"{name} means nothing in greedy decoding: ask for do_sample, or leave it out.")
             return
         if not self.temperature > 0:
             raise RedrafterError(f"The temperature must be positive to sample, not {self.temperature:g}.")

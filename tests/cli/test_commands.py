@@ -89,6 +89,26 @@ def test_a_file_is_answered_in_its_order_a_line_each(say, model_folder, drafter_
     assert rows[1]["messages"][-1] == {"role": "assistant", "content": rows[1]["text"]}
 
 
+def test_a_seed_gives_the_same_texts_with_any_drafter_or_none_in_any_batches(
+    say, model_folder, drafter_folder, prompts
+):
+    command = ["generate", "--model", model_folder, "--prompts", prompts, "--max-new-tokens", 15]
+    law = ["--do-sample", "--temperature", 0.8, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.01, "--seed", 4]
+    texts = [
+        say(*command, *drafting, *law, "--batch-size", size)[:2]
+        for drafting in (["--no-drafter"], ["--drafter", drafter_folder])
+        for size in (1, 2, 8)
+    ]
+    assert texts[0][0] == 0
+    assert texts == [texts[0]] * 6
+    assert say(*command, "--no-drafter", *law[:-1], 5)[1] != texts[0][1]
+    assert "temperature means nothing in greedy" in refusal(say(*command, "--no-drafter", "--temperature", 0.8))
+    assert "seed means nothing in greedy" in refusal(say(*command, "--no-drafter", "--seed", 8))
+    status, out, _ = say("check", "--drafter", drafter_folder, *command[1:], *law)
+    assert status == 0
+    assert "3 of 3 texts equal" in out
+
+
 def test_what_generate_writes_can_be_trained_on_and_the_drafter_checked(say, model_folder, prompts, tmp_path):
     own = tmp_path / "own.jsonl"
     _, out, _ = say(

@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from redrafter.cli.loading import Device, DrafterPath, Dtype, Length, Model, NewTokens, Width
+from redrafter.cli.loading import (
+    Device,
+    DoSample,
+    DrafterPath,
+    Dtype,
+    Length,
+    MinP,
+    Model,
+    NewTokens,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    Width,
+)
 
 
 def check(
@@ -17,6 +31,12 @@ def check(
     max_new_tokens: NewTokens = 128,
     beam_width: Width = None,
     beam_length: Length = None,
+    do_sample: DoSample = False,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -25,7 +45,9 @@ def check(
     from redrafter.checking import compare
     from redrafter.cli.loading import load_drafter, load_model
     from redrafter.prompts import prompt_ids, read_prompts
+    from redrafter.sampling import Sampler
 
+    sampler = Sampler(do_sample, temperature, top_k, top_p, min_p)
     target, tokenizer = load_model(model, dtype, device)
     head = load_drafter(drafter, target)
     ids = [prompt_ids(record, tokenizer, where) for where, record in read_prompts(prompts)]
@@ -37,6 +59,8 @@ def check(
         max_new_tokens=max_new_tokens,
         beam_width=beam_width,
         beam_length=beam_length,
+        sampler=sampler,
+        seed=seed,
     )
     for parting in report.partings:
         verdict = "within rounding" if parting.explained else "NOT explained by rounding"

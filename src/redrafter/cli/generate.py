@@ -5,12 +5,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redrafter.cli.loading import Device, Dtype, Length, Model, NewTokens, Width
+from redrafter.cli.loading import (
+    Device,
+    DoSample,
+    Dtype,
+    Length,
+    MinP,
+    Model,
+    NewTokens,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    Width,
+)
 from redrafter.errors import RedrafterError
 
 if TYPE_CHECKING:
@@ -26,13 +40,19 @@ def generate(
     max_new_tokens: NewTokens = 256,
     beam_width: Width = None,
     beam_length: Length = None,
+    do_sample: DoSample = False,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Decode autoregressively, for comparison.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line for every prompt.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Write a model's greedy continuation of prompts, drafted unless told otherwise."""
+    """Write a model's continuation of prompts, greedy or sampled, drafted unless told otherwise."""
     if (prompt is None) == (prompts is None):
         raise RedrafterError("Give either --prompt or --prompts.")
     if drafter is None and not no_drafter:
@@ -41,7 +61,9 @@ def generate(
     from redrafter.cli.loading import load_drafter, load_model
     from redrafter.decoding import generate as decode
     from redrafter.prompts import conversation, prompt_ids, read_prompts
+    from redrafter.sampling import Sampler, row_seeds
 
+    sampler = Sampler(do_sample, temperature, top_k, top_p, min_p)
     records = [("--prompt", {"prompt": prompt})] if prompts is None else read_prompts(prompts)
     if chat:
         records = [
@@ -52,6 +74,8 @@ def generate(
     head = None if no_drafter or drafter is None else load_drafter(drafter, target)
     ids = [prompt_ids(record, tokenizer, where) for where, record in records]
 
+    seeds = row_seeds(seed, len(ids))
+
     def batches() -> Iterator[tuple[dict[str, Any], str, str, Stats]]:
         for start in range(0, len(ids), batch_size):
             out = decode(
@@ -61,6 +85,8 @@ def generate(
                 max_new_tokens=max_new_tokens,
                 beam_width=beam_width,
                 beam_length=beam_length,
+                seed=seeds[start : start + batch_size] if do_sample or seed is not None else None,
+                **asdict(sampler),
             )
             for row, (new, reason) in enumerate(zip(out.new_tokens, out.finish_reasons, strict=True)):
                 where, record = records[start + row]

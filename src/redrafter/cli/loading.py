@@ -23,6 +23,16 @@ Length = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens to draft in each beam, the guaranteed one not counted.  [default: as trained]"),
 ]
+DoSample = Annotated[
+    bool, typer.Option("--do-sample", help="Draw tokens by the model's law instead of taking the best.")
+]
+Temperature = Annotated[float, typer.Option(help="Of the law; with --do-sample.")]
+TopK = Annotated[int | None, typer.Option(help="Draw among the K likeliest tokens; with --do-sample.")]
+TopP = Annotated[float | None, typer.Option(help="Draw among the likeliest that sum to P; with --do-sample.")]
+MinP = Annotated[float | None, typer.Option(help="Draw among tokens at least P times as likely as the likeliest.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Of all draws: the same seed gives the same texts, with any drafter or none.")
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
 
 
