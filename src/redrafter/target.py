@@ -195,15 +195,18 @@ class Target:
         cache = self.new_cache(batch=2, slots=8)
         padded = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         start = torch.zeros(2, dtype=torch.long, device=self.device)
-        self.forward(chain(padded), start, cache)
+        try:
+            self.forward(chain(padded), start, cache)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise self._refusal(f"its forward takes no tree mask ({error})") from error
         tokens = torch.stack((ids[5], ids[7], ids[6])).expand(2, 3)  # a root and two children, the second one checked
         parents = torch.zeros_like(tokens)
         depth = torch.tensor([0, 1, 1], device=self.device).expand(2, 3)
         tree = DraftTree(tokens, parents, depth, depth >= 0, ancestors_of(parents, max_depth=1))
         hidden, _ = self.forward(tree, torch.tensor([2, 3], device=self.device), cache)
         wanted = torch.stack(expected).double()
-        error = (hidden[:, 2].double() - wanted).norm() / wanted.norm()
-        if not error < (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1):
+        distance = (hidden[:, 2].double() - wanted).norm() / wanted.norm()
+        if not distance < (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1):
             raise self._refusal("its states at the nodes of a tree differ from those of plain text")
 
     def _refusal(self, reason: str) -> RedrafterError:
