@@ -264,6 +264,18 @@ def test_training_that_could_learn_nothing_is_refused(say, model_folder, tmp_pat
     assert sentence in refusal(say(*words, *option))
 
 
+def test_what_nobody_foresaw_is_one_sentence_too(say, drafter_folder, monkeypatch):
+    from redrafter import hub
+
+    def broken(folder):
+        raise ZeroDivisionError("division\nby zero.")
+
+    monkeypatch.setattr(hub, "size_on_disk", broken)
+    assert "ZeroDivisionError: division by zero; add --debug" in refusal(say("info", drafter_folder))
+    with pytest.raises(ZeroDivisionError):
+        main(["info", str(drafter_folder), "--debug"])
+
+
 def test_debug_shows_the_traceback(model_folder):
     with pytest.raises(Exception, match="no drafter folder"):
         main(["info", "/none/such", "--debug"])

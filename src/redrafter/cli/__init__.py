@@ -59,5 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         reason = "no space is left on the device" if error.errno == errno.ENOSPC else error.strerror or str(error)
         sentence = f"Reading or writing {error.filename or 'a file'} failed: {reason}."
+    except Exception as error:  # what nobody foresaw is told in one sentence too; --debug shows where it was raised
+        if debug:
+            raise
+        sentence = f"{type(error).__name__}: {str(error).rstrip('.')}; add --debug to see where."
     print(f"redrafter: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(2)
