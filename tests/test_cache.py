@@ -84,3 +84,15 @@ def test_memory_is_free_as_soon_as_the_cache_is_dropped():
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_rows_of_another_cache_are_adopted_and_the_others_are_left():
+    cache, other = SlotCache(SHAPES, batch=4, slots=6), SlotCache(SHAPES, batch=2, slots=3)
+    for pool in other.pools:
+        pool.copy_(torch.arange(1.0, pool.numel() + 1).view(pool.shape))
+    cache.adopt([3, 1], other)
+    for pool, source in zip(cache.pools, other.pools, strict=True):
+        assert torch.equal(pool[:, 3, :, :3], source[:, 0])
+        assert torch.equal(pool[:, 1, :, :3], source[:, 1])
+        assert not pool[:, [0, 2]].any()
+        assert not pool[..., 3:, :].any()

@@ -243,6 +243,7 @@ def test_low_precision_decodes():
         ([[5, 61]], {}, "outside the vocabulary of 61"),
         ([[5, -1]], {}, "outside the vocabulary of 61"),
         ([[5] * 129], {}, "row 0 has 129 tokens, the model's context 128"),
+        ([[5]], {"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ([[5]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ([[5]], {"beam_length": 0}, "pass drafter=None"),
         ([[5]], {"beam_width": 0}, "between 1 and the drafter's 61 tokens, not 0"),
@@ -300,6 +301,46 @@ def test_on_a_gpu_text_is_that_of_transformers(family):
     drafter = RecurrentDrafter.for_target(model)
     assert generate(model, None, prompts, max_new_tokens=30).new_tokens == expected
     assert generate(model, drafter, prompts, max_new_tokens=30).new_tokens == expected
+
+
+MANY = [[5, 9, 12], [7], [30, 31, 32, 33, 34], [8, 8], [11], [40, 41, 42], [3] * 9]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 6, 7, 20])
+@pytest.mark.parametrize("drafting", [False, True])
+@pytest.mark.parametrize("law", [{}, {"do_sample": True, "seed": 3}])
+def test_waiting_prompts_enter_free_slots_and_no_text_depends_on_neighbours(batch_size, drafting, law):
+    plain = [greedy(MODEL, prompt, 12) for prompt in MANY]
+    end = plain[2][3]  # rows end at different times
+    torch.manual_seed(0)
+    drafter = RecurrentDrafter.for_target(MODEL) if drafting else None
+    settings = {"max_new_tokens": 12, "eos_token_id": end, **law}
+    out = generate(MODEL, drafter, MANY, batch_size=batch_size, **settings)
+    assert out.new_tokens == generate(MODEL, None, MANY, **settings).new_tokens
+    assert [row.tokens for row in out.stats.rows] == [len(new) for new in out.new_tokens]
+    if not law:
+        assert out.new_tokens == [new[: new.index(end) + 1] if end in new else new for new in plain]
+
+
+def test_no_slot_idles_while_a_prompt_waits(monkeypatch):
+    alive, entered = [], []
+    step, admit = decoding.step, decoding.admit
+
+    def watched_step(target, proposer, sampler, state):
+        alive.append((int(state.alive.sum()), len(entered)))
+        return step(target, proposer, sampler, state)
+
+    def watched_admit(target, sampler, state, slots, prompts, seeds):
+        entered.extend(slots)
+        return admit(target, sampler, state, slots, prompts, seeds)
+
+    monkeypatch.setattr(decoding, "step", watched_step)
+    monkeypatch.setattr(decoding, "admit", watched_admit)
+    end = greedy(MODEL, MANY[2], 12)[3]
+    generate(MODEL, None, MANY, max_new_tokens=12, batch_size=3, eos_token_id=end)
+    assert len(entered) == len(MANY)
+    assert all(count == 3 for count, known in alive if known < len(MANY))
+    assert alive[-1][0] < 3 or alive[-1][1] == len(MANY)
 
 
 LAW = {"do_sample": True, "temperature": 0.9, "top_k": 40, "top_p": 0.95}

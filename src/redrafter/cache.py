@@ -95,3 +95,8 @@ class SlotCache(Cache):  # type: ignore[misc]
             shape = (layers, -1, heads, -1, size)
             moved = pool.gather(3, source[None, :, None, :, None].expand(shape))
             pool.scatter_(3, target[None, :, None, :, None].expand(shape), moved)
+
+    def adopt(self, rows: list[int], other: SlotCache) -> None:
+        """Takes over another cache's rows, which has no more slots than this one, as the given rows of this one."""
+        for pool, source in zip(self.pools, other.pools, strict=True):
+            pool[:, rows, :, : source.shape[3]] = source

@@ -67,21 +67,18 @@ def compare(
     Raises RedrafterError for bad prompts.
     """
     sampler = sampler or Sampler()
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, **asdict(sampler)}
     seeds = row_seeds(seed, len(prompts))
-    partings = []
-    tokens = steps = 0
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, **asdict(sampler)}
-        if sampler.do_sample or seed is not None:
-            settings["seed"] = seeds[start : start + batch_size]
-        plain = generate(model, None, batch, **settings)
-        drafted = generate(model, drafter, batch, beam_width=beam_width, beam_length=beam_length, **settings)
-        tokens, steps = tokens + drafted.stats.tokens, steps + drafted.stats.steps
-        for row, (one, other) in enumerate(zip(plain.new_tokens, drafted.new_tokens, strict=True), start):
-            if one != other:
-                partings.append(_parting(model, row, prompts[row], one, other, sampler, seeds[row]))
-    return Report(partings, tokens, tokens / max(1, steps))
+    if sampler.do_sample or seed is not None:
+        settings["seed"] = seeds
+    plain = generate(model, None, prompts, **settings)
+    drafted = generate(model, drafter, prompts, beam_width=beam_width, beam_length=beam_length, **settings)
+    partings = [
+        _parting(model, row, prompts[row], one, other, sampler, seeds[row])
+        for row, (one, other) in enumerate(zip(plain.new_tokens, drafted.new_tokens, strict=True))
+        if one != other
+    ]
+    return Report(partings, drafted.stats.tokens, drafted.stats.tokens_per_step)
 
 
 def _parting(

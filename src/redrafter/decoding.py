@@ -8,7 +8,7 @@ question; the loop around it makes one small read a step.  Does not know files, 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -168,6 +168,52 @@ def prefill(
     return state, Emission(root[:, None], none, none, sound[:, None])
 
 
+def admit(
+    target: Target, sampler: Sampler, state: State, slots: list[int], prompts: list[list[int]], seeds: list[int]
+) -> tuple[State, Emission]:
+    """Prompts enter the given slots of a running batch, whose other rows do not notice."""
+    if len(slots) == len(state.root):
+        return prefill(target, sampler, prompts, seeds, state.cache)
+    cache = target.new_cache(batch=len(slots), slots=max(map(len, prompts)))
+    entered, emitted = prefill(target, sampler, prompts, seeds, cache)
+    state.cache.adopt(slots, cache)
+    rows = torch.tensor(slots, device=state.root.device)
+
+    def put(old: Tensor, new: Tensor) -> Tensor:
+        return old.index_copy(0, rows, new)
+
+    return replace(
+        state,
+        root=put(state.root, entered.root),
+        context=put(state.context, entered.context),
+        length=put(state.length, entered.length),
+        seed=put(state.seed, entered.seed),
+    ), emitted
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A row that has ended, with all that it wrote."""
+
+    row: int
+    new_tokens: list[int]
+    finish_reason: FinishReason
+    stats: Stats
+
+
+def finished(events: Iterable[Event], *, rows: int, positions: int) -> Iterator[Finished]:
+    """The rows of a stream, each as it ends; `positions` is the drafted tokens of a step."""
+    begin = time.perf_counter()
+    new: list[list[int]] = [[] for _ in range(rows)]
+    stats = [Stats(accepted_by_position=[0] * positions) for _ in range(rows)]
+    for event in events:
+        new[event.row] += event.tokens
+        stats[event.row].count(event)
+        if event.finish_reason is not None:
+            stats[event.row].seconds = time.perf_counter() - begin
+            yield Finished(event.row, new[event.row], event.finish_reason, stats[event.row])
+
+
 def stream(
     model: PreTrainedModel,
     drafter: RecurrentDrafter | None,
@@ -175,6 +221,7 @@ def stream(
     attention_mask: Tensor | None = None,
     *,
     max_new_tokens: int = 256,
+    batch_size: int | None = None,
     beam_width: int | None = None,
     beam_length: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
@@ -196,6 +243,8 @@ def stream(
     at a position depends on the row's seed, the position and the model alone, never on the drafter or on other rows.
     `seed` is one for each row, or one from which row 0, 1, … get their own; without it torch's generator gives one.
 
+    At most `batch_size` rows (default: all) are decoded together; where one ends, the next one enters its slot.
+
     The arguments are checked when this is called, not at the first event.  Raises RedrafterError.
     """
     target = Target(model)
@@ -210,7 +259,9 @@ def stream(
     budget = [max_new_tokens] * len(prompts)
     if target.context_length is not None:  # the last token written is never read again, so it needs no position
         budget = [min(max_new_tokens, target.context_length + 1 - len(p)) for p in prompts]
-    return _events(target, proposer, sampler, prompts, seeds, budget, ends)
+    if batch_size is not None and batch_size < 1:
+        raise RedrafterError(f"batch_size must be at least 1, not {batch_size}.")
+    return _events(target, proposer, sampler, prompts, seeds, budget, ends, batch_size or len(prompts))
 
 
 def generate(
@@ -220,6 +271,7 @@ def generate(
     attention_mask: Tensor | None = None,
     *,
     max_new_tokens: int = 256,
+    batch_size: int | None = None,
     beam_width: int | None = None,
     beam_length: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
@@ -241,6 +293,7 @@ def generate(
         drafter,
         prompts,
         max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
         beam_width=beam_width,
         beam_length=beam_length,
         eos_token_id=eos_token_id,
@@ -251,17 +304,10 @@ def generate(
         min_p=min_p,
         seed=seed,
     )
-    positions = 0 if drafter is None else drafter.config.beam_length if beam_length is None else beam_length
-    new: list[list[int]] = [[] for _ in prompts]
-    reasons: list[FinishReason] = ["length"] * len(prompts)
-    rows = [Stats(accepted_by_position=[0] * positions) for _ in prompts]
     begin = time.perf_counter()
-    for event in events:
-        new[event.row] += event.tokens
-        rows[event.row].count(event)
-        if event.finish_reason is not None:
-            reasons[event.row] = event.finish_reason
-            rows[event.row].seconds = time.perf_counter() - begin
+    positions = 0 if drafter is None else drafter.config.beam_length if beam_length is None else beam_length
+    ended = sorted(finished(events, rows=len(prompts), positions=positions), key=lambda one: one.row)
+    rows = [one.stats for one in ended]
     total = Stats(
         steps=sum(r.steps for r in rows),
         tokens=sum(r.tokens for r in rows),
@@ -271,12 +317,13 @@ def generate(
         seconds=time.perf_counter() - begin,
         rows=rows,
     )
+    new = [one.new_tokens for one in ended]
     if pad_token_id is None:
         pad_token_id = getattr(model.generation_config, "pad_token_id", None) or 0
     sequences = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(p + n) for p, n in zip(prompts, new, strict=True)], batch_first=True, padding_value=pad_token_id
     )
-    return Generation(sequences.to(model.device), new, reasons, total)
+    return Generation(sequences.to(model.device), new, [one.finish_reason for one in ended], total)
 
 
 def _events(
@@ -287,17 +334,22 @@ def _events(
     seeds: list[int],
     budget: list[int],
     ends: frozenset[int],
+    batch: int,
 ) -> Iterator[Event]:
-    """The loop: one step, one small read, one event for each row that is still alive."""
+    """The loop: prompts enter free slots; one step, one small read, one event for each row that is still alive."""
+    batch = min(batch, len(prompts))
     size = 1 if proposer is None else proposer.size
     over = 0 if proposer is None else proposer.length  # a last step may accept more than the row may still write
     reach = max(len(p) + b for p, b in zip(prompts, budget, strict=True))
-    cache = target.new_cache(batch=len(prompts), slots=reach + over + size)
-    left = dict(enumerate(budget))  # tokens that each living row may still write
-    committed = [len(p) for p in prompts]
+    state = _empty(target, target.new_cache(batch=batch, slots=reach + over + size), batch)
+    waiting = iter(range(len(prompts)))
+    rows: dict[int, int] = {}  # the row in each slot that is taken
+    left: dict[int, int] = {}  # tokens that each of them may still write
+    committed: dict[int, int] = {}  # its slots of the cache
 
-    def event(row: int, accepted: int, drafted: int, tokens: list[int], sound: list[int]) -> Event:
+    def event(slot: int, accepted: int, drafted: int, tokens: list[int], sound: list[int]) -> Event:
         """Cuts a row's tokens at its end and takes note of it."""
+        row = rows[slot]
         tokens = tokens[: min(accepted + 1, left[row])]
         if not all(sound[: len(tokens)]):
             position = len(prompts[row]) + budget[row] - left[row] + sound.index(0)
@@ -308,26 +360,41 @@ def _events(
         left[row] -= len(tokens)
         reason: FinishReason | None = "eos" if stop is not None else "length" if left[row] == 0 else None
         if reason is not None:
-            del left[row]
+            del rows[slot]
         return Event(row, tokens, min(accepted, len(tokens)), drafted, reason)
 
     with target.evaluating():
-        with torch.inference_mode():
-            state, emitted = prefill(target, sampler, prompts, seeds, cache)
-            read = _read(emitted)
-        yield from [event(row, *read[row]) for row in list(left)]
-        while left:
-            with torch.inference_mode():
-                alive = torch.tensor([int(row in left) for row in range(len(prompts))])
-                state = replace(state, alive=alive.to(target.device, non_blocking=True))
-                cache.window.visible = max(committed) + size
-                state, emitted = step(target, proposer, sampler, state)
-                read = _read(emitted)
-            events = []
-            for row in list(left):
-                committed[row] += read[row][0] + 1
-                events.append(event(row, *read[row]))
-            yield from events
+        while True:
+            entering = list(zip((slot for slot in range(batch) if slot not in rows), waiting, strict=False))
+            if entering:
+                slots, new = [slot for slot, _ in entering], [row for _, row in entering]
+                rows |= dict(entering)
+                left |= {row: budget[row] for row in new}
+                committed |= {row: len(prompts[row]) for row in new}
+                with torch.inference_mode():
+                    state, emitted = admit(
+                        target, sampler, state, slots, [prompts[row] for row in new], [seeds[row] for row in new]
+                    )
+                    read = dict(zip(slots, _read(emitted), strict=True))
+            elif rows:
+                with torch.inference_mode():
+                    alive = torch.tensor([int(slot in rows) for slot in range(batch)])
+                    state = replace(state, alive=alive.to(target.device, non_blocking=True))
+                    state.cache.window.visible = max(committed[row] for row in rows.values()) + size
+                    state, emitted = step(target, proposer, sampler, state)
+                    read = dict(enumerate(_read(emitted)))
+                for slot, row in rows.items():
+                    committed[row] += read[slot][0] + 1
+            else:
+                return
+            yield from [event(slot, *read[slot]) for slot in read if slot in rows]
+
+
+def _empty(target: Target, cache: SlotCache, batch: int) -> State:
+    """A state whose slots are all free."""
+    none = torch.zeros(batch, dtype=torch.long, device=target.device)
+    context = torch.zeros((batch, target.hidden_size), dtype=target.dtype, device=target.device)
+    return State(none, context, none, none, none, cache)
 
 
 def _read(emitted: Emission) -> list[tuple[int, int, list[int], list[int]]]:

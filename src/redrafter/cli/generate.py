@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,7 +28,7 @@ from redrafter.cli.loading import (
 from redrafter.errors import RedrafterError
 
 if TYPE_CHECKING:
-    from redrafter.decoding import Stats
+    from redrafter.decoding import Finished
 
 
 def generate(
@@ -59,9 +59,9 @@ def generate(
         raise RedrafterError("Give a --drafter, or --no-drafter to decode without one.")
 
     from redrafter.cli.loading import load_drafter, load_model
-    from redrafter.decoding import generate as decode
+    from redrafter.decoding import finished, stream
     from redrafter.prompts import conversation, prompt_ids, read_prompts
-    from redrafter.sampling import Sampler, row_seeds
+    from redrafter.sampling import Sampler
 
     sampler = Sampler(do_sample, temperature, top_k, top_p, min_p)
     records = [("--prompt", {"prompt": prompt})] if prompts is None else read_prompts(prompts)
@@ -74,40 +74,36 @@ def generate(
     head = None if no_drafter or drafter is None else load_drafter(drafter, target)
     ids = [prompt_ids(record, tokenizer, where) for where, record in records]
 
-    seeds = row_seeds(seed, len(ids))
-
-    def batches() -> Iterator[tuple[dict[str, Any], str, str, Stats]]:
-        for start in range(0, len(ids), batch_size):
-            out = decode(
-                target,
-                head,
-                ids[start : start + batch_size],
-                max_new_tokens=max_new_tokens,
-                beam_width=beam_width,
-                beam_length=beam_length,
-                seed=seeds[start : start + batch_size] if do_sample or seed is not None else None,
-                **asdict(sampler),
-            )
-            for row, (new, reason) in enumerate(zip(out.new_tokens, out.finish_reasons, strict=True)):
-                where, record = records[start + row]
-                text = tokenizer.decode(new, skip_special_tokens=True)
-                if "prompt" not in record:  # what is written can be trained on as it is
-                    answer = {"role": "assistant", "content": text}
-                    record = {**record, "messages": [*conversation(record, where), answer]}
-                yield record, text, reason, out.stats.rows[row]
+    positions = 0 if head is None else beam_length or head.config.beam_length
+    events = stream(
+        target,
+        head,
+        ids,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        beam_width=beam_width,
+        beam_length=beam_length,
+        seed=seed,
+        **asdict(sampler),
+    )
 
     begin, total = time.perf_counter(), [0, 0]
-    for record, text, reason, stats in batches():
+    for one in _in_order(finished(events, rows=len(ids), positions=positions)):
+        where, record = records[one.row]
+        stats, text = one.stats, tokenizer.decode(one.new_tokens, skip_special_tokens=True)
         total = [total[0] + stats.tokens, total[1] + stats.steps]
         if not as_json:
             typer.echo(text)
             continue
+        if "prompt" not in record:  # what is written can be trained on as it is
+            answer = {"role": "assistant", "content": text}
+            record = {**record, "messages": [*conversation(record, where), answer]}
         typer.echo(
             json.dumps(
                 {
                     **record,
                     "text": text,
-                    "finish_reason": reason,
+                    "finish_reason": one.finish_reason,
                     "tokens": stats.tokens,
                     "steps": stats.steps,
                     "tokens_per_step": round(stats.tokens_per_step, 4),
@@ -125,3 +121,14 @@ def generate(
         f"{total[0] / seconds:.0f} tokens/s",
         err=True,
     )
+
+
+def _in_order(rows: Iterable[Finished]) -> Iterator[Finished]:
+    """Rows in the order of their prompts, each as soon as those before it have ended."""
+    held: dict[int, Finished] = {}
+    following = 0
+    for one in rows:
+        held[one.row] = one
+        while following in held:
+            yield held.pop(following)
+            following += 1
