@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from redrafter.config import DrafterConfig
-    from redrafter.decoding import Event, Generation, Stats, generate, stream
+    from redrafter.decoding import generate, stream
     from redrafter.drafter import RecurrentDrafter
     from redrafter.errors import RedrafterError
+    from redrafter.results import Event, Generation, Stats
 
 __version__ = "0.1.0"
 
 _HOME = {
     "DrafterConfig": "config",
-    "Event": "decoding",
-    "Generation": "decoding",
+    "Event": "results",
+    "Generation": "results",
     "RecurrentDrafter": "drafter",
     "RedrafterError": "errors",
-    "Stats": "decoding",
+    "Stats": "results",
     "generate": "decoding",
     "stream": "decoding",
 }

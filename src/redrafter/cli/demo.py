@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from redrafter.decoding import Stats
     from redrafter.drafter import RecurrentDrafter
+    from redrafter.results import Stats
 
 PROMPTS = (
     "I want to book a table for two at Gusto Pizzeria in San Jose at 7 pm tonight.",

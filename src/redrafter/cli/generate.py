@@ -28,7 +28,7 @@ from redrafter.cli.loading import (
 from redrafter.errors import RedrafterError
 
 if TYPE_CHECKING:
-    from redrafter.decoding import Finished
+    from redrafter.results import Finished
 
 
 def generate(
@@ -59,8 +59,9 @@ def generate(
         raise RedrafterError("Give a --drafter, or --no-drafter to decode without one.")
 
     from redrafter.cli.loading import load_drafter, load_model
-    from redrafter.decoding import finished, stream
+    from redrafter.decoding import stream
     from redrafter.prompts import conversation, prompt_ids, read_prompts
+    from redrafter.results import finished
     from redrafter.sampling import Sampler
 
     sampler = Sampler(do_sample, temperature, top_k, top_p, min_p)
