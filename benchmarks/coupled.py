@@ -1,0 +1,73 @@
+"""What known noise is worth to the drafter: tokens per step, greedy and sampled, for several scores of a beam.
+
+    python benchmarks/coupled.py [--model M --drafter D] [--prompts FILE] [--seeds N]
+
+A beam's score is the sum of log-softmax of (alpha * logits + noise) / tau.  Prints one JSON line for every way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from redrafter import RecurrentDrafter, generate
+from redrafter.cli.loading import demo_folder, load_drafter, load_model
+from redrafter.prompts import prompt_ids, read_prompts
+from redrafter.proposers import RecurrentProposer
+from redrafter.sampling import Draw
+
+WAYS = [(1, 0.25), (1, 0.5), (1, 0.7), (1, 1), (1, 1.5), (0.6, 0.5), (1.3, 0.5)]
+BATCH, NEW_TOKENS = 7, 96
+
+
+def measure(model: PreTrainedModel, drafter: RecurrentDrafter, prompts: list[list[int]], seeds: int | None) -> dict:
+    """Tokens per step over all prompts, greedy or sampled `seeds` times at temperature 1."""
+    law = {} if seeds is None else {"do_sample": True, "seed": list(range(len(prompts) * seeds))}
+    rows = prompts * (seeds or 1)
+    stats = generate(model, drafter, rows, max_new_tokens=NEW_TOKENS, batch_size=BATCH, **law).stats
+    drafts = stats.steps - len(rows)
+    return {
+        "tokens_per_step": round(stats.tokens_per_step, 3),
+        "accepted_by_position": [round(count / drafts, 3) for count in stats.accepted_by_position],
+        "tokens": stats.tokens,
+    }
+
+
+def main() -> None:
+    """Parses the command line and measures every way."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(demo_folder() / "redrafter-demo-12m"))
+    parser.add_argument("--drafter", default=str(demo_folder() / "drafter"))
+    parser.add_argument("--prompts", type=Path, default=Path(__file__).parent.parent / "recipes/demo/prompts.jsonl")
+    parser.add_argument("--seeds", type=int, default=2)
+    given = parser.parse_args()
+    model, tokenizer = load_model(given.model, device="cpu")
+    drafter = load_drafter(given.drafter, model)
+    prompts = [prompt_ids(record, tokenizer, where) for where, record in read_prompts(given.prompts)]
+
+    def show(way: str, seeds: int | None) -> None:
+        print(json.dumps({"way": way, **measure(model, drafter, prompts, seeds)}), flush=True)
+
+    show("greedy", None)
+    as_drawn = RecurrentProposer._as_drawn
+
+    def uncoupled(self: RecurrentProposer, draw: Draw, logits: Tensor, position: int) -> Tensor:
+        return draw.warp(logits)
+
+    RecurrentProposer._as_drawn = uncoupled
+    show("sampled, without the noise", given.seeds)
+    for alpha, tau in WAYS:
+
+        def scaled(self: RecurrentProposer, draw: Draw, logits: Tensor, position: int, a=alpha, t=tau) -> Tensor:
+            return as_drawn(self, draw, logits * a, position) / t
+
+        RecurrentProposer._as_drawn = scaled
+        show(f"sampled, alpha {alpha}, tau {tau}", given.seeds)
+
+
+if __name__ == "__main__":
+    main()
