@@ -119,6 +119,19 @@ class Target:
             )
         return captured[0]
 
+    def logits(self, hidden: Float[Tensor, "C H"]) -> Float[Tensor, "C V"]:
+        """The model's own logits, scaled or capped as the family does, from what its output head reads."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (hidden[None].to(args[0].dtype), *args[1:])
+
+        handle = self.head.register_forward_pre_hook(hook)
+        try:  # one token runs through the layers only to reach the head
+            token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+            return self.model(input_ids=token, use_cache=False).logits[0]  # type: ignore[no-any-return]
+        finally:
+            handle.remove()
+
     def check_drafter(self, config: DrafterConfig) -> None:
         """Raises RedrafterError where a drafter was made for another model."""
         made_for = config.target or "a model that it does not name"

@@ -2,13 +2,14 @@
 
 As in the released script: at every position t of a trained stretch the drafter is given the target's hidden state there
 and the true tokens that follow, and is asked for each next one, `length` times.  Promises that no tensor of
-`length × positions × vocabulary` ever exists: the head and the cross-entropy run over chunks of positions, and are
-computed again in the backward pass.  Does not know files or the trainer.
+`length × positions × vocabulary` ever exists: heads and losses run over chunks of positions, and are computed again in
+the backward pass.  Does not know files or the trainer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +24,30 @@ LOGITS = 2**26
 
 IGNORED = -100
 """Label of what is not to be learnt."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a draft position is taught: weights of losses, and how much each position counts of the one before.
+
+    `cross_entropy` on the token that follows in the data (the released script); `kl`, the Kullback-Leibler divergence
+    of the drafter from the target's own distribution there; `total_variation`, half the sum of their distances (both in
+    arXiv 2310.08461, section 3).
+    """
+
+    cross_entropy: float = 1.0
+    kl: float = 0.0
+    total_variation: float = 0.0
+    decay: float = 1.0
+
+    @property
+    def of_distribution(self) -> bool:
+        """Whether the target's logits are asked for."""
+        return bool(self.kl or self.total_variation)
+
+
+TOKENS = Objective()
+"""The released script's: cross-entropy alone."""
 
 
 def windows(
@@ -49,13 +74,16 @@ def unrolled_loss(
     trained: Bool[Tensor, "B P"],
     *,
     length: int,
+    objective: Objective = TOKENS,
+    head: Callable[[Tensor], Tensor] | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum over the `length` draft positions of the mean cross-entropy (nats) of the true token.
+    """Sum over the `length` draft positions of the mean loss (nats) that `objective` says.
 
-    `hidden` is what the target's output head reads, `embed` its token embedding, `trained` marks the tokens to learn.
-    Tokens outside the draft vocabulary are not learnt.  A batch without a trained window gives 0.  `chunk` positions
-    are scored at a time, by default as many as LOGITS allows.
+    `hidden` is what the target's output head reads, `embed` its token embedding, `trained` marks the tokens to learn;
+    `head` gives the target's logits from its hidden states [C, H], where the objective is about its distribution.
+    Tokens outside the draft vocabulary have no cross-entropy.  A batch without a trained window gives 0.  `chunk`
+    positions are scored at a time, by default as many as LOGITS allows.
     """
     chunk = chunk or max(1, LOGITS // drafter.config.head_size)
     rows, positions, tokens, wanted = windows(input_ids, trained, length=length)
@@ -65,21 +93,58 @@ def unrolled_loss(
     state = None
     for position in range(length):
         state = drafter.step(state, embed(tokens[:, position]).to(drafter.dtype))
-        label = labels[:, position]
-        parts = zip(context.split(chunk), state.split(chunk), label.split(chunk), strict=True)
-        summed = [checkpoint(_summed_loss, drafter, *part, use_reentrant=False) for part in parts]
-        if summed:
-            losses.append(torch.stack(summed).sum() / (label != IGNORED).sum().clamp(min=1))
+        parts = [x.split(chunk) for x in (context, state, labels[:, position])]
+        weight, counted = objective.decay**position, (labels[:, position] != IGNORED).sum().clamp(min=1)
+        losses += [
+            weight * objective.cross_entropy / counted * checkpoint(_cross_entropy, drafter, *part, use_reentrant=False)
+            for part in zip(*parts, strict=True)
+            if objective.cross_entropy
+        ]
+        if objective.of_distribution:
+            assert head is not None
+            counted = wanted[:, position].sum().clamp(min=1)
+            above = hidden[rows, (positions + 1 + position).clamp(max=hidden.shape[1] - 1)]
+            parts = [x.split(chunk) for x in (context, state, above, wanted[:, position])]
+            losses += [
+                weight / counted * checkpoint(_divergence, drafter, objective, head, *part, use_reentrant=False)
+                for part in zip(*parts, strict=True)
+            ]
     if not losses:  # keeps the graph, so that a batch with nothing to learn can pass through any trainer
         return sum((p.sum() for p in drafter.parameters()), torch.zeros((), device=hidden.device)) * 0.0
     return torch.stack(losses).sum()
 
 
-def _summed_loss(
+def _cross_entropy(
     drafter: RecurrentDrafter, context: Float[Tensor, "C H"], state: Float[Tensor, "C H"], label: Int[Tensor, " C"]
 ) -> Float[Tensor, ""]:
     logits = drafter.logits(context, state).float()
     return cross_entropy(logits, label, ignore_index=IGNORED, reduction="sum")
+
+
+def _divergence(
+    drafter: RecurrentDrafter,
+    objective: Objective,
+    head: Callable[[Tensor], Tensor],
+    context: Float[Tensor, "C H"],
+    state: Float[Tensor, "C H"],
+    above: Float[Tensor, "C H"],
+    wanted: Bool[Tensor, " C"],
+) -> Float[Tensor, ""]:
+    """Summed distances from the target's distribution; what lies outside the draft vocabulary is out of reach."""
+    with torch.no_grad():
+        truth = head(above).float().log_softmax(-1)
+    own = drafter.logits(context, state).float().log_softmax(-1)
+    if drafter.draft_vocabulary is not None:
+        outside = 1 - truth[:, drafter.draft_vocabulary].exp().sum(-1)
+        truth = truth[:, drafter.draft_vocabulary]
+    else:
+        outside = torch.zeros_like(truth[:, 0])
+    loss = torch.zeros_like(outside)
+    if objective.kl:
+        loss = loss + objective.kl * (truth.exp() * (truth - own)).sum(-1)
+    if objective.total_variation:
+        loss = loss + objective.total_variation * ((truth.exp() - own.exp()).abs().sum(-1) + outside) / 2
+    return (loss * wanted).sum()
 
 
 def _labels(drafter: RecurrentDrafter, tokens: Int[Tensor, "M length"]) -> Int[Tensor, "M length"]:

@@ -21,7 +21,7 @@ from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.target import Target
 from redrafter.training.data import Row, collate
-from redrafter.training.loss import unrolled_loss
+from redrafter.training.loss import TOKENS, Objective, unrolled_loss
 
 COMPLETE = "complete"
 """Empty file that marks a checkpoint as whole; it is written after all else."""
@@ -43,6 +43,7 @@ class Recipe:
     """Share of the steps, followed by a cosine to zero."""
     save_steps: int = 500
     seed: int = 0
+    objective: Objective = TOKENS
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
@@ -54,9 +55,10 @@ class Recipe:
 class Unrolled(nn.Module):
     """The drafter as a module that maps a batch to its loss; the target is held outside, so it is never saved."""
 
-    def __init__(self, drafter: RecurrentDrafter, target: Target):
+    def __init__(self, drafter: RecurrentDrafter, target: Target, objective: Objective = TOKENS):
         super().__init__()
         self.drafter = drafter
+        self.objective = objective
         self.target = (target,)  # a tuple, so that its weights are not taken for this module's
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, trained: Tensor) -> dict[str, Tensor]:
@@ -69,8 +71,21 @@ class Unrolled(nn.Module):
             embedding: Tensor = target.embed(tokens)
             return embedding.detach()
 
-        length = self.drafter.config.beam_length
-        return {"loss": unrolled_loss(self.drafter, embed, hidden, input_ids, trained, length=length)}
+        def head(states: Tensor) -> Tensor:
+            with target.evaluating(), torch.autocast(target.device.type, enabled=False):
+                return target.logits(states)
+
+        loss = unrolled_loss(
+            self.drafter,
+            embed,
+            hidden,
+            input_ids,
+            trained,
+            length=self.drafter.config.beam_length,
+            objective=self.objective,
+            head=head,
+        )
+        return {"loss": loss}
 
 
 class Checkpointing(Trainer):  # type: ignore[misc]
@@ -132,7 +147,7 @@ def run(
         disable_tqdm=False,  # whatever the level of transformers' log
     )
     trainer = Checkpointing(
-        model=Unrolled(drafter, Target(model)),
+        model=Unrolled(drafter, Target(model), recipe.objective),
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
