@@ -10,7 +10,6 @@ import torch
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, checking
 from redrafter.checking import Parting, compare
-from redrafter.sampling import Sampler
 
 MODEL = tiny_model()
 PROMPTS = [[5, 9, 12], [7], [30, 31, 32, 33]]
@@ -46,9 +45,9 @@ def test_a_wrong_token_is_found_with_its_margin(monkeypatch, row):
 
 
 def test_sampled_text_is_compared_under_the_same_seeds(monkeypatch):
-    law = Sampler(do_sample=True, temperature=0.7)
+    law = {"do_sample": True, "temperature": 0.7, "seed": 5}
     drafter = RecurrentDrafter.for_target(MODEL)
-    assert compare(MODEL, drafter, PROMPTS, batch_size=2, max_new_tokens=9, sampler=law, seed=5).partings == []
+    assert compare(MODEL, drafter, PROMPTS, batch_size=2, max_new_tokens=9, **law).partings == []
     generate = checking.generate
 
     def other_seed(model, drafter, prompts, **settings):
@@ -56,7 +55,7 @@ def test_sampled_text_is_compared_under_the_same_seeds(monkeypatch):
         return generate(model, drafter, prompts, **settings)
 
     monkeypatch.setattr(checking, "generate", other_seed)
-    assert compare(MODEL, drafter, PROMPTS, batch_size=2, max_new_tokens=9, sampler=law, seed=5).partings
+    assert compare(MODEL, drafter, PROMPTS, batch_size=2, max_new_tokens=9, **law).partings
 
 
 def test_a_text_that_ends_early_parts_where_it_ends(monkeypatch):

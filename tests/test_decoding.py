@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from conftest import greedy, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, decoding, generate, stream
-from redrafter.sampling import Sampler
+from redrafter import request as requests
+from redrafter.request import request
 from redrafter.target import Target
 from redrafter.tree import fold
 
@@ -52,7 +53,7 @@ class Oracle:
 def drafted_by(monkeypatch, proposer, prompts, **settings):
     """`generate` with another proposer; the drafter only carries the sizes."""
     with monkeypatch.context() as patched:
-        patched.setattr(decoding, "_proposer", lambda *_: proposer)
+        patched.setattr(requests, "_proposer", lambda *_: proposer)
         drafter = RecurrentDrafter.for_target(MODEL, beam_length=proposer.length)
         return generate(MODEL, drafter, prompts, **settings)
 
@@ -235,47 +236,19 @@ def test_low_precision_decodes():
     assert len(generate(model, drafter, [[5, 9, 12]], max_new_tokens=9).new_tokens[0]) == 9
 
 
-@pytest.mark.parametrize(
-    ("prompts", "given", "sentence"),
-    [
-        ([], {}, "There is no prompt"),
-        ([[5], []], {}, "prompt of row 1 is empty"),
-        ([[5, 61]], {}, "outside the vocabulary of 61"),
-        ([[5, -1]], {}, "outside the vocabulary of 61"),
-        ([[5] * 129], {}, "row 0 has 129 tokens, the model's context 128"),
-        ([[5]], {"batch_size": 0}, "batch_size must be at least 1, not 0"),
-        ([[5]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
-        ([[5]], {"beam_length": 0}, "pass drafter=None"),
-        ([[5]], {"beam_width": 0}, "between 1 and the drafter's 61 tokens, not 0"),
-        ([[5]], {"beam_width": 62}, "between 1 and the drafter's 61 tokens, not 62"),
-        (torch.tensor([5, 6]), {}, "two dimensions"),
-        (torch.tensor([[5, 6]]), {"attention_mask": torch.ones(1, 3)}, "is not that of the input ids"),
-        (torch.tensor([[5, 6, 7]]), {"attention_mask": torch.tensor([[1, 0, 1]])}, "has holes"),
-        ([[5]], {"attention_mask": torch.ones(1, 1)}, "not with a list of rows"),
-    ],
-)
-def test_bad_input_gets_a_sentence_before_the_first_event(prompts, given, sentence):
-    drafter = RecurrentDrafter.for_target(MODEL)
-    with pytest.raises(RedrafterError, match=sentence):
-        generate(MODEL, drafter, prompts, **given)
-    mask = given.pop("attention_mask", None)
-    with pytest.raises(RedrafterError, match=sentence):
-        stream(MODEL, drafter, prompts, mask, **given)
-
-
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("drafting", [False, True])
 @pytest.mark.parametrize("sampling", [False, True])
 def test_a_step_asks_the_device_nothing(drafting, sampling):
     model = tiny_model().cuda()
-    target = Target(model)
-    drafter = RecurrentDrafter.for_target(model)
-    proposer = decoding.RecurrentProposer(drafter, target, 4, 3) if drafting else None
+    drafter = RecurrentDrafter.for_target(model, beam_width=4, beam_length=3) if drafting else None
+    told = {"repetition_penalty": 1.3} | ({"do_sample": True, "top_k": 20, "seed": [1, 2]} if sampling else {})
+    asked = request(model, drafter, [[5, 9, 12], [7]], **told)
+    target, proposer, sampler = asked.target, asked.proposer, asked.sampler
     with torch.inference_mode():
         cache = target.new_cache(batch=2, slots=64)
-        sampler = Sampler(do_sample=sampling, top_k=20)
-        state, _ = decoding.prefill(target, sampler, [[5, 9, 12], [7]], [1, 2], cache)
+        state, _ = decoding.prefill(target, sampler, asked.rows, cache, 64)
         cache.window.visible = 64
         decoding.step(target, proposer, sampler, state)  # what is built on first use may ask
         torch.cuda.synchronize()
@@ -327,12 +300,12 @@ def test_no_slot_idles_while_a_prompt_waits(monkeypatch):
     step, admit = decoding.step, decoding.admit
 
     def watched_step(target, proposer, sampler, state):
-        alive.append((int(state.alive.sum()), len(entered)))
+        alive.append((int(state.place.alive.sum()), len(entered)))
         return step(target, proposer, sampler, state)
 
-    def watched_admit(target, sampler, state, slots, prompts, seeds):
+    def watched_admit(target, sampler, state, slots, rows):
         entered.extend(slots)
-        return admit(target, sampler, state, slots, prompts, seeds)
+        return admit(target, sampler, state, slots, rows)
 
     monkeypatch.setattr(decoding, "step", watched_step)
     monkeypatch.setattr(decoding, "admit", watched_admit)

@@ -1,100 +1,24 @@
-"""Noise that is a function of its place, and the law of what is drawn with it."""
+"""The law of what is drawn, and processors over trees against processors over texts."""
 
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, decoding, generate
-from redrafter.sampling import Sampler, gumbel, row_seeds
+from redrafter import RecurrentDrafter, RedrafterError, generate
+from redrafter import request as requests
+from redrafter.request import request
+from redrafter.sampling import OccurrencePenalty, Place, Sampler
 from redrafter.tree import fold
 
-M32, M64 = 2**32 - 1, 2**64 - 1
-
-
-def plain_splitmix(z: int) -> int:
-    """Steele, Lea and Flood's splitmix64, https://prng.di.unimi.it/splitmix64.c."""
-    z = (z + 0x9E3779B97F4A7C15) & M64
-    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & M64
-    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & M64
-    return z ^ z >> 31
-
-
-def plain_noise(seed: int, position: int, token: int) -> float:
-    """The noise by integers that do not wrap by themselves."""
-    key = plain_splitmix((plain_splitmix(seed) + position) & M64)
-    h = (token * 0x9E3779B9 + (key >> 32)) & M32
-    h = (((h ^ h >> 16) * 0x85EBCA6B) + key) & M32
-    h = ((h ^ h >> 13) * 0xC2B2AE35) & M32
-    h ^= h >> 16
-    return -math.log(-math.log(((h >> 9) + 0.5) / 2**23))
-
-
-@given(st.integers(0, 2**63 - 1), st.integers(0, 10**6), st.integers(1, 300))
-def test_the_noise_agrees_with_plain_integers(seed, position, vocabulary):
-    noise = gumbel(torch.tensor([seed]), torch.tensor([[position, position + 3]]), vocabulary)
-    assert noise.shape == (1, 2, vocabulary)
-    for token in {0, vocabulary // 2, vocabulary - 1}:
-        assert noise[0, 0, token].item() == pytest.approx(plain_noise(seed, position, token), abs=1e-5)
-        assert noise[0, 1, token].item() == pytest.approx(plain_noise(seed, position + 3, token), abs=1e-5)
-
-
-@pytest.mark.parametrize("along", ["tokens", "positions", "seeds"])
-def test_the_noise_is_gumbel_along_every_axis(along):
-    """Kolmogorov-Smirnov: of 10,000 right hash functions, one would fail here."""
-    n = 50_000
-    one = torch.tensor([[7]])
-    if along == "tokens":
-        noise = gumbel(torch.tensor([3]), one, n)[0, 0]
-    elif along == "positions":
-        noise = gumbel(torch.tensor([3]), torch.arange(n)[None], 5)[0, :, 4]
-    else:
-        noise = gumbel(torch.arange(n), one.expand(n, 1), 5)[:, 0, 4]
-    uniform = torch.exp(-torch.exp(-noise.double())).sort().values
-    distance = (uniform - (torch.arange(n) + 0.5) / n).abs().max().item()
-    assert distance * math.sqrt(n) < 2.23  # 2 exp(-2 · 2.23²) = 1e-4
-    neighbours = torch.corrcoef(torch.stack((noise[1:], noise[:-1])))[0, 1].item()
-    assert abs(neighbours) < 4.1 / math.sqrt(n)  # 4e-5
-
-
-def test_the_noise_is_always_a_number():
-    noise = gumbel(torch.arange(64), torch.arange(8).expand(64, 8), 2**16)  # 2**25 draws of 2**23 values
-    assert noise.isfinite().all()
-    assert -2.9 < noise.min() < -2.7
-    assert 15 < noise.max() < 16.7
-
-
-def test_seed_and_position_do_not_stand_for_each_other():
-    noise = gumbel(torch.arange(4), torch.arange(4).expand(4, 4), 3)
-    assert noise.flatten(0, 1).unique(dim=0).shape[0] == 16
-
-
-@pytest.mark.gpu
-def test_the_noise_is_the_same_on_a_gpu():
-    seeds, positions = torch.tensor([3, 2**63 - 1]), torch.arange(50).expand(2, -1)
-    here, there = gumbel(seeds, positions, 3000), gumbel(seeds.cuda(), positions.cuda(), 3000).cpu()
-    torch.testing.assert_close(here, there, rtol=1e-5, atol=2e-6)
-
-
-def test_seeds_of_rows():
-    assert row_seeds([5, 6], 2) == [5, 6]
-    assert len(set(row_seeds(1, 1000))) == 1000
-    assert row_seeds(1, 3) == row_seeds(1, 1000)[:3]
-    assert all(0 <= seed < 2**63 for seed in row_seeds(1, 1000))
-    torch.manual_seed(0)
-    first = row_seeds(None, 2)
-    assert row_seeds(None, 2) != first
-    torch.manual_seed(0)
-    assert row_seeds(None, 2) == first
-
+MODEL = tiny_model()
 
 LAWS = [
     {},
@@ -106,21 +30,101 @@ LAWS = [
 ]
 
 
+def place(texts: list[list[int]], *, spare: int = 9) -> Place:
+    """Rows whose trees stand at the last token of their texts."""
+    longest = max(map(len, texts)) + spare
+    return Place(
+        row=torch.arange(len(texts)),
+        seed=torch.arange(len(texts)) + 5,
+        text=torch.tensor([text + [60] * (longest - len(text)) for text in texts]),  # what follows is not defined
+        length=torch.tensor([len(text) - 1 for text in texts]),
+        alive=torch.ones(len(texts), dtype=torch.long),
+    )
+
+
+def along(tree, row: int, node: int) -> list[int]:
+    """The tokens from below the root down to a node."""
+    tokens: list[int] = []
+    while node:
+        tokens.insert(0, int(tree.tokens[row, node]))
+        node = int(tree.parents[row, node])
+    return tokens
+
+
+PROCESSORS = [
+    *({"do_sample": True} | law for law in LAWS),
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.6, "do_sample": True, "temperature": 0.8, "suppress_tokens": [3, 4]},
+    {"no_repeat_ngram_size": 1, "repetition_penalty": 1.7},
+    {"no_repeat_ngram_size": 2, "do_sample": True, "top_p": 0.9},
+    {"presence_penalty": 2.0, "frequency_penalty": 0.7},
+    {"sequence_bias": [[[5], 3.0], [[7, 8], -4.0]], "renormalize_logits": True},
+]
+
+
+@pytest.mark.parametrize("told", PROCESSORS)
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**31))
+def test_processors_over_a_tree_are_transformers_over_the_text_of_each_node(told, seed):
+    generator = torch.Generator().manual_seed(seed)
+    texts = [[5, 9, 12, 7, 7], [7], [30, 31]]
+    root = torch.tensor([text[-1] for text in texts])
+    tree = fold(root, torch.randint(3, 12, (3, 3, 2), generator=generator))
+    logits = torch.randn(3, tree.size, 61, generator=generator) * 3
+    sampler = request(MODEL, None, texts, **told).sampler
+    here = place(texts)
+    draw = sampler.draw(here, depths=3, vocabulary=61)
+    choice = sampler.choose(draw, tree, logits.clone(), here)
+    assert sampler.lazy == bool({"no_repeat_ngram_size", "presence_penalty", "sequence_bias"} & set(told))
+    visited = 0
+    for row, node in itertools.product(range(3), range(tree.size)):
+        if not tree.valid[row, node] or choice.tokens[row, node] < 0:
+            continue
+        visited += 1
+        text = torch.tensor([texts[row] + along(tree, row, node)])
+        score = logits[row, node][None]
+        for processor in sampler.processors[row if sampler.lazy else 0]:
+            score = processor(text, score)
+        torch.testing.assert_close(choice.scores[row, node], score[0])
+        if draw.noise is not None:
+            score = score + draw.noise[row, tree.depth[row, node]]
+        assert choice.tokens[row, node] == score.argmax()
+        if sampler.lazy and node:
+            above = tree.parents[row, node]
+            assert choice.tokens[row, above] == tree.tokens[row, node], "the walk goes where the choice goes"
+    assert visited == (visited if sampler.lazy else int(tree.valid.sum()))
+    assert visited >= 3
+
+
 @pytest.mark.parametrize("law", LAWS)
 def test_the_law_is_that_of_transformers(law):
-    model = tiny_model()
     config = transformers.GenerationConfig(do_sample=True, **({"top_k": 0} | law))
-    processors = model._get_logits_processor(config, input_ids_seq_length=3, device="cpu")
-    logits = torch.randn(2, 3, 61, generator=torch.Generator().manual_seed(0)) * 3
-    draw = Sampler(do_sample=True, **law).draw(torch.tensor([1, 2]), torch.tensor([5, 6]), depths=2, vocabulary=61)
-    expected = processors(torch.ones(6, 3, dtype=torch.long), logits.flatten(0, 1)).view(2, 3, 61)
-    torch.testing.assert_close(draw.warp(logits), expected)
-    depth = torch.tensor([[0, 1, 1], [0, 0, 1]])
-    choice, score = draw.choose(logits, depth)
-    for row, node in itertools.product(range(2), range(3)):
-        perturbed = expected[row, node] + draw.noise[row, depth[row, node]]
-        assert choice[row, node] == perturbed.argmax()
-        assert score[row, node] == perturbed.max()
+    expected = MODEL._get_logits_processor(config, input_ids_seq_length=3, device="cpu")
+    logits = torch.randn(6, 61, generator=torch.Generator().manual_seed(0)) * 3
+    draw = request(MODEL, None, [[5]], do_sample=True, **law).sampler.draw(place([[5]]), depths=2, vocabulary=61)
+    torch.testing.assert_close(draw.warp(logits), expected(torch.ones(6, 3, dtype=torch.long), logits))
+
+
+def test_presence_and_frequency_count_what_was_written():
+    scores = torch.zeros(1, 6)
+    penalty = OccurrencePenalty(2, presence=1.0, frequency=0.5)
+    assert penalty(torch.tensor([[5, 5, 1, 2, 2]]), scores).tolist() == [[0, -1.5, -2, 0, 0, 0]]
+
+
+def test_rows_that_have_ended_call_no_processor():
+    called = []
+
+    class Watch(transformers.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            called.append(input_ids.tolist())
+            return scores
+
+    here = place([[5, 6], [7]])
+    here.alive[0] = 0
+    tree = fold(torch.tensor([6, 7]), torch.tensor([[[3]], [[4]]]))
+    sampler = Sampler(False, [[Watch()]])
+    sampler.choose(sampler.draw(here, depths=2, vocabulary=61), tree, torch.zeros(2, 2, 61), here)
+    assert called == [[[7]]]
 
 
 class Least:
@@ -145,7 +149,7 @@ def test_the_joint_law_of_three_tokens(monkeypatch, drafting):
     torch.manual_seed(0)
     drafter = None if drafting == "none" else RecurrentDrafter.for_target(model, beam_length=2)
     if drafting == "adversarial":
-        monkeypatch.setattr(decoding, "_proposer", lambda *_: Least())
+        monkeypatch.setattr(requests, "_proposer", lambda *_: Least())
     width = {"beam_width": 3} if drafting == "untrained" else {}
     out = generate(model, drafter, [prompt] * n, max_new_tokens=3, do_sample=True, seed=11, eos_token_id=(), **width)
     counts = np.zeros(512)
@@ -163,7 +167,10 @@ def test_the_joint_law_of_three_tokens(monkeypatch, drafting):
         ({"temperature": 0.0}, "temperature must be positive to sample, not 0"),
         ({"temperature": -1.0}, "temperature must be positive"),
         ({"temperature": float("nan")}, "temperature must be positive"),
-        ({"top_k": 0}, "top_k must be at least 1, not 0"),
+        ({"top_k": -1}, "top_k must be at least 1, or 0 for no limit, not -1"),
+        ({"typical_p": 0.0}, r"typical_p must lie in \(0, 1\], not be 0"),
+        ({"eta_cutoff": 1.0}, r"eta_cutoff must lie in \[0, 1\), not be 1"),
+        ({"num_return_sequences": 0}, "num_return_sequences must be at least 1, not 0"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], not be 0"),
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], not be 1.5"),
         ({"min_p": -0.1}, r"min_p must lie in \[0, 1\], not be -0.1"),

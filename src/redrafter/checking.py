@@ -6,7 +6,7 @@ differently between two all but equal logits.  Does not excuse anything else.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from transformers import PreTrainedModel
 
 from redrafter.decoding import generate
 from redrafter.drafter import RecurrentDrafter
-from redrafter.sampling import Sampler, row_seeds
+from redrafter.noise import row_seeds
+from redrafter.request import request
+from redrafter.sampling import Place
+from redrafter.tree import chain
 
 ROUNDING = 8
 """Roundings of the largest logit, in units of the dtype's epsilon, by which two ways to compute a logit may differ.
@@ -55,26 +58,23 @@ def compare(
     drafter: RecurrentDrafter,
     prompts: list[list[int]],
     *,
-    batch_size: int = 8,
     max_new_tokens: int = 128,
+    batch_size: int = 8,
     beam_width: int | None = None,
     beam_length: int | None = None,
-    sampler: Sampler | None = None,
-    seed: int | None = None,
+    **settings: Any,
 ) -> Report:
-    """Generates from every prompt with and without the drafter, greedily unless `sampler` says otherwise.
+    """Generates from every prompt with and without the drafter; `settings` are those of `generate`.
 
-    Raises RedrafterError for bad prompts.
+    Raises RedrafterError for bad prompts and settings.
     """
-    sampler = sampler or Sampler()
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, **asdict(sampler)}
-    seeds = row_seeds(seed, len(prompts))
-    if sampler.do_sample or seed is not None:
-        settings["seed"] = seeds
+    settings = settings | {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    if request(model, None, prompts, **settings).sampler.do_sample:  # both ways must draw alike
+        settings["seed"] = row_seeds(settings.get("seed"), len(prompts))
     plain = generate(model, None, prompts, **settings)
     drafted = generate(model, drafter, prompts, beam_width=beam_width, beam_length=beam_length, **settings)
     partings = [
-        _parting(model, row, prompts[row], one, other, sampler, seeds[row])
+        _parting(model, prompts, row, one, other, settings)
         for row, (one, other) in enumerate(zip(plain.new_tokens, drafted.new_tokens, strict=True))
         if one != other
     ]
@@ -83,22 +83,29 @@ def compare(
 
 def _parting(
     model: PreTrainedModel,
+    prompts: list[list[int]],
     row: int,
-    prompt: list[int],
     one: list[int],
     other: list[int],
-    sampler: Sampler,
-    seed: int,
+    settings: dict[str, Any],
 ) -> Parting:
     shorter = min(len(one), len(other))
     position = next((i for i in range(shorter) if one[i] != other[i]), shorter)
-    text = torch.tensor([prompt + one[:position]], device=model.device)
+    asked = request(model, None, prompts, **settings)
+    text = torch.tensor([prompts[row] + one[:position]], device=model.device)
     with torch.inference_mode():
         logits = model(input_ids=text, use_cache=False).logits[:, -1:]
-        place = torch.tensor([text.shape[1]], device=text.device)
-        draw = sampler.draw(place * 0 + seed, place, depths=1, vocabulary=logits.shape[-1])
-        best = draw.scores(logits, torch.zeros_like(text[:, -1:]))[0, 0].double().topk(2).values
+        place = Place(
+            row=torch.tensor([row], device=text.device),
+            seed=torch.tensor([asked.rows[row].seed], device=text.device),
+            text=text,
+            length=torch.tensor([text.shape[1] - 1], device=text.device),
+            alive=torch.tensor([1], device=text.device),
+        )
+        draw = asked.sampler.draw(place, depths=1, vocabulary=logits.shape[-1])
+        scores = asked.sampler.choose(draw, chain(text[:, -1:]), logits, place).scores[0, 0]
+        best = (scores if draw.noise is None else scores + draw.noise[0, 0]).double().topk(2).values
     rounding = ROUNDING * torch.finfo(logits.dtype).eps * logits.double().abs().max()
-    if sampler.do_sample:
-        rounding = rounding / sampler.temperature
+    for processor in asked.sampler.processors[0]:
+        rounding = rounding / getattr(processor, "temperature", 1.0)
     return Parting(row, position, float(best[0] - best[1]), float(rounding))

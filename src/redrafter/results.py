@@ -10,21 +10,30 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-FinishReason = Literal["eos", "length"]
+FinishReason = Literal["eos", "stop", "length"]
+"""An end token; a stop string or another criterion; no token left to write."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Tokens of one row from one step: `accepted` drafted ones, then at most one that the target wrote alone."""
+    """Tokens of one row from one step: `accepted` drafted ones, then at most one that the target wrote alone.
+
+    `text` is what they add to the row's text, where a tokenizer was given; `scores` and `logits` [tokens, V] where they
+    were asked for.
+    """
 
     row: int
     tokens: list[int]
     accepted: int
     drafted: int
     finish_reason: FinishReason | None
+    text: str | None = None
+    scores: Float[Tensor, "tokens V"] | None = None
+    logits: Float[Tensor, "tokens V"] | None = None
 
 
 @dataclass
@@ -58,15 +67,35 @@ class Stats:
         for position in range(event.accepted):
             self.accepted_by_position[position] += 1
 
+    @classmethod
+    def total(cls, rows: list[Stats], *, seconds: float) -> Stats:
+        """The sum over rows that were decoded together in `seconds`."""
+        return cls(
+            steps=sum(row.steps for row in rows),
+            tokens=sum(row.tokens for row in rows),
+            drafted=sum(row.drafted for row in rows),
+            accepted=sum(row.accepted for row in rows),
+            accepted_by_position=[sum(counts) for counts in zip(*(r.accepted_by_position for r in rows), strict=True)],
+            seconds=seconds,
+            rows=rows,
+        )
+
 
 @dataclass(frozen=True)
 class Generation:
-    """`sequences` [B, longest]: prompt and new tokens of every row, padded right; `new_tokens`: the new ones alone."""
+    """`sequences` [B, longest]: prompt and new tokens of every row, padded right; `new_tokens`: the new ones alone.
+
+    `texts`: those as text, where a tokenizer was given.  `scores` and `logits` [new, V] of every row, where asked for:
+    what each token was chosen from, after the processors and before them.
+    """
 
     sequences: Int[Tensor, "B T"]
     new_tokens: list[list[int]]
     finish_reasons: list[FinishReason]
     stats: Stats
+    texts: list[str] | None = None
+    scores: list[Tensor] | None = None
+    logits: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,16 +106,36 @@ class Finished:
     new_tokens: list[int]
     finish_reason: FinishReason
     stats: Stats
+    text: str
+    scores: Tensor
+    logits: Tensor
 
 
 def finished(events: Iterable[Event], *, rows: int, positions: int) -> Iterator[Finished]:
     """The rows of a stream, each as it ends; `positions` is the drafted tokens of a step."""
     begin = time.perf_counter()
-    new: list[list[int]] = [[] for _ in range(rows)]
-    stats = [Stats(accepted_by_position=[0] * positions) for _ in range(rows)]
+    written: list[list[Event]] = [[] for _ in range(rows)]
     for event in events:
-        new[event.row] += event.tokens
-        stats[event.row].count(event)
-        if event.finish_reason is not None:
-            stats[event.row].seconds = time.perf_counter() - begin
-            yield Finished(event.row, new[event.row], event.finish_reason, stats[event.row])
+        own = written[event.row]
+        own.append(event)
+        if event.finish_reason is None:
+            continue
+        stats = Stats(accepted_by_position=[0] * positions)
+        for one in own:
+            stats.count(one)
+        stats.seconds = time.perf_counter() - begin
+        yield Finished(
+            event.row,
+            [token for one in own for token in one.tokens],
+            event.finish_reason,
+            stats,
+            text="".join(one.text or "" for one in own),
+            scores=_stacked([one.scores for one in own]),
+            logits=_stacked([one.logits for one in own]),
+        )
+        own.clear()
+
+
+def _stacked(parts: list[Tensor | None]) -> Tensor:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else torch.zeros((0, 0))

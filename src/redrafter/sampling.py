@@ -1,9 +1,11 @@
-"""From logits to the token that is written: greedy, or sampled by known noise.
+"""From logits to the token that is written: processors, then the largest, with known noise where sampled.
 
-Sampling takes the largest of `logits + Gumbel noise`, which follows the softmax's law (the Gumbel-max trick), and the
+Sampling takes the largest of `scores + Gumbel noise`, which follows the softmax's law (the Gumbel-max trick), and the
 noise is a function of a row's seed, the position and the token alone.  So a draw does not depend on how it was come by:
-drafted text equals undrafted text token for token, in any batch.  Promises the law of transformers' own logits
-processors for temperature, top-k, top-p and min-p, in its order.  Does not know trees.
+drafted text equals undrafted text token for token, in any batch.  Processors are transformers' own objects, in its
+order: those that heed nothing but the scores, and the repetition penalty, run over all nodes of the trees at once; any
+other makes the walk lazy, node by node along the path, and sees the true text each time.  Does not know how trees are
+made.
 """
 
 from __future__ import annotations
@@ -12,151 +14,180 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+import transformers as hf
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import LogitsProcessor, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor
 
-from redrafter.errors import RedrafterError
+from redrafter.noise import gumbel
+from redrafter.tree import DraftTree
 
-SEEDS = 2**63
-"""Seeds are below this."""
+WARPERS = (
+    hf.TemperatureLogitsWarper,
+    hf.TopHLogitsWarper,
+    hf.TopKLogitsWarper,
+    hf.TopPLogitsWarper,
+    hf.MinPLogitsWarper,
+    hf.TypicalLogitsWarper,
+    hf.EpsilonLogitsWarper,
+    hf.EtaLogitsWarper,
+)
+"""Processors that treat all tokens alike, so that a drafter can apply them to a vocabulary of its own."""
+
+VECTORISED = (
+    *WARPERS,
+    hf.SuppressTokensLogitsProcessor,
+    hf.InfNanRemoveLogitsProcessor,
+    hf.LogitNormalization,
+    hf.RepetitionPenaltyLogitsProcessor,
+)
+"""Processors that run over all nodes at once."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """How the tokens at `depths` successive positions of every row are chosen."""
+    """What is known of the choices at successive positions before the target runs."""
 
     warpers: tuple[LogitsProcessor, ...]
     noise: Float[Tensor, "B depths V"] | None
-    """None chooses greedily."""
+    """None where decoding is greedy."""
 
-    def choose(
-        self, logits: Float[Tensor, "B N V"], depth: Int[Tensor, "B N"]
-    ) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"]]:
-        """The token after each node, which lies at `depth` of its tree, and its score.
-
-        The score is not finite where the logits hold NaN or +inf, or nothing else than -inf.
-        """
-        scores, choice = self.scores(logits, depth).max(dim=-1)
-        return choice, scores
-
-    def scores(self, logits: Float[Tensor, "B N V"], depth: Int[Tensor, "B N"]) -> Float[Tensor, "B N V"]:
-        """What `choose` takes the largest of: logits, warped and with the noise of the node's depth added."""
-        if self.noise is None:
-            return logits
-        rows = torch.arange(len(depth), device=depth.device)[:, None]
-        return self.warp(logits) + self.noise[rows, depth]
-
-    def warp(self, logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch V"]:
-        """Logits after temperature and truncation, in float32 at least."""
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    def warp(self, logits: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K"]:
+        """Logits over any vocabulary after temperature and truncation, in float32 at least."""
+        scores = _precise(logits).flatten(0, -2)
         for warper in self.warpers:
             scores = warper(None, scores)
         return scores.view(logits.shape)
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What the target writes after each node of a tree."""
+
+    tokens: Int[Tensor, "B N"]
+    """-1 after a node that the lazy walk did not come to."""
+    sound: Int[Tensor, "B N"]
+    """1 where the score that won is a number."""
+    scores: Float[Tensor, "B N V"]
+    """Logits after the processors, without noise; not defined after nodes that the lazy walk did not come to."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where trees stand: their rows' texts so far."""
+
+    row: Int[Tensor, " B"]
+    """The number of each row in its call."""
+    seed: Int[Tensor, " B"]
+    text: Int[Tensor, "B S"]
+    """Tokens by position, the root of the tree included; what follows is not defined."""
+    length: Int[Tensor, " B"]
+    """Position of the root."""
+    alive: Int[Tensor, " B"]
+
+
+@dataclass(frozen=True)
 class Sampler:
-    """The law of the draws.  Raises RedrafterError for impossible values, and for any that would go unheeded."""
+    """How the rows of one call are drawn; `processors` holds a list for each of them, or one for all."""
 
     do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
+    processors: Sequence[Sequence[LogitsProcessor]] = ((),)
 
-    def __post_init__(self) -> None:
-        if not self.do_sample:
-            told = {"temperature": self.temperature != 1}
-            told |= {name: getattr(self, name) is not None for name in ("top_k", "top_p", "min_p")}
-            if any(told.values()):
-                name = next(name for name, is_set in told.items() if is_set)
-                raise RedrafterError(f"{name} means nothing in greedy decoding: ask for do_sample, or leave it out.")
-            return
-        if not self.temperature > 0:
-            raise RedrafterError(f"The temperature must be positive to sample, not {self.temperature:g}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise RedrafterError(f"top_k must be at least 1, not {self.top_k}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise RedrafterError(f"top_p must lie in (0, 1], not be {self.top_p:g}.")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise RedrafterError(f"min_p must lie in [0, 1], not be {self.min_p:g}.")
+    @property
+    def lazy(self) -> bool:
+        """Whether some processor needs the true text, node by node."""
+        return not all(
+            type(processor) in VECTORISED and getattr(processor, "prompt_ignore_length", None) is None
+            for processor in self.processors[0]
+        )
 
-    def draw(self, seed: Int[Tensor, " B"], position: Int[Tensor, " B"], *, depths: int, vocabulary: int) -> Draw:
-        """The draws at `position`, counted from the row's first token, and the `depths - 1` that follow."""
+    def draw(self, place: Place, *, depths: int, vocabulary: int) -> Draw:
+        """The draws after nodes of depth 0 to `depths - 1`."""
         if not self.do_sample:
             return Draw((), None)
-        warpers: list[LogitsProcessor] = []  # the order is transformers'
-        if self.temperature != 1:
-            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k is not None:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p is not None and self.top_p < 1:
-            warpers.append(TopPLogitsWarper(float(self.top_p)))
-        if self.min_p is not None:
-            warpers.append(MinPLogitsWarper(float(self.min_p)))
-        positions = position[:, None] + torch.arange(depths, device=position.device)
-        return Draw(tuple(warpers), gumbel(seed, positions, vocabulary))
+        positions = place.length[:, None] + 1 + torch.arange(depths, device=place.length.device)
+        warpers = tuple(p for p in self.processors[0] if type(p) in WARPERS)
+        return Draw(warpers, gumbel(place.seed, positions, vocabulary))
 
-
-def gumbel(seed: Int[Tensor, " B"], position: Int[Tensor, "B D"], vocabulary: int) -> Float[Tensor, "B D V"]:
-    """Standard Gumbel noise, a function of seed, position and token alone; float32, between -2.9 and 16.7.
-
-    The 23 bits behind each value are the same on every device; the logarithms may differ in their last place.
-    """
-    first, second = _keys(seed, position)
-    token = torch.arange(vocabulary, dtype=torch.int32, device=position.device)
-    bits = token * _GOLDEN + first[..., None]
-    _mix(bits, 16).mul_(-0x7A143595).add_(second[..., None])  # 0x85EBCA6B, murmur3's finalizer with a key in between
-    _mix(bits, 13).mul_(-0x3D4D51CB)  # 0xC2B2AE35
-    _mix(bits, 16).bitwise_right_shift_(9).bitwise_and_(0x7FFFFF)
-    uniform = bits.float().add_(0.5).mul_(2**-23)  # exact, so never 0 nor 1
-    return uniform.log_().neg_().log_().neg_()
-
-
-def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
-    """A seed for every row: as told; from one seed by the row's number; or at random, by torch's own generator.
-
-    Raises RedrafterError for negative seeds, too large ones and a wrong number of them.
-    """
-    if seed is None:
-        seed = int(torch.randint(SEEDS - 1, ()))
-    told = [seed] if isinstance(seed, int) else list(seed)
-    if not all(0 <= one < SEEDS for one in told):
-        raise RedrafterError(
-            f"Seeds lie between 0 and 2**63 - 1; {next(s for s in told if not 0 <= s < SEEDS)} does not."
+    def choose(self, draw: Draw, tree: DraftTree, logits: Float[Tensor, "B N V"], place: Place) -> Choice:
+        """The token after each node, or after each node of the path where the walk is lazy."""
+        return (
+            self._along_paths(draw, tree, logits, place) if self.lazy else self._everywhere(draw, tree, logits, place)
         )
-    if not isinstance(seed, int):
-        if len(told) != rows:
-            raise RedrafterError(f"There are {rows} rows and {len(told)} seeds; give one seed, or one for each row.")
-        return told
-    high, low = _keys(torch.tensor([seed]), torch.arange(rows)[None])
-    return [
-        (h & 0x7FFFFFFF) << 32 | (one & 0xFFFFFFFF) for h, one in zip(high[0].tolist(), low[0].tolist(), strict=True)
-    ]
+
+    def _everywhere(self, draw: Draw, tree: DraftTree, logits: Float[Tensor, "B N V"], place: Place) -> Choice:
+        scores = logits
+        for processor in self.processors[0]:
+            scores = _precise(scores)
+            if type(processor) is hf.RepetitionPenaltyLogitsProcessor:
+                scores = penalised(scores, written(tree, place, scores.shape[-1]), processor.penalty)
+            else:
+                scores = processor(None, scores.flatten(0, 1)).view(logits.shape)
+        drawn = scores
+        if draw.noise is not None:
+            rows = torch.arange(len(scores), device=scores.device)[:, None]
+            drawn = _precise(scores) + draw.noise[rows, tree.depth]
+        best, tokens = drawn.max(dim=-1)
+        return Choice(tokens, best.isfinite().long(), scores)
+
+    def _along_paths(self, draw: Draw, tree: DraftTree, logits: Float[Tensor, "B N V"], place: Place) -> Choice:
+        """Asks the device at every node: processors are called with the true text [1, T], once for each position."""
+        scores = _precise(logits).clone()
+        alive = place.alive.tolist()
+        tokens = torch.where(place.alive[:, None] == 1, -1, 0).expand(tree.tokens.shape).clone()
+        sound = torch.ones_like(tokens)
+        lengths, rows, valid = place.length.tolist(), place.row.tolist(), tree.valid.sum(dim=1).tolist()
+        parents, drafted = tree.parents.tolist(), tree.tokens.tolist()
+        for slot in (slot for slot in range(len(rows)) if alive[slot]):
+            text = place.text[slot, : lengths[slot] + 1]
+            children = {(parents[slot][n], drafted[slot][n]): n for n in range(1, valid[slot])}
+            processors = self.processors[rows[slot] if len(self.processors) > 1 else 0]
+            node: int | None = 0
+            depth = 0
+            while node is not None:
+                score = scores[slot, node][None]
+                for processor in processors:
+                    score = processor(text[None], score)
+                scores[slot, node] = score[0]
+                drawn = score[0] if draw.noise is None else score[0] + draw.noise[slot, depth]
+                best, token = drawn.max(dim=-1)
+                tokens[slot, node], sound[slot, node] = token, best.isfinite()
+                text = torch.cat((text, token[None]))
+                node, depth = children.get((node, int(token))), depth + 1
+        return Choice(tokens, sound, scores)
 
 
-_GOLDEN = -0x61C88647
-"""0x9E3779B9, 2**32 over the golden ratio, as a signed number."""
+def written(tree: DraftTree, place: Place, vocabulary: int) -> Bool[Tensor, "B N V"]:
+    """True where a token stands in a row's text up to a node, the node itself included."""
+    index = torch.arange(place.text.shape[1], device=place.text.device)
+    root = tree.tokens[:, :1]
+    text = torch.where(index <= place.length[:, None], place.text, root)  # the root always stands there
+    seen = torch.zeros((len(text), vocabulary), dtype=torch.bool, device=text.device).scatter_(1, text, True)
+    above = torch.where(tree.ancestors, tree.tokens[:, None], root[..., None])
+    return seen[:, None].expand(-1, tree.size, -1).clone().scatter_(2, above, True)
 
 
-def _mix(bits: Int[Tensor, "*batch"], shift: int) -> Int[Tensor, "*batch"]:
-    """`bits ^= bits >> shift`, in place, without the sign."""
-    high = bits.bitwise_right_shift(shift).bitwise_and_((1 << (32 - shift)) - 1)
-    return bits.bitwise_xor_(high)
+def penalised(scores: Float[Tensor, "B N V"], seen: Bool[Tensor, "B N V"], penalty: float) -> Float[Tensor, "B N V"]:
+    """The repetition penalty of arXiv 1909.05858, section 4.1, in the form that transformers gives it."""
+    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def _keys(seed: Int[Tensor, " B"], position: Int[Tensor, "B D"]) -> tuple[Int[Tensor, "B D"], Int[Tensor, "B D"]]:
-    """Two 32-bit keys from 64 bits of seed and position."""
-    z = _splitmix(_splitmix(seed)[:, None] + position)
-    fold = 1 << 31  # the low 32 bits as a signed number
-    high, low = (((half & 0xFFFFFFFF) ^ fold).sub(fold).int() for half in (z >> 32, z))
-    return high, low
+def _precise(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _splitmix(z: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
-    """The finalizer of splitmix64 on 64-bit integers that wrap."""
-    z = z - 0x61C8864680B583EB
-    z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return z ^ (z >> 31 & 0x1FFFFFFFF)
+class OccurrencePenalty(LogitsProcessor):  # type: ignore[misc]
+    """OpenAI's presence and frequency penalties, which transformers lacks: of the tokens written, not of the prompt.
+
+    `score -= presence * (count > 0) + frequency * count`
+    (https://platform.openai.com/docs/api-reference/chat/create).
+    """
+
+    def __init__(self, prompt_length: int, presence: float, frequency: float):
+        self.prompt_length, self.presence, self.frequency = prompt_length, presence, frequency
+
+    def __call__(self, input_ids: Int[Tensor, "R T"], scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+        """Scores of rows, lowered for what each wrote."""
+        new = input_ids[:, self.prompt_length :]
+        count = torch.zeros_like(scores).scatter_add_(1, new, torch.ones_like(new, dtype=scores.dtype))
+        return scores - self.presence * (count > 0) - self.frequency * count

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
 from transformers import PreTrainedTokenizerBase
+
+from redrafter.results import Event
 
 
 class Detokenizer:
@@ -26,5 +31,21 @@ class Detokenizer:
         self.base, self.shown = self.shown, len(self.ids)
         return after[len(before) :]
 
+    def rest(self) -> str:
+        """What was held back, once no token follows."""
+        before = self._decode(self.base, self.shown)
+        return self._decode(self.base, len(self.ids))[len(before) :]
+
     def _decode(self, start: int, end: int) -> str:
         return str(self.tokenizer.decode(self.ids[start:end], skip_special_tokens=True))
+
+
+def with_text(events: Iterable[Event], tokenizer: PreTrainedTokenizerBase) -> Iterator[Event]:
+    """The same events with the text that each adds; a row's pieces add up to its text."""
+    rows: dict[int, Detokenizer] = {}
+    for event in events:
+        pieces = rows.setdefault(event.row, Detokenizer(tokenizer))
+        text = "".join(map(pieces.push, event.tokens))
+        if event.finish_reason is not None:
+            text += rows.pop(event.row).rest()
+        yield replace(event, text=text)

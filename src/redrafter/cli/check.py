@@ -17,6 +17,7 @@ from redrafter.cli.loading import (
     Model,
     NewTokens,
     Seed,
+    Set,
     Temperature,
     TopK,
     TopP,
@@ -32,35 +33,44 @@ def check(
     beam_width: Width = None,
     beam_length: Length = None,
     do_sample: DoSample = False,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
     seed: Seed = None,
+    more: Set = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Decode with and without the drafter; exit status 1 if texts part where rounding does not explain it."""
     from redrafter.checking import compare
-    from redrafter.cli.loading import load_drafter, load_model
+    from redrafter.cli.loading import load_drafter, load_model, read_settings
     from redrafter.prompts import prompt_ids, read_prompts
-    from redrafter.sampling import Sampler
 
-    sampler = Sampler(do_sample, temperature, top_k, top_p, min_p)
+    settings = read_settings(
+        more,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+    )
     target, tokenizer = load_model(model, dtype, device)
     head = load_drafter(drafter, target)
     ids = [prompt_ids(record, tokenizer, where) for where, record in read_prompts(prompts)]
+    if "stop_strings" in settings:
+        settings["tokenizer"] = tokenizer
     report = compare(
         target,
         head,
         ids,
         batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
         beam_width=beam_width,
         beam_length=beam_length,
-        sampler=sampler,
-        seed=seed,
+        **settings,
     )
     for parting in report.partings:
         verdict = "within rounding" if parting.explained else "NOT explained by rounding"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +19,7 @@ from redrafter.cli.loading import (
     Model,
     NewTokens,
     Seed,
+    Set,
     Temperature,
     TopK,
     TopP,
@@ -41,11 +41,12 @@ def generate(
     beam_width: Width = None,
     beam_length: Length = None,
     do_sample: DoSample = False,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
     seed: Seed = None,
+    more: Set = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Decode autoregressively, for comparison.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line for every prompt.")] = False,
@@ -58,13 +59,21 @@ def generate(
     if drafter is None and not no_drafter:
         raise RedrafterError("Give a --drafter, or --no-drafter to decode without one.")
 
-    from redrafter.cli.loading import load_drafter, load_model
+    from redrafter.cli.loading import load_drafter, load_model, read_settings
     from redrafter.decoding import stream
     from redrafter.prompts import conversation, prompt_ids, read_prompts
     from redrafter.results import finished
-    from redrafter.sampling import Sampler
 
-    sampler = Sampler(do_sample, temperature, top_k, top_p, min_p)
+    settings = read_settings(
+        more,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+    )
     records = [("--prompt", {"prompt": prompt})] if prompts is None else read_prompts(prompts)
     if chat:
         records = [
@@ -75,17 +84,17 @@ def generate(
     head = None if no_drafter or drafter is None else load_drafter(drafter, target)
     ids = [prompt_ids(record, tokenizer, where) for where, record in records]
 
+    if "stop_strings" in settings:
+        settings["tokenizer"] = tokenizer
     positions = 0 if head is None else beam_length or head.config.beam_length
     events = stream(
         target,
         head,
         ids,
-        max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         beam_width=beam_width,
         beam_length=beam_length,
-        seed=seed,
-        **asdict(sampler),
+        **settings,
     )
 
     begin, total = time.perf_counter(), [0, 0]

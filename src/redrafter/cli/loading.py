@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,14 +27,38 @@ Length = Annotated[
 DoSample = Annotated[
     bool, typer.Option("--do-sample", help="Draw tokens by the model's law instead of taking the best.")
 ]
-Temperature = Annotated[float, typer.Option(help="Of the law; with --do-sample.")]
+Temperature = Annotated[float | None, typer.Option(help="Of the law; with --do-sample.  [default: the model's own]")]
 TopK = Annotated[int | None, typer.Option(help="Draw among the K likeliest tokens; with --do-sample.")]
 TopP = Annotated[float | None, typer.Option(help="Draw among the likeliest that sum to P; with --do-sample.")]
 MinP = Annotated[float | None, typer.Option(help="Draw among tokens at least P times as likely as the likeliest.")]
 Seed = Annotated[
     int | None, typer.Option(help="Of all draws: the same seed gives the same texts, with any drafter or none.")
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any other setting of transformers' GenerationConfig, the value as JSON: --set repetition_penalty=1.1",
+    ),
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
+
+
+def read_settings(more: list[str] | None, **told: Any) -> dict[str, Any]:
+    """What was told of the decoding, and NAME=VALUE pairs, which are JSON where they can be read so."""
+    settings = {name: value for name, value in told.items() if value is not None}
+    for pair in more or []:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise RedrafterError(f"--set takes NAME=VALUE, not {pair}.")
+        if name in told:
+            raise RedrafterError(f"--set {name}: use --{name.replace('_', '-')}.")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings
 
 
 def load_model(path: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,0 +1,81 @@
+"""Noise that is a function of its place alone: the seed of a row, a position, a token.
+
+Promises standard Gumbel noise by a counter-based hash in plain integer operations, the same bits on every device.  Does
+not know what is drawn with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from redrafter.errors import RedrafterError
+
+SEEDS = 2**63
+"""Seeds are below this."""
+
+
+def gumbel(seed: Int[Tensor, " B"], position: Int[Tensor, "B D"], vocabulary: int) -> Float[Tensor, "B D V"]:
+    """Standard Gumbel noise, a function of seed, position and token alone; float32, between -2.9 and 16.7.
+
+    The 23 bits behind each value are the same on every device; the logarithms may differ in their last place.
+    """
+    first, second = _keys(seed, position)
+    token = torch.arange(vocabulary, dtype=torch.int32, device=position.device)
+    bits = token * _GOLDEN + first[..., None]
+    _mix(bits, 16).mul_(-0x7A143595).add_(second[..., None])  # 0x85EBCA6B, murmur3's finalizer with a key in between
+    _mix(bits, 13).mul_(-0x3D4D51CB)  # 0xC2B2AE35
+    _mix(bits, 16).bitwise_right_shift_(9).bitwise_and_(0x7FFFFF)
+    uniform = bits.float().add_(0.5).mul_(2**-23)  # exact, so never 0 nor 1
+    return uniform.log_().neg_().log_().neg_()
+
+
+def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
+    """A seed for every row: as told; from one seed by the row's number; or at random, by torch's own generator.
+
+    Raises RedrafterError for negative seeds, too large ones and a wrong number of them.
+    """
+    if seed is None:
+        seed = int(torch.randint(SEEDS - 1, ()))
+    told = [seed] if isinstance(seed, int) else list(seed)
+    if not all(0 <= one < SEEDS for one in told):
+        raise RedrafterError(
+            f"Seeds lie between 0 and 2**63 - 1; {next(s for s in told if not 0 <= s < SEEDS)} does not."
+        )
+    if not isinstance(seed, int):
+        if len(told) != rows:
+            raise RedrafterError(f"There are {rows} rows and {len(told)} seeds; give one seed, or one for each row.")
+        return told
+    high, low = _keys(torch.tensor([seed]), torch.arange(rows)[None])
+    return [
+        (h & 0x7FFFFFFF) << 32 | (one & 0xFFFFFFFF) for h, one in zip(high[0].tolist(), low[0].tolist(), strict=True)
+    ]
+
+
+_GOLDEN = -0x61C88647
+"""0x9E3779B9, 2**32 over the golden ratio, as a signed number."""
+
+
+def _mix(bits: Int[Tensor, "*batch"], shift: int) -> Int[Tensor, "*batch"]:
+    """`bits ^= bits >> shift`, in place, without the sign."""
+    high = bits.bitwise_right_shift(shift).bitwise_and_((1 << (32 - shift)) - 1)
+    return bits.bitwise_xor_(high)
+
+
+def _keys(seed: Int[Tensor, " B"], position: Int[Tensor, "B D"]) -> tuple[Int[Tensor, "B D"], Int[Tensor, "B D"]]:
+    """Two 32-bit keys from 64 bits of seed and position."""
+    z = _splitmix(_splitmix(seed)[:, None] + position)
+    fold = 1 << 31  # the low 32 bits as a signed number
+    high, low = (((half & 0xFFFFFFFF) ^ fold).sub(fold).int() for half in (z >> 32, z))
+    return high, low
+
+
+def _splitmix(z: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+    """The finalizer of splitmix64 on 64-bit integers that wrap."""
+    z = z - 0x61C8864680B583EB
+    z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return z ^ (z >> 31 & 0x1FFFFFFFF)

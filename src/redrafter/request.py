@@ -1,0 +1,264 @@
+"""What one call asks for, checked once: rows, how they are drafted, how they are drawn, where they end.
+
+Promises that nothing is run before all of it is sound.  Does not know the loop.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+
+from redrafter.drafter import RecurrentDrafter
+from redrafter.errors import RedrafterError
+from redrafter.noise import row_seeds
+from redrafter.proposers import Proposer, RecurrentProposer
+from redrafter.sampling import OccurrencePenalty, Sampler
+from redrafter.settings import resolve
+from redrafter.target import Target
+
+NEW_TOKENS = 256
+"""Tokens that a row may write where nobody says how many."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text to write."""
+
+    number: int
+    prompt: list[int]
+    seed: int
+    """Of its noise; without meaning where decoding is greedy."""
+    budget: int
+    """New tokens at most."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `generate` or `stream`."""
+
+    target: Target
+    proposer: Proposer | None
+    sampler: Sampler
+    rows: list[Row]
+    batch: int
+    """Rows decoded together at most."""
+    ends: frozenset[int]
+    criteria: list[StoppingCriteria]
+    tokenizer: PreTrainedTokenizerBase | None
+    pad: int
+    output_scores: bool
+    output_logits: bool
+
+    @property
+    def length(self) -> int:
+        """L, drafted tokens of a path; 0 without drafting."""
+        return 0 if self.proposer is None else self.proposer.length
+
+    @property
+    def size(self) -> int:
+        """N, nodes of a tree."""
+        return 1 if self.proposer is None else self.proposer.size
+
+
+def request(
+    model: PreTrainedModel,
+    drafter: RecurrentDrafter | None,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    attention_mask: Tensor | None = None,
+    *,
+    generation_config: GenerationConfig | None = None,
+    batch_size: int | None = None,
+    beam_width: int | None = None,
+    beam_length: int | None = None,
+    seed: int | Sequence[int] | None = None,
+    logits_processor: Sequence[LogitsProcessor] | None = None,
+    stopping_criteria: Sequence[StoppingCriteria] | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    **settings: Any,
+) -> Request:
+    """Checks the arguments of `generate` and `stream`; `settings` are fields of a `GenerationConfig`.
+
+    Raises RedrafterError.
+    """
+    target = Target(model)
+    config = resolve(model, generation_config, settings)
+    if eos_token_id is not None:
+        config.eos_token_id = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    proposer = _proposer(target, drafter, beam_width, beam_length)
+    prompts = _prompts(target, input_ids, attention_mask)
+    prompts = [prompt for prompt in prompts for _ in range(config.num_return_sequences or 1)]
+    if seed is not None and not config.do_sample:
+        raise RedrafterError("seed means nothing in greedy decoding: ask for do_sample, or leave it out.")
+    seeds = row_seeds(seed, len(prompts)) if config.do_sample else [0] * len(prompts)
+    rows = [
+        Row(number, prompt, one, _budget(config, number, prompt))
+        for number, (prompt, one) in enumerate(zip(prompts, seeds, strict=True))
+    ]
+    extra = list(logits_processor or [])
+    penalties = (presence_penalty or 0.0, frequency_penalty or 0.0)
+    sampler = _sampler(model, config, rows, extra, prefix_allowed_tokens_fn, penalties)
+    if target.context_length is not None:  # the last token written is never read again, so it needs no position
+        room = target.context_length + 1
+        rows = [Row(r.number, r.prompt, r.seed, min(r.budget, room - len(r.prompt))) for r in rows]
+    if batch_size is not None and batch_size < 1:
+        raise RedrafterError(f"batch_size must be at least 1, not {batch_size}.")
+    return Request(
+        target,
+        proposer,
+        sampler,
+        rows,
+        batch=min(batch_size or len(rows), len(rows)),
+        ends=_ends(config),
+        criteria=_criteria(config, tokenizer, stopping_criteria),
+        tokenizer=tokenizer,
+        pad=config.pad_token_id or 0,
+        output_scores=bool(config.output_scores),
+        output_logits=bool(config.output_logits),
+    )
+
+
+def _prompts(
+    target: Target, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None
+) -> list[list[int]]:
+    """Prompts as lists of ids, padding removed."""
+    prompts = _unpadded(input_ids, attention_mask)
+    if not prompts:
+        raise RedrafterError("There is no prompt.")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise RedrafterError(f"The prompt of row {row} is empty; give it at least one token.")
+        if target.context_length is not None and len(prompt) > target.context_length:
+            raise RedrafterError(
+                f"The prompt of row {row} has {len(prompt)} tokens, the model's context {target.context_length}."
+            )
+        if not 0 <= min(prompt) <= max(prompt) < target.vocab_size:
+            raise RedrafterError(f"The prompt of row {row} holds ids outside the vocabulary of {target.vocab_size}.")
+    return prompts
+
+
+def _unpadded(input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None) -> list[list[int]]:
+    if not isinstance(input_ids, Tensor):
+        if attention_mask is not None:
+            raise RedrafterError("An attention mask goes with a tensor of input ids, not with a list of rows.")
+        return [list(row) for row in input_ids]
+    if input_ids.ndim != 2:
+        raise RedrafterError(f"input_ids must have two dimensions, rows and tokens, not {input_ids.ndim}.")
+    if attention_mask is None:
+        return input_ids.tolist()  # type: ignore[no-any-return]
+    if attention_mask.shape != input_ids.shape:
+        raise RedrafterError(
+            f"The attention mask's shape {tuple(attention_mask.shape)} is not that of the input ids "
+            f"{tuple(input_ids.shape)}."
+        )
+    kept = attention_mask.bool()
+    if bool(((kept[:, 1:] != kept[:, :-1]).sum(dim=1) + kept[:, 0].int() > 2).any()):
+        raise RedrafterError("The attention mask has holes: pad each row at one or both ends only.")
+    return [row[mask].tolist() for row, mask in zip(input_ids, kept, strict=True)]
+
+
+def _budget(config: GenerationConfig, row: int, prompt: list[int]) -> int:
+    if config.max_new_tokens is not None:
+        return int(config.max_new_tokens)
+    if config.max_length is None:
+        return NEW_TOKENS
+    if len(prompt) >= config.max_length:
+        raise RedrafterError(f"The prompt of row {row} has {len(prompt)} tokens, max_length is {config.max_length}.")
+    return int(config.max_length) - len(prompt)
+
+
+def _proposer(
+    target: Target, drafter: RecurrentDrafter | None, width: int | None, length: int | None
+) -> RecurrentProposer | None:
+    if drafter is None:
+        return None
+    config = drafter.config
+    target.check_drafter(config)
+    width = config.beam_width if width is None else width
+    length = config.beam_length if length is None else length
+    if length < 0:
+        raise RedrafterError(f"beam_length must be at least 1, or 0 to decode without drafting, not {length}.")
+    if not 1 <= width <= config.head_size:
+        raise RedrafterError(f"beam_width must lie between 1 and the drafter's {config.head_size} tokens, not {width}.")
+    if drafter.device != target.device:
+        raise RedrafterError(f"The drafter is on {drafter.device}, the model on {target.device}; move one of them.")
+    return RecurrentProposer(drafter, target, width, length) if length else None
+
+
+def _ends(config: GenerationConfig) -> frozenset[int]:
+    told = config.eos_token_id
+    return frozenset() if told is None else frozenset([told] if isinstance(told, int) else told)
+
+
+def _sampler(
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    rows: list[Row],
+    extra: list[LogitsProcessor],
+    allowed: Callable[[int, Tensor], list[int]] | None,
+    penalties: tuple[float, float],
+) -> Sampler:
+    """transformers' own processors, for each row as if it were alone; one list for all where they heed no text."""
+    sampler = Sampler(bool(config.do_sample), [_processors(model, config, rows[0], extra, allowed, penalties)])
+    if not sampler.lazy:
+        return sampler
+    every = [_processors(model, config, row, extra, allowed, penalties) for row in rows]
+    return Sampler(sampler.do_sample, every)
+
+
+def _processors(
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    row: Row,
+    extra: list[LogitsProcessor],
+    allowed: Callable[[int, Tensor], list[int]] | None,
+    penalties: tuple[float, float],
+) -> list[LogitsProcessor]:
+    config = copy.copy(config)
+    config.max_length = len(row.prompt) + row.budget
+    config.num_beams = 1
+    ends = sorted(_ends(config))
+    config._eos_token_tensor = torch.tensor(ends, device=model.device) if ends else None
+    own = [OccurrencePenalty(len(row.prompt), *penalties)] if any(penalties) else []
+    try:
+        return list(
+            model._get_logits_processor(
+                config,
+                input_ids_seq_length=len(row.prompt),
+                encoder_input_ids=torch.tensor([row.prompt], device=model.device),
+                prefix_allowed_tokens_fn=None if allowed is None else lambda _, text: allowed(row.number, text),
+                logits_processor=[*own, *extra],
+                device=model.device,
+            )
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RedrafterError(f"transformers refuses a setting: {str(error).strip().rstrip('.')}.") from error
+
+
+def _criteria(
+    config: GenerationConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    extra: Sequence[StoppingCriteria] | None,
+) -> list[StoppingCriteria]:
+    from transformers import MaxTimeCriteria, StopStringCriteria
+
+    criteria: list[StoppingCriteria] = []
+    if config.max_time is not None:
+        criteria.append(MaxTimeCriteria(max_time=config.max_time))
+    if config.stop_strings is not None:
+        strings = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings)
+        if not all(isinstance(one, str) and one for one in strings):
+            raise RedrafterError("Every one of the stop_strings must be a string that is not empty.")
+        if tokenizer is None:
+            raise RedrafterError("stop_strings need the tokenizer: pass tokenizer=.")
+        criteria.append(StopStringCriteria(tokenizer, strings))
+    return [*criteria, *(extra or [])]

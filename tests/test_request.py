@@ -1,0 +1,124 @@
+"""What a call asks for, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from conftest import tiny_model
+from redrafter import RecurrentDrafter, RedrafterError, generate, stream
+from redrafter.request import NEW_TOKENS, request
+
+MODEL = tiny_model()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "given", "sentence"),
+    [
+        ([], {}, "There is no prompt"),
+        ([[5], []], {}, "prompt of row 1 is empty"),
+        ([[5, 61]], {}, "outside the vocabulary of 61"),
+        ([[5, -1]], {}, "outside the vocabulary of 61"),
+        ([[5] * 129], {}, "row 0 has 129 tokens, the model's context 128"),
+        ([[5]], {"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ([[5]], {"max_new_tokens": 0}, "max_new_tokens. must be greater than 0, but is 0"),
+        ([[5]], {"beam_length": -1}, "0 to decode without drafting, not -1"),
+        ([[5]], {"beam_width": 0}, "between 1 and the drafter's 61 tokens, not 0"),
+        ([[5]], {"beam_width": 62}, "between 1 and the drafter's 61 tokens, not 62"),
+        (torch.tensor([5, 6]), {}, "two dimensions"),
+        (torch.tensor([[5, 6]]), {"attention_mask": torch.ones(1, 3)}, "is not that of the input ids"),
+        (torch.tensor([[5, 6, 7]]), {"attention_mask": torch.tensor([[1, 0, 1]])}, "has holes"),
+        ([[5]], {"attention_mask": torch.ones(1, 1)}, "not with a list of rows"),
+    ],
+)
+def test_bad_input_gets_a_sentence_before_the_first_event(prompts, given, sentence):
+    drafter = RecurrentDrafter.for_target(MODEL)
+    with pytest.raises(RedrafterError, match=sentence):
+        generate(MODEL, drafter, prompts, **given)
+    mask = given.pop("attention_mask", None)
+    with pytest.raises(RedrafterError, match=sentence):
+        stream(MODEL, drafter, prompts, mask, **given)
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ({"num_beams": 4}, "num_beams=4 is not supported: beam search by the target"),
+        ({"penalty_alpha": 0.6}, "penalty_alpha=0.6 is not supported: contrastive search"),
+        ({"guidance_scale": 1.5}, "guidance_scale=1.5 is not supported: classifier-free guidance"),
+        ({"dola_layers": "low"}, "dola_layers='low' is not supported"),
+        ({"prompt_lookup_num_tokens": 5}, "transformers' own drafting"),
+        ({"output_attentions": True}, "output_attentions=True is not supported"),
+        ({"force_words_ids": [[5]]}, "is not supported"),
+        ({"temprature": 0.5}, "temprature is no setting of generation; did you mean temperature?"),
+        ({"inputs_embeds": torch.zeros(1)}, "inputs_embeds is no setting of generation"),
+        ({"max_length": 1}, "row 0 has 1 tokens, max_length is 1"),
+        ({"stop_strings": ["a"]}, "stop_strings need the tokenizer"),
+        ({"stop_strings": [""]}, "must be a string that is not empty"),
+        ({"num_return_sequences": 2}, "means nothing in greedy decoding"),
+        ({"repetition_penalty": -1.0}, "transformers refuses a setting: .*penalty"),
+        ({"no_repeat_ngram_size": 1.5}, "transformers refuses a setting"),
+        ({"bad_words_ids": [[-1]]}, "transformers refuses a setting"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(told, sentence):
+    with pytest.raises(RedrafterError, match=sentence):
+        request(MODEL, None, [[5]], **told)
+
+
+def asked(told: dict | None = None, *, config: dict | None = None, own: dict | None = None, prompts=([5],)):
+    model = tiny_model(max_position_embeddings=512)
+    for name, value in (own or {}).items():
+        setattr(model.generation_config, name, value)
+    given = None if config is None else transformers.GenerationConfig(**config)
+    return request(model, None, list(prompts), generation_config=given, **(told or {}))
+
+
+def test_the_callers_word_goes_before_the_callers_config_before_the_models_own():
+    own = {"max_new_tokens": 3, "eos_token_id": [4, 6], "pad_token_id": 9}
+    assert asked().rows[0].budget == NEW_TOKENS
+    assert asked(own=own).rows[0].budget == 3
+    assert asked(config={"max_new_tokens": 5}, own=own).rows[0].budget == 5
+    assert asked({"max_new_tokens": 7}, config={"max_new_tokens": 5}, own=own).rows[0].budget == 7
+    assert asked({"max_length": 11}, config={"max_new_tokens": 5}, own=own).rows[0].budget == 10
+    assert asked(config={"max_length": 11}, own=own).rows[0].budget == 10
+    assert asked({"max_length": 90, "max_new_tokens": 8}).rows[0].budget == 8
+    assert asked(own=own).ends == {4, 6}
+    assert asked({"eos_token_id": ()}, own=own).ends == frozenset()
+    assert asked({"eos_token_id": 8}, own=own).ends == {8}
+    assert asked(own=own).pad == 9
+
+
+def test_nothing_is_sampled_or_cut_off_unasked():
+    assert not asked().sampler.do_sample
+    assert asked({"do_sample": True}).sampler.processors == [[]]  # transformers would cut at 50
+    inherited = asked(own={"do_sample": True, "temperature": 0.6, "top_p": 0.9}).sampler
+    assert inherited.do_sample
+    assert [type(p).__name__ for p in inherited.processors[0]] == ["TemperatureLogitsWarper", "TopPLogitsWarper"]
+    greedy = asked({"do_sample": False}, own={"do_sample": True, "temperature": 0.6}).sampler
+    assert not greedy.do_sample
+    assert greedy.processors == [[]]
+
+
+def test_a_models_own_search_by_beams_is_not_passed_over():
+    with pytest.raises(RedrafterError, match="num_beams=4 is not supported"):
+        asked(own={"num_beams": 4})
+
+
+def test_entries_of_old_configs_that_mean_nothing_are_passed_over():
+    assert asked(own={"chat_format": "chatml"}).rows
+
+
+def test_sequences_to_return_are_rows_of_their_own():
+    rows = asked({"do_sample": True, "num_return_sequences": 3, "seed": 1}, prompts=[[5], [6]]).rows
+    assert [row.prompt for row in rows] == [[5]] * 3 + [[6]] * 3
+    assert len({row.seed for row in rows}) == 6
+
+
+def test_no_drafting_is_a_length_of_zero():
+    drafter = RecurrentDrafter.for_target(MODEL)
+    assert request(MODEL, drafter, [[5]], beam_length=0).proposer is None
+    assert request(MODEL, None, [[5]]).proposer is None
+    out = generate(MODEL, drafter, [[5], [6]], beam_length=0, max_new_tokens=5)
+    assert (out.stats.steps, out.stats.drafted, out.stats.accepted_by_position) == (10, 0, [])
