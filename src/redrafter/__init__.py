@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from redrafter.decoding import generate, stream
     from redrafter.drafter import RecurrentDrafter
     from redrafter.errors import RedrafterError
+    from redrafter.huggingface import custom_generate
     from redrafter.results import Event, Generation, Stats
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ _HOME = {
     "RecurrentDrafter": "drafter",
     "RedrafterError": "errors",
     "Stats": "results",
+    "custom_generate": "huggingface",
     "generate": "decoding",
     "stream": "decoding",
 }
@@ -31,6 +33,7 @@ _HOME = {
 __all__ = [  # noqa: RUF022
     "generate",
     "stream",
+    "custom_generate",
     "RecurrentDrafter",
     "DrafterConfig",
     "Generation",

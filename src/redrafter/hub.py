@@ -1,4 +1,4 @@
-"""Drafter folders on disk and on the hub: `config.json`, `model.safetensors`, `README.md`.
+"""Drafter folders on disk and on the hub: `config.json`, `model.safetensors`, `README.md`, `custom_generate/`.
 
 Promises that a file is replaced whole or not at all: everything is written beside its place first, then renamed.
 Does not know what the tensors mean.
@@ -17,6 +17,15 @@ from torch import Tensor, nn
 from redrafter.errors import RedrafterError
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+CUSTOM_GENERATE = {
+    "custom_generate/generate.py": (
+        '"""For model.generate(**inputs, custom_generate=THIS_FOLDER, trust_remote_code=True)."""\n\n'
+        "from redrafter.huggingface import from_folder as generate  # noqa: F401\n"
+    ),
+    "custom_generate/requirements.txt": "redrafter>=0.1\n",
+}
+"""What transformers looks for in a folder that it is to decode with."""
 
 
 def fetch(path: str | Path, *, revision: str | None = None) -> Path:
@@ -69,14 +78,17 @@ def save_folder(folder: Path, config: str, tensors: Mapping[str, Tensor], card: 
     """
     whole = {k: v.detach().to("cpu", copy=False).contiguous() for k, v in tensors.items()}
     contents = {WEIGHTS: save(whole, metadata={"format": "pt"}), CONFIG: config.encode()}
+    contents |= {name: text.encode() for name, text in CUSTOM_GENERATE.items()}
     if card is not None:
         contents[CARD] = card.encode()
     written: list[tuple[Path, Path]] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            beside = folder / f".{name}.{os.getpid()}.part"
-            written.append((beside, folder / name))
+            place = folder / name
+            place.parent.mkdir(exist_ok=True)
+            beside = place.with_name(f".{place.name}.{os.getpid()}.part")
+            written.append((beside, place))
             with beside.open("wb") as file:
                 file.write(content)
                 file.flush()

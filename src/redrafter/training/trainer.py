@@ -166,10 +166,11 @@ def _card(drafter: RecurrentDrafter, rows: list[Row], recipe: Recipe, loss: floa
     tokens = sum(sum(row.trained) for row in rows)
     base = f"base_model: {config.target}\n" if config.target else ""
     return (
-        f"---\nlibrary_name: redrafter\n{base}tags:\n- speculative-decoding\n---\n\n"
+        f"---\nlibrary_name: redrafter\n{base}tags:\n- speculative-decoding\n- custom_generate\n---\n\n"
         f"# A recurrent drafter for {config.target or 'an unnamed model'}\n\n"
         f"Trained by redrafter on {len(rows):,} rows with {tokens:,} tokens to learn, teacher-forced over "
         f"{config.beam_length} draft positions: batch {recipe.batch_size}, learning rate {recipe.learning_rate:g}, "
         f"last loss {loss:.3f} nats, summed over positions. {hub.count_parameters(drafter):,} parameters.\n\n"
-        "Use it with `redrafter generate --model MODEL --drafter THIS_FOLDER --prompt TEXT`.\n"
+        "Use it with `redrafter generate --model MODEL --drafter THIS_FOLDER --prompt TEXT`, or in transformers with "
+        "`model.generate(**inputs, custom_generate=THIS_FOLDER, trust_remote_code=True)`.\n"
     )

@@ -1,0 +1,149 @@
+"""Behind `model.generate`, with and without redrafter's loop: the same sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers import LogitsProcessor, StopStringCriteria, TextStreamer
+
+import redrafter
+from conftest import tiny_model
+from redrafter import RecurrentDrafter, RedrafterError
+from redrafter.drafter import RecurrentDrafter as Drafter
+
+MODEL = tiny_model()
+MODEL.generation_config.pad_token_id = 0
+IDS = torch.tensor([[0, 0, 5, 9, 12], [0, 7, 8, 7, 8], [30, 31, 32, 33, 34]])
+INPUTS = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
+
+
+def head(**shape) -> RecurrentDrafter:
+    torch.manual_seed(0)
+    return RecurrentDrafter.for_target(MODEL, beam_width=4, beam_length=3, **shape)
+
+
+class Seven(LogitsProcessor):
+    """Makes the eighth token of a text seven."""
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] == 7:
+            scores[:, 7] += 100
+        return scores
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"max_new_tokens": 12},
+        {"max_length": 14},
+        {"max_new_tokens": 12, "eos_token_id": [9, 12]},
+        {"max_new_tokens": 12, "no_repeat_ngram_size": 1, "min_new_tokens": 4, "eos_token_id": 9},
+        {"max_new_tokens": 12, "bad_words_ids": [[9], [12, 3]], "suppress_tokens": [20, 21]},
+        {"max_new_tokens": 9, "forced_eos_token_id": 5},
+    ],
+)
+def test_the_sequences_are_those_of_transformers(told):
+    expected = MODEL.generate(**INPUTS, do_sample=False, **told)
+    ours = MODEL.generate(**INPUTS, do_sample=False, custom_generate=redrafter.custom_generate, drafter=head(), **told)
+    assert ours.tolist() == expected.tolist()
+    assert ours.dtype == expected.dtype
+
+
+def test_a_users_processor_stop_string_and_allowed_tokens_reach_the_rows(model_folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    drafter = RecurrentDrafter.for_target(model)
+    ids = {"input_ids": torch.tensor([[5, 9, 12], [40, 41, 42]])}
+    common = {**ids, "do_sample": False, "max_new_tokens": 20, "pad_token_id": 0, "eos_token_id": 2}
+    written = tokenizer.decode(model.generate(**common)[0, 3:])
+    for told in (
+        {"logits_processor": [Seven()]},
+        {"stopping_criteria": [StopStringCriteria(tokenizer, [written[7:9]])]},
+        {"prefix_allowed_tokens_fn": lambda row, text: [10 + row, 20 + row, 3 + len(text) % 5]},
+    ):
+        expected = model.generate(**common, **told).tolist()
+        ours = model.generate(**common, **told, custom_generate=redrafter.custom_generate, drafter=drafter)
+        assert ours.tolist() == expected
+        assert expected != model.generate(**common).tolist()
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_padding_is_not_penalised(penalty):
+    """Some versions of transformers penalise padding; a row gets here what it gets alone."""
+    told = {"max_new_tokens": 12, "repetition_penalty": penalty, "do_sample": False}
+    ours = MODEL.generate(**INPUTS, custom_generate=redrafter.custom_generate, drafter=head(), **told)
+    for row, mask in enumerate(INPUTS["attention_mask"].bool()):
+        alone = IDS[row][mask][None]
+        expected = MODEL.generate(input_ids=alone, attention_mask=torch.ones_like(alone), **told)
+        assert ours[row, 5:].tolist() == expected[0, alone.shape[1] :].tolist()
+
+
+def test_sampling_follows_the_seed_and_takes_over_the_models_defaults():
+    told = {**INPUTS, "do_sample": True, "top_p": 0.9, "max_new_tokens": 12, "drafter": head(), "seed": 3}
+    ours = MODEL.generate(**told, custom_generate=redrafter.custom_generate)
+    plain = MODEL.generate(**told, custom_generate=redrafter.custom_generate, beam_length=0)
+    assert ours.tolist() == plain.tolist()
+    out = redrafter.generate(MODEL, None, **INPUTS, do_sample=True, top_p=0.9, top_k=50, max_new_tokens=12, seed=3)
+    assert ours[:, 5:].tolist() == out.new_tokens
+    three = MODEL.generate(**told, custom_generate=redrafter.custom_generate, num_return_sequences=3)
+    assert three.shape == (9, 17)
+
+
+def test_what_is_returned_can_hold_scores():
+    told = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True} | {
+        "output_scores": True,
+        "output_logits": True,
+    }
+    expected = MODEL.generate(**INPUTS, **told)
+    ours = MODEL.generate(**INPUTS, **told, custom_generate=redrafter.custom_generate, drafter=head())
+    assert ours.sequences.tolist() == expected.sequences.tolist()
+    for one, other in ((ours.scores, expected.scores), (ours.logits, expected.logits)):
+        torch.testing.assert_close(torch.stack(one), torch.stack(other), rtol=1e-4, atol=1e-3)
+
+
+def test_a_text_streamer_prints_the_text(model_folder, capsys):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    drafter = RecurrentDrafter.for_target(model)
+    ids = tokenizer("ab", return_tensors="pt")
+    common = {**ids, "do_sample": False, "max_new_tokens": 20, "pad_token_id": 0}
+    model.generate(**common, streamer=TextStreamer(tokenizer))
+    expected = capsys.readouterr().out
+    model.generate(
+        **common, custom_generate=redrafter.custom_generate, drafter=drafter, text_streamer=TextStreamer(tokenizer)
+    )
+    assert capsys.readouterr().out == expected
+    assert len(expected) > 20
+
+
+def test_a_saved_drafter_is_all_that_transformers_needs(model_folder, drafter_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    loads = []
+    load = Drafter.from_pretrained.__func__
+    monkeypatch.setattr(Drafter, "from_pretrained", classmethod(lambda *a, **k: loads.append(a) or load(*a, **k)))
+    ids = torch.tensor([[5, 9, 12]])
+    common = {"input_ids": ids, "attention_mask": ids * 0 + 1, "do_sample": False, "max_new_tokens": 9}
+    expected = model.generate(**common, pad_token_id=0)
+    for _ in range(2):
+        ours = model.generate(**common, custom_generate=str(drafter_folder), trust_remote_code=True)
+        assert ours.tolist() == expected.tolist()
+    assert len(loads) == 1, "the drafter decoded, and was read once"
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ({"drafter": None}, "needs a drafter"),
+        ({"num_beams": 3}, "num_beams=3 is not supported"),
+        ({"position_ids": torch.arange(1, 6)[None].expand(3, 5)}, "position_ids other than the usual ones"),
+        ({"output_attentions": True}, "output_attentions is not supported"),
+        ({"drafter": "no/such/folder"}, "There is no drafter folder at no/such/folder"),
+        ({"drafter": head(), "seed": 3}, "seed means nothing in greedy decoding"),
+    ],
+)
+def test_what_cannot_be_heeded_is_refused(told, sentence):
+    arguments = INPUTS | {"drafter": head(), "max_new_tokens": 3} | told
+    with pytest.raises(RedrafterError, match=sentence):
+        MODEL.generate(**arguments, custom_generate=redrafter.custom_generate)
