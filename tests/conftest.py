@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,11 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
     warnings.simplefilter("ignore")
     import transformers
     from jaxtyping import install_import_hook
+
+    with contextlib.suppress(ImportError):
+        import torchao.quantization  # noqa: F401
+    with contextlib.suppress(ImportError):
+        import peft  # noqa: F401
 
     if "redrafter" in sys.modules:
         raise RuntimeError("redrafter was imported before its shapes could be checked")

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -199,6 +200,66 @@ def test_the_stream_is_the_text_in_pieces():
         assert [token for event in own for token in event.tokens] == out.new_tokens[row]
         assert [event.finish_reason for event in own] == [None] * (len(own) - 1) + ["length"]
         assert all(len(event.tokens) in (event.accepted, event.accepted + 1) for event in own)
+
+
+def test_events_carry_text_and_what_was_drafted(model_folder, drafter_folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    drafter = RecurrentDrafter.from_pretrained(drafter_folder, target=model)
+    told = {"max_new_tokens": 24, "tokenizer": tokenizer}
+    out = generate(model, drafter, [[5, 9], [7], [8]], batch_size=2, **told)
+    assert out.texts == [tokenizer.decode(new, skip_special_tokens=True) for new in out.new_tokens]
+    events = list(stream(model, drafter, [[5, 9], [7], [8]], batch_size=2, **told))
+    for row in range(3):
+        own = [event for event in events if event.row == row]
+        assert "".join(event.text for event in own) == out.texts[row]
+        assert sum(event.drafted for event in own) == out.stats.rows[row].drafted > 0
+        assert own[-1].finish_reason == "length"
+    assert generate(model, drafter, [[5]], max_new_tokens=2).texts is None
+
+
+def test_a_stop_string_ends_a_row_where_it_ends_it_without_drafting(model_folder):
+    """Inside a drafted block too; the criterion is transformers' own."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    prompt, count = [40, 41, 42], 60
+    written = greedy(model, prompt, count)
+    oracle = Oracle(model, [prompt + written], width=2, length=5, spoil=0.1)
+    drafter = RecurrentDrafter.for_target(model, beam_length=5)
+    lengths = set()
+    for cut in range(count - 2):
+        string = tokenizer.decode(written[cut : cut + 2])
+        if "\N{REPLACEMENT CHARACTER}" in string:
+            continue
+        told = {"max_new_tokens": count, "stop_strings": [string, "never"], "tokenizer": tokenizer}
+        ids = torch.tensor([prompt])
+        expected = model.generate(ids, attention_mask=ids * 0 + 1, do_sample=False, pad_token_id=0, **told)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(requests, "_proposer", lambda *_: oracle)
+            out = generate(model, drafter, [prompt, [50]], **told)
+        assert out.new_tokens[0] == expected[0, 3:].tolist()
+        assert out.finish_reasons[0] == "stop"
+        assert string in out.texts[0]
+        lengths.add(len(out.new_tokens[0]))
+    assert len(lengths) > 5
+
+
+def test_a_streamer_gets_the_prompt_and_every_token_and_its_end():
+    heard = []
+
+    class Listener(transformers.generation.streamers.BaseStreamer):
+        def put(self, value):
+            heard.append(value.flatten().tolist())
+
+        def end(self):
+            heard.append("end")
+
+    out = generate(MODEL, RecurrentDrafter.for_target(MODEL), [[5, 9, 12]], max_new_tokens=9, streamer=Listener())
+    assert heard[0] == [5, 9, 12]
+    assert heard[-1] == "end"
+    assert [token for step in heard[1:-1] for token in step] == out.new_tokens[0]
+    with pytest.raises(RedrafterError, match="A streamer takes one row, not 2"):
+        generate(MODEL, None, [[5], [6]], streamer=Listener())
 
 
 def test_a_consumer_that_stops_early_leaves_all_as_it_was():

@@ -159,3 +159,20 @@ def test_names_that_leave_the_machine_hold_no_path(tmp_path):
     assert _public_name("someone/tiny") == "someone/tiny"
     assert _public_name("") is None
     assert _base_name("/cache/models--someone--tiny/snapshots/0123") == "tiny"
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "gemma2", "granite"])
+@torch.no_grad()
+def test_logits_from_states_are_the_models_own(family):
+    """Scaled or capped after the head as the family does."""
+    changes = {
+        "cohere": {"logit_scale": 0.5},
+        "gemma2": {"final_logit_softcapping": 5.0, "head_dim": 8},
+        "granite": {"logits_scaling": 3.0},
+    }
+    model = tiny_model(family, **changes.get(family, {}))
+    target = Target(model)
+    ids = torch.tensor([[5, 9, 12, 7]])
+    hidden = target.hidden_states(ids, torch.ones_like(ids))
+    torch.testing.assert_close(target.logits(hidden[0]), model(input_ids=ids).logits[0], rtol=1e-5, atol=1e-5)
+    assert not model.get_output_embeddings()._forward_pre_hooks

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from redrafter.text import Detokenizer
+from redrafter.results import Event
+from redrafter.text import Detokenizer, with_text
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -47,3 +48,18 @@ def test_spaces_between_words_are_kept(ids):
 @pytest.mark.parametrize("tokenizer", [BYTES, WORDS])
 def test_special_tokens_add_no_text(tokenizer):
     assert Detokenizer(tokenizer).push(0) == ""
+
+
+@given(st.lists(st.lists(st.integers(0, 256), max_size=4), min_size=1, max_size=6), st.sampled_from([BYTES, WORDS]))
+def test_the_pieces_of_a_row_add_up_to_its_text(steps, tokenizer):
+    """Broken characters at the end included, and whatever another row writes in between."""
+    vocabulary = len(tokenizer)
+    steps = [[token % vocabulary for token in step] for step in steps]
+    ends = [None] * (len(steps) - 1) + ["length"]
+    events = []
+    for tokens, end in zip(steps, ends, strict=True):
+        events += [Event(0, tokens, 0, 0, end), Event(1, [2], 0, 0, end)]
+    pieces = list(with_text(events, tokenizer))
+    for row, ids in ((0, [t for step in steps for t in step]), (1, [2] * len(steps))):
+        text = "".join(event.text for event in pieces if event.row == row)
+        assert text == tokenizer.decode(ids, skip_special_tokens=True)

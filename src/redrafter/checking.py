@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from redrafter.decoding import generate
 from redrafter.drafter import RecurrentDrafter
@@ -54,7 +54,7 @@ class Report:
 
 
 def compare(
-    model: PreTrainedModel,
+    model: nn.Module,
     drafter: RecurrentDrafter,
     prompts: list[list[int]],
     *,
@@ -82,7 +82,7 @@ def compare(
 
 
 def _parting(
-    model: PreTrainedModel,
+    model: nn.Module,
     prompts: list[list[int]],
     row: int,
     one: list[int],
@@ -92,9 +92,9 @@ def _parting(
     shorter = min(len(one), len(other))
     position = next((i for i in range(shorter) if one[i] != other[i]), shorter)
     asked = request(model, None, prompts, **settings)
-    text = torch.tensor([prompts[row] + one[:position]], device=model.device)
+    text = torch.tensor([prompts[row] + one[:position]], device=asked.target.device)
     with torch.inference_mode():
-        logits = model(input_ids=text, use_cache=False).logits[:, -1:]
+        logits = asked.target.model(input_ids=text, use_cache=False).logits[:, -1:]
         place = Place(
             row=torch.tensor([row], device=text.device),
             seed=torch.tensor([asked.rows[row].seed], device=text.device),

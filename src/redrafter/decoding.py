@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from redrafter.cache import SlotCache
@@ -140,7 +139,7 @@ def admit(target: Target, sampler: Sampler, state: State, slots: list[int], rows
 
 
 def stream(
-    model: PreTrainedModel,
+    model: nn.Module,
     drafter: RecurrentDrafter | None,
     input_ids: Tensor | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
@@ -148,21 +147,22 @@ def stream(
 ) -> Iterator[Event]:
     """Decoding of a batch, an event for every row that a step advanced.
 
-    `input_ids` is a padded tensor [B, P] with its `attention_mask`, or a list of rows of any lengths.  `drafter=None`
-    or `beam_length=0` decodes autoregressively.  `settings` are all that a `GenerationConfig` can say, and
+    `model` is a causal language model of transformers, or PEFT's wrapper around one.  `input_ids` is a padded tensor
+    [B, P] with its `attention_mask`, or a list of rows of any lengths.  `drafter=None` or `beam_length=0` decodes
+    autoregressively.  `settings` are all that a `GenerationConfig` can say, and
 
     - `generation_config`: such a config; what is set nowhere is taken from the model's own, as in `model.generate`;
     - `beam_width`, `beam_length` (drafted tokens only): by default what the drafter was made for;
     - `batch_size`: rows decoded together at most (default: all); where one ends, the next one enters its slot;
     - `seed`: one for each row, or one from which row 0, 1, … get their own (default: torch's generator gives one).
-      What is drawn at a position depends on the row's seed, the position and the model alone, never on the drafter or
-      on other rows;
+      What is drawn at a position depends on the row's seed, the position and the model alone, never on the drafter
+      or on other rows;
     - `logits_processor`, `stopping_criteria`: lists of transformers' objects; `prefix_allowed_tokens_fn`;
     - `presence_penalty`, `frequency_penalty`: of the tokens written, as OpenAI defines them;
     - `tokenizer`: puts text into the events; `stop_strings` need it.
 
-    A row ends at an end token or with a stop string, which are kept, by a criterion, after `max_new_tokens`, or where
-    the model's context is full.  `docs/settings.md` lists every setting.
+    A row ends at an end token or with a stop string, which are kept, by a criterion, after `max_new_tokens`, or
+    where the model's context is full.  `docs/settings.md` lists every setting.
 
     The arguments are checked when this is called, not at the first event.  Raises RedrafterError.
     """
@@ -170,7 +170,7 @@ def stream(
 
 
 def generate(
-    model: PreTrainedModel,
+    model: nn.Module,
     drafter: RecurrentDrafter | None,
     input_ids: Tensor | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
@@ -193,7 +193,7 @@ def generate(
     written = [torch.tensor(row.prompt + tokens) for row, tokens in zip(asked.rows, new, strict=True)]
     sequences = torch.nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=asked.pad)
     return Generation(
-        sequences.to(model.device),
+        sequences.to(asked.target.device),
         new,
         [one.finish_reason for one in ended],
         Stats.total(rows, seconds=time.perf_counter() - begin),

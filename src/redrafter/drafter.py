@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from redrafter import hub
 from redrafter.config import DrafterConfig
@@ -56,7 +55,7 @@ class RecurrentDrafter(nn.Module):
     @classmethod
     def for_target(
         cls,
-        model: PreTrainedModel,
+        model: nn.Module,
         *,
         exit_dim: int | None = None,
         num_draft_layers: int = 2,
@@ -98,7 +97,7 @@ class RecurrentDrafter(nn.Module):
         cls,
         path: str | Path,
         *,
-        target: PreTrainedModel | None = None,
+        target: nn.Module | None = None,
         revision: str | None = None,
     ) -> RecurrentDrafter:
         """Loads a drafter folder or hub repository, written by this package or by Apple's code.

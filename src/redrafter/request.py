@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from redrafter.drafter import RecurrentDrafter
@@ -67,7 +67,7 @@ class Request:
 
 
 def request(
-    model: PreTrainedModel,
+    model: nn.Module,
     drafter: RecurrentDrafter | None,
     input_ids: Tensor | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
@@ -91,7 +91,7 @@ def request(
     Raises RedrafterError.
     """
     target = Target(model)
-    config = resolve(model, generation_config, settings)
+    config = resolve(target.model, generation_config, settings)
     if eos_token_id is not None:
         config.eos_token_id = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     proposer = _proposer(target, drafter, beam_width, beam_length)
@@ -106,7 +106,7 @@ def request(
     ]
     extra = list(logits_processor or [])
     penalties = (presence_penalty or 0.0, frequency_penalty or 0.0)
-    sampler = _sampler(model, config, rows, extra, prefix_allowed_tokens_fn, penalties)
+    sampler = _sampler(target.model, config, rows, extra, prefix_allowed_tokens_fn, penalties)
     if target.context_length is not None:  # the last token written is never read again, so it needs no position
         room = target.context_length + 1
         rows = [Row(r.number, r.prompt, r.seed, min(r.budget, room - len(r.prompt))) for r in rows]

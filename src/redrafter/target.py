@@ -50,31 +50,34 @@ def tree_mask(
 class Target:
     """A causal language model and what decoding needs to know of it."""
 
-    def __init__(self, model: PreTrainedModel):
-        """Raises RedrafterError where the model cannot verify trees."""
-        self.model = model
-        self.config: Any = model.config.get_text_config()
-        _refuse_by_structure(model, self.config)
-        self.head: nn.Module = model.get_output_embeddings()
-        self.embed: nn.Embedding = model.get_input_embeddings()
+    def __init__(self, model: nn.Module):
+        """Takes a `PreTrainedModel`, or a `PeftModel` around one.
+
+        Raises RedrafterError where the model cannot verify trees.
+        """
+        self.model = _unwrapped(model)
+        self.config: Any = self.model.config.get_text_config()
+        _refuse_by_structure(self.model, self.config)
+        self.head: nn.Module = self.model.get_output_embeddings()
+        self.embed: nn.Embedding = self.model.get_input_embeddings()
         self.device: torch.device = self.embed.weight.device
-        self.dtype: torch.dtype = model.dtype
+        self.dtype: torch.dtype = self.model.dtype
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
         self.context_length: int | None = getattr(self.config, "max_position_embeddings", None)
-        self.name: str | None = _public_name(model.config._name_or_path)
-        self.revision: str | None = getattr(model.config, "_commit_hash", None)
+        self.name: str | None = _public_name(self.model.config._name_or_path)
+        self.revision: str | None = getattr(self.model.config, "_commit_hash", None)
         types = getattr(self.config, "layer_types", None)
         self._layer_types: list[str] | None = sorted(set(types)) if types else None
         self._window: int | None = getattr(self.config, "sliding_window", None)
         if getattr(self.config, "use_sliding_window", True) is False:
             self._window = None
-        if model not in _probed:
+        if self.model not in _probed:
             self._shapes: list[LayerShape] = []
             with torch.no_grad(), self.evaluating():
                 self._probe()
-            _probed[model] = self._shapes
-        self._shapes = _probed[model]
+            _probed[self.model] = self._shapes
+        self._shapes = _probed[self.model]
 
     def new_cache(self, *, batch: int, slots: int) -> SlotCache:
         """Memory for `batch` rows of `slots` positions each."""
@@ -104,7 +107,8 @@ class Target:
                 past_key_values=cache,
                 use_cache=True,
             )
-        return _at(captured[0], select), output.logits
+        # a model spread over devices ends on another one than it begins
+        return _at(captured[0], select).to(self.device), output.logits.to(self.device)
 
     def hidden_states(
         self, input_ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"]
@@ -117,18 +121,18 @@ class Target:
                 position_ids=torch.arange(input_ids.shape[1], device=input_ids.device)[None],
                 use_cache=False,
             )
-        return captured[0]
+        return captured[0].to(self.device)
 
     def logits(self, hidden: Float[Tensor, "C H"]) -> Float[Tensor, "C V"]:
         """The model's own logits, scaled or capped as the family does, from what its output head reads."""
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (hidden[None].to(args[0].dtype), *args[1:])
+            return (hidden[None].to(args[0]), *args[1:])
 
         handle = self.head.register_forward_pre_hook(hook)
         try:  # one token runs through the layers only to reach the head
             token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
-            return self.model(input_ids=token, use_cache=False).logits[0]  # type: ignore[no-any-return]
+            return self.model(input_ids=token, use_cache=False).logits[0].to(self.device)  # type: ignore[no-any-return]
         finally:
             handle.remove()
 
@@ -226,6 +230,17 @@ class Target:
         return RedrafterError(f"{type(self.model).__name__} cannot verify draft trees: {reason}.")
 
 
+def _unwrapped(model: Any) -> PreTrainedModel:
+    """The model of transformers inside PEFT's wrapper; adapters live in its layers and stay in effect."""
+    if hasattr(model, "get_base_model"):
+        if any(config.is_prompt_learning for config in model.peft_config.values()):
+            raise RedrafterError("Adapters that put virtual tokens before the prompt are not supported; LoRA is.")
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise RedrafterError(f"{type(model).__name__} is not a model of transformers.")
+    return model
+
+
 def _refuse_by_structure(model: PreTrainedModel, config: Any) -> None:
     """Raises RedrafterError for what can be told without running the model."""
     attention = getattr(model.config, "_attn_implementation", None)
@@ -249,7 +264,9 @@ def _refuse_by_structure(model: PreTrainedModel, config: Any) -> None:
 
 def _at(hidden: Float[Tensor, "B N H"], select: Int[Tensor, " B"] | None) -> Float[Tensor, "B M H"]:
     """One position of each row, or all where none is selected."""
-    return hidden if select is None else hidden.gather(1, select[:, None, None].expand(-1, 1, hidden.shape[-1]))
+    if select is None:
+        return hidden
+    return hidden.gather(1, select.to(hidden.device)[:, None, None].expand(-1, 1, hidden.shape[-1]))
 
 
 def _public_name(told: str | None) -> str | None:

@@ -174,7 +174,8 @@ def test_an_interrupt_says_how_to_go_on(say, model_folder, tmp_path, monkeypatch
     assert "Interrupted; run it again with --resume to go on from checkpoint-2." in err
     assert not (output / "config.json").exists()
     assert say(*train, "--resume")[0] == 0
-    assert sorted(path.name for path in output.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    files = ["README.md", "config.json", "custom_generate", "model.safetensors"]
+    assert sorted(path.name for path in output.iterdir()) == files
 
 
 def test_bad_models_and_drafters(say, model_folder, drafter_folder, tmp_path):

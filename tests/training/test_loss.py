@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from redrafter import DrafterConfig, RecurrentDrafter
-from redrafter.training.loss import unrolled_loss, windows
+from redrafter.training.loss import Objective, unrolled_loss, windows
 
 VOCABULARY, HIDDEN = 23, 6
 
@@ -116,3 +118,60 @@ def test_only_a_chunk_of_logits_exists_at_a_time():
     with Largest() as largest:
         unrolled_loss(drafter, embedding.__getitem__, hidden, ids, trained, length=3, chunk=16).backward()
     assert largest.size == 16 * VOCABULARY
+
+
+def plain_divergence(drafter, head, embedding, hidden, ids, trained, length: int, objective: Objective) -> float:
+    """For every draft position: the mean distance of the drafter's distribution from the target's at the same place."""
+    known = range(VOCABULARY) if drafter.draft_vocabulary is None else drafter.draft_vocabulary.tolist()
+    total = 0.0
+    for position in range(1, length + 1):
+        losses = []
+        for row in range(ids.shape[0]):
+            for t in range(ids.shape[1] - 1 - position):
+                if not all(trained[row, i] for i in range(t + 1, t + position + 2)):
+                    continue
+                state = None
+                for i in range(t + 1, t + 1 + position):
+                    state = drafter.step(state, embedding[ids[row, i]])
+                own = dict(zip(known, drafter.logits(hidden[row, t], state).softmax(-1).tolist(), strict=True))
+                truth = head(hidden[row, t + position][None])[0].softmax(-1).tolist()
+                kl = sum(p * math.log(p / own[v]) for v, p in enumerate(truth) if v in own)
+                distance = sum(abs(p - own.get(v, 0)) for v, p in enumerate(truth)) / 2
+                losses.append(objective.kl * kl + objective.total_variation * distance)
+        total += objective.decay ** (position - 1) * sum(losses) / max(1, len(losses))
+    return total
+
+
+@given(
+    st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.sampled_from([None, 9]),
+    st.sampled_from([None, 1, 3]),
+    st.sampled_from([Objective(0.0, 1.0), Objective(0.0, 0.0, 1.0), Objective(0.0, 0.5, 2.0, 0.7)]),
+)  # fmt: skip
+def test_distances_agree_with_the_plain_ones(seed, batch, size, length, draft, chunk, objective):
+    drafter = random_drafter(draft)
+    embedding, hidden, ids, trained = random_batch(seed, batch, size)
+    weights = torch.randn(HIDDEN, VOCABULARY, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+
+    def head(states):
+        return states @ weights
+
+    loss = unrolled_loss(
+        drafter, lambda t: embedding[t], hidden, ids, trained,
+        length=length, objective=objective, head=head, chunk=chunk,
+    )  # fmt: skip
+    expected = plain_divergence(drafter, head, embedding, hidden, ids, trained, length, objective)
+    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_losses_mix():
+    drafter = random_drafter()
+    embedding, hidden, ids, trained = random_batch(1, 2, 9)
+
+    def loss(objective):
+        return unrolled_loss(
+            drafter, lambda t: embedding[t], hidden, ids, trained,
+            length=3, objective=objective, head=lambda states: states @ torch.eye(HIDDEN, VOCABULARY).double(),
+        ).item()  # fmt: skip
+
+    parts = loss(Objective()), loss(Objective(0.0, 1.0)), loss(Objective(0.0, 0.0, 1.0))
+    assert loss(Objective(0.5, 2.0, 3.0)) == pytest.approx(0.5 * parts[0] + 2 * parts[1] + 3 * parts[2], rel=1e-5)
