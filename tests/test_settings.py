@@ -91,6 +91,7 @@ def test_an_honoured_setting_does_what_it_does_in_transformers(name):
     assert changed == (name in GREEDY), "what would not show cannot fail"
 
 
+# without exponential_decay_length_penalty, which makes NaN of a forbidden end token, also in transformers
 VALUES = st.fixed_dictionaries(
     {},
     optional={
@@ -102,7 +103,6 @@ VALUES = st.fixed_dictionaries(
         "presence_penalty": st.floats(-2, 2),
         "frequency_penalty": st.floats(-2, 2),
         "encoder_repetition_penalty": st.sampled_from([0.8, 1.4]),
-        "exponential_decay_length_penalty": st.tuples(st.integers(1, 8), st.floats(1, 2)),
         "forced_eos_token_id": st.just(5),
         "begin_suppress_tokens": st.lists(st.integers(3, 60), min_size=1, max_size=20),
     },
@@ -270,7 +270,7 @@ def test_greedy_text_is_unchanged_by_irrelevant_settings():
 @pytest.mark.parametrize("head", [None, drafter()])
 def test_settings_that_forbid_every_token_are_named(head):
     words = {"bad_words_ids": [[token] for token in range(61)]}
-    with pytest.raises(RedrafterError, match="The settings forbid every token at row 0, position 3"):
+    with pytest.raises(RedrafterError, match="The settings leave no token to choose at row 0, position 3"):
         generate(MODEL, head, [[5, 9, 12]], max_new_tokens=3, **words)
     with pytest.raises(RedrafterError, match=r"transformers refuses a setting: .*forced_eos_token_id"):
         generate(MODEL, head, [[5]], max_new_tokens=3, suppress_tokens=[5], forced_eos_token_id=5)

@@ -278,7 +278,7 @@ class _Writing:
             first = sound.index(0)
             where = f"row {self.row.number}, position {begin + first}"
             if bool(emitted.logits[place, emitted.path[place, first]].max().isfinite()):
-                raise RedrafterError(f"The settings forbid every token at {where}.")
+                raise RedrafterError(f"The settings leave no token to choose at {where}.")
             raise RedrafterError(f"The model's logits for {where} hold NaN or infinity.")
         reason: FinishReason | None = None
         for count, token in enumerate(tokens, start=1):
