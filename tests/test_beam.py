@@ -52,11 +52,19 @@ def plain_beam_search(drafter, embedding, context, root: int, width: int, length
 def test_agrees_with_the_plain_search(seed, rnn, exit_dim, draft, width, length):
     drafter, embedding = random_drafter(seed=seed, rnn=rnn, exit_dim=exit_dim, draft=draft)
     context, root = torch.randn(3, 6, dtype=torch.double), torch.tensor([1, 4, 10])
-    beams, scores = beam_search(drafter, embedding, context, root, width=width, length=length)
+    beams, scores, levels = beam_search(drafter, embedding, context, root, width=width, length=length)
     for row in range(3):
         expected = plain_beam_search(drafter, embedding, context[row], int(root[row]), width, length)
         assert beams[row].tolist() == [tokens for tokens, _ in expected]
         assert scores[row].tolist() == pytest.approx([score for _, score in expected], abs=1e-4)
+        weighed = [[()]]
+        for depth, level in enumerate(levels, start=1):
+            above = [weighed[-1][entry] for entry in level.parents[row].tolist()]
+            weighed.append([(*path, token) for path, token in zip(above, level.tokens[row].tolist(), strict=True)])
+            assert len(set(weighed[-1])) == len(level.tokens[row]) == width * (1 if depth == 1 else width)
+            found = plain_beam_search(drafter, embedding, context[row], int(root[row]), width, depth)
+            known = dict(zip(weighed[-1], level.scores[row].tolist(), strict=True))
+            assert all(known[tuple(tokens)] == pytest.approx(score, abs=1e-4) for tokens, score in found)
 
 
 def test_wider_than_the_vocabulary_is_refused():

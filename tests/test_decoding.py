@@ -76,11 +76,12 @@ def test_any_draft_gives_the_text_of_transformers(prompts, count, width, length,
 
 
 @settings(max_examples=15)
-@given(prompts_strategy, st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**31))
-def test_a_recurrent_drafter_gives_the_text_of_transformers(prompts, width, length, seed):
+@given(prompts_strategy, st.integers(1, 8), st.integers(1, 4), st.integers(0, 30), st.integers(0, 2**31))
+def test_a_recurrent_drafter_gives_the_text_of_transformers(prompts, width, length, spare, seed):
     torch.manual_seed(seed)
     drafter = RecurrentDrafter.for_target(MODEL)
-    drafted = generate(MODEL, drafter, prompts, max_new_tokens=12, beam_width=width, beam_length=length)
+    shape = {"beam_width": width, "beam_length": length} | ({"node_budget": length + spare} if spare else {})
+    drafted = generate(MODEL, drafter, prompts, max_new_tokens=12, **shape)
     assert drafted.new_tokens == [greedy(MODEL, prompt, 12) for prompt in prompts]
 
 
@@ -393,12 +394,13 @@ def test_any_draft_gives_the_text_that_is_sampled_without(prompts, width, length
 
 
 @settings(max_examples=10)
-@given(prompts_strategy, st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**62))
-def test_a_recurrent_drafter_changes_no_sampled_text(prompts, width, length, seed):
+@given(prompts_strategy, st.integers(1, 8), st.integers(1, 4), st.integers(0, 30), st.integers(0, 2**62))
+def test_a_recurrent_drafter_changes_no_sampled_text(prompts, width, length, spare, seed):
     torch.manual_seed(seed)
     drafter = RecurrentDrafter.for_target(MODEL, draft_vocabulary=torch.arange(3, 40))
     sampled = {"max_new_tokens": 10, "seed": seed} | LAW
-    drafted = generate(MODEL, drafter, prompts, beam_width=width, beam_length=length, **sampled)
+    shape = {"beam_width": width, "beam_length": length} | ({"node_budget": length + spare} if spare else {})
+    drafted = generate(MODEL, drafter, prompts, **shape, **sampled)
     assert drafted.new_tokens == generate(MODEL, None, prompts, **sampled).new_tokens
 
 

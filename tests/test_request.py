@@ -24,6 +24,7 @@ MODEL = tiny_model()
         ([[5]], {"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ([[5]], {"max_new_tokens": 0}, "max_new_tokens. must be greater than 0, but is 0"),
         ([[5]], {"beam_length": -1}, "0 to decode without drafting, not -1"),
+        ([[5]], {"beam_length": 4, "node_budget": 4}, "must hold the root and 4 drafted tokens, not be 4"),
         ([[5]], {"beam_width": 0}, "between 1 and the drafter's 61 tokens, not 0"),
         ([[5]], {"beam_width": 62}, "between 1 and the drafter's 61 tokens, not 62"),
         (torch.tensor([5, 6]), {}, "two dimensions"),

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redrafter.tree import ancestors_of, chain, fold
+from redrafter.tree import ancestors_of, chain, fold, most_probable
 
 
 def paths_of_trie(beams: list[list[int]]) -> set[tuple[int, ...]]:
@@ -77,3 +77,46 @@ def test_chain_is_causal():
     assert torch.equal(tree.ancestors[1], torch.ones(3, 3).tril().bool())
     assert tree.depth.tolist() == [[0, 1, 2]] * 2
     assert torch.equal(ancestors_of(tree.parents, max_depth=2), tree.ancestors)
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(2, 20), st.booleans(), st.integers(0, 2**31)
+)
+def test_the_most_probable_nodes_agree_with_a_sorted_list(batch, width, length, size, ties, seed):
+    """Scores of a child are at most its parent's; some candidates have no probability, some are tied."""
+    generator = torch.Generator().manual_seed(seed)
+    levels, above_scores = [], torch.zeros(batch, 1)
+    for depth in range(length):
+        parents = (
+            torch.arange(above_scores.shape[1])
+            if depth == 0
+            else torch.randperm(above_scores.shape[1], generator=generator)[:width]
+        )
+        count = len(parents) * width
+        parents = parents.repeat_interleave(width).expand(batch, count)
+        gain = -torch.rand(batch, count, generator=generator)
+        if ties:
+            gain = gain.round()
+        gain[torch.rand(batch, count, generator=generator) < 0.1] = -torch.inf
+        scores = above_scores.gather(1, parents) + gain
+        levels.append((torch.arange(width).repeat(count // width).expand(batch, count) + 3, parents, scores))
+        above_scores = scores
+    root = torch.arange(7, 7 + batch)
+    tree = most_probable(root, levels, size=size)
+    assert torch.equal(tree.ancestors, ancestors_of(tree.parents, max_depth=length))
+    for row in range(batch):
+        known: list[tuple[float, tuple[int, ...]]] = []
+        paths: list[tuple[int, ...]] = [()]
+        for tokens, parents, scores in levels:
+            paths = [(*paths[p], t) for p, t in zip(parents[row].tolist(), tokens[row].tolist(), strict=True)]
+            known += zip(scores[row].tolist(), paths, strict=True)
+        known.sort(key=lambda one: -one[0])  # stable: parents first
+        expected = [path for score, path in known[: size - 1] if score > -torch.inf]
+        nodes = [n for n in range(tree.size) if tree.valid[row, n]]
+        assert nodes == list(range(len(expected) + 1)), "padding comes last"
+        assert tree.tokens[row, 0] == root[row]
+        assert {path_of(tree, row, node) for node in nodes[1:]} == set(expected)
+        for node in nodes[1:]:
+            assert tree.depth[row, node] == len(path_of(tree, row, node))
+            assert tree.parents[row, node] < node
+        assert not tree.depth[row][~tree.valid[row]].any()

@@ -1,18 +1,38 @@
 """Beam search with the recurrent drafter (arXiv 2403.09919, section 3.2).
 
-Promises the `width` most probable continuations that a beam search of that width finds, best first, nothing of
-vocabulary size kept.  Does not know trees or the target's forward pass.
+Promises the `width` most probable continuations that a beam search of that width finds, best first, and all that it
+weighed on the way; nothing of vocabulary size is kept.  Does not know trees or the target's forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from redrafter.drafter import RecurrentDrafter
+
+
+class Level(NamedTuple):
+    """Every continuation weighed at one position: the best `width` of each beam."""
+
+    tokens: Int[Tensor, "B C"]
+    parents: Int[Tensor, "B C"]
+    """The entry of the level before that each continues; 0 on the first level, which continues the root."""
+    scores: Float[Tensor, "B C"]
+    """Log-probability of the whole path."""
+
+
+class Search(NamedTuple):
+    """What a beam search found."""
+
+    beams: Int[Tensor, "B W L"]
+    scores: Float[Tensor, "B W"]
+    """Log-probabilities of the beams."""
+    levels: list[Level]
 
 
 def beam_search(
@@ -24,7 +44,7 @@ def beam_search(
     width: int,
     length: int,
     adjust: Callable[[Tensor, int], Tensor] | None = None,
-) -> tuple[Int[Tensor, "B W L"], Float[Tensor, "B W"]]:
+) -> Search:
     """Continuations of the guaranteed token `root`, and their log-probabilities under the drafter.
 
     `embed` is the target's token embedding, `context` the hidden state from which the target chose `root`.  The first
@@ -38,17 +58,22 @@ def beam_search(
     context = context[:, None]
     beams = root.new_empty((root.shape[0], 1, 0))
     scores = context.new_zeros((root.shape[0], 1), dtype=torch.float32)
+    levels: list[Level] = []
+    above = root.new_zeros((root.shape[0], 1))  # each beam's entry in the level before
     for position in range(length):
         logits = drafter.logits(context.expand_as(state), state).float()
         if adjust is not None:
             logits = adjust(logits, position)
         top, choice = logits.topk(width, dim=-1)
-        grown = scores[..., None] + top - logits.logsumexp(dim=-1, keepdim=True)  # [B, beams, W]
-        scores, flat = grown.flatten(1).topk(width, dim=-1)
-        tokens = drafter.to_target_ids(choice.flatten(1).gather(1, flat))
-        parent = flat.div(width, rounding_mode="floor")[..., None]
+        gain = top - logits.logsumexp(dim=-1, keepdim=True)  # [B, beams, W]
+        grown = scores[..., None] + gain.clamp(max=0)  # never above the parent, not by rounding either
+        drafted = drafter.to_target_ids(choice.flatten(1))
+        levels.append(Level(drafted, above.repeat_interleave(width, dim=1), grown.flatten(1)))
+        scores, above = grown.flatten(1).topk(width, dim=-1)
+        tokens = drafted.gather(1, above)
+        parent = above.div(width, rounding_mode="floor")[..., None]
         beams = torch.cat((beams.gather(1, parent.expand(-1, -1, position)), tokens[..., None]), dim=-1)
         if position + 1 < length:
             carried = state.gather(1, parent.expand(-1, -1, state.shape[-1]))
             state = drafter.step(carried, embed(tokens))
-    return beams, scores
+    return Search(beams, scores, levels)

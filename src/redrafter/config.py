@@ -22,7 +22,8 @@ class DrafterConfig(BaseModel):
     size, the default).  `num_draft_layers` counts its residual blocks.  `rnn=False` replaces the recurrence by a
     running sum of embeddings.  `draft_vocab_size` is set when the head scores only part of the vocabulary.  `target`
     and `target_revision` name the model it was made for, `beam_length` is the draft length it was trained for (drafted
-    tokens only, the guaranteed token not counted), and `beam_width` the width to decode with unless told otherwise.
+    tokens only, the guaranteed token not counted), and `beam_width` the width to decode with unless told otherwise;
+    with a `node_budget` drafts are the so many most probable nodes, the root counted, not whole beams.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -38,6 +39,7 @@ class DrafterConfig(BaseModel):
     target_revision: str | None = None
     beam_width: PositiveInt = 10
     beam_length: PositiveInt = 4
+    node_budget: PositiveInt | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -76,6 +76,7 @@ def request(
     batch_size: int | None = None,
     beam_width: int | None = None,
     beam_length: int | None = None,
+    node_budget: int | None = None,
     seed: int | Sequence[int] | None = None,
     logits_processor: Sequence[LogitsProcessor] | None = None,
     stopping_criteria: Sequence[StoppingCriteria] | None = None,
@@ -94,7 +95,7 @@ def request(
     config = resolve(target.model, generation_config, settings)
     if eos_token_id is not None:
         config.eos_token_id = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    proposer = _proposer(target, drafter, beam_width, beam_length)
+    proposer = _proposer(target, drafter, beam_width, beam_length, node_budget)
     prompts = _prompts(target, input_ids, attention_mask)
     prompts = [prompt for prompt in prompts for _ in range(config.num_return_sequences or 1)]
     if seed is not None and not config.do_sample:
@@ -177,7 +178,7 @@ def _budget(config: GenerationConfig, row: int, prompt: list[int]) -> int:
 
 
 def _proposer(
-    target: Target, drafter: RecurrentDrafter | None, width: int | None, length: int | None
+    target: Target, drafter: RecurrentDrafter | None, width: int | None, length: int | None, budget: int | None
 ) -> RecurrentProposer | None:
     if drafter is None:
         return None
@@ -189,9 +190,12 @@ def _proposer(
         raise RedrafterError(f"beam_length must be at least 1, or 0 to decode without drafting, not {length}.")
     if not 1 <= width <= config.head_size:
         raise RedrafterError(f"beam_width must lie between 1 and the drafter's {config.head_size} tokens, not {width}.")
+    budget = config.node_budget if budget is None else budget
+    if budget is not None and budget < length + 1:
+        raise RedrafterError(f"node_budget must hold the root and {length} drafted tokens, not be {budget}.")
     if drafter.device != target.device:
         raise RedrafterError(f"The drafter is on {drafter.device}, the model on {target.device}; move one of them.")
-    return RecurrentProposer(drafter, target, width, length) if length else None
+    return RecurrentProposer(drafter, target, width, length, budget) if length else None
 
 
 def _ends(config: GenerationConfig) -> frozenset[int]:

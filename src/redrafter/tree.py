@@ -7,10 +7,11 @@ tokens, padding nodes come last.  Does not know who proposed the tokens, nor the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -81,6 +82,47 @@ def fold(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> DraftTree:
     tokens, parents, depth, valid = fields.unbind()
     tokens[:, 0], valid[:, 0] = root, 1
     return DraftTree(tokens, parents, depth, valid.bool(), ancestors_of(parents, max_depth=length))
+
+
+def most_probable(
+    root: Int[Tensor, " B"],
+    levels: Sequence[tuple[Int[Tensor, "B _"], Int[Tensor, "B _"], Float[Tensor, "B _"]]],
+    *,
+    size: int,
+) -> DraftTree:
+    """The tree of the `size - 1` most probable candidates below `root`: of that size the one with the most to expect.
+
+    A level holds tokens, parents (entries of the level before) and path scores of the candidates of one depth, siblings
+    with different tokens.  A child's score is at most its parent's, so the best are closed under parents.  Candidates
+    of no probability are left out, as padding.  Nodes are numbered by depth, then entry.
+    """
+    tokens, scores = (torch.cat([level[i] for level in levels], dim=1) for i in (0, 2))
+    batch, count = tokens.shape
+    starts = [sum(level[0].shape[1] for level in levels[:i]) for i in range(len(levels))]
+    above = [torch.full_like(level[1], count) if i == 0 else level[1] + starts[i - 1] for i, level in enumerate(levels)]
+    parents = torch.cat(above, dim=1)  # `count` stands for the root
+    depth = torch.cat([torch.full_like(level[0], i + 1) for i, level in enumerate(levels)], dim=1)
+
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, : size - 1]  # of equals, parents come first
+    kept = torch.where(scores.gather(1, order) > -torch.inf, order, count).sort(dim=1).values  # padding goes last
+    number = kept.new_zeros((batch, count + 1))
+    number.scatter_(1, kept, torch.arange(1, kept.shape[1] + 1, device=kept.device).expand_as(kept))
+    number[:, count] = 0
+    valid = kept < count
+    place = kept.clamp(max=count - 1)
+
+    def nodes(values: Tensor, first: Tensor) -> Tensor:
+        return torch.cat((first[:, None], torch.where(valid, values.gather(1, place), 0)), dim=1)
+
+    none = torch.zeros_like(root)
+    above_nodes = nodes(number.gather(1, parents), none)
+    return DraftTree(
+        nodes(tokens, root),
+        above_nodes,
+        nodes(depth, none),
+        torch.cat((torch.ones_like(valid[:, :1]), valid), dim=1),
+        ancestors_of(above_nodes, max_depth=len(levels)),
+    )
 
 
 def ancestors_of(parents: Int[Tensor, "B N"], *, max_depth: int) -> Bool[Tensor, "B N N"]:

@@ -1,4 +1,4 @@
-"""The recurrent drafter as a proposer: beam search, then prefix folding."""
+"""The recurrent drafter as a proposer: beam search, then prefix folding or the best nodes of a budget."""
 
 from __future__ import annotations
 
@@ -12,22 +12,27 @@ from redrafter.beam import beam_search
 from redrafter.drafter import RecurrentDrafter
 from redrafter.sampling import Draw
 from redrafter.target import Target
-from redrafter.tree import DraftTree, fold
+from redrafter.tree import DraftTree, fold, most_probable
 
 
 @dataclass(frozen=True)
 class RecurrentProposer:
-    """Drafts `width` beams of `length` tokens and folds them into one tree a row."""
+    """Drafts `width` beams of `length` tokens and folds them into one tree a row.
+
+    With a `budget` the tree holds the root and the most probable of all nodes that the search weighed, beams or not.
+    """
 
     drafter: RecurrentDrafter
     target: Target
     width: int
     length: int
+    budget: int | None = None
 
     @property
     def size(self) -> int:
-        """Nodes where no two beams share a prefix."""
-        return 1 + self.width * self.length
+        """The budget; without one, nodes where no two beams share a prefix."""
+        weighed = 1 + self.width + (self.length - 1) * self.width**2
+        return min(self.budget, weighed) if self.budget else 1 + self.width * self.length
 
     def propose(self, context: Float[Tensor, "B H"], root: Int[Tensor, " B"], draw: Draw) -> DraftTree:
         """Trees below `root`; the drafter computes in its own dtype.
@@ -36,7 +41,7 @@ class RecurrentProposer:
         warpers and the same noise, so that it ranks first what the target is about to draw.
         """
         dtype = self.drafter.dtype
-        beams, _ = beam_search(
+        found = beam_search(
             self.drafter,
             lambda tokens: self.target.embed(tokens).to(dtype),
             context.to(dtype),
@@ -45,7 +50,7 @@ class RecurrentProposer:
             length=self.length,
             adjust=None if draw.noise is None else partial(self._as_drawn, draw),
         )
-        return fold(root, beams)
+        return most_probable(root, found.levels, size=self.size) if self.budget else fold(root, found.beams)
 
     def _as_drawn(self, draw: Draw, logits: Float[Tensor, "B beams head"], position: int) -> Tensor:
         assert draw.noise is not None
