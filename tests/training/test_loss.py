@@ -145,7 +145,7 @@ def plain_divergence(drafter, head, embedding, hidden, ids, trained, length: int
 @given(
     st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.sampled_from([None, 9]),
     st.sampled_from([None, 1, 3]),
-    st.sampled_from([Objective(0.0, 1.0), Objective(0.0, 0.0, 1.0), Objective(0.0, 0.5, 2.0, 0.7)]),
+    st.sampled_from([Objective(0.0, 1.0), Objective(0.0, 0.0, 1.0), Objective(0.0, 0.5, 2.0, decay=0.7)]),
 )  # fmt: skip
 def test_distances_agree_with_the_plain_ones(seed, batch, size, length, draft, chunk, objective):
     drafter = random_drafter(draft)

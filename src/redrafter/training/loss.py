@@ -32,18 +32,20 @@ class Objective:
 
     `cross_entropy` on the token that follows in the data (the released script); `kl`, the Kullback-Leibler divergence
     of the drafter from the target's own distribution there; `total_variation`, half the sum of their distances (both in
-    arXiv 2310.08461, section 3).
+    arXiv 2310.08461, section 3); `coupled`, the cross-entropy of what the target draws by Gumbel noise under the
+    drafter's logits with the same noise, which is how drafts are ranked when sampling.
     """
 
     cross_entropy: float = 1.0
     kl: float = 0.0
     total_variation: float = 0.0
+    coupled: float = 0.0
     decay: float = 1.0
 
     @property
     def of_distribution(self) -> bool:
         """Whether the target's logits are asked for."""
-        return bool(self.kl or self.total_variation)
+        return bool(self.kl or self.total_variation or self.coupled)
 
 
 TOKENS = Objective()
@@ -134,20 +136,24 @@ def _divergence(
     with torch.no_grad():
         truth = head(above).float().log_softmax(-1)
     own = drafter.logits(context, state).float().log_softmax(-1)
-    if drafter.draft_vocabulary is not None:
-        outside = 1 - truth[:, drafter.draft_vocabulary].exp().sum(-1)
-        truth = truth[:, drafter.draft_vocabulary]
-    else:
-        outside = torch.zeros_like(truth[:, 0])
-    loss = torch.zeros_like(outside)
+    ids = torch.arange(truth.shape[-1], device=truth.device)
+    ids = ids if drafter.draft_vocabulary is None else drafter.draft_vocabulary
+    known = truth[:, ids]
+    loss = torch.zeros_like(known[:, 0])
     if objective.kl:
-        loss = loss + objective.kl * (truth.exp() * (truth - own)).sum(-1)
+        loss = loss + objective.kl * (known.exp() * (known - own)).sum(-1)
     if objective.total_variation:
-        loss = loss + objective.total_variation * ((truth.exp() - own.exp()).abs().sum(-1) + outside) / 2
+        outside = 1 - known.exp().sum(-1)
+        loss = loss + objective.total_variation * ((known.exp() - own.exp()).abs().sum(-1) + outside) / 2
+    if objective.coupled:
+        noise = -torch.empty_like(truth).exponential_().log_()
+        label = _labels(drafter, (truth + noise).argmax(-1))
+        drawn = cross_entropy(own + noise[:, ids], label, ignore_index=IGNORED, reduction="none")
+        loss = loss + objective.coupled * drawn
     return (loss * wanted).sum()
 
 
-def _labels(drafter: RecurrentDrafter, tokens: Int[Tensor, "M length"]) -> Int[Tensor, "M length"]:
+def _labels(drafter: RecurrentDrafter, tokens: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """Target ids as ids of the draft vocabulary, IGNORED where it lacks them."""
     if drafter.draft_vocabulary is None:
         return tokens
