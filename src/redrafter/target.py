@@ -198,7 +198,7 @@ class Target:
                 output = self.model(input_ids=torch.cat((prompt, ids[5:7]))[None], use_cache=True)
             if not captured:
                 raise self._refusal("its output head is not called as a module, so its input cannot be read")
-            expected.append(captured[0][0, -1])
+            expected.append(captured[0][0, -1].to(self.device))
         for layer in getattr(output.past_key_values, "layers", []):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if keys is None or values is None or keys.ndim != 4:
