@@ -12,13 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    TopPLogitsWarper,
+)
 
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.noise import row_seeds
+from redrafter.processors import Nucleus, OccurrencePenalty
 from redrafter.proposers import Proposer, RecurrentProposer
-from redrafter.sampling import OccurrencePenalty, Sampler
+from redrafter.sampling import Sampler
 from redrafter.settings import resolve
 from redrafter.target import Target
 
@@ -234,18 +242,17 @@ def _processors(
     config._eos_token_tensor = torch.tensor(ends, device=model.device) if ends else None
     own = [OccurrencePenalty(len(row.prompt), *penalties)] if any(penalties) else []
     try:
-        return list(
-            model._get_logits_processor(
-                config,
-                input_ids_seq_length=len(row.prompt),
-                encoder_input_ids=torch.tensor([row.prompt], device=model.device),
-                prefix_allowed_tokens_fn=None if allowed is None else lambda _, text: allowed(row.number, text),
-                logits_processor=[*own, *extra],
-                device=model.device,
-            )
+        processors = model._get_logits_processor(
+            config,
+            input_ids_seq_length=len(row.prompt),
+            encoder_input_ids=torch.tensor([row.prompt], device=model.device),
+            prefix_allowed_tokens_fn=None if allowed is None else lambda _, text: allowed(row.number, text),
+            logits_processor=[*own, *extra],
+            device=model.device,
         )
     except (ValueError, TypeError, AttributeError) as error:
         raise RedrafterError(f"transformers refuses a setting: {str(error).strip().rstrip('.')}.") from error
+    return [Nucleus.like(one) if type(one) is TopPLogitsWarper else one for one in processors]
 
 
 def _criteria(

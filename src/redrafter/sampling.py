@@ -20,13 +20,14 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from redrafter.noise import gumbel
+from redrafter.processors import Nucleus
 from redrafter.tree import DraftTree
 
 WARPERS = (
     hf.TemperatureLogitsWarper,
     hf.TopHLogitsWarper,
     hf.TopKLogitsWarper,
-    hf.TopPLogitsWarper,
+    Nucleus,
     hf.MinPLogitsWarper,
     hf.TypicalLogitsWarper,
     hf.EpsilonLogitsWarper,
@@ -174,20 +175,3 @@ def penalised(scores: Float[Tensor, "B N V"], seen: Bool[Tensor, "B N V"], penal
 
 def _precise(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-class OccurrencePenalty(LogitsProcessor):  # type: ignore[misc]
-    """OpenAI's presence and frequency penalties, which transformers lacks: of the tokens written, not of the prompt.
-
-    `score -= presence * (count > 0) + frequency * count`
-    (https://platform.openai.com/docs/api-reference/chat/create).
-    """
-
-    def __init__(self, prompt_length: int, presence: float, frequency: float):
-        self.prompt_length, self.presence, self.frequency = prompt_length, presence, frequency
-
-    def __call__(self, input_ids: Int[Tensor, "R T"], scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
-        """Scores of rows, lowered for what each wrote."""
-        new = input_ids[:, self.prompt_length :]
-        count = torch.zeros_like(scores).scatter_add_(1, new, torch.ones_like(new, dtype=scores.dtype))
-        return scores - self.presence * (count > 0) - self.frequency * count
