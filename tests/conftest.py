@@ -30,6 +30,7 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
         "decoding",
         "drafter",
         "noise",
+        "processors",
         "proposers",
         "request",
         "results",

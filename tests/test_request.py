@@ -96,7 +96,7 @@ def test_nothing_is_sampled_or_cut_off_unasked():
     assert asked({"do_sample": True}).sampler.processors == [[]]  # transformers would cut at 50
     inherited = asked(own={"do_sample": True, "temperature": 0.6, "top_p": 0.9}).sampler
     assert inherited.do_sample
-    assert [type(p).__name__ for p in inherited.processors[0]] == ["TemperatureLogitsWarper", "TopPLogitsWarper"]
+    assert [type(p).__name__ for p in inherited.processors[0]] == ["TemperatureLogitsWarper", "Nucleus"]
     greedy = asked({"do_sample": False}, own={"do_sample": True, "temperature": 0.6}).sampler
     assert not greedy.do_sample
     assert greedy.processors == [[]]

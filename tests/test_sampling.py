@@ -15,7 +15,6 @@ from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate
 from redrafter import request as requests
 from redrafter.request import request
-from redrafter.processors import Nucleus, OccurrencePenalty
 from redrafter.sampling import Place, Sampler
 from redrafter.tree import fold
 
@@ -104,25 +103,6 @@ def test_the_law_is_that_of_transformers(law):
     logits = torch.randn(6, 61, generator=torch.Generator().manual_seed(0)) * 3
     draw = request(MODEL, None, [[5]], do_sample=True, **law).sampler.draw(place([[5]]), depths=2, vocabulary=61)
     torch.testing.assert_close(draw.warp(logits), expected(torch.ones(6, 3, dtype=torch.long), logits))
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.integers(0, 10**6), st.floats(0.01, 0.999), st.floats(0.1, 8), st.integers(1, 3), st.integers(0, 5))
-def test_the_nucleus_is_that_of_transformers(seed, top_p, sharpness, least, forbidden):
-    logits = torch.randn(5, 301, generator=torch.Generator().manual_seed(seed)) * sharpness
-    logits[:, :forbidden] = -torch.inf
-    slow = transformers.TopPLogitsWarper(top_p, min_tokens_to_keep=least)
-    fast = Nucleus.like(slow)
-    fast.first = 3  # so that rows need one look, two, or all
-    torch.testing.assert_close(fast(None, logits), slow(None, logits))
-    for row in range(5):  # whatever stands beside it
-        assert fast(None, logits[row : row + 1]).equal(fast(None, logits)[row : row + 1])
-
-
-def test_presence_and_frequency_count_what_was_written():
-    scores = torch.zeros(1, 6)
-    penalty = OccurrencePenalty(2, presence=1.0, frequency=0.5)
-    assert penalty(torch.tensor([[5, 5, 1, 2, 2]]), scores).tolist() == [[0, -1.5, -2, 0, 0, 0]]
 
 
 def test_rows_that_have_ended_call_no_processor():

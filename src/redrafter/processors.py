@@ -31,13 +31,13 @@ class OccurrencePenalty(LogitsProcessor):  # type: ignore[misc]
 class Nucleus(TopPLogitsWarper):  # type: ignore[misc]
     """Top-p as transformers has it (arXiv 1904.09751, section 3.1), without sorting the vocabulary on a CPU.
 
-    The nucleus is looked for among the largest scores, and among more of them for those rows alone whose mass is not
-    reached, so that no row's result depends on another's.  That asks the device, which a GPU would be stopped by; there
-    a sort is cheap.
+    The nucleus is looked for among the largest scores, then among more of them for those rows alone whose mass is not
+    reached, so that no row's result depends on another's; rows flatter than that are sorted.  Looking asks the device,
+    which a GPU would be stopped by; there a sort is cheap.
     """
 
-    first = 128
-    """Scores that are looked at first; 16 times as many each time that they do not suffice."""
+    looks = (128, 2048)
+    """How many scores are looked at, one after the other."""
 
     @classmethod
     def like(cls, other: TopPLogitsWarper) -> Nucleus:
@@ -49,16 +49,19 @@ class Nucleus(TopPLogitsWarper):  # type: ignore[misc]
         if scores.device.type != "cpu":
             return super().__call__(input_ids, scores)  # type: ignore[no-any-return]
         total = scores.logsumexp(dim=-1, keepdim=True)
-        kept = torch.zeros_like(scores, dtype=torch.bool)
-        rows, size = torch.arange(len(scores)), self.first
-        while len(rows):
-            size = min(size, scores.shape[-1])
+        out = torch.full_like(scores, self.filter_value)
+        rows = torch.arange(len(scores))  # those whose nucleus is not found yet
+        for size in self.looks:
+            if not len(rows) or size >= scores.shape[-1]:
+                break
             top = scores[rows].topk(size, dim=-1)
             chances = (top.values - total[rows]).exp()
-            before = chances.cumsum(dim=-1) - chances
-            inside = before < self.top_p
+            inside = chances.cumsum(dim=-1) - chances < self.top_p  # the mass before a token falls short of top_p
             inside[:, : self.min_tokens_to_keep] = True
-            kept[rows] = kept[rows].scatter(1, top.indices, inside)
-            rows = rows[inside[:, -1]] if size < scores.shape[-1] else rows[:0]
-            size *= 16
-        return scores.masked_fill(~kept, self.filter_value)
+            found = ~inside[:, -1]
+            kept = top.values.masked_fill(~inside, self.filter_value)
+            out[rows[found]] = out[rows[found]].scatter(1, top.indices[found], kept[found])
+            rows = rows[~found]
+        if len(rows):
+            out[rows] = super().__call__(input_ids, scores[rows])
+        return out
