@@ -16,6 +16,8 @@ from redrafter import RecurrentDrafter, RedrafterError, generate
 from redrafter import request as requests
 from redrafter.request import request
 from redrafter.sampling import Place, Sampler
+from redrafter.target import Target
+from redrafter.training.loss import unrolled_loss
 from redrafter.tree import fold
 
 MODEL = tiny_model()
@@ -130,7 +132,23 @@ class Least:
         return fold(root, torch.tensor([[[7, 6], [6, 7]]]).expand(len(root), 2, 2))
 
 
-@pytest.mark.parametrize("drafting", ["none", "untrained", "adversarial"])
+def trained(model, drafter: RecurrentDrafter) -> RecurrentDrafter:
+    """A drafter that has learnt what the model draws, from its own texts."""
+    torch.manual_seed(1)
+    starts = torch.randint(0, 8, (256, 1))
+    texts = generate(model, None, starts, max_new_tokens=7, do_sample=True, seed=3, eos_token_id=()).sequences
+    target, learns = Target(model), torch.ones_like(texts, dtype=torch.bool)
+    with torch.no_grad():
+        hidden = target.hidden_states(texts, learns.long())
+    optimizer = torch.optim.Adam(drafter.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        unrolled_loss(drafter, lambda t: target.embed(t).detach(), hidden, texts, learns, length=2).backward()
+        optimizer.step()
+    return drafter.eval()
+
+
+@pytest.mark.parametrize("drafting", ["none", "untrained", "trained", "adversarial"])
 def test_the_joint_law_of_three_tokens(monkeypatch, drafting):
     """Total variation from the enumerated law, within five deviations of what exact sampling shows: odds below 1e-5."""
     model = tiny_model(vocab_size=8, spread=0.2)
@@ -142,9 +160,11 @@ def test_the_joint_law_of_three_tokens(monkeypatch, drafting):
     law = (law / law.sum()).numpy()
     torch.manual_seed(0)
     drafter = None if drafting == "none" else RecurrentDrafter.for_target(model, beam_length=2)
+    if drafting == "trained":
+        drafter = trained(model, drafter)
     if drafting == "adversarial":
         monkeypatch.setattr(requests, "_proposer", lambda *_: Least())
-    width = {"beam_width": 3} if drafting == "untrained" else {}
+    width = {"beam_width": 3} if drafting in ("untrained", "trained") else {}
     out = generate(model, drafter, [prompt] * n, max_new_tokens=3, do_sample=True, seed=11, eos_token_id=(), **width)
     counts = np.zeros(512)
     for a, b, c in out.new_tokens:

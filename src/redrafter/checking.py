@@ -62,6 +62,7 @@ def compare(
     batch_size: int = 8,
     beam_width: int | None = None,
     beam_length: int | None = None,
+    node_budget: int | None = None,
     **settings: Any,
 ) -> Report:
     """Generates from every prompt with and without the drafter; `settings` are those of `generate`.
@@ -72,7 +73,8 @@ def compare(
     if request(model, None, prompts, **settings).sampler.do_sample:  # both ways must draw alike
         settings["seed"] = row_seeds(settings.get("seed"), len(prompts))
     plain = generate(model, None, prompts, **settings)
-    drafted = generate(model, drafter, prompts, beam_width=beam_width, beam_length=beam_length, **settings)
+    shape: dict[str, Any] = {"beam_width": beam_width, "beam_length": beam_length, "node_budget": node_budget}
+    drafted = generate(model, drafter, prompts, **shape, **settings)
     partings = [
         _parting(model, prompts, row, one, other, settings)
         for row, (one, other) in enumerate(zip(plain.new_tokens, drafted.new_tokens, strict=True))

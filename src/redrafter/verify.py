@@ -24,7 +24,7 @@ def walk(
 
     Siblings differ, so at most one node of each depth matches all the way up.
     """
-    matches = tree.valid & (tree.tokens == choice.gather(1, tree.parents))
+    matches = tree.tokens == choice.gather(1, tree.parents)
     matches[:, 0] = True
     accepted = (matches[:, None] | ~tree.ancestors).all(dim=2) & tree.valid
     nodes = torch.arange(tree.size, device=choice.device).expand_as(choice)

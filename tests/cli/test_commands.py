@@ -72,6 +72,40 @@ def test_generate_is_what_transformers_writes(say, model_folder, drafter_folder)
         assert "12 tokens" in err
 
 
+def test_any_setting_of_transformers_can_be_told(say, model_folder, drafter_folder, prompts):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    told = {"repetition_penalty": 1.7, "bad_words_ids": [[5], [6, 7]], "min_new_tokens": 3}
+    ids = tokenizer("Once", return_tensors="pt")
+    expected = model.generate(**ids, do_sample=False, max_new_tokens=12, **told)[0, ids.input_ids.shape[1] :]
+    assert expected.tolist() != greedy(model, ids.input_ids[0].tolist(), 12), "what would not show cannot fail"
+    words = [f"--set={name}={json.dumps(value)}" for name, value in told.items()]
+    command = ["generate", "--model", model_folder, "--drafter", drafter_folder, "--max-new-tokens", 12]
+    status, out, _ = say(*command, "--prompt", "Once", *words)
+    assert (status, out) == (0, tokenizer.decode(expected, skip_special_tokens=True) + "\n")
+    status, out, _ = say("check", *command[1:], "--prompts", prompts, *words, "--set", "stop_strings=e")
+    assert status == 0
+    assert "3 of 3 texts equal" in out
+    command += ["--prompt", "Once"]
+    assert "--set takes NAME=VALUE, not top_k" in refusal(say(*command, "--set", "top_k"))
+    assert "--set seed: use --seed" in refusal(say(*command, "--set", "seed=3"))
+    assert "num_beams=3 is not supported" in refusal(say(*command, "--set", "num_beams=3"))
+    assert "nonsense" in refusal(say(*command, "--set", "nonsense=3"))
+
+
+def test_a_node_budget_drafts_no_more_than_it_says(say, model_folder, drafter_folder):
+    command = ["generate", "--model", model_folder, "--drafter", drafter_folder, "--prompt", "Once", "--json"]
+    command += ["--max-new-tokens", 20, "--beam-width", 5, "--beam-length", 3]
+    texts = []
+    for budget in (4, 9):
+        _, out, _ = say(*command, "--node-budget", budget)
+        row = json.loads(out)
+        assert row["drafted"] <= (row["steps"] - 1) * (budget - 1)
+        texts.append(row["text"])
+    assert texts[0] == texts[1] == json.loads(say(*command)[1])["text"]
+    assert "node_budget must hold the root and 3 drafted tokens, not be 3" in refusal(say(*command, "--node-budget", 3))
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_a_file_is_answered_in_its_order_a_line_each(say, model_folder, drafter_folder, prompts, batch_size):
     status, out, _ = say(
@@ -129,7 +163,7 @@ def test_what_generate_writes_can_be_trained_on_and_the_drafter_checked(say, mod
     status, out, _ = say("info", drafter)
     assert status == 0
     assert "tiny" in out
-    assert "4 drafted tokens" in out
+    assert "10 beams of 4 tokens" in out
     assert "already holds a drafter: pass --overwrite" in refusal(say(*train))
     assert say(*train, "--overwrite")[0] == 0
 

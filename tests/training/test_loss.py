@@ -163,6 +163,31 @@ def test_distances_agree_with_the_plain_ones(seed, batch, size, length, draft, c
     assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
+@given(st.integers(0, 2**31), st.integers(1, 9), st.sampled_from([None, 9]))
+def test_the_coupled_loss_asks_for_what_the_target_draws(seed, size, draft):
+    """Every window has noise of its own; the target's draw is the label, the drafter's logits get the same noise."""
+    drafter = random_drafter(draft)
+    embedding, hidden, ids, trained = random_batch(seed, 2, size)
+    weights = torch.randn(HIDDEN, VOCABULARY, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+    known = list(range(VOCABULARY)) if draft is None else drafter.draft_vocabulary.tolist()
+    rows, positions, tokens, wanted = windows(ids, trained, length=1)
+    torch.manual_seed(seed)
+    loss = unrolled_loss(
+        drafter, lambda t: embedding[t], hidden, ids, trained,
+        length=1, objective=Objective(0.0, coupled=2.0), head=lambda states: states @ weights,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    noise = -torch.empty(len(rows), VOCABULARY).exponential_().log()
+    expected = 0.0
+    for window, (row, t) in enumerate(zip(rows, positions, strict=True)):
+        drawn = int(((hidden[row, t + 1] @ weights).float().log_softmax(-1) + noise[window]).argmax())
+        logits = drafter.logits(hidden[row, t], drafter.step(None, embedding[tokens[window, 0]])).float()
+        if drawn in known:
+            expected -= (logits.log_softmax(-1) + noise[window, known]).log_softmax(-1)[known.index(drawn)].item()
+    assert loss.item() == pytest.approx(2.0 * expected / max(1, len(rows)), rel=1e-4, abs=1e-6)
+    assert wanted.all()
+
+
 def test_losses_mix():
     drafter = random_drafter()
     embedding, hidden, ids, trained = random_batch(1, 2, 9)

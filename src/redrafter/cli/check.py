@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from redrafter.cli.loading import (
+    Budget,
     Device,
     DoSample,
     DrafterPath,
@@ -32,6 +33,7 @@ def check(
     max_new_tokens: NewTokens = 128,
     beam_width: Width = None,
     beam_length: Length = None,
+    node_budget: Budget = None,
     do_sample: DoSample = False,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -70,6 +72,7 @@ def check(
         batch_size=batch_size,
         beam_width=beam_width,
         beam_length=beam_length,
+        node_budget=node_budget,
         **settings,
     )
     for parting in report.partings:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redrafter.cli.loading import Length, NewTokens, Width
+from redrafter.cli.loading import Budget, Length, NewTokens, Width
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +35,7 @@ def demo(
     max_new_tokens: NewTokens = 96,
     beam_width: Width = None,
     beam_length: Length = None,
+    node_budget: Budget = None,
     repeats: Annotated[int, typer.Option(min=1, help="Times to measure each way; the medians are shown.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -49,7 +50,12 @@ def demo(
     console = Console(highlight=False)
     if not as_json:
         console.print("[green]Green[/green]: drafted and accepted; plain: written by the model itself.")
-    settings = {"max_new_tokens": max_new_tokens, "beam_width": beam_width, "beam_length": beam_length}
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "beam_width": beam_width,
+        "beam_length": beam_length,
+        "node_budget": node_budget,
+    }
     rows, by_position = [], [0] * (beam_length or drafter.config.beam_length)
     for text in prompt or PROMPTS:
         ids = prompt_ids({"messages": [{"role": "user", "content": text}]}, tokenizer, "--prompt")

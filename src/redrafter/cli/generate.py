@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from redrafter.cli.loading import (
+    Budget,
     Device,
     DoSample,
     Dtype,
@@ -40,6 +41,7 @@ def generate(
     max_new_tokens: NewTokens = 256,
     beam_width: Width = None,
     beam_length: Length = None,
+    node_budget: Budget = None,
     do_sample: DoSample = False,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -94,6 +96,7 @@ def generate(
         batch_size=batch_size,
         beam_width=beam_width,
         beam_length=beam_length,
+        node_budget=node_budget,
         **settings,
     )
 

@@ -24,6 +24,14 @@ Length = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens to draft in each beam, the guaranteed one not counted.  [default: as trained]"),
 ]
+Budget = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Draft the N most probable nodes of all that the beam search weighed, the root counted, not whole beams.  "
+        "[default: as the drafter's folder says]",
+    ),
+]
 DoSample = Annotated[
     bool, typer.Option("--do-sample", help="Draw tokens by the model's law instead of taking the best.")
 ]

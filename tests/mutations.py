@@ -1,0 +1,132 @@
+"""Breaks exactness in one place at a time and sees the tests fail each time.
+
+    python tests/mutations.py
+
+Copies the sources to a temporary folder, changes one expression of the copy and runs the tests of the decode step
+against it: first as it is, which must pass, then broken, which must not.  Exit status 1 where a run ends otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = [f"tests/test_{name}.py" for name in ("verify", "tree", "cache", "target", "noise", "sampling", "decoding")]
+TESTS += ["tests/proposers"]
+
+MUTATIONS = {
+    "walk: a node is held against the choice at itself": (
+        "verify.py", "choice.gather(1, tree.parents)", "choice",
+    ),
+    "walk: a node is kept whatever lies above it": (
+        "verify.py", "(matches[:, None] | ~tree.ancestors).all(dim=2)", "matches",
+    ),
+    "walk: padding is kept": (
+        "verify.py", ".all(dim=2) & tree.valid", ".all(dim=2)",
+    ),
+    "walk: the last drafted token is not counted": (
+        "verify.py", "accepted.sum(dim=1) - 1", "(accepted.sum(dim=1) - 2).clamp(min=0)",
+    ),
+    "noise: by the node's number, not its depth": (
+        "sampling.py",
+        "draw.noise[rows, tree.depth]",
+        "draw.noise[rows, torch.arange(tree.size) % draw.noise.shape[1]]",
+    ),
+    "noise: drafts have that of the position before": (
+        "proposers/recurrent.py", "draw.noise[:, position]", "draw.noise[:, position - 1]",
+    ),
+    "noise: by the row's place in the batch": (
+        "sampling.py", "gumbel(place.seed, pos", "gumbel(place.seed + torch.arange(len(place.seed)), pos",
+    ),
+    "noise: the same at every position": (
+        "noise.py", "_splitmix(seed)[:, None] + position)", "_splitmix(seed)[:, None] + 0 * position)",
+    ),
+    "noise: the same for every seed": (
+        "noise.py", "_splitmix(_splitmix(seed)[:, None]", "_splitmix(_splitmix(0 * seed)[:, None]",
+    ),
+    "noise: one position late after a step": (
+        "sampling.py", "+ 1 + torch.arange(depths", "+ 1 + (depths > 1) + torch.arange(depths",
+    ),
+    "mask: nodes see their siblings": (
+        "target.py", "mask = own | (index < 0)[:, None]", "mask = (own | in_tree[:, None]) | (index < 0)[:, None]",
+    ),
+    "mask: nodes do not see the slot before the root": (
+        "target.py", "mask = own | (index < 0)[:, None]", "mask = own | (index < -1)[:, None]",
+    ),
+    "mask: the window is one slot longer": (
+        "target.py", "distance[:, None] < window", "distance[:, None] <= window",
+    ),
+    "mask: positions by the node's number, not its depth": (
+        "target.py", "position = length[:, None] + tree.depth", "position = length[:, None] + torch.arange(tree.size)",
+    ),
+    "tree: a node's parent is no ancestor": (
+        "tree.py", "for _ in range(max_depth):\n        node", "for _ in range(max_depth - 1):\n        node",
+    ),
+    "cache: nothing is moved": (
+        "decoding.py", "if length:  #", "if False:  #",
+    ),
+    "cache: moved one slot too far": (
+        "cache.py", "target = (length[:, None] + torch", "target = (1 + length[:, None] + torch",
+    ),
+    "cache: keys are moved, values are not": (
+        "cache.py", "for pool in self.pools:\n            source", "for pool in self.pools[::2]:\n            source",
+    ),
+    "cache: all rows move what the first row moves": (
+        "cache.py", "source = (length[:, None] + path)", "source = (length[:, None] + path[:1])",
+    ),
+    "keep: a row that has ended goes on": (
+        "decoding.py", "place.length + place.alive * (accepted + 1)", "place.length + accepted + 1",
+    ),
+    "keep: the drafter is given the root's state, not the last node's": (
+        "decoding.py", "context=hidden.gather(1, end[", "context=hidden.gather(1, 0 * end[",
+    ),
+}  # fmt: skip
+"""What is broken: file, expression, and what stands there instead."""
+
+
+def run(mutation: tuple[str, str, str] | None, processes: int = 0) -> tuple[bool, str]:
+    """Whether the tests pass, and the one that did not."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("src", "tests", "pyproject.toml"):
+            source = ROOT / name
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, Path(folder) / name)
+        if mutation is not None:
+            name, old, new = mutation
+            file = Path(folder) / "src" / "redrafter" / name
+            text = file.read_text()
+            assert text.count(old) == 1, f"{name} holds {text.count(old)} times {old}"
+            file.write_text(text.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"-n{processes}", "-W", "ignore"]
+        command += TESTS
+        environment = os.environ | {"PYTHONPATH": str(Path(folder) / "src")}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    assert done.returncode == 0 or failed, done.stdout + done.stderr
+    return done.returncode == 0, failed[1] if failed else ""
+
+
+def main(names: Sequence[str]) -> None:
+    """Runs the tests as they are and under each mutation, or under those whose name contains one of the words given."""
+    if not run(None, processes=2)[0]:
+        raise SystemExit("The tests fail without any mutation.")
+    chosen = {name: how for name, how in MUTATIONS.items() if not names or any(word in name for word in names)}
+    with ThreadPoolExecutor(2) as pool:
+        ends = dict(zip(chosen, pool.map(run, chosen.values()), strict=True))
+    for name, (passed, test) in ends.items():
+        print(f"{'NOT SEEN' if passed else 'seen':8s} {name:64s} {test}")
+    survived = sum(passed for passed, _ in ends.values())
+    print(f"{len(ends) - survived} of {len(ends)} mutations make a test fail")
+    raise SystemExit(bool(survived))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
