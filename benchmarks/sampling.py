@@ -40,6 +40,8 @@ def main() -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(given.sharpness)
     drafter = RecurrentDrafter.for_target(model, beam_width=4, beam_length=5)
+    with torch.no_grad():
+        drafter.lm_head[-1].weight.mul_(given.sharpness)
     prompt = torch.randint(0, 32_768, (1, 64))
 
     for title, head in (("without a drafter", None), ("4 beams of 5 tokens", drafter)):

@@ -60,9 +60,10 @@ The weights are stored in bfloat16; the config asks for float32 arithmetic.
     )
     trained = json.loads((drafter / "training.json").read_text())
     figures = ""
-    for name, figure in trained["held_out"].items():
-        shares = ", ".join(f"{share:.0%}" for share in figure["accepted_by_position"])
-        figures += f"| {name} | {figure['tokens_per_step']:.2f} | {shares} |\n"
+    for name, ways in trained["held_out"].items():
+        for way, figure in ways.items():
+            shares = ", ".join(f"{share:.0%}" for share in figure["accepted_by_position"])
+            figures += f"| {name} | {way} | {figure['tokens_per_step']:.2f} | {shares} |\n"
     (drafter / "README.md").write_text(
         f"""---
 library_name: redrafter
@@ -70,22 +71,25 @@ license: cc-by-sa-4.0
 language: en
 tags:
 - speculative-decoding
+- custom_generate
 ---
 
 # Recurrent drafter for {target.name}
 
-Trained by `recipes/demo` of redrafter on one {trained["device"]} on {trained["answers"]:,} greedy
-answers ({trained["answer_tokens"]:,} tokens) that the target itself wrote to prompts from sgd, gsm8k_train and
-gpteacher: {trained["epochs"]:g} epochs, {trained["seconds"]} seconds in all, {trained["seconds_writing_answers"]} of
-them for the answers. Data and sources are those of the target:
+Trained by `recipes/demo` of redrafter on one {trained["device"]} on {trained["answers"]:,} answers
+({trained["answer_tokens"]:,} tokens), half of them greedy and half sampled at temperature 1, that the target itself
+wrote to prompts from sgd, gsm8k_train and gpteacher: {trained["epochs"]:g} epochs, {trained["seconds"]} seconds in all,
+{trained["seconds_writing_answers"]} of them for the answers. It learns the target's distribution and its draws by known
+noise, not the answers' tokens. Data and sources are those of the target:
 
 {DATA}
 {SHARE_ALIKE}
 
-Tokens per step on prompts held out of training, greedy, {trained["beam_width"]} beams of {trained["beam_length"]}
-tokens, and share of drafts accepted at each position:
+Tokens per step on prompts held out of training, greedy and sampled at temperature 1, the {trained["node_budget"]} most
+probable nodes of {trained["beam_width"]} beams of {trained["beam_length"]} tokens, and share of drafts accepted at each
+position:
 
-| file | tokens per step | accepted |
-|---|---|---|
+| file | decoding | tokens per step | accepted |
+|---|---|---|---|
 {figures}"""
     )

@@ -17,11 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redrafter import RecurrentDrafter, generate
 from redrafter.training.data import Row, most_frequent
+from redrafter.training.loss import Objective
 from redrafter.training.trainer import Recipe, run
 
 TURNS = 2  # answers asked for in one dialogue
 PROMPT, ANSWER = 512, 160  # tokens at most
 LENGTH, WIDTH, VOCABULARY = 5, 4, 2048  # of the widths tried, 4 decodes fastest on two CPU cores
+BUDGET, BLOCKS = 21, 3
+OBJECTIVE = Objective(cross_entropy=0.0, kl=0.5, coupled=1.0)  # serves sampling better, greedy decoding as well
 HELD_OUT_PROMPTS = 64  # of each file
 
 
@@ -44,13 +47,13 @@ def contexts(data: Path, name: str, tokenizer, *, held_out: bool, seed: int = 0)
 
 
 def answers(model, prompts: list[list[int]], batch: int) -> list[Row]:
-    """The target's greedy answers as training rows, of which only the answer is learnt."""
+    """The target's answers as training rows, of which only the answer is learnt: one half greedy, one half sampled."""
     out: list[Row] = []
-    prompts = sorted(prompts, key=len)
-    for start in range(0, len(prompts), batch):
-        group = prompts[start : start + batch]
-        new = generate(model, None, group, max_new_tokens=ANSWER).new_tokens
-        out += [Row(p + n, [False] * len(p) + [True] * len(n)) for p, n in zip(group, new, strict=True)]
+    for half, law in ((0, {}), (1, {"do_sample": True, "seed": 1})):
+        mine = sorted(prompts[half::2], key=len)
+        if mine:
+            new = generate(model, None, mine, max_new_tokens=ANSWER, batch_size=batch, **law).new_tokens
+            out += [Row(p + n, [False] * len(p) + [True] * len(n)) for p, n in zip(mine, new, strict=True)]
     return out
 
 
@@ -59,12 +62,14 @@ def figures(data: Path, model, drafter: RecurrentDrafter, tokenizer) -> dict[str
     found = {}
     for name in CHAT_FILES:
         prompts = contexts(data, name, tokenizer, held_out=True)[:HELD_OUT_PROMPTS]
-        stats = generate(model, drafter, prompts, max_new_tokens=ANSWER).stats
-        drafts = stats.steps - len(prompts)
-        found[name] = {
-            "tokens_per_step": round(stats.tokens_per_step, 3),
-            "accepted_by_position": [round(count / drafts, 3) for count in stats.accepted_by_position],
-        }
+        found[name] = {}
+        for way, law in (("greedy", {}), ("sampled", {"do_sample": True, "seed": 1})):
+            stats = generate(model, drafter, prompts, max_new_tokens=ANSWER, **law).stats
+            drafts = stats.steps - len(prompts)
+            found[name][way] = {
+                "tokens_per_step": round(stats.tokens_per_step, 3),
+                "accepted_by_position": [round(count / drafts, 3) for count in stats.accepted_by_position],
+            }
         print(name, json.dumps(found[name]), flush=True)
     return found
 
@@ -88,9 +93,17 @@ def train(data: Path, target: Path, output: Path, *, epochs: float, device: torc
         model,
         beam_length=LENGTH,
         beam_width=WIDTH,
+        node_budget=BUDGET,
+        num_draft_layers=BLOCKS,
         draft_vocabulary=most_frequent(learnt, min(VOCABULARY, kinds)),
     )
-    recipe = Recipe(epochs=epochs, batch_size=128 if on_gpu else 16, learning_rate=2e-3, save_steps=10_000)
+    recipe = Recipe(
+        epochs=epochs,
+        batch_size=64 if on_gpu else 16,
+        learning_rate=2e-3,
+        save_steps=10_000,
+        objective=OBJECTIVE,
+    )
     loss = run(model, drafter, learnt, output, recipe, resume=False)
     drafter.to(torch.bfloat16).save_pretrained(output)
 
@@ -105,6 +118,7 @@ def train(data: Path, target: Path, output: Path, *, epochs: float, device: torc
         "held_out": figures(data, model, drafter, tokenizer),
         "beam_width": WIDTH,
         "beam_length": LENGTH,
+        "node_budget": BUDGET,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "torch": torch.__version__,
     }

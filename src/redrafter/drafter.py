@@ -63,6 +63,7 @@ class RecurrentDrafter(nn.Module):
         draft_vocabulary: Int[Tensor, " draft"] | None = None,
         beam_length: int = 4,
         beam_width: int = 10,
+        node_budget: int | None = None,
     ) -> RecurrentDrafter:
         """A fresh drafter for a target, on its device, in float32.
 
@@ -83,6 +84,7 @@ class RecurrentDrafter(nn.Module):
                 target_revision=target.revision,
                 beam_length=beam_length,
                 beam_width=beam_width,
+                node_budget=node_budget,
             )
         ).to(target.device)
         if draft_vocabulary is not None:
