@@ -1,6 +1,6 @@
 """What drawing a token costs next to taking the best one, per step, at a vocabulary of 32,768.
 
-    python benchmarks/sampling.py
+    python benchmarks/sampling.py [--sharpness X]
 
 A Llama of 8 layers of width 512 with random weights, one row of 64 prompt tokens; without a drafter, and with an
 untrained one whose drafts are all but never accepted, so that every step does the same work.  The ways take turns, so
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of a measurement")
-    parser.add_argument("--sharpness", type=float, default=8.0, help="scale of the logits; trained models are sharp")
+    parser.add_argument("--sharpness", type=float, default=14.0, help="scale of the logits; trained models are sharp")
     given = parser.parse_args()
     torch.manual_seed(0)
     shape = {"vocab_size": 32_768, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
