@@ -28,6 +28,7 @@ MODEL = tiny_model()
         ([[5]], {"beam_width": 0}, "between 1 and the drafter's 61 tokens, not 0"),
         ([[5]], {"beam_width": 62}, "between 1 and the drafter's 61 tokens, not 62"),
         (torch.tensor([5, 6]), {}, "two dimensions"),
+        (torch.tensor([[5.0, 6.0]]), {}, "must be whole numbers, not float32"),
         (torch.tensor([[5, 6]]), {"attention_mask": torch.ones(1, 3)}, "is not that of the input ids"),
         (torch.tensor([[5, 6, 7]]), {"attention_mask": torch.tensor([[1, 0, 1]])}, "has holes"),
         ([[5]], {"attention_mask": torch.ones(1, 1)}, "not with a list of rows"),

@@ -162,6 +162,8 @@ def _unpadded(input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tenso
         return [list(row) for row in input_ids]
     if input_ids.ndim != 2:
         raise RedrafterError(f"input_ids must have two dimensions, rows and tokens, not {input_ids.ndim}.")
+    if input_ids.is_floating_point():
+        raise RedrafterError(f"input_ids must be whole numbers, not {str(input_ids.dtype).removeprefix('torch.')}.")
     if attention_mask is None:
         return input_ids.tolist()  # type: ignore[no-any-return]
     if attention_mask.shape != input_ids.shape:
