@@ -51,7 +51,7 @@ class Stats:
     accepted: int = 0
     accepted_by_position: list[int] = field(default_factory=list)
     seconds: float = 0.0
-    rows: list[Stats] = field(default_factory=list)
+    rows: list[Stats] = field(default_factory=list, repr=False)
 
     @property
     def tokens_per_step(self) -> float:
