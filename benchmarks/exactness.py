@@ -4,8 +4,8 @@
 
 Every round takes a small random model of another shape (four families, windows and soft caps among them), random
 settings, random prompts of unequal length, a random drafter and random limits, and writes all texts twice: without a
-drafter, and with it in batches of another size.  Double precision, so that no rounding can be told as an excuse.  Exit
-status 1 where a text differs; the round that made it can be repeated by `--first`.
+drafter and with it, each in batches of a random size.  Double precision, so that no rounding can be told as an excuse.
+Exit status 1 where a text differs; the round that made it can be repeated by `--first`.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def texts_that_differ(number: int, sequences: int, seen: Counter[str]) -> int:
     prompts = [[dice.randrange(3, vocabulary) for _ in range(dice.randint(1, 30))] for _ in range(sequences)]
     plain = generate(model, None, prompts, batch_size=dice.choice([7, 50, 100]), **settings)
     drafted = generate(model, drafter, prompts, batch_size=dice.choice([7, 50, 100]), **shape, **settings)
-    seen.update([model.config.model_type, *settings, "tokens", *shape])
-    seen["tokens"] += drafted.stats.tokens - 1
+    seen.update([model.config.model_type, *settings, *shape])
+    seen["tokens"] += drafted.stats.tokens
     seen["drafted tokens accepted"] += drafted.stats.accepted
     parted = [i for i, (a, b) in enumerate(zip(plain.new_tokens, drafted.new_tokens, strict=True)) if a != b]
     for i in parted[:3]:

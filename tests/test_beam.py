@@ -25,17 +25,22 @@ def random_drafter(*, seed: int, rnn: bool, exit_dim: int, vocabulary: int = 11,
     return drafter, torch.nn.Embedding(vocabulary, 6).double()
 
 
-def plain_beam_search(drafter, embedding, context, root: int, width: int, length: int):
-    """Plain reference for one row: every beam grown by every token, the best kept."""
+def plain_beam_search(
+    drafter, embedding, context, root: int, width: int, length: int, adjust=lambda logits, ids, position: logits
+):
+    """Plain reference for one row: every beam grown by every token, the best kept; fewer where others are impossible.
+
+    `adjust` changes the logits of the tokens `ids`.
+    """
     ids = range(drafter.config.head_size) if drafter.draft_vocabulary is None else drafter.draft_vocabulary.tolist()
     beams = [([], 0.0, drafter.step(None, embedding(torch.tensor(root))))]
-    for _ in range(length):
+    for position in range(length):
         grown = []
         for tokens, score, state in beams:
-            log_probabilities = drafter.logits(context, state).log_softmax(-1).tolist()
+            log_probabilities = adjust(drafter.logits(context, state), ids, position).log_softmax(-1).tolist()
             for token, gain in zip(ids, log_probabilities, strict=True):
                 grown.append(([*tokens, token], score + gain, state))
-        grown.sort(key=lambda beam: -beam[1])
+        grown = sorted((beam for beam in grown if beam[1] > -torch.inf), key=lambda beam: -beam[1])
         beams = [(t, s, drafter.step(state, embedding(torch.tensor(t[-1])))) for t, s, state in grown[:width]]
     return [(tokens, score) for tokens, score, _ in beams]
 

@@ -13,26 +13,10 @@ from redrafter.noise import gumbel
 from redrafter.proposers import RecurrentProposer
 from redrafter.sampling import Draw
 from redrafter.target import Target
+from test_beam import plain_beam_search
 
 MODEL = tiny_model()
 LAWS = [{}, {"temperature": 0.6}, {"temperature": 1.4, "top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}]
-
-
-def plain_beams(drafter, embed, context, root: int, noise, warp, width: int, length: int) -> list[tuple[int, ...]]:
-    """Plain reference for one row: of all continuations by one token, those with the most probability after noise.
-
-    Fewer than `width` where the law leaves no more.
-    """
-    ids = torch.arange(61) if drafter.draft_vocabulary is None else drafter.draft_vocabulary
-    beams = [((), 0.0, drafter.step(None, embed(torch.tensor(root))))]
-    for position in range(length):
-        grown = []
-        for tokens, score, state in beams:
-            gains = (warp(drafter.logits(context, state)[None])[0] + noise[position, ids]).log_softmax(-1).tolist()
-            grown += [((*tokens, token), score + gain, state) for token, gain in zip(ids.tolist(), gains, strict=True)]
-        grown = sorted((beam for beam in grown if beam[1] > -torch.inf), key=lambda beam: -beam[1])
-        beams = [(t, s, drafter.step(state, embed(torch.tensor(t[-1])))) for t, s, state in grown[:width]]
-    return [tokens for tokens, _, _ in beams]
 
 
 def paths(tree, row: int) -> dict[int, tuple[int, ...]]:
@@ -61,9 +45,15 @@ def test_beams_are_those_that_the_noise_puts_first(seed, width, length, less, bu
     tree = proposer.propose(context, root, draw)
     for row in range(2):
         found = set(paths(tree, row).values())
-        best = plain_beams(
-            drafter, target.embed, context[row], int(root[row]), draw.noise[row], draw.warp, width, length
+        noise = draw.noise[row]
+
+        def as_drawn(logits, ids, position, noise=noise):
+            return draw.warp(logits[None])[0] + noise[position, list(ids)]
+
+        found_plainly = plain_beam_search(
+            drafter, target.embed, context[row], int(root[row]), width, length, adjust=as_drawn
         )
+        best = [tuple(tokens) for tokens, _ in found_plainly]
         expected = {tokens[:depth] for tokens in best for depth in range(length + 1)}
         if budgeted:
             assert len(found) <= budget
