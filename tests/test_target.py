@@ -176,3 +176,12 @@ def test_logits_from_states_are_the_models_own(family):
     hidden = target.hidden_states(ids, torch.ones_like(ids))
     torch.testing.assert_close(target.logits(hidden[0]), model(input_ids=ids).logits[0], rtol=1e-5, atol=1e-5)
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_logits_of_a_plain_head_run_no_layer(monkeypatch):
+    model = tiny_model("llama")
+    target = Target(model)
+    monkeypatch.setattr(model.model, "forward", None)
+    hidden = torch.randn(3, target.hidden_size)
+    assert torch.equal(target.logits(hidden), model.lm_head(hidden))

@@ -25,7 +25,7 @@ from redrafter.errors import RedrafterError
 from redrafter.tree import DraftTree, ancestors_of, chain
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_probed: weakref.WeakKeyDictionary[nn.Module, list[LayerShape]] = weakref.WeakKeyDictionary()
+_probed: weakref.WeakKeyDictionary[nn.Module, tuple[list[LayerShape], bool]] = weakref.WeakKeyDictionary()
 
 
 def tree_mask(
@@ -72,12 +72,11 @@ class Target:
         self._window: int | None = getattr(self.config, "sliding_window", None)
         if getattr(self.config, "use_sliding_window", True) is False:
             self._window = None
+        self._shapes: list[LayerShape] = []
         if self.model not in _probed:
-            self._shapes: list[LayerShape] = []
             with torch.no_grad(), self.evaluating():
-                self._probe()
-            _probed[self.model] = self._shapes
-        self._shapes = _probed[self.model]
+                _probed[self.model] = self._probe()
+        self._shapes, self._head_alone = _probed[self.model]
 
     def new_cache(self, *, batch: int, slots: int) -> SlotCache:
         """Memory for `batch` rows of `slots` positions each."""
@@ -125,6 +124,10 @@ class Target:
 
     def logits(self, hidden: Float[Tensor, "C H"]) -> Float[Tensor, "C V"]:
         """The model's own logits, scaled or capped as the family does, from what its output head reads."""
+
+        if self._head_alone:
+            weight: Tensor = self.head.weight  # type: ignore[assignment]
+            return self.head(hidden.to(weight.device, self.dtype)).to(self.device)  # type: ignore[no-any-return]
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (hidden[None].to(args[0]), *args[1:])
@@ -188,8 +191,11 @@ class Target:
             return additive(self._window)
         return {kind: additive(self._window if kind == "sliding_attention" else None) for kind in self._layer_types}
 
-    def _probe(self) -> None:
-        """Learns what the layers keep, and holds a small tree of unequal rows against the model's own forward."""
+    def _probe(self) -> tuple[list[LayerShape], bool]:
+        """Learns what the layers keep and whether the head alone makes the logits.
+
+        Holds a small tree of unequal rows against the model's own forward.
+        """
         ids = torch.arange(1, 9, device=self.device) % self.vocab_size
         prompts = [ids[:2], ids[2:5]]
         expected = []
@@ -199,6 +205,8 @@ class Target:
             if not captured:
                 raise self._refusal("its output head is not called as a module, so its input cannot be read")
             expected.append(captured[0][0, -1].to(self.device))
+        head_alone = torch.equal(self.head(captured[0]).to(output.logits), output.logits)
+        self._shapes = []
         for layer in getattr(output.past_key_values, "layers", []):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if keys is None or values is None or keys.ndim != 4:
@@ -225,6 +233,7 @@ class Target:
         distance = (hidden[:, 2].double() - wanted).norm() / wanted.norm()
         if not distance < (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1):
             raise self._refusal("its states at the nodes of a tree differ from those of plain text")
+        return self._shapes, head_alone
 
     def _refusal(self, reason: str) -> RedrafterError:
         return RedrafterError(f"{type(self.model).__name__} cannot verify draft trees: {reason}.")

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from redrafter.drafter import RecurrentDrafter
 
 LOGITS = 2**26
-"""Logits that exist at one time: 256 MB in float32."""
+"""Logits of the drafter that exist at one time: 256 MB in float32."""
 
 IGNORED = -100
 """Label of what is not to be learnt."""
@@ -85,72 +84,96 @@ def unrolled_loss(
     `hidden` is what the target's output head reads, `embed` its token embedding, `trained` marks the tokens to learn;
     `head` gives the target's logits from its hidden states [C, H], where the objective is about its distribution.
     Tokens outside the draft vocabulary have no cross-entropy.  A batch without a trained window gives 0.  `chunk`
-    positions are scored at a time, by default as many as LOGITS allows.
+    windows are scored at a time, by default as many as LOGITS allows.
     """
-    chunk = chunk or max(1, LOGITS // drafter.config.head_size)
     rows, positions, tokens, wanted = windows(input_ids, trained, length=length)
-    labels = _labels(drafter, tokens[:, 1:].contiguous()).masked_fill(~wanted, IGNORED)
-    context = hidden[rows, positions].to(drafter.dtype)
-    losses = []
-    state = None
-    for position in range(length):
-        state = drafter.step(state, embed(tokens[:, position]).to(drafter.dtype))
-        parts = [x.split(chunk) for x in (context, state, labels[:, position])]
-        weight, counted = objective.decay**position, (labels[:, position] != IGNORED).sum().clamp(min=1)
-        losses += [
-            weight * objective.cross_entropy / counted * checkpoint(_cross_entropy, drafter, *part, use_reentrant=False)
-            for part in zip(*parts, strict=True)
-            if objective.cross_entropy
-        ]
-        if objective.of_distribution:
-            assert head is not None
-            counted = wanted[:, position].sum().clamp(min=1)
-            above = hidden[rows, (positions + 1 + position).clamp(max=hidden.shape[1] - 1)]
-            parts = [x.split(chunk) for x in (context, state, above, wanted[:, position])]
-            losses += [
-                weight / counted * checkpoint(_divergence, drafter, objective, head, *part, use_reentrant=False)
-                for part in zip(*parts, strict=True)
-            ]
-    if not losses:  # keeps the graph, so that a batch with nothing to learn can pass through any trainer
+    if not len(rows):  # keeps the graph, so that a batch with nothing to learn can pass through any trainer
         return sum((p.sum() for p in drafter.parameters()), torch.zeros((), device=hidden.device)) * 0.0
+    labels = _labels(drafter, tokens[:, 1:].contiguous()).masked_fill(~wanted, IGNORED)
+    depth = torch.arange(length, device=hidden.device)
+    weight = objective.decay**depth
+    above = (positions[:, None] + 1 + depth).clamp(max=hidden.shape[1] - 1)  # where the target says its own next token
+    places = torch.cat((positions[:, None], above), dim=1) + rows[:, None] * hidden.shape[1]
+    parts = (
+        places,
+        tokens[:, :-1],
+        labels,
+        weight * (labels != IGNORED) / (labels != IGNORED).sum(0).clamp(min=1),
+        weight * wanted / wanted.sum(0).clamp(min=1),
+    )
+    chunk = chunk or max(1, LOGITS // (length * drafter.config.head_size))
+    states = hidden.flatten(0, 1)
+    if len(rows) <= chunk:
+        return _loss_of_windows(drafter, objective, embed, head, states, *parts)
+    losses = [
+        checkpoint(_loss_of_windows, drafter, objective, embed, head, states, *part, use_reentrant=False)
+        for part in zip(*(p.split(chunk) for p in parts), strict=True)
+    ]
     return torch.stack(losses).sum()
 
 
-def _cross_entropy(
-    drafter: RecurrentDrafter, context: Float[Tensor, "C H"], state: Float[Tensor, "C H"], label: Int[Tensor, " C"]
+def _loss_of_windows(
+    drafter: RecurrentDrafter,
+    objective: Objective,
+    embed: Callable[[Tensor], Tensor],
+    head: Callable[[Tensor], Tensor] | None,
+    hidden: Float[Tensor, "BP H"],
+    places: Int[Tensor, "C length1"],
+    tokens: Int[Tensor, "C length"],
+    labels: Int[Tensor, "C length"],
+    labelled: Float[Tensor, "C length"],
+    wanted: Float[Tensor, "C length"],
 ) -> Float[Tensor, ""]:
-    logits = drafter.logits(context, state).float()
-    return cross_entropy(logits, label, ignore_index=IGNORED, reduction="sum")
+    """The weighted sum over some windows; `places` are those of the context and then of the target's own next tokens.
+
+    `labelled` and `wanted` are the weights of the cross-entropy and of the distances between distributions.
+    """
+    embeddings = embed(tokens).to(drafter.dtype)
+    context = hidden[places[:, :1]].to(drafter.dtype).expand_as(embeddings)
+    states: list[Tensor] = []
+    for embedding in embeddings.unbind(1):
+        states.append(drafter.step(states[-1] if states else None, embedding))
+    own = drafter.logits(context, torch.stack(states, dim=1)).float().log_softmax(-1)
+    loss = own.new_zeros(())
+    if objective.cross_entropy:
+        loss = loss - objective.cross_entropy * (own.gather(2, labels.clamp(min=0)[..., None])[..., 0] * labelled).sum()
+    if objective.of_distribution:
+        assert head is not None
+        with torch.no_grad():  # windows overlap: each place's distribution is made once
+            above, index = places[:, 1:].unique(return_inverse=True)
+            truth = _law(drafter, head(hidden[above]).float())[index]
+        loss = loss + (_divergence(objective, own, truth) * wanted).sum()
+    return loss
+
+
+def _law(drafter: RecurrentDrafter, logits: Float[Tensor, "U V"]) -> Float[Tensor, "U head1"]:
+    """Log-probabilities of the draft vocabulary and, last, of all that lies outside it together (log 0 where none)."""
+    log = logits.log_softmax(-1)
+    if drafter.draft_vocabulary is None:
+        return torch.nn.functional.pad(log, (0, 1), value=-torch.inf)
+    known = log[:, drafter.draft_vocabulary]
+    outside = log.index_fill(1, drafter.draft_vocabulary, -torch.inf)
+    return torch.cat((known, outside.logsumexp(-1, keepdim=True)), dim=-1)
 
 
 def _divergence(
-    drafter: RecurrentDrafter,
-    objective: Objective,
-    head: Callable[[Tensor], Tensor],
-    context: Float[Tensor, "C H"],
-    state: Float[Tensor, "C H"],
-    above: Float[Tensor, "C H"],
-    wanted: Bool[Tensor, " C"],
-) -> Float[Tensor, ""]:
-    """Summed distances from the target's distribution; what lies outside the draft vocabulary is out of reach."""
-    with torch.no_grad():
-        truth = head(above).float().log_softmax(-1)
-    own = drafter.logits(context, state).float().log_softmax(-1)
-    ids = torch.arange(truth.shape[-1], device=truth.device)
-    ids = ids if drafter.draft_vocabulary is None else drafter.draft_vocabulary
-    known = truth[:, ids]
-    loss = torch.zeros_like(known[:, 0])
+    objective: Objective, own: Float[Tensor, "C length head"], truth: Float[Tensor, "C length head1"]
+) -> Float[Tensor, "C length"]:
+    """Distances from the target's distribution; what lies outside the draft vocabulary is out of reach."""
+    known, outside = truth[..., :-1], truth[..., -1]
+    loss = torch.zeros_like(outside)
     if objective.kl:
         loss = loss + objective.kl * (known.exp() * (known - own)).sum(-1)
     if objective.total_variation:
-        outside = 1 - known.exp().sum(-1)
-        loss = loss + objective.total_variation * ((known.exp() - own.exp()).abs().sum(-1) + outside) / 2
-    if objective.coupled:
+        distance = (known.exp() - own.exp()).abs().sum(-1) + outside.exp()
+        loss = loss + objective.total_variation * distance / 2
+    if objective.coupled:  # the largest of many Gumbel draws is one draw at the sum of their weights
         noise = -torch.empty_like(truth).exponential_().log_()
-        label = _labels(drafter, (truth + noise).argmax(-1))
-        drawn = cross_entropy(own + noise[:, ids], label, ignore_index=IGNORED, reduction="none")
-        loss = loss + objective.coupled * drawn
-    return (loss * wanted).sum()
+        drawn = (truth + noise).argmax(-1)
+        heard = (own + noise[..., :-1]).log_softmax(-1)
+        said = heard.gather(2, drawn.clamp(max=own.shape[-1] - 1)[..., None])[..., 0]
+        loss = loss - objective.coupled * said * (drawn < own.shape[-1])
+    return loss
 
 
 def _labels(drafter: RecurrentDrafter, tokens: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
