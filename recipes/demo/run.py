@@ -1,4 +1,4 @@
-"""The demo pair, from data files to the two folders that ship: one command, one GPU, about 16 minutes.
+"""The demo pair, from data files to the two folders that ship: one command, one GPU, under 15 minutes.
 
     python recipes/demo/run.py --data DATA --output OUT
 
