@@ -67,10 +67,10 @@ def test_an_end_token_that_a_tokenizer_adds_does_not_end_the_prompt(tokenizer):
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        ({}, 'needs "prompt", "messages" or "turns"'),
-        ({"prompt": 3}, 'needs "prompt", "messages" or "turns"'),
+        ({}, 'needs "prompt", "messages", "conversations" or "turns"'),
+        ({"prompt": 3}, 'needs "prompt", "messages", "conversations" or "turns"'),
         ({"prompt": ""}, "here: the prompt is empty"),
-        ({"messages": []}, 'needs "prompt", "messages" or "turns"'),
+        ({"messages": []}, 'needs "prompt", "messages", "conversations" or "turns"'),
         ({"messages": [{"role": "user", "content": ""}]}, "here: the prompt is empty"),
         ({"turns": [""]}, "here: the prompt is empty"),
         ({"messages": ["hi"]}, 'every message needs a "role"'),

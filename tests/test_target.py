@@ -185,3 +185,20 @@ def test_logits_of_a_plain_head_run_no_layer(monkeypatch):
     monkeypatch.setattr(model.model, "forward", None)
     hidden = torch.randn(3, target.hidden_size)
     assert torch.equal(target.logits(hidden), model.lm_head(hidden))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mistral"])
+@torch.no_grad()
+def test_texts_that_share_a_row_do_not_meet(family):
+    """Past the window where there is one."""
+    model = tiny_model(family, **({"sliding_window": 4} if family == "mistral" else {}))
+    target = Target(model)
+    texts = [torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 3, 12, 20)]
+    rows = [torch.cat(texts[:3]), texts[3]]
+    segments = [torch.tensor([1] * 9 + [2] * 3 + [3] * 12), torch.ones(20, dtype=torch.long)]
+    pad = torch.nn.utils.rnn.pad_sequence
+    packed = target.hidden_states(pad(rows, batch_first=True), pad(segments, batch_first=True))
+    found = [*packed[0].split([9, 3, 12]), packed[1, :20]]
+    for text, states in zip(texts, found, strict=True):
+        alone = target.hidden_states(text[None], torch.ones(1, len(text), dtype=torch.long))[0]
+        torch.testing.assert_close(states, alone, rtol=1e-4, atol=1e-5)

@@ -5,50 +5,26 @@ Promises that a bad line is named by file and number.  Does not know models.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from redrafter.errors import RedrafterError
+from redrafter.files import Skip, read_records
+
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+"""Roles by the names that other formats give them."""
+
+read_json_lines = read_records  # TEMPORARY
 
 
-def read_json_lines(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every JSON object of the files with its place, `FILE line N`; blank lines are passed over.
-
-    Raises RedrafterError for a file that cannot be read and for a line that is not a JSON object.
-    """
-    for file in files:
-        try:
-            with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        where = f"{file} line {number}"
-                        yield where, _json_object(line, where)
-        except OSError as error:
-            raise RedrafterError(f"{file} cannot be read: {error.strerror}.") from None
-        except UnicodeDecodeError:
-            raise RedrafterError(f"{file} is not UTF-8 text.") from None
-
-
-def read_prompts(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """All rows of a prompts file with their places.  Raises RedrafterError where there is none."""
-    records = list(read_json_lines([file]))
+def read_prompts(*sources: str | Path, skip: Skip | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """All rows of prompt files with their places (`files.read_records`).  Raises RedrafterError where there is none."""
+    records = list(read_records(sources, skip))
     if not records:
-        raise RedrafterError(f"{file} holds no prompt.")
+        raise RedrafterError(f"{', '.join(map(str, sources))} holds no prompt.")
     return records
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RedrafterError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
-    if not isinstance(record, dict):
-        raise RedrafterError(f"{where} is not a JSON object.")
-    return record
 
 
 def prompt_ids(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
@@ -72,16 +48,29 @@ def prompt_ids(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where
 
 def conversation(record: dict[str, Any], where: str) -> list[dict[str, str]]:
     """The messages of a prompt row, which must end with a turn to answer."""
-    if isinstance(record.get("turns"), list) and record["turns"]:
-        messages: Any = [{"role": "user", "content": str(record["turns"][0])}]
-    else:
-        messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise RedrafterError(f'{where}: a prompt row needs "prompt", "messages" or "turns".')
-    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
-        raise RedrafterError(f'{where}: every message needs a "role" and a "content".')
+    messages = messages_of(record, where)[:1] if record.get("turns") else messages_of(record, where)
     if messages[-1]["role"] == "assistant" and len(messages) > 1:
         messages = messages[:-1]
     if not messages[-1].get("content"):
         raise RedrafterError(f"{where}: the prompt is empty.")
-    return messages  # type: ignore[no-any-return]
+    return messages
+
+
+def messages_of(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The turns of a row as messages of `role` and `content`.
+
+    They stand under `messages`, under `conversations` (with those keys, or `from` and `value`) or, the user's alone,
+    under `turns`.  Raises RedrafterError where there are none or they are of another form.
+    """
+    if isinstance(record.get("turns"), list) and record["turns"]:
+        return [{"role": "user", "content": str(turn)} for turn in record["turns"]]
+    messages = record.get("messages") or record.get("conversations")
+    if not isinstance(messages, list) or not messages:
+        raise RedrafterError(f'{where}: a row needs "prompt", "messages", "conversations" or "turns".')
+    if all(isinstance(m, dict) and isinstance(m.get("from"), str) for m in messages):
+        messages = [
+            {"role": SPEAKERS.get(m["from"].lower(), m["from"].lower()), "content": m.get("value")} for m in messages
+        ]
+    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+        raise RedrafterError(f'{where}: every message needs a "role" and a "content".')
+    return messages

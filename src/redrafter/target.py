@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,16 @@ def tree_mask(
     if window is not None:
         distance = torch.where(in_tree, tree.depth.gather(1, node), index)  # of the slot's position from `length`
         mask = mask & (tree.depth[:, :, None] - distance[:, None] < window)
+    return mask
+
+
+def packed_mask(
+    segments: Int[Tensor, "B P"], positions: Int[Tensor, "B P"], *, window: int | None = None
+) -> Bool[Tensor, "B P P"]:
+    """Which tokens each token attends to where several texts share a row: those before it in its own, and itself."""
+    mask = (segments[:, :, None] == segments[:, None]).tril()
+    if window is not None:
+        mask = mask & (positions[:, :, None] - positions[:, None] < window)
     return mask
 
 
@@ -102,22 +113,30 @@ class Target:
             output = self.model(
                 input_ids=tree.tokens,
                 position_ids=position,
-                attention_mask=self._mask(tree, length, cache.window.visible),
+                attention_mask=self._masks(partial(tree_mask, tree, length, slots=cache.window.visible)),
                 past_key_values=cache,
                 use_cache=True,
             )
         # a model spread over devices ends on another one than it begins
         return _at(captured[0], select).to(self.device), output.logits.to(self.device)
 
-    def hidden_states(
-        self, input_ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"]
-    ) -> Float[Tensor, "B P H"]:
-        """What the output head would read at every position of plain text, padded right; no logits are computed."""
+    def hidden_states(self, input_ids: Int[Tensor, "B P"], segments: Int[Tensor, "B P"]) -> Float[Tensor, "B P H"]:
+        """What the output head would read at every position of plain text, padded right; no logits are computed.
+
+        `segments` numbers the texts that share a row from 1, 0 is padding: none attends to another, and each begins at
+        position 0.  Of rows with one text it is their attention mask.
+        """
+        index = torch.arange(input_ids.shape[1], device=input_ids.device)
+        begins = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+        positions = index - (index * begins).cummax(dim=1).values
+        mask: Any = (segments > 0).long()
+        if bool((segments > 1).any()):
+            mask = self._masks(partial(packed_mask, segments, positions))
         with self._head_input(input_ids.new_zeros(input_ids.shape[0])) as captured:
             self.model(
                 input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=torch.arange(input_ids.shape[1], device=input_ids.device)[None],
+                attention_mask=mask,
+                position_ids=positions,
                 use_cache=False,
             )
         return captured[0].to(self.device)
@@ -179,11 +198,11 @@ class Target:
         finally:
             handle.remove()
 
-    def _mask(self, tree: DraftTree, length: Tensor, slots: int) -> Tensor | dict[str, Tensor]:
-        """The tree's attention mask in the form the family reads: additive, one for each type of layer."""
+    def _masks(self, visible_within: Callable[..., Tensor]) -> Tensor | dict[str, Tensor]:
+        """An attention mask in the form the family reads: additive, one for each type of layer."""
 
         def additive(window: int | None) -> Tensor:
-            visible = tree_mask(tree, length, slots=slots, window=window)
+            visible = visible_within(window=window)
             mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
             return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)[:, None]
 

@@ -247,7 +247,7 @@ def test_bad_models_and_drafters(say, model_folder, drafter_folder, tmp_path):
     [
         ('{"prompt": "a"}\n{"prompt": "b"\n', "line 2 is not JSON"),
         ('{"prompt": "a"}\n{"prompt": ""}\n', "line 2: the prompt is empty"),
-        ('{"words": "a"}\n', 'line 1: a prompt row needs "prompt", "messages" or "turns"'),
+        ('{"words": "a"}\n', 'line 1: a row needs "prompt", "messages", "conversations" or "turns"'),
         (json.dumps({"prompt": "a" * 129}) + "\n", "has 129 tokens, the model's context 128"),
         ("", "p.jsonl holds no prompt"),
     ],

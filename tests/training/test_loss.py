@@ -205,3 +205,31 @@ def test_losses_mix():
 
     parts = loss(Objective()), loss(Objective(0.0, 1.0)), loss(Objective(0.0, 0.0, 1.0))
     assert loss(Objective(0.5, 2.0, 3.0)) == pytest.approx(0.5 * parts[0] + 2 * parts[1] + 3 * parts[2], rel=1e-5)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 9), st.integers(1, 4), st.integers(2, 6))
+def test_continuations_take_the_place_of_the_text(seed, size, length, depth):
+    """Drafted from the true state at every trained place, whether the text goes on like them or not."""
+    drafter = random_drafter()
+    embedding, hidden, ids, trained = random_batch(seed, 2, size)
+    generator = torch.Generator().manual_seed(seed)
+    continuations = torch.randint(0, VOCABULARY, (2, size, depth), generator=generator)
+    ends = torch.randint(0, depth + 1, (2, size, 1), generator=generator)
+    continuations[torch.arange(depth) >= ends] = -1
+    loss = unrolled_loss(
+        drafter, lambda t: embedding[t], hidden, ids, trained, length=length, continuations=continuations
+    )
+    expected = 0.0
+    for position in range(1, min(length, depth - 1) + 1):
+        losses = []
+        for row in range(2):
+            for t in range(size - 1):
+                tokens = continuations[row, t]
+                if not trained[row, t + 1] or tokens[position] < 0:
+                    continue
+                state = None
+                for token in tokens[:position]:
+                    state = drafter.step(state, embedding[token])
+                losses.append(-drafter.logits(hidden[row, t], state).log_softmax(-1)[tokens[position]].item())
+        expected += sum(losses) / max(1, len(losses))
+    assert loss.item() == pytest.approx(expected, abs=1e-6)

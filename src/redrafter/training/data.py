@@ -1,11 +1,12 @@
-"""Training rows: JSON lines to token ids and a mask of the tokens to learn.
+"""Training rows: data files to token ids and a mask of the tokens to learn, alone or packed.
 
-Promises that a bad line is named by file and number.  Does not know the target's weights or the drafter.
+Promises that a bad row is named by file and place, and that rows packed together do not meet.  Does not know the
+target's weights or the drafter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,42 +16,112 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from redrafter.errors import RedrafterError
-from redrafter.prompts import read_json_lines
+from redrafter.files import Skip, read_records
+from redrafter.prompts import messages_of
 
 
 @dataclass(frozen=True)
 class Row:
-    """One training sequence; `trained[i]` says whether token i is to be learnt."""
+    """One training sequence; `trained[i]` says whether token i is to be learnt.
+
+    `continuations[i]`, where there are some, is what the target itself writes after token i, greedily (the paper's
+    local distillation), -1 after its end: the drafter then learns those instead of the tokens that follow.
+    """
 
     input_ids: list[int]
     trained: list[bool]
+    continuations: list[list[int]] | None = None
+
+    def cut(self, length: int) -> Row:
+        """The first `length` tokens."""
+        more = None if self.continuations is None else self.continuations[:length]
+        return Row(self.input_ids[:length], self.trained[:length], more)
+
+    @property
+    def learnt(self) -> int:
+        """Tokens to learn that have a context: the first of a row has none."""
+        return sum(self.trained[1:])
 
 
-def read_rows(files: Iterable[Path], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Row]:
-    """All rows of JSONL files, cut to `max_length` tokens.
+def read_rows(
+    sources: Iterable[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    skip: Skip | None = None,
+) -> list[Row]:
+    """All rows of the sources (`files.read_records`), cut to `max_length` tokens.
 
-    A row holds `messages` (the assistant's turns are learnt), `prompt` and `text` (the text is learnt: what
-    `redrafter generate --json` writes) or `text` alone (all of it).  Raises RedrafterError for anything else, and where
-    not one row has a token to learn.
+    A row holds `input_ids` and `loss_mask` (and perhaps `continuations`), as `redrafter distill` writes them; or
+    `messages` or `conversations`, of which the assistant's turns are learnt; or `prompt` and `completion`, as text or
+    as messages, or `prompt` and `text` (what `redrafter generate --json` writes), of which the latter is learnt; or
+    `text` alone, of which all is.  A row that cannot be read so is told to `skip`, or without it raises RedrafterError,
+    as do sources of which not one row has a token to learn.
     """
     rows = []
-    for where, record in read_json_lines(files):
-        row = _tokenize(record, tokenizer, where)
-        rows.append(Row(row.input_ids[:max_length], row.trained[:max_length]))
+    for where, record in read_records(sources, skip):
+        try:
+            row = _tokenize(record, tokenizer, where)
+        except RedrafterError as error:
+            if skip is None:
+                raise
+            skip(str(error))
+            continue
+        rows.append(row if max_length is None else row.cut(max_length))
     if not any(any(row.trained[2:]) for row in rows):
         raise RedrafterError("The data holds no token to learn.")
     return rows
 
 
-def collate(rows: list[Row]) -> dict[str, Tensor]:
-    """A batch padded right: `input_ids`, `attention_mask` (long) and `trained` (bool), each [B, P]."""
-    lengths = torch.tensor([len(row.input_ids) for row in rows])
-    size = int(lengths.max())
-    return {
-        "input_ids": torch.tensor([row.input_ids + [0] * (size - len(row.input_ids)) for row in rows]),
-        "attention_mask": (torch.arange(size) < lengths[:, None]).long(),
-        "trained": torch.tensor([row.trained + [False] * (size - len(row.trained)) for row in rows]),
-    }
+def pack(rows: Iterable[Row], length: int) -> list[list[Row]]:
+    """Rows put together, none divided, into groups of at most `length` tokens: best fit, longest first.
+
+    A row longer than that is a group of its own.
+    """
+    groups: list[list[Row]] = []
+    room: list[list[int]] = [[] for _ in range(length + 1)]  # groups by the tokens that they can still take
+    most = 0
+    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
+        size = len(row.input_ids)
+        left = next((left for left in range(size, most + 1) if room[left]), None)
+        if left is None:
+            groups.append([])
+            place, left = len(groups) - 1, max(length, size)
+        else:
+            place = room[left].pop()
+        groups[place].append(row)
+        room[left - size].append(place)
+        most = max(most, left - size)
+    return groups
+
+
+def collate(groups: Sequence[Row | list[Row]]) -> dict[str, Tensor]:
+    """A batch padded right, each entry a row or several that share one: [B, P] each.
+
+    `input_ids`, `segments` (long: 1, 2, … for the rows of an entry in turn, 0 for padding), `trained` (bool; never the
+    first token of a row, which has no context), and where rows have them `continuations` (long) [B, P, depth], -1 where
+    there are none.
+    """
+    entries = [[group] if isinstance(group, Row) else group for group in groups]
+    size = max(sum(len(row.input_ids) for row in rows) for rows in entries)
+    shape = (len(entries), size)
+    ids, segments = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    trained = torch.zeros(shape, dtype=torch.bool)
+    depth = max((len(c) for rows in entries for row in rows for c in row.continuations or []), default=0)
+    continuations = torch.full((*shape, depth), -1)
+    for entry, rows in enumerate(entries):
+        begin = 0
+        for number, row in enumerate(rows, start=1):
+            place = slice(begin, begin + len(row.input_ids))
+            ids[entry, place] = torch.tensor(row.input_ids)
+            segments[entry, place] = number
+            trained[entry, place] = torch.tensor(row.trained)
+            trained[entry, begin] = False
+            if row.continuations:
+                continuations[entry, place] = torch.tensor(row.continuations)
+            begin = place.stop
+    batch = {"input_ids": ids, "segments": segments, "trained": trained}
+    return batch | ({"continuations": continuations} if depth else {})
 
 
 def most_frequent(rows: list[Row], count: int) -> Tensor:
@@ -69,38 +140,66 @@ def most_frequent(rows: list[Row], count: int) -> Tensor:
 
 
 def _tokenize(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> Row:
-    if "messages" in record:
-        return _conversation(record["messages"], tokenizer, where)
-    if not isinstance(record.get("text"), str):
-        raise RedrafterError(f'{where}: a row needs "messages" or "text".')
-    prompt, text = record.get("prompt", ""), record["text"]
-    ids = tokenizer(prompt + text).input_ids
+    if "input_ids" in record:
+        return _tokenized(record, len(tokenizer), where)
+    if "messages" in record or "conversations" in record:
+        return _conversation(messages_of(record, where), tokenizer, where)
+    prompt, completion = record.get("prompt", ""), record.get("completion", record.get("text"))
+    if isinstance(prompt, list) and isinstance(completion, list):
+        messages = messages_of({"messages": prompt + completion}, where)
+        return _conversation(messages, tokenizer, where, first=len(prompt))
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise RedrafterError(
+            f'{where}: a row needs "messages", "conversations", "prompt" and "completion", "text", or "input_ids".'
+        )
+    ids = tokenizer(prompt + completion).input_ids
     end = tokenizer.eos_token_id
-    if not prompt:
-        ids = ids if end is None or ids[-1:] == [end] else [*ids, end]
-        return Row(ids, [True] * len(ids))
-    known = tokenizer(prompt).input_ids
-    if known and known[-1] == end:
-        known = known[:-1]
-    return Row(ids, [i >= len(known) for i in range(len(ids))])
+    if end is not None and ids[-1:] != [end] and ("completion" in record or not prompt):
+        ids = [*ids, end]  # what `generate` wrote may have been cut short, so its text is not closed
+    known = tokenizer(prompt).input_ids if prompt else []
+    same = next((i for i, (a, b) in enumerate(zip(known, ids, strict=False)) if a != b), min(len(known), len(ids)))
+    return Row(ids, [i >= same for i in range(len(ids))])
 
 
-def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> Row:
-    """Renders by the tokenizer's own template; the assistant's tokens by its generation markers or by comparison."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise RedrafterError(f'{where}: the tokenizer has no chat template; give rows with "text" instead.')
+def _tokenized(record: dict[str, Any], vocabulary: int, where: str) -> Row:
+    ids, mask, more = record["input_ids"], record.get("loss_mask"), record.get("continuations")
+    if not _are_ids(ids, vocabulary):
+        raise RedrafterError(f'{where}: "input_ids" must be whole numbers from 0 to {vocabulary - 1}.')
+    if not isinstance(mask, list) or len(mask) != len(ids) or not all(m in (0, 1) for m in mask):
+        raise RedrafterError(f'{where}: "input_ids" needs a "loss_mask" of 0 and 1, one for each.')
+    if more is not None and not (
+        isinstance(more, list)
+        and len(more) == len(ids)
+        and all(_are_ids(m, vocabulary) and len(m) == len(more[0]) > 1 for m in more)
+    ):
+        raise RedrafterError(f'{where}: "continuations" must be lists of two ids or more, as long as each other.')
+    return Row(ids, [bool(m) for m in mask], more)
+
+
+def _are_ids(ids: Any, vocabulary: int) -> bool:
+    return isinstance(ids, list) and all(type(i) is int and 0 <= i < vocabulary for i in ids)
+
+
+def _conversation(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str, first: int = 0) -> Row:
+    """Renders by the tokenizer's own template; the assistant's tokens by its generation markers or by comparison.
+
+    Only turns from `first` on are learnt.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise RedrafterError(f'{where}: the tokenizer has no chat template; give one, or rows with "text" instead.')
     try:
-        if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+        if ("{% generation" in template or "{%- generation" in template) and not first:
             rendered = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
             return Row(list(rendered["input_ids"]), [bool(m) for m in rendered["assistant_masks"]])
-        return _by_comparison(messages, tokenizer)
+        return _by_comparison(messages, tokenizer, first)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise RedrafterError(f"{where}: the messages do not fit the chat template ({error}).") from None
     except Exception as error:  # jinja raises its own kinds, and the template any of them
         raise RedrafterError(f"{where}: the chat template refuses the messages ({error}).") from None
 
 
-def _by_comparison(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Row:
+def _by_comparison(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, first: int) -> Row:
     """Marks what each assistant turn adds to the rendering of all before it."""
 
     def ids(count: int, *, prompt: bool) -> list[int]:
@@ -110,7 +209,7 @@ def _by_comparison(messages: list[dict[str, str]], tokenizer: PreTrainedTokenize
     whole = ids(len(messages), prompt=False)
     trained = [False] * len(whole)
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index < first:
             continue
         before, after = ids(index, prompt=True), ids(index + 1, prompt=False)
         if whole[: len(after)] != after or after[: len(before)] != before:

@@ -52,13 +52,24 @@ TOKENS = Objective()
 
 
 def windows(
-    input_ids: Int[Tensor, "B P"], trained: Bool[Tensor, "B P"], *, length: int
+    input_ids: Int[Tensor, "B P"],
+    trained: Bool[Tensor, "B P"],
+    *,
+    length: int,
+    continuations: Int[Tensor, "B P depth"] | None = None,
 ) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"], Int[Tensor, "M length1"], Bool[Tensor, "M length"]]:
     """Every place where drafting can begin: rows, positions t, tokens `t+1 … t+1+length` and which to predict.
 
     The guaranteed token t+1 and every predicted one must be trained tokens, without a gap; a window of which nothing is
-    to be predicted is left out.  `length1 = length + 1`.
+    to be predicted is left out.  `length1 = length + 1`.  With `continuations`, what the target itself writes after
+    each t (-1 past its end), those are the tokens, wherever t+1 is a trained one.
     """
+    if continuations is not None:
+        tokens = continuations[..., : length + 1]
+        tokens = torch.nn.functional.pad(tokens, (0, length + 1 - tokens.shape[-1]), value=-1)
+        wanted = (tokens[..., 1:] >= 0) & torch.nn.functional.pad(trained, (0, 1))[:, 1:, None]
+        rows, positions = wanted[..., 0].nonzero(as_tuple=True)
+        return rows, positions, tokens[rows, positions].clamp(min=0), wanted[rows, positions]
     padded = torch.nn.functional.pad(input_ids, (0, length + 1))
     wanted = torch.nn.functional.pad(trained, (0, length + 1))
     tokens = padded.unfold(1, length + 1, 1)[:, 1:]  # [B, P, length + 1], entry t begins at t + 1
@@ -77,16 +88,19 @@ def unrolled_loss(
     length: int,
     objective: Objective = TOKENS,
     head: Callable[[Tensor], Tensor] | None = None,
+    continuations: Int[Tensor, "B P depth"] | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over the `length` draft positions of the mean loss (nats) that `objective` says.
 
     `hidden` is what the target's output head reads, `embed` its token embedding, `trained` marks the tokens to learn;
-    `head` gives the target's logits from its hidden states [C, H], where the objective is about its distribution.
-    Tokens outside the draft vocabulary have no cross-entropy.  A batch without a trained window gives 0.  `chunk`
+    `head` gives the target's logits from its hidden states [C, H], where the objective is about its distribution: that
+    is known along the text alone, so not where `continuations` take the place of the tokens that follow.  Tokens
+    outside the draft vocabulary have no cross-entropy.  A batch without a trained window gives 0.  `chunk`
     windows are scored at a time, by default as many as LOGITS allows.
     """
-    rows, positions, tokens, wanted = windows(input_ids, trained, length=length)
+    rows, positions, tokens, wanted = windows(input_ids, trained, length=length, continuations=continuations)
+    assert continuations is None or not objective.of_distribution
     if not len(rows):  # keeps the graph, so that a batch with nothing to learn can pass through any trainer
         return sum((p.sum() for p in drafter.parameters()), torch.zeros((), device=hidden.device)) * 0.0
     labels = _labels(drafter, tokens[:, 1:].contiguous()).masked_fill(~wanted, IGNORED)

@@ -61,11 +61,13 @@ class Unrolled(nn.Module):
         self.objective = objective
         self.target = (target,)  # a tuple, so that its weights are not taken for this module's
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, trained: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, input_ids: Tensor, segments: Tensor, trained: Tensor, continuations: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The loss under the key that the Trainer looks for."""
         (target,) = self.target
         with torch.no_grad(), target.evaluating(), torch.autocast(target.device.type, enabled=False):
-            hidden = target.hidden_states(input_ids, attention_mask)
+            hidden = target.hidden_states(input_ids, segments)
 
         def embed(tokens: Tensor) -> Tensor:
             embedding: Tensor = target.embed(tokens)
@@ -84,6 +86,7 @@ class Unrolled(nn.Module):
             length=self.drafter.config.beam_length,
             objective=self.objective,
             head=head,
+            continuations=continuations,
         )
         return {"loss": loss}
 
