@@ -104,6 +104,32 @@ def llama():
     return tiny_model()
 
 
+@pytest.fixture
+def say(capsys):
+    """Runs the command line; returns exit status, stdout and stderr."""
+    from redrafter.cli import main
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run
+
+
+def refusal(answer: tuple[int, str, str]) -> str:
+    """The one sentence of a refusal."""
+    status, out, err = answer
+    assert status == 2, (out, err)
+    assert out == ""
+    assert err.startswith("redrafter: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
 def greedy(model, prompt: list[int], count: int) -> list[int]:
     """What transformers' own greedy generation adds to a prompt."""
     ids = torch.tensor([prompt])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 
 import pytest
 import torch
+from huggingface_hub import RepoUrl
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -94,3 +97,26 @@ def test_a_disk_that_fills_up_leaves_the_old_folder_as_it_was(folder, monkeypatc
     with pytest.raises(RedrafterError, match="drafter could not be written: No space left on device"):
         hub.save_folder(folder, '{"a": 2}\n', nn.Linear(30, 20).state_dict(), card="new card")
     assert contents(folder) == before
+
+
+def test_an_upload_sends_the_drafter_alone(drafter_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "drafter"
+    shutil.copytree(drafter_folder, folder)
+    (folder / "checkpoints").mkdir()
+    sent = []
+
+    class Api:
+        def create_repo(self, name, exist_ok):
+            if name == "someone/forbidden":
+                raise HFValidationError("you may not.\nMore words")
+            return RepoUrl(f"https://huggingface.co/{name}")
+
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns):
+            sent.append((repo_id, folder_path, sorted(allow_patterns)))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert hub.push(folder, "someone/drafter") == "https://huggingface.co/someone/drafter"
+    files = ["README.md", "config.json", "custom_generate/generate.py", "custom_generate/requirements.txt"]
+    assert sent == [("someone/drafter", folder, [*files, "model.safetensors"])]
+    with pytest.raises(RedrafterError, match="could not be uploaded to someone/forbidden: you may not"):
+        hub.push(folder, "someone/forbidden")

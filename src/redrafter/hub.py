@@ -102,6 +102,24 @@ def save_folder(folder: Path, config: str, tensors: Mapping[str, Tensor], card: 
             beside.unlink(missing_ok=True)
 
 
+def push(folder: Path, name: str) -> str:
+    """Uploads a drafter folder to the hub repository OWNER/NAME, which is made where there is none; its address.
+
+    Raises RedrafterError where the hub refuses or is out of reach.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    files = [WEIGHTS, CONFIG, CARD, *CUSTOM_GENERATE]
+    try:
+        made = HfApi().create_repo(name, exist_ok=True)
+        HfApi().upload_folder(repo_id=made.repo_id, folder_path=folder, allow_patterns=files)
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise RedrafterError(f"{folder} could not be uploaded to {name}: {reason}.") from error
+    return str(made)
+
+
 def size_on_disk(folder: Path) -> int:
     """Bytes of the folder's own files."""
     return sum((folder / name).stat().st_size for name in (CONFIG, WEIGHTS, CARD) if (folder / name).exists())

@@ -105,15 +105,31 @@ class Target:
         Returns hidden states, as the output head reads them, and logits: of every node (M = N), or with `select` of one
         node a row (M = 1).
         """
-        position = length[:, None] + tree.depth
+        slots = length[:, None] + torch.arange(tree.size, device=length.device)
+        visible = partial(tree_mask, tree, length, slots=cache.window.visible)
+        return self.run(tree.tokens, length[:, None] + tree.depth, slots, visible, cache, select)
+
+    def run(
+        self,
+        tokens: Int[Tensor, "B N"],
+        position: Int[Tensor, "B N"],
+        slots: Int[Tensor, "B N"],
+        visible: Callable[..., Tensor],
+        cache: SlotCache,
+        select: Int[Tensor, " B"] | None = None,
+    ) -> tuple[Float[Tensor, "B M H"], Float[Tensor, "B M V"]]:
+        """One run of the model over tokens that go to the given slots of their rows and see what `visible` says.
+
+        `visible(window=...)` gives a bool mask [B, N, cache.window.visible].  Returns as `forward` does.
+        """
         if self.context_length is not None:  # nodes past the end are never kept, but tables must not be overrun
             position = position.clamp(max=self.context_length - 1)
-        cache.window.slots = length[:, None] + torch.arange(tree.size, device=length.device)
+        cache.window.slots = slots
         with self._head_input(select) as captured:
             output = self.model(
-                input_ids=tree.tokens,
+                input_ids=tokens,
                 position_ids=position,
-                attention_mask=self._masks(partial(tree_mask, tree, length, slots=cache.window.visible)),
+                attention_mask=self._masks(visible),
                 past_key_values=cache,
                 use_cache=True,
             )

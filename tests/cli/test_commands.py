@@ -9,23 +9,9 @@ import pytest
 import torch
 import transformers
 
-from conftest import greedy, tiny_model
+from conftest import greedy, refusal, tiny_model
 from redrafter import RecurrentDrafter, __version__
 from redrafter.cli import main
-
-
-@pytest.fixture
-def say(capsys):
-    """Runs the command line; returns exit status, stdout and stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture
@@ -36,18 +22,7 @@ def prompts(tmp_path):
     return path
 
 
-def refusal(answer: tuple[int, str, str]) -> str:
-    """The one sentence of a refusal."""
-    status, out, err = answer
-    assert status == 2, (out, err)
-    assert out == ""
-    assert err.startswith("redrafter: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    return err
-
-
-@pytest.mark.parametrize("command", ["demo", "generate", "train", "check", "info"])
+@pytest.mark.parametrize("command", ["demo", "generate", "train", "data", "check", "info"])
 def test_help_names_every_command_and_every_option(say, command):
     status, out, _ = say("--help")
     assert status == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate
 from redrafter.training import trainer
 from redrafter.training.data import Row
-from redrafter.training.trainer import Recipe, newest_checkpoint, run
+from redrafter.training.evaluation import Acceptance
+from redrafter.training.loss import Objective
+from redrafter.training.trainer import Recipe, estimate, newest_checkpoint, run
 
 MODEL = tiny_model()
 
@@ -108,3 +112,115 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
     assert newest_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path, monkeypatch):
+    step = trainer.Trainer.training_step
+
+    def broken(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 4 else loss
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", broken)
+    with pytest.raises(RedrafterError, match="not finite at step 5; checkpoint-4 is the last good checkpoint"):
+        run(MODEL, fresh(), own_text(4), tmp_path, Recipe(max_steps=8, save_steps=2), resume=False)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-4"
+
+
+def test_the_best_checkpoint_on_held_out_rows_is_kept(tmp_path, monkeypatch):
+    """Acceptance is made to fall after the second look, so the weights written must be those of step 4."""
+    looks: list[int] = []
+    seen: dict[int, list[torch.Tensor]] = {}
+    drafter = fresh()
+
+    def measured(module, rows):
+        looks.append(len(rows))
+        seen[len(looks)] = weights(drafter)
+        return Acceptance(drafts=10, draft_tokens=30, accepted={1: 5, 2: 9}.get(len(looks), 1), by_position=[1, 0, 0])
+
+    monkeypatch.setattr(trainer, "held_out_acceptance", measured)
+    rows = own_text(16)
+    recipe = Recipe(max_steps=7, batch_size=4, learning_rate=5e-3, save_steps=2)
+    run(MODEL, drafter, rows[:12], tmp_path, recipe, held_out=rows[12:], resume=False)
+    assert looks == [4] * 5, "after steps 2, 4, 6, the last one and for the card"
+    assert all(torch.equal(a, b) for a, b in zip(weights(drafter), seen[2], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(seen[2], seen[4], strict=True))
+
+
+def test_the_card_tells_what_the_run_saw(tmp_path):
+    rows = own_text(16)
+    recipe = Recipe(
+        max_steps=2, batch_size=4, accumulation=2, save_steps=9, objective=Objective(0.1, kl=0.9, decay=0.8)
+    )
+    told = {"sources": ["someone/chats:train_sft", "mine.jsonl"], "licence": "mit"}
+    run(MODEL, fresh(), rows[:14], tmp_path, recipe, held_out=rows[14:], resume=False, **told)
+    card = (tmp_path / "README.md").read_text()
+    for words in (
+        "license: mit", "- someone/chats\n", "14 rows with 336 tokens to learn of someone/chats:train_sft, mine.jsonl",
+        "cross-entropy 0.1, kl 0.9, decay 0.8", "2 of 4 x 2", "tokens a step (10 beams of 3)",
+        "torch " + torch.__version__,
+    ):  # fmt: skip
+        assert words in card, words
+
+
+def test_packed_rows_learn_what_rows_alone_learn(tmp_path):
+    """One batch of all rows, so that only the packing differs."""
+    rows = own_text(6)
+    losses = [
+        run(
+            MODEL,
+            fresh(),
+            rows,
+            tmp_path / str(packing),
+            Recipe(max_steps=1, batch_size=6, packing=packing),
+            resume=False,
+        )
+        for packing in (None, 60)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_accumulated_batches_are_one_step(tmp_path):
+    rows = own_text(8)
+    steps = []
+    for name, recipe in (
+        ("a", Recipe(max_steps=2, batch_size=4)),
+        ("b", Recipe(max_steps=2, batch_size=2, accumulation=2)),
+    ):
+        drafter = fresh()
+        run(MODEL, drafter, rows, tmp_path / name, recipe, resume=False)
+        steps.append(drafter)
+    for one, other in zip(weights(steps[0]), weights(steps[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_an_estimate_counts_the_steps_and_trains_nothing():
+    drafter = fresh()
+    before = weights(drafter)
+    found = estimate(MODEL, drafter, own_text(10), Recipe(epochs=3.0, batch_size=2, accumulation=2))
+    assert found.steps == 9
+    assert found.seconds > 0
+    assert found.weights == 4 * (sum(p.numel() for p in MODEL.parameters()) + 4 * sum(p.numel() for p in before))
+    assert found.peak is None
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(drafter), strict=True))
+    assert all(p.grad is None for p in drafter.parameters())
+
+
+def test_continuations_know_no_distribution(tmp_path):
+    rows = [Row([3, 4, 5], [True] * 3, [[4, 5], [5, 6], [6, 7]])]
+    with pytest.raises(RedrafterError, match="train on them with cross-entropy alone"):
+        run(MODEL, fresh(), rows, tmp_path, Recipe(objective=Objective(0.5, kl=0.5)), resume=False)
+
+
+def test_what_this_machine_cannot_do_is_refused(tmp_path):
+    with pytest.raises(RedrafterError, match="cannot be trained so: "):
+        run(MODEL, fresh(), own_text(2), tmp_path, Recipe(report_to=("nothing",)), resume=False)
+
+
+def test_what_a_logger_writes_stays(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tensorboard's own
+        run(MODEL, fresh(), own_text(2), tmp_path, Recipe(max_steps=2, report_to=("tensorboard",)), resume=False)
+    assert list((tmp_path / "checkpoints").rglob("events.out.tfevents*"))
+    assert newest_checkpoint(tmp_path / "checkpoints") is None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from redrafter.drafter import RecurrentDrafter
+    from redrafter.files import Skip
+
+BAD_ROWS_NAMED = 10
+"""Bad rows that are named where they are skipped; the others are counted."""
 
 Model = Annotated[str, typer.Option(help="The target: a folder or hub id of a Hugging Face causal language model.")]
 DrafterPath = Annotated[str, typer.Option(help="The drafter: a folder or hub id.")]
@@ -50,6 +57,11 @@ Set = Annotated[
         help="Any other setting of transformers' GenerationConfig, the value as JSON: --set repetition_penalty=1.1",
     ),
 ]
+Sources = "Files of JSON lines (perhaps .gz, .xz, .zst), .json or .parquet, patterns, or OWNER/NAME[:SPLIT] of the hub."
+Template = Annotated[
+    Path | None, typer.Option(help="A file with a chat template (Jinja) to use instead of the tokenizer's own.")
+]
+BadRows = Annotated[str, typer.Option(help="stop at the first row that cannot be read, or skip and count them.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
 
 
@@ -69,6 +81,46 @@ def read_settings(more: list[str] | None, **told: Any) -> dict[str, Any]:
     return settings
 
 
+@contextmanager
+def skipping(bad_rows: str) -> Iterator[Skip | None]:
+    """What `--bad-rows` asks for: nothing, or whom to tell of a bad row; says in the end how many there were."""
+    if bad_rows not in ("stop", "skip"):
+        raise RedrafterError(f"--bad-rows {bad_rows} is not one of stop, skip.")
+    told = 0
+
+    def skip(sentence: str) -> None:
+        nonlocal told
+        told += 1
+        if told <= BAD_ROWS_NAMED:
+            typer.echo(f"skipped: {sentence}", err=True)
+
+    yield None if bad_rows == "stop" else skip
+    if told:
+        more = f", of which the first {BAD_ROWS_NAMED} are named" if told > BAD_ROWS_NAMED else ""
+        typer.echo(f"{told:,} bad rows were skipped{more}.", err=True)
+
+
+def load_tokenizer(path: str, template: Path | None = None) -> PreTrainedTokenizerBase:
+    """The target's tokenizer, perhaps with another chat template.  Raises RedrafterError where it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise RedrafterError(f"The tokenizer of {path} cannot be loaded: {_reason(error)}.") from error
+    if template is not None:
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RedrafterError(f"--template {template} cannot be read: {error.strerror}.") from None
+    return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def load_model(path: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The target, ready to decode, and its tokenizer.  Raises RedrafterError where they cannot be loaded."""
     import torch
@@ -81,18 +133,17 @@ def load_model(path: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise RedrafterError(f"--dtype {dtype} is not one of auto, float32, bfloat16, float16.")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        own = os.environ.get("LOCAL_RANK", "0")  # of several processes started together each takes a GPU
+        device = f"cuda:{own}" if torch.cuda.is_available() else "cpu"
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise RedrafterError(f"The model {path} cannot be loaded: {reason}.") from error
+        raise RedrafterError(f"The model {path} cannot be loaded: {_reason(error)}.") from error
     try:
         return model.to(torch.device(device)).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise RedrafterError(f"The model cannot be put on --device {device}: {reason}.") from error
+        raise RedrafterError(f"The model cannot be put on --device {device}: {_reason(error)}.") from error
 
 
 def load_drafter(path: str, model: PreTrainedModel) -> RecurrentDrafter:

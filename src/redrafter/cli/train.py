@@ -3,34 +3,86 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from redrafter.cli.loading import Device, Dtype, Model
+from redrafter.cli.loading import BadRows, Device, Dtype, Model, Sources, Template
+from redrafter.errors import RedrafterError
+
+
+def _configured(context: typer.Context, file: Path | None) -> Path | None:
+    """Options from a YAML file, which the command line overrides; a key that is no option is refused."""
+    if file is None:
+        return None
+    import yaml
+
+    try:
+        told = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RedrafterError(f"--config {file} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise RedrafterError(f"--config {file} is not YAML: {error}.") from None
+    if not isinstance(told, dict):
+        raise RedrafterError(f"--config {file} must hold options as NAME: VALUE.")
+    values: dict[str, Any] = {str(name).replace("-", "_"): value for name, value in told.items()}
+    known = {parameter.name for parameter in context.command.params} - {"config", "help", "more"}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise RedrafterError(f"--config {file}: {', '.join(unknown)} is no option of this command.")
+    context.default_map = {**(context.default_map or {}), **values}
+    return file
 
 
 def train(
     model: Model,
-    data: Annotated[list[Path], typer.Option(help="JSONL rows of `messages`, `prompt` and `text`, or `text`.")],
+    data: Annotated[list[str], typer.Option(help=Sources)],
     output: Annotated[Path, typer.Option(help="Folder to write the drafter to.")],
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[DATA]...", help="More files of data.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[DATA]...", help="More of the same.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(is_eager=True, callback=_configured, help="YAML of these options; the command line overrides it."),
+    ] = None,
+    template: Template = None,
+    bad_rows: BadRows = "stop",
+    max_length: Annotated[int, typer.Option(min=3, help="Tokens of a row at most.")] = 1024,
+    packing: Annotated[bool, typer.Option("--packing", help="Put short rows together, up to --max-length.")] = False,
+    held_out: Annotated[
+        int | None,
+        typer.Option(min=0, help="Rows to measure on instead of training.  [default: 1 in 20, 64 at most]"),
+    ] = None,
     beam_length: Annotated[int, typer.Option(min=1, help="Tokens to draft, the guaranteed one not counted.")] = 4,
+    beam_width: Annotated[int, typer.Option(min=1, help="Beams to draft by default, and to measure with.")] = 10,
+    node_budget: Annotated[int | None, typer.Option(min=2, help="Nodes to draft by default.  [default: beams]")] = None,
     exit_dim: Annotated[int | None, typer.Option(min=1, help="Width of the head.  [default: 2 x hidden size]")] = None,
     blocks: Annotated[int, typer.Option(min=0, help="Residual blocks of the head.")] = 2,
     rnn: Annotated[bool, typer.Option(help="The recurrence, or a running sum of embeddings.")] = True,
     draft_vocabulary: Annotated[
         int | None, typer.Option(min=1, help="Draft only the N most frequent tokens of the data.  [default: all]")
     ] = None,
+    cross_entropy: Annotated[float, typer.Option(help="Weight of the loss on tokens.")] = 1.0,
+    kl: Annotated[float, typer.Option(help="Weight of the divergence from the target's distribution.")] = 0.0,
+    total_variation: Annotated[float, typer.Option(help="Weight of the distance from that distribution.")] = 0.0,
+    coupled: Annotated[float, typer.Option(help="Weight of the loss on what the target draws by known noise.")] = 0.0,
+    decay: Annotated[float, typer.Option(help="What a draft position counts of the one before.")] = 1.0,
     epochs: Annotated[float, typer.Option(help="Times to see the data.")] = 2.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps, instead of epochs where positive.")] = -1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a step.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that a process takes in at once.")] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Batches for each optimiser step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW; warm-up, then cosine to zero.")] = 1e-3,
-    max_length: Annotated[int, typer.Option(min=3, help="Tokens of a row at most.")] = 1024,
-    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
+    precision: Annotated[str, typer.Option(help="Of the drafter: auto, float32, bfloat16 or float16.")] = "auto",
+    save_steps: Annotated[
+        int, typer.Option(min=1, help="Steps from one checkpoint and measurement to the next.")
+    ] = 500,
+    report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb, trackio, …")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and order.")] = 0,
+    licence: Annotated[str | None, typer.Option("--license", help="Of the data, for the card.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the drafter in the end.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a drafter that the folder holds.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and train nothing.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -38,24 +90,42 @@ def train(
     from rich.console import Console
 
     from redrafter import hub
-    from redrafter.errors import RedrafterError
 
-    if (output / hub.CONFIG).exists() and not overwrite:
+    if (output / hub.CONFIG).exists() and not (overwrite or dry_run):
         raise RedrafterError(f"{output} already holds a drafter: pass --overwrite, or another --output.")
+    if precision not in ("auto", "float32", "bfloat16", "float16"):
+        raise RedrafterError(f"--precision {precision} is not one of auto, float32, bfloat16, float16.")
 
     import torch
 
-    from redrafter.cli.loading import load_model
+    from redrafter.cli.loading import load_model, load_tokenizer, skipping
     from redrafter.drafter import RecurrentDrafter
     from redrafter.target import Target
-    from redrafter.training.data import most_frequent, read_rows
-    from redrafter.training.trainer import Recipe, newest_checkpoint, run
+    from redrafter.training.data import most_frequent, read_rows, split
+    from redrafter.training.loss import Objective
+    from redrafter.training.trainer import Recipe, estimate, newest_checkpoint, run
 
-    recipe = Recipe(epochs, max_steps, batch_size, learning_rate, save_steps=save_steps, seed=seed)
+    recipe = Recipe(
+        epochs,
+        max_steps,
+        batch_size,
+        learning_rate,
+        save_steps=save_steps,
+        seed=seed,
+        objective=Objective(cross_entropy, kl, total_variation, coupled, decay),
+        accumulation=accumulation,
+        precision=precision,  # type: ignore[arg-type]
+        packing=max_length if packing else None,
+        report_to=tuple(report_to or ()),
+    )
     console = Console(stderr=True, soft_wrap=True)
-    target, tokenizer = load_model(model, dtype, device)
-    limit = Target(target).context_length or max_length
-    rows = read_rows([*data, *(more or [])], tokenizer, max_length=min(max_length, limit))
+    sources = [*data, *(more or [])]
+    with skipping(bad_rows) as skip:  # before the target is loaded, which may take long
+        rows = read_rows(sources, load_tokenizer(model, template), max_length=max_length, skip=skip)
+    target, _ = load_model(model, dtype, device)
+    limit = Target(target).context_length
+    rows = rows if limit is None else [row.cut(limit) for row in rows]
+    rows, measured = split(rows, min(64, len(rows) // 20) if held_out is None else held_out, seed=seed)
     torch.manual_seed(seed)
     drafter = RecurrentDrafter.for_target(
         target,
@@ -63,14 +133,29 @@ def train(
         num_draft_layers=blocks,
         rnn=rnn,
         beam_length=beam_length,
+        beam_width=beam_width,
+        node_budget=node_budget,
         draft_vocabulary=None if draft_vocabulary is None else most_frequent(rows, draft_vocabulary),
     )
-    learnt = sum(sum(row.trained) for row in rows)
-    console.print(f"{len(rows):,} rows, {learnt:,} tokens to learn; {hub.count_parameters(drafter):,} parameters.")
+    learnt = sum(row.learnt for row in rows)
+    console.print(
+        f"{len(rows):,} rows, {learnt:,} tokens to learn, {len(measured)} rows held out; "
+        f"{hub.count_parameters(drafter):,} parameters."
+    )
+    if dry_run:
+        needs = estimate(target, drafter, rows, recipe)
+        peak = "" if needs.peak is None else f", {needs.peak / 2**30:.2f} GiB at most with a batch"
+        weights = f"{needs.weights / 2**30:.2f} GiB of weights and moments"
+        console.print(f"{needs.steps:,} steps, about {needs.seconds:,.0f} s; {weights}{peak}.")
+        return
+    names = [source if "/" in source and not Path(source).exists() else Path(source).name for source in sources]
     try:
-        loss = run(target, drafter, rows, output, recipe, resume=resume)
+        about: dict[str, Any] = {"sources": names, "licence": licence}
+        loss = run(target, drafter, rows, output, recipe, held_out=measured, resume=resume, **about)
     except KeyboardInterrupt:
         again = newest_checkpoint(output / "checkpoints")
         advice = f"run it again with --resume to go on from {again.name}" if again else "no checkpoint was written yet"
         raise RedrafterError(f"Interrupted; {advice}.") from None
     console.print(f"Loss {loss:.3f}. Wrote {output}.")
+    if push_to_hub:
+        console.print(f"Uploaded to {hub.push(output, push_to_hub)}.")

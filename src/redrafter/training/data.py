@@ -6,6 +6,7 @@ target's weights or the drafter.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,18 @@ def read_rows(
     if not any(any(row.trained[2:]) for row in rows):
         raise RedrafterError("The data holds no token to learn.")
     return rows
+
+
+def split(rows: list[Row], held_out: int, *, seed: int) -> tuple[list[Row], list[Row]]:
+    """The rows to train on, in their order, and `held_out` others, chosen by the seed.
+
+    Raises RedrafterError where none would be left, or none with a token to learn.
+    """
+    chosen = set(random.Random(seed).sample(range(len(rows)), min(held_out, len(rows))))
+    kept = [row for number, row in enumerate(rows) if number not in chosen]
+    if not any(row.learnt for row in kept):
+        raise RedrafterError(f"With {held_out} rows held out, none of the {len(rows)} with a token to learn is left.")
+    return kept, [rows[number] for number in sorted(chosen)]
 
 
 def pack(rows: Iterable[Row], length: int) -> list[list[Row]]:
@@ -170,14 +183,14 @@ def _tokenized(record: dict[str, Any], vocabulary: int, where: str) -> Row:
     if more is not None and not (
         isinstance(more, list)
         and len(more) == len(ids)
-        and all(_are_ids(m, vocabulary) and len(m) == len(more[0]) > 1 for m in more)
+        and all(_are_ids(m, vocabulary, least=-1) and len(m) == len(more[0]) > 1 for m in more)
     ):
         raise RedrafterError(f'{where}: "continuations" must be lists of two ids or more, as long as each other.')
     return Row(ids, [bool(m) for m in mask], more)
 
 
-def _are_ids(ids: Any, vocabulary: int) -> bool:
-    return isinstance(ids, list) and all(type(i) is int and 0 <= i < vocabulary for i in ids)
+def _are_ids(ids: Any, vocabulary: int, least: int = 0) -> bool:
+    return isinstance(ids, list) and all(type(i) is int and least <= i < vocabulary for i in ids)
 
 
 def _conversation(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str, first: int = 0) -> Row:

@@ -1,30 +1,40 @@
 """The training run: a frozen target, transformers' Trainer, and a drafter folder at the end.
 
-Promises that an interrupted run resumes from its last complete checkpoint, and that the drafter folder is written whole
-or not at all.  Does not know commands.
+Promises that an interrupted run resumes from its last complete checkpoint, that the weights kept are those whose drafts
+of held-out rows were accepted farthest, and that the drafter folder is written whole or not at all.  Does not know
+commands.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from redrafter import hub
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
+from redrafter.proposers import RecurrentProposer
 from redrafter.target import Target
-from redrafter.training.data import Row, collate
+from redrafter.training.card import Run, card
+from redrafter.training.data import Row, collate, pack
+from redrafter.training.evaluation import Acceptance, acceptance
 from redrafter.training.loss import TOKENS, Objective, unrolled_loss
 
 COMPLETE = "complete"
 """Empty file that marks a checkpoint as whole; it is written after all else."""
+
+METRIC = "acceptance_length"
+"""What the best checkpoint is chosen by: 1 + accepted tokens of a draft, on held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +48,22 @@ class Recipe:
     max_steps: int = -1
     """Optimiser steps; overrides `epochs` where positive."""
     batch_size: int = 8
+    """Rows, or groups of packed ones, that each process takes in at once."""
     learning_rate: float = 1e-3
     warmup: float = 0.1
     """Share of the steps, followed by a cosine to zero."""
     save_steps: int = 500
+    """Optimiser steps from one checkpoint, and one look at the held-out rows, to the next."""
     seed: int = 0
     objective: Objective = TOKENS
+    accumulation: int = 1
+    """Batches for each optimiser step."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the drafter's products, its weights stay in float32; auto is bfloat16 on CUDA and float32 elsewhere."""
+    packing: int | None = None
+    """Pack short rows together, up to so many tokens."""
+    report_to: tuple[str, ...] = ()
+    """Loggers of transformers: tensorboard, wandb, trackio, …"""
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
@@ -91,10 +111,47 @@ class Unrolled(nn.Module):
         return {"loss": loss}
 
 
+class _MeasuredAtTheEnd(TrainerCallback):  # type: ignore[misc]
+    """The last step is measured too: Trainer saves it, but may look at the held-out rows only before."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = args.eval_strategy != "no"
+
+
 class Checkpointing(Trainer):  # type: ignore[misc]
-    """A Trainer that marks each checkpoint once all of it is written, and leaves none half-written."""
+    """A Trainer that marks each checkpoint once all of it is written, and leaves none half-written nor sick."""
+
+    held_out: list[Row]
+    sick: Tensor | None = None
+    """The first step whose loss was not finite; it stays on the device until someone must know."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One batch; remembers a loss that is not finite."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self.sick is None:
+            self.sick = torch.zeros((), dtype=torch.long, device=loss.device)
+        step = torch.full_like(self.sick, self.state.global_step + 1)
+        self.sick = torch.where((self.sick == 0) & ~loss.isfinite(), step, self.sick)
+        return loss
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, once the losses are known to be sound."""
+        self._refuse_sick()
+        super().log(*args, **kwargs)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Acceptance on the held-out rows, in place of a loss."""
+        found = held_out_acceptance(self.accelerator.unwrap_model(self.model), self.held_out)
+        metrics = {f"{metric_key_prefix}_{METRIC}": found.mean_acceptance_length}
+        metrics |= {f"{metric_key_prefix}_accepted_{i}": rate for i, rate in enumerate(found.rates, start=1)}
+        self.log(metrics)
+        control = self.control  # type: ignore[has-type]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_sick()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(*args, **kwargs)
@@ -106,6 +163,26 @@ class Checkpointing(Trainer):  # type: ignore[misc]
         if self.is_world_process_zero():
             (folder / COMPLETE).touch()
 
+    def _refuse_sick(self) -> None:
+        if self.sick is not None and (step := int(self.sick)):
+            last = newest_checkpoint(Path(self.args.output_dir))
+            kept = f"{last.name} is the last good checkpoint" if last else "no checkpoint was written before"
+            raise RedrafterError(f"The loss is not finite at step {step}; {kept}. Lower the learning rate.")
+
+
+def held_out_acceptance(module: Unrolled, rows: list[Row]) -> Acceptance:
+    """How far the drafts of a drafter in training follow held-out rows, at every place of them."""
+    drafter, (target,) = module.drafter, module.target
+    config = drafter.config
+    proposer = RecurrentProposer(drafter, target, config.beam_width, config.beam_length, config.node_budget)
+    training = drafter.training
+    drafter.eval()
+    try:
+        with target.evaluating():
+            return acceptance(target, proposer, rows)
+    finally:
+        drafter.train(training)
+
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that was written to its end; half-written ones are passed over."""
@@ -114,12 +191,25 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def run(
-    model: PreTrainedModel, drafter: RecurrentDrafter, rows: list[Row], output: Path, recipe: Recipe, *, resume: bool
+    model: PreTrainedModel,
+    drafter: RecurrentDrafter,
+    rows: list[Row],
+    output: Path,
+    recipe: Recipe,
+    *,
+    held_out: list[Row] | None = None,
+    sources: list[str] | None = None,
+    licence: str | None = None,
+    resume: bool,
 ) -> float:
     """Trains `drafter` in place and writes it to `output`; returns the last loss it logged.
 
-    Checkpoints live in `output/checkpoints` until the drafter is written.  Raises RedrafterError where `output` holds
-    something that this run would replace, or where there is nothing to resume.
+    Checkpoints live in `output/checkpoints` until the drafter is written, beside what loggers write.  With rows
+    `held_out` the weights written are those of the checkpoint with the longest accepted drafts there.  `sources` and
+    `licence` are what the card says of the data.  Started by `torchrun` or `accelerate launch`, the processes share the
+    batches and the first one writes.
+    Raises RedrafterError where `output` holds something that this run would replace, where there is nothing to resume,
+    or where the loss stops being finite.
     """
     checkpoints = output / "checkpoints"
     latest = newest_checkpoint(checkpoints)
@@ -127,53 +217,118 @@ def run(
         raise RedrafterError(f"There is no checkpoint to resume from in {checkpoints}.")
     if not resume and latest is not None:
         raise RedrafterError(f"{output} holds an unfinished run: pass --resume, or another --output.")
-    arguments = TrainingArguments(
+    if any(row.continuations for row in rows) and recipe.objective.of_distribution:
+        raise RedrafterError("Rows with continuations know no distribution: train on them with cross-entropy alone.")
+    try:
+        trainer = Checkpointing(
+            model=Unrolled(drafter, Target(model), recipe.objective),
+            args=_arguments(drafter, recipe, checkpoints, measured=bool(held_out)),
+            train_dataset=rows if recipe.packing is None else pack(rows, recipe.packing),
+            eval_dataset=held_out or None,
+            data_collator=collate,
+            callbacks=[_MeasuredAtTheEnd()],
+        )
+    except (ValueError, RuntimeError) as error:  # a precision or a logger that is not to be had here
+        raise RedrafterError(f"This cannot be trained so: {str(error).splitlines()[0].rstrip('.')}.") from error
+    trainer.held_out = held_out or []
+    result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    loss = float(logged[-1] if logged else result.training_loss)
+    found = held_out_acceptance(trainer.model, held_out) if held_out else None
+    drafter.eval().to(model.dtype)
+    if trainer.is_world_process_zero():
+        ended = Run(rows, recipe, loss, trainer.state.global_step, found, sources or [], licence)
+        drafter.save_pretrained(output, card=card(drafter, ended))
+        for folder in checkpoints.glob("checkpoint-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a logger's files stay
+            checkpoints.rmdir()
+    trainer.accelerator.wait_for_everyone()
+    return loss
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would take, by its first batches."""
+
+    steps: int
+    seconds: float
+    """Of all steps; without loading, saving and looks at held-out rows."""
+    weights: int
+    """Bytes of the target, and of the drafter with its gradients and AdamW's two moments."""
+    peak: int | None
+    """Bytes allocated at most on a CUDA device; the drafter's moments are counted in."""
+
+
+def estimate(model: PreTrainedModel, drafter: RecurrentDrafter, rows: list[Row], recipe: Recipe) -> Estimate:
+    """Runs the loss and its gradients for the first batches, without a step of the optimiser."""
+    groups: list[Any] = list(rows) if recipe.packing is None else pack(rows, recipe.packing)
+    batches = math.ceil(len(groups) / (recipe.batch_size * _processes()))
+    steps = math.ceil(math.ceil(batches / recipe.accumulation) * recipe.epochs)
+    steps = recipe.max_steps if recipe.max_steps > 0 else steps
+    module = Unrolled(drafter, Target(model), recipe.objective)
+    precision, device = _precision(drafter, recipe), drafter.device
+    trained = sum(p.numel() * p.element_size() for p in drafter.parameters())
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for begin in range(0, min(len(groups), 3 * recipe.batch_size), recipe.batch_size):
+        started = time.perf_counter()
+        batch = {name: part.to(device) for name, part in collate(groups[begin : begin + recipe.batch_size]).items()}
+        with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
+            loss = module(**batch)["loss"]
+        loss.backward()
+        loss.item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    drafter.zero_grad(set_to_none=True)
+    return Estimate(
+        steps,
+        steps * recipe.accumulation * min(times),
+        sum(p.numel() * p.element_size() for p in model.parameters()) + 4 * trained,
+        torch.cuda.max_memory_allocated(device) + 2 * trained if on_gpu else None,
+    )
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _precision(drafter: RecurrentDrafter, recipe: Recipe) -> str:
+    if recipe.precision != "auto":
+        return recipe.precision
+    return "bfloat16" if drafter.device.type == "cuda" else "float32"
+
+
+def _arguments(drafter: RecurrentDrafter, recipe: Recipe, checkpoints: Path, *, measured: bool) -> TrainingArguments:
+    on_gpu = drafter.device.type == "cuda"
+    precision = _precision(drafter, recipe)
+    every: dict[str, Any] = {"save_strategy": "steps", "save_steps": recipe.save_steps}
+    if measured:
+        every |= {"eval_strategy": "steps", "eval_steps": recipe.save_steps}
+        every |= {"load_best_model_at_end": True, "metric_for_best_model": METRIC, "greater_is_better": True}
+    return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps,
         per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=recipe.warmup,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=drafter.device.type == "cuda",
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
         use_cpu=drafter.device.type == "cpu",
         logging_steps=50,
-        save_steps=recipe.save_steps,
+        logging_nan_inf_filter=False,
         save_total_limit=2,
         seed=recipe.seed,
         remove_unused_columns=False,
-        dataloader_pin_memory=drafter.device.type == "cuda",
+        dataloader_pin_memory=on_gpu,
         label_names=[],
-        report_to=[],
+        report_to=list(recipe.report_to),
         disable_tqdm=False,  # whatever the level of transformers' log
-    )
-    trainer = Checkpointing(
-        model=Unrolled(drafter, Target(model), recipe.objective),
-        args=arguments,
-        train_dataset=rows,
-        data_collator=collate,
-    )
-    result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    loss = float(logged[-1] if logged else result.training_loss)
-    drafter.eval().to(model.dtype)
-    drafter.save_pretrained(output, card=_card(drafter, rows, recipe, loss))
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return loss
-
-
-def _card(drafter: RecurrentDrafter, rows: list[Row], recipe: Recipe, loss: float) -> str:
-    config = drafter.config
-    tokens = sum(sum(row.trained) for row in rows)
-    base = f"base_model: {config.target}\n" if config.target else ""
-    return (
-        f"---\nlibrary_name: redrafter\n{base}tags:\n- speculative-decoding\n- custom_generate\n---\n\n"
-        f"# A recurrent drafter for {config.target or 'an unnamed model'}\n\n"
-        f"Trained by redrafter on {len(rows):,} rows with {tokens:,} tokens to learn, teacher-forced over "
-        f"{config.beam_length} draft positions: batch {recipe.batch_size}, learning rate {recipe.learning_rate:g}, "
-        f"last loss {loss:.3f} nats, summed over positions. {hub.count_parameters(drafter):,} parameters.\n\n"
-        "Use it with `redrafter generate --model MODEL --drafter THIS_FOLDER --prompt TEXT`, or in transformers with "
-        "`model.generate(**inputs, custom_generate=THIS_FOLDER, trust_remote_code=True)`.\n"
+        **every,
     )

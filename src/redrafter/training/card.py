@@ -1,0 +1,100 @@
+"""The model card of a trained drafter, filled from its run.
+
+Promises that nothing stands in it that the run did not see.  Does not know the trainer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import __version__ as TRANSFORMERS
+
+from redrafter import __version__, hub
+from redrafter.drafter import RecurrentDrafter
+from redrafter.training.data import Row
+from redrafter.training.evaluation import Acceptance
+
+if TYPE_CHECKING:
+    from redrafter.training.trainer import Recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the card tells of a training run that has ended."""
+
+    rows: list[Row]
+    recipe: Recipe
+    loss: float
+    """The last one logged, in nats, summed over draft positions."""
+    steps: int
+    found: Acceptance | None
+    """On held-out rows, where there were any."""
+    sources: list[str]
+    """Names of files, or ids of data sets on the hub."""
+    licence: str | None
+
+
+def card(drafter: RecurrentDrafter, run: Run) -> str:
+    """The text of `README.md`."""
+    config, recipe = drafter.config, run.recipe
+    name = config.target or "an unnamed model"
+    learnt = sum(sum(row.trained) for row in run.rows)
+    data = f" of {', '.join(run.sources)}" if run.sources else ""
+    teacher = "the target's own continuations" if any(row.continuations for row in run.rows) else "the rows' own tokens"
+    objective = ", ".join(
+        f"{part.name.replace('_', '-')} {value:g}"
+        for part in fields(recipe.objective)
+        if (value := getattr(recipe.objective, part.name)) and (part.name, value) != ("decay", 1.0)
+    )
+    head = "one recurrent step" if config.rnn else "a running sum of embeddings"
+    vocabulary = f"{config.head_size:,} of {config.vocab_size:,} tokens" if config.draft_vocab_size else "all tokens"
+    return "\n".join(
+        [
+            *_front_matter(run, config.target),
+            "",
+            f"# A recurrent drafter for {name}",
+            "",
+            "Use it with `redrafter generate --model MODEL --drafter THIS_FOLDER --prompt TEXT`, or in transformers by",
+            "`model.generate(**inputs, custom_generate=THIS_FOLDER, trust_remote_code=True)`.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| target | {name}{f', revision {config.target_revision}' if config.target_revision else ''} |",
+            f"| parameters | {hub.count_parameters(drafter):,} |",
+            f"| head | {head}, width {config.exit_dim}, {config.num_draft_layers} blocks, drafts {vocabulary} |",
+            f"| data | {len(run.rows):,} rows with {learnt:,} tokens to learn{data} |",
+            f"| licence of the data | {run.licence or 'not told'} |",
+            f"| learnt from | {teacher}, teacher-forced over {config.beam_length} draft positions |",
+            f"| objective | {objective} |",
+            f"| steps | {run.steps:,} of {recipe.batch_size} x {recipe.accumulation}, rate {recipe.learning_rate:g} |",
+            f"| last loss | {run.loss:.3f} nats, summed over positions |",
+            *_acceptance(run.found, drafter),
+            f"| versions | redrafter {__version__}, torch {torch.__version__}, transformers {TRANSFORMERS} |",
+            "",
+        ]
+    )
+
+
+def _front_matter(run: Run, target: str | None) -> list[str]:
+    lines = ["---", "library_name: redrafter"]
+    lines += [f"base_model: {target}"] if target else []
+    lines += [f"license: {run.licence}"] if run.licence else []
+    known = [source.partition(":")[0] for source in run.sources if "/" in source]
+    lines += ["datasets:", *(f"- {name}" for name in known)] if known else []
+    return [*lines, "tags:", "- speculative-decoding", "- custom_generate", "---"]
+
+
+def _acceptance(found: Acceptance | None, drafter: RecurrentDrafter) -> list[str]:
+    if found is None:
+        return ["| acceptance | not measured: no rows were held out |"]
+    config = drafter.config
+    shape = f"{config.beam_width} beams of {config.beam_length}"
+    shape += f", {config.node_budget} nodes" if config.node_budget else ""
+    rates = ", ".join(f"{rate:.0%}" for rate in found.rates)
+    return [
+        f"| mean acceptance length | {found.mean_acceptance_length:.2f} tokens a step ({shape}), at every place of "
+        "held-out rows |",
+        f"| accepted by position | {rates} |",
+    ]

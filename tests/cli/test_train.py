@@ -1,0 +1,165 @@
+"""`redrafter train` and `data`, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from conftest import refusal
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [{"text": f"{number} sheep went over the fence, then {number + 1}"} for number in range(40)]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def test_the_data_is_shown_as_it_would_be_learnt(say, model_folder, tmp_path):
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]}
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in (chat, {"text": "plain"})) + "\n{")
+    assert "line 3 is not JSON" in refusal(say("data", path, "--model", model_folder))
+    status, out, err = say("data", path, "--model", model_folder, "--bad-rows", "skip", "--max-length", "8")
+    assert status == 0
+    assert "skipped: " in err
+    assert err.endswith("1 bad rows were skipped.\n")
+    assert [line.split() for line in out.splitlines()[:6]] == [
+        ["rows", "2"], ["tokens", "14"], ["tokens", "to", "learn", "5,", "of", "6", "kinds"],
+        ["rows", "without", "any", "1"], ["lengths", "6", "to", "14,", "median", "14,", "95", "%", "up", "to", "14"],
+        ["cut", "to", "8", "1", "rows"],
+    ]  # fmt: skip
+    assert "<s>u:hi</" in out
+    path.write_text(path.read_text()[:-2])
+    assert "--row 3: the data has 2 rows" in refusal(say("data", path, "--model", model_folder, "--row", "3"))
+
+
+def test_a_template_of_ones_own(say, model_folder, tmp_path):
+    path, template = tmp_path / "chat.jsonl", tmp_path / "t.jinja"
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]})
+    )
+    template.write_text("{% for m in messages %}[{{ m.content }}]{% if m.role == 'user' %}>{% endif %}{% endfor %}")
+    status, out, _ = say("data", path, "--model", model_folder, "--template", template)
+    assert status == 0
+    assert "[hi]>[yes?]" in out
+    assert "cannot be read" in refusal(say("data", path, "--model", model_folder, "--template", tmp_path / "none"))
+
+
+def test_options_from_a_file_which_the_command_line_overrides(say, model_folder, rows, tmp_path):
+    config = tmp_path / "train.yaml"
+    told = {
+        "model": str(model_folder),
+        "data": [str(rows)],
+        "max-steps": 9,
+        "beam_length": 2,
+        "exit-dim": 16,
+        "kl": 0.5,
+    }
+    config.write_text(yaml.safe_dump(told))
+    status, _, err = say("train", "--config", config, "--output", tmp_path / "d", "--max-steps", "1", "--held-out", "3")
+    assert status == 0, err
+    assert "37 rows" in err
+    made = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert (made["beam_length"], made["exit_dim"]) == (2, 16)
+    card = (tmp_path / "d" / "README.md").read_text()
+    assert "kl 0.5" in card
+    assert "| steps | 1 of" in card
+
+    config.write_text(yaml.safe_dump({**told, "beam_lenght": 2}))
+    assert "beam_lenght is no option of this command" in refusal(
+        say("train", "--config", config, "--output", tmp_path / "e")
+    )
+    config.write_text("[1")
+    assert "is not YAML" in refusal(say("train", "--config", config, "--output", tmp_path / "e"))
+    config.write_text("3")
+    assert "must hold options" in refusal(say("train", "--config", config, "--output", tmp_path / "e"))
+    assert "cannot be read" in refusal(say("train", "--config", tmp_path / "none", "--output", tmp_path / "e"))
+
+
+def test_a_dry_run_says_what_it_would_take(say, model_folder, rows, tmp_path):
+    words = ("train", "--model", model_folder, "--data", rows, "--output", tmp_path / "d")
+    status, out, err = say(*words, "--dry-run", "--epochs", "3", "--batch-size", "4")
+    assert status == 0
+    assert out == ""
+    assert "38 rows" in err
+    assert "30 steps, about" in err
+    assert "GiB of weights and moments" in err
+    assert not (tmp_path / "d").exists()
+
+
+def test_data_with_nothing_to_learn_is_refused_before_the_target_is_loaded(say, model_folder, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input_ids": [5, 6, 7], "loss_mask": [1, 1, 0]}))
+
+    def loaded(*_):
+        raise AssertionError("the target was loaded")
+
+    monkeypatch.setattr("redrafter.cli.loading.load_model", loaded)
+    words = ("train", "--model", model_folder, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "d")
+    assert "no token to learn" in refusal(say(*words))
+
+
+def command(*words: object, processes: int = 1) -> list[str]:
+    start = [sys.executable, "-W", "ignore"]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        return [*start, "--no-python", sys.executable, "-W", "ignore", "-c", MAIN, *map(str, words)]
+    return [*start, "-c", MAIN, *map(str, words)]
+
+
+MAIN = "from redrafter.cli import main; main()"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_two_processes_learn_what_one_does(model_folder, rows, tmp_path):
+    words = (
+        "train",
+        "--model",
+        model_folder,
+        "--data",
+        rows,
+        "--max-steps",
+        "3",
+        "--exit-dim",
+        "16",
+        "--device",
+        "cpu",
+    )
+    lines = rows.read_text().splitlines()[10:26]  # of equal length, so that the mean of two halves is that of all
+    rows.write_text("\n".join(lines))
+    for name, batch, processes in (("one", 4, 1), ("two", 2, 2)):
+        options = ("--batch-size", batch, "--output", tmp_path / name, "--held-out", "4", "--device", "cpu")
+        subprocess.run(command(*words, *options, processes=processes), check=True, env=ENVIRONMENT, capture_output=True)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+    assert not (tmp_path / "two" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("moment", [1, 3])
+def test_a_killed_run_goes_on_to_the_same_weights(model_folder, rows, tmp_path, moment):
+    """Killed for good, by SIGKILL, at some moment after so many checkpoints."""
+    options = "--max-steps 8 --save-steps 2 --device cpu --batch-size 4 --exit-dim 16 --output".split()
+    words = ("train", "--model", model_folder, "--data", rows, *options)
+    subprocess.run(command(*words, tmp_path / "whole"), check=True, env=ENVIRONMENT, capture_output=True)
+    killed = subprocess.Popen(command(*words, tmp_path / "killed"), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    mark = tmp_path / "killed" / "checkpoints" / f"checkpoint-{2 * moment}" / "complete"
+    while not mark.exists() and killed.poll() is None:
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    if not (tmp_path / "killed" / "model.safetensors").exists():
+        again = command(*words, tmp_path / "killed", "--resume")
+        subprocess.run(again, check=True, env=ENVIRONMENT, capture_output=True)
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -1,0 +1,40 @@
+"""Local distillation against transformers' own greedy generation from every prefix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import greedy, tiny_model
+from redrafter.target import Target
+from redrafter.training.continuations import continuations
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("chunk", [4, 512])
+def test_every_place_goes_on_as_greedy_generation_does(family, chunk):
+    """Past the window where there is one."""
+    model = tiny_model(family)
+    ids = torch.randint(3, 61, (2, 14), generator=torch.Generator().manual_seed(1))
+    found = continuations(Target(model), ids, depth=4, chunk=chunk)
+    for row in range(2):
+        for place in range(14):
+            assert found[row, place].tolist() == greedy(model, ids[row, : place + 1].tolist(), 4), (row, place)
+
+
+def test_padding_on_the_right_changes_nothing(llama):
+    ids = torch.randint(3, 61, (1, 9), generator=torch.Generator().manual_seed(2))
+    alone = continuations(Target(llama), ids, depth=3)
+    padded = continuations(Target(llama), torch.nn.functional.pad(ids, (0, 5)), depth=3)
+    assert torch.equal(alone, padded[:, :9])
+
+
+def test_what_follows_an_end_is_not_known(llama):
+    ids = torch.randint(3, 61, (1, 12), generator=torch.Generator().manual_seed(3))
+    free = continuations(Target(llama), ids, depth=4)
+    end = int(free[0, 5, 1])
+    cut = continuations(Target(llama), ids, depth=4, ends=frozenset([end]))
+    for before, after in zip(free[0].tolist(), cut[0].tolist(), strict=True):
+        known = before.index(end) + 1 if end in before else 4
+        assert after == before[:known] + [-1] * (4 - known)
+    assert cut[0, 5].tolist()[2:] == [-1, -1]
