@@ -7,61 +7,29 @@ Uses the package as any user would; knows nothing of how the target was trained.
 from __future__ import annotations
 
 import json
-import random
 import time
 from pathlib import Path
 
 import torch
-from corpus import CHAT_FILES, is_held_out, rows
+from recipes.common.corpus import Corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redrafter import RecurrentDrafter, generate
-from redrafter.training.data import Row, most_frequent
+from redrafter.training.data import most_frequent
 from redrafter.training.loss import Objective
 from redrafter.training.trainer import Recipe, run
 
-TURNS = 2  # answers asked for in one dialogue
-PROMPT, ANSWER = 512, 160  # tokens at most
 LENGTH, WIDTH, VOCABULARY = 5, 4, 2048  # of the widths tried, 4 decodes fastest on two CPU cores
 BUDGET, BLOCKS = 21, 3
 OBJECTIVE = Objective(cross_entropy=0.0, kl=0.5, coupled=1.0)  # serves sampling better, greedy decoding as well
 HELD_OUT_PROMPTS = 64  # of each file
 
 
-def contexts(data: Path, name: str, tokenizer, *, held_out: bool, seed: int = 0) -> list[list[int]]:
-    """Prompts from one file, shuffled: conversations up to a turn that the assistant is to write."""
-    draw = random.Random(seed)
-    prompts = []
-    for row in rows(data, name):
-        if is_held_out(row) != held_out:
-            continue
-        turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
-        for turn in draw.sample(turns, min(TURNS, len(turns))):
-            ids = tokenizer.apply_chat_template(row["messages"][:turn], add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-            if len(ids) <= PROMPT:
-                prompts.append(list(ids))
-    draw.shuffle(prompts)
-    return prompts
-
-
-def answers(model, prompts: list[list[int]], batch: int) -> list[Row]:
-    """The target's answers as training rows, of which only the answer is learnt: one half greedy, one half sampled."""
-    out: list[Row] = []
-    for half, law in ((0, {}), (1, {"do_sample": True, "seed": 1})):
-        mine = sorted(prompts[half::2], key=len)
-        if mine:
-            new = generate(model, None, mine, max_new_tokens=ANSWER, batch_size=batch, **law).new_tokens
-            out += [Row(p + n, [False] * len(p) + [True] * len(n)) for p, n in zip(mine, new, strict=True)]
-    return out
-
-
-def figures(data: Path, model, drafter: RecurrentDrafter, tokenizer) -> dict[str, dict]:
+def figures(corpus: Corpus, model, drafter: RecurrentDrafter, tokenizer) -> dict[str, dict]:
     """Tokens per step and share of drafts accepted at each position, on held-out prompts of each file."""
     found = {}
-    for name in CHAT_FILES:
-        prompts = contexts(data, name, tokenizer, held_out=True)[:HELD_OUT_PROMPTS]
+    for name in corpus.chat:
+        prompts = [prompt_of(row) for row in contexts(corpus, name, tokenizer, held_out=True)[:HELD_OUT_PROMPTS]]
         found[name] = {}
         for way, law in (("greedy", {}), ("sampled", {"do_sample": True, "seed": 1})):
             stats = generate(model, drafter, prompts, max_new_tokens=ANSWER, **law).stats
@@ -74,7 +42,9 @@ def figures(data: Path, model, drafter: RecurrentDrafter, tokenizer) -> dict[str
     return found
 
 
-def train(data: Path, target: Path, output: Path, *, epochs: float, device: torch.device, limit: int | None) -> None:
+def train(
+    corpus: Corpus, target: Path, output: Path, *, epochs: float, device: torch.device, limit: int | None
+) -> None:
     """Answers, then training, then the figures on held-out prompts; `limit` prompts a file at most."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
@@ -82,8 +52,9 @@ def train(data: Path, target: Path, output: Path, *, epochs: float, device: torc
     model = AutoModelForCausalLM.from_pretrained(target).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(target)
     on_gpu = device.type == "cuda"
-    prompts = [p for name in CHAT_FILES for p in contexts(data, name, tokenizer, held_out=False)[:limit]]
-    learnt = answers(model, prompts, batch=1024 if on_gpu else 32)
+    asked = [row for name in corpus.chat for row in contexts(corpus, name, tokenizer, held_out=False)[:limit]]
+    batch = 1024 if on_gpu else 32
+    learnt = answers(model, asked[0::2], batch) + answers(model, asked[1::2], batch, do_sample=True, seed=1)
     wrote = time.perf_counter() - begin
     tokens = sum(sum(row.trained) for row in learnt)
     print(f"the target wrote {len(learnt):,} answers, {tokens:,} tokens, in {wrote:.0f} s", flush=True)
@@ -115,7 +86,7 @@ def train(data: Path, target: Path, output: Path, *, epochs: float, device: torc
         "training_loss": round(loss, 4),
         "seconds": round(time.perf_counter() - begin),
         "seconds_writing_answers": round(wrote),
-        "held_out": figures(data, model, drafter, tokenizer),
+        "held_out": figures(corpus, model, drafter, tokenizer),
         "beam_width": WIDTH,
         "beam_length": LENGTH,
         "node_budget": BUDGET,

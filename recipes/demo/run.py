@@ -1,6 +1,6 @@
 """The demo pair, from data files to the two folders that ship: one command, one GPU, under 15 minutes.
 
-    python recipes/demo/run.py --data DATA --output OUT
+    python -m recipes.demo.run --data DATA --output OUT
 
 A stage whose `training.json` exists is not run again.
 """
@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import cards
-import drafter
-import target
 import torch
+from recipes.common import pretrain
+from recipes.demo import cards, drafter, shape
 
 TARGET, DRAFTER = "redrafter-demo-12m", "drafter"
 
@@ -29,11 +28,22 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=15_000, help="prompts of each file that the target answers")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    corpus = shape.corpus(given.data)
     model, head = given.output / TARGET, given.output / DRAFTER
     if not (model / "training.json").exists():
-        target.train(given.data, model, minutes=given.target_minutes, batch=given.batch, device=device)
+        pretrain.train(
+            corpus,
+            shape.configuration(corpus),
+            model,
+            peak_rate=shape.PEAK_RATE,
+            chat_share=shape.CHAT_SHARE,
+            minutes=given.target_minutes,
+            batch=given.batch,
+            device=device,
+            dtype="float32",
+        )
     if not (head / "training.json").exists():
-        drafter.train(given.data, model, head, epochs=given.drafter_epochs, device=device, limit=given.prompts)
+        drafter.train(corpus, model, head, epochs=given.drafter_epochs, device=device, limit=given.prompts)
     cards.write(model, head)
 
 

@@ -1,8 +1,7 @@
-"""Trains the demo's chat model from scratch: a 12 M parameter Llama, 16 thin layers.
+"""Trains a chat model from scratch, for so many minutes.
 
-Promises: a folder that `AutoModelForCausalLM.from_pretrained` loads, weights rounded to bfloat16 (the config asks for
-float32 arithmetic, which every CPU has), and `training.json` with what was measured on the way.  Does not know
-drafters.
+Promises: a folder that `AutoModelForCausalLM.from_pretrained` loads, weights rounded to bfloat16, and `training.json`
+with what was measured on the way.  Does not know drafters.
 """
 
 from __future__ import annotations
@@ -14,34 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import CHAT_FILES, CONTEXT, TEXT_FILES, VOCABULARY, streams, train_tokenizer
+from recipes.common.corpus import Corpus, streams, train_tokenizer
 from safetensors.torch import save_file
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-PEAK_RATE, WARM_UP, WEIGHT_DECAY = 3e-3, 0.02, 0.1
-CHAT_SHARE = 0.35  # of each batch
-DROPOUT = 0.1  # what every layer adds; the chat files are seen some twenty times and would be learnt by heart
-
-
-def configuration() -> LlamaConfig:
-    """Thin and deep: on a CPU a step then costs launches rather than arithmetic, and small models learn better so."""
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=576,
-        num_hidden_layers=16,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
+WARM_UP, WEIGHT_DECAY = 0.02, 0.1
+DROPOUT = 0.1  # what every layer adds; the chat files are seen several times and would be learnt by heart
 
 
-def drop_out(model: LlamaForCausalLM) -> None:
-    """Dropout on what attention and MLP add to the residual stream, which Llama itself has not."""
+def drop_out(model: PreTrainedModel) -> None:
+    """Dropout on what attention and MLP add to the residual stream, which such models themselves have not."""
 
     def hook(module: torch.nn.Module, _: tuple, output: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.dropout(output, DROPOUT, module.training)
@@ -52,47 +33,73 @@ def drop_out(model: LlamaForCausalLM) -> None:
 
 
 class Stream:
-    """One token stream on the device, read in windows of CONTEXT + 1 tokens."""
+    """One token stream on the device, read in windows of a context and one token more."""
 
-    def __init__(self, ids: np.ndarray, starts: np.ndarray, device: torch.device):
+    def __init__(self, ids: np.ndarray, starts: np.ndarray, context: int, device: torch.device):
         self.ids = torch.from_numpy(ids.astype(np.int32)).to(device)
         self.starts = torch.from_numpy(starts).to(device)
-        self.window = torch.arange(CONTEXT + 1, device=device)
+        self.window = torch.arange(context + 1, device=device)
 
     def from_row_starts(self, count: int) -> torch.Tensor:
         """`count` windows, each of which begins with a row: what the model meets when a conversation opens."""
-        anywhere = torch.randint(len(self.ids) - CONTEXT - 1, (count,), device=self.ids.device)
+        anywhere = torch.randint(len(self.ids) - len(self.window), (count,), device=self.ids.device)
         picks = torch.searchsorted(self.starts, anywhere, right=True) - 1  # rows are met in proportion to their length
         return self.ids[self.starts[picks][:, None] + self.window].long()
 
     def from_anywhere(self, count: int) -> torch.Tensor:
         """`count` windows at random offsets."""
-        picks = torch.randint(len(self.ids) - CONTEXT - 1, (count, 1), device=self.ids.device)
+        picks = torch.randint(len(self.ids) - len(self.window), (count, 1), device=self.ids.device)
         return self.ids[picks + self.window].long()
 
 
-def rate(progress: float) -> float:
+def rate(progress: float, peak: float) -> float:
     """Linear warm-up, then cosine to zero."""
     if progress < WARM_UP:
-        return PEAK_RATE * progress / WARM_UP
-    return PEAK_RATE * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+        return peak * progress / WARM_UP
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
-def train(data: Path, output: Path, *, minutes: float, batch: int, device: torch.device, seed: int = 0) -> None:
-    """Trains for `minutes` of wall time (after compiling) on windows of CONTEXT tokens and writes `output`."""
+def train(
+    corpus: Corpus,
+    config: PretrainedConfig,
+    output: Path,
+    *,
+    peak_rate: float,
+    chat_share: float,
+    minutes: float,
+    batch: int,
+    device: torch.device,
+    dtype: str,
+    seed: int = 0,
+) -> None:
+    """Trains for `minutes` of wall time (after compiling) on windows of a context and writes `output`.
+
+    `chat_share` of each batch are windows that begin with a conversation, the others lie anywhere in the plain text;
+    `dtype` is the arithmetic that the saved config asks for.
+    """
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     clock = time.perf_counter()
-    tokenizer = train_tokenizer(data)
-    chat = Stream(*streams(data, tokenizer, CHAT_FILES, held_out=False), device)
-    text = Stream(*streams(data, tokenizer, TEXT_FILES, held_out=False), device)
-    held_out = {n: Stream(*streams(data, tokenizer, (n,), held_out=True), device) for n in CHAT_FILES + TEXT_FILES}
+    tokenizer = train_tokenizer(corpus)
+
+    def stream(files: dict[str, float], *, held_out: bool = False) -> Stream:
+        return Stream(*streams(corpus.folder, tokenizer, files, held_out=held_out), corpus.context, device)
+
+    chat, text = stream(corpus.chat), stream(corpus.text) if corpus.text else None
+    held_out = {name: stream({name: 1}, held_out=True) for name in corpus.files}
     print(
-        f"data: {len(chat.ids):,} chat and {len(text.ids):,} text tokens in {time.perf_counter() - clock:.0f} s",
+        f"data: {len(chat.ids):,} chat and {len(text.ids) if text else 0:,} text tokens "
+        f"in {time.perf_counter() - clock:.0f} s",
         flush=True,
     )
 
-    model = LlamaForCausalLM(configuration()).to(device).train()
+    def windows(count: int) -> torch.Tensor:
+        if text is None:
+            return chat.from_row_starts(count)
+        chats = round(count * chat_share)
+        return torch.cat([chat.from_row_starts(chats), text.from_anywhere(count - chats)])
+
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).train()
     drop_out(model)
     decay = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
@@ -108,7 +115,7 @@ def train(data: Path, output: Path, *, minutes: float, batch: int, device: torch
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
 
     step_loss = torch.compile(loss_of) if device.type == "cuda" else loss_of
-    step_loss(chat.from_row_starts(batch)).backward()  # compile outside the time budget
+    step_loss(windows(batch)).backward()  # compile outside the time budget
     optimizer.zero_grad()
 
     @torch.no_grad()
@@ -124,11 +131,9 @@ def train(data: Path, output: Path, *, minutes: float, batch: int, device: torch
 
     begin, step, curve = time.perf_counter(), 0, []
     while (progress := (time.perf_counter() - begin) / (60 * minutes)) < 1:
-        chat_rows = round(batch * CHAT_SHARE)
-        window = torch.cat([chat.from_row_starts(chat_rows), text.from_anywhere(batch - chat_rows)])
         for group in optimizer.param_groups:
-            group["lr"] = rate(progress)
-        loss = step_loss(window)
+            group["lr"] = rate(progress, peak_rate)
+        loss = step_loss(windows(batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -143,7 +148,7 @@ def train(data: Path, output: Path, *, minutes: float, batch: int, device: torch
     record = {
         "parameters": model.num_parameters(),
         "steps": step,
-        "tokens": step * batch * CONTEXT,
+        "tokens": step * batch * corpus.context,
         "minutes": minutes,
         "batch": batch,
         "held_out_loss": evaluate(),
@@ -151,18 +156,19 @@ def train(data: Path, output: Path, *, minutes: float, batch: int, device: torch
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
-    save(model, tokenizer, output, record)
+    save(model, tokenizer, output, record, dtype)
     print(json.dumps({k: v for k, v in record.items() if k != "loss"}), flush=True)
 
 
-def save(model: LlamaForCausalLM, tokenizer, output: Path, record: dict) -> None:
-    """Writes the model in bfloat16 under a config that asks for float32 arithmetic."""
+def save(model: PreTrainedModel, tokenizer, output: Path, record: dict, dtype: str) -> None:
+    """Writes the model in bfloat16 under a config that asks for arithmetic in `dtype`."""
     output.mkdir(parents=True, exist_ok=True)
-    model.config.dtype = "float32"
-    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.dtype = dtype
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(output)
     GenerationConfig(eos_token_id=1, pad_token_id=0).save_pretrained(output)
     tokenizer.save_pretrained(output)
-    weights = {k: v.bfloat16().cpu().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    weights = {k: v.bfloat16().cpu().contiguous() for k, v in model.state_dict().items() if k not in tied}
     save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
     (output / "training.json").write_text(json.dumps(record, indent=1) + "\n")

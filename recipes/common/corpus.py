@@ -1,7 +1,7 @@
-"""Reads the demo's public data files and turns them into token streams.
+"""Reads public data files and turns them into token streams.
 
-Promises: the same rows held out in every run (by a hash of the row's id), nothing read that the recipe's README
-does not name.  Knows nothing of models.
+Promises: the same rows held out in every run (by a hash of the row's id), nothing read that a recipe's README does not
+name.  Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -10,16 +10,29 @@ import hashlib
 import json
 import lzma
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-CHAT_FILES = ("sgd", "gsm8k_train", "gpteacher")
-TEXT_FILES = ("books", "cpp_docs", "python_stdlib")
-VOCABULARY = 4096
-CONTEXT = 1024
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a target learns: files of conversations and of plain text, each seen so many times in a pass."""
+
+    folder: Path
+    chat: dict[str, float]
+    text: dict[str, float]
+    vocabulary: int
+    context: int
+
+    @property
+    def files(self) -> list[str]:
+        """All names."""
+        return [*self.chat, *self.text]
+
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message.role + '|>' }}"
@@ -30,7 +43,7 @@ CHAT_TEMPLATE = (
 
 
 def rows(folder: Path, name: str) -> Iterator[dict]:
-    """The rows of one data file; tool-calling rows of gpteacher are left out, the demo has no tools."""
+    """The rows of one data file; tool-calling rows of gpteacher are left out, the models have no tools."""
     with lzma.open(folder / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
@@ -51,15 +64,15 @@ def render(row: dict) -> str:
     return "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in row["messages"])
 
 
-def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `VOCABULARY` tokens, digits apart, fitted to the chat files and a tenth of the rest."""
+def train_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
+    """A byte-level BPE, digits apart, fitted to the chat files and a tenth of the rest."""
 
     def texts() -> Iterator[str]:
-        for name in CHAT_FILES:
-            for row in rows(folder, name):
+        for name in corpus.chat:
+            for row in rows(corpus.folder, name):
                 yield from (m["content"] for m in row["messages"])
-        for name in TEXT_FILES:
-            for row in rows(folder, name):
+        for name in corpus.text:
+            for row in rows(corpus.folder, name):
                 yield row["text"][: max(2000, len(row["text"]) // 10)]
 
     tokenizer = Tokenizer(models.BPE())
@@ -72,7 +85,7 @@ def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         texts(),
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
+            vocab_size=corpus.vocabulary,
             special_tokens=special,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -84,7 +97,7 @@ def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         eos_token="<|end|>",
         extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
         chat_template=CHAT_TEMPLATE,
-        model_max_length=CONTEXT,
+        model_max_length=corpus.context,
         clean_up_tokenization_spaces=False,
     )
 
@@ -100,7 +113,11 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[np.nda
 
 
 def streams(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, names: tuple[str, ...], *, held_out: bool
+    folder: Path, tokenizer: PreTrainedTokenizerFast, files: dict[str, float], *, held_out: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The named files' training (or held-out) rows as one stream, in file order."""
-    return encode(tokenizer, [render(r) for name in names for r in rows(folder, name) if is_held_out(r) == held_out])
+    """The files' training (or held-out) rows as one stream, in file order, each file as often as it says."""
+    texts: list[str] = []
+    for name, times in files.items():
+        own = [render(row) for row in rows(folder, name) if is_held_out(row) == held_out]
+        texts += own * int(times) + own[: round(len(own) * (times % 1))]
+    return encode(tokenizer, texts)

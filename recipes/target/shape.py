@@ -1,0 +1,37 @@
+"""What the benchmark target is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from recipes.common.corpus import Corpus
+from transformers import AutoConfig, PretrainedConfig
+
+PEAK_RATE = 1.2e-3
+CATEGORIES = {"dialogue": "sgd", "open questions": "alpaca_eval_prompts", "maths": "gsm8k_test"}
+"""What is measured, and where its prompts come from: held-out rows of a training file, or an evaluation file."""
+
+
+def corpus(folder: Path) -> Corpus:
+    """Conversations alone; small sets are seen more often."""
+    chat = {"alpaca_eval": 1.0, "gsm8k_train": 3.0, "gpteacher": 2.0, "sgd": 2.0, "t0": 0.3}
+    return Corpus(folder, chat, {}, vocabulary=16_000, context=1024)
+
+
+def configuration(data: Corpus, family: str, width: int = 768, layers: int = 12) -> PretrainedConfig:
+    """About 110 million parameters of a family that reads Llama's names: llama, qwen3, mistral, …"""
+    return AutoConfig.for_model(
+        family,
+        vocab_size=data.vocabulary,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        head_dim=64,
+        max_position_embeddings=data.context,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )

@@ -1,0 +1,233 @@
+"""Acceptance against a plain loop over places, and the walked figure against decoding's own counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import tiny_model
+from redrafter import RecurrentDrafter, RedrafterError, stream
+from redrafter.noise import gumbel
+from redrafter.proposers import RecurrentProposer
+from redrafter.request import request
+from redrafter.sampling import Draw, Sampler
+from redrafter.target import Target
+from redrafter.training import evaluation
+from redrafter.training.data import Row
+from redrafter.training.evaluation import Acceptance, Measured, acceptance, drafted_everywhere, evaluate, walked
+
+FEW = tiny_model(vocab_size=9)
+"""Of so few tokens a random drafter hits many."""
+
+
+def random_drafter(model, seed: int = 0, **changes) -> RecurrentDrafter:
+    torch.manual_seed(seed)
+    drafter = RecurrentDrafter.for_target(model, **({"beam_width": 3, "beam_length": 3} | changes))
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return drafter
+
+
+def followed(tree, tokens: list[int]) -> int:
+    """How many of the tokens stand on one path of a single tree."""
+    node = 0
+    for depth, token in enumerate(tokens):
+        below = [n for n in range(1, int(tree.valid.sum())) if tree.parents[0, n] == node and tree.depth[0, n] > 0]
+        node = next((n for n in below if tree.tokens[0, n] == token), -1)
+        if node < 0:
+            return depth
+    return len(tokens)
+
+
+def one_by_one(model, proposer, rows: list[Row], law, seeds: list[int]) -> list[list[tuple[int, int]]]:
+    """Accepted and drafted tokens at every window, a forward and a draft for each."""
+    found = []
+    for row, seed in zip(rows, seeds, strict=True):
+        ids, trained, own = row.input_ids, row.trained, []
+        for t in range(len(ids) - 2):
+            if not (trained[t + 1] and trained[t + 2]):
+                continue
+            known = []
+            for place in range(t + 2, min(t + 2 + proposer.length, len(ids))):
+                if not trained[place]:
+                    break
+                known.append(ids[place])
+            states = model(input_ids=torch.tensor([ids[: t + 1]]), output_hidden_states=True).hidden_states[-1]
+            draw = Draw((), None)
+            if law is not None:
+                positions = torch.arange(t + 2, t + 3 + proposer.length)[None]
+                draw = Draw(law, gumbel(torch.tensor([seed]), positions, model.config.vocab_size))
+            tree = proposer.propose(states[:, -1], torch.tensor([ids[t + 1]]), draw)
+            own.append((followed(tree, known), int(tree.valid.sum()) - 1))
+        found.append(own)
+    return found
+
+
+rows_of_any_kind = st.lists(
+    st.lists(st.tuples(st.integers(3, 8), st.sampled_from([True, True, True, False])), min_size=1, max_size=14),
+    min_size=1,
+    max_size=4,
+)
+"""Tokens, and whether each is trained."""
+
+
+@settings(max_examples=25)
+@given(
+    rows_of_any_kind, st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans(), st.booleans(),
+    st.integers(1, 3), st.sampled_from([1, 5, None]), st.integers(0, 2**31),
+)  # fmt: skip
+@torch.no_grad()
+def test_every_window_is_counted_as_a_plain_loop_counts_it(
+    pairs, width, length, budgeted, less, sampled, batch_size, chunk, seed
+):
+    rows = [Row([token for token, _ in row], [trained for _, trained in row]) for row in pairs]
+    drafter = random_drafter(FEW, draft_vocabulary=torch.arange(3, 8) if less else None)
+    target = Target(FEW)
+    proposer = RecurrentProposer(drafter, target, width, length, length + 3 if budgeted else None)
+    sampler, law = Sampler(), None
+    if sampled:
+        sampler = request(FEW, None, [[1]], do_sample=True, temperature=0.7).sampler
+        law = tuple(sampler.processors[0])
+        assert len(law) == 1
+    seeds = [seed + number for number in range(len(rows))]
+    expected = one_by_one(FEW, proposer, rows, law, seeds)
+    how = {"sampler": sampler, "seeds": seeds, "batch_size": batch_size, "chunk": chunk}
+    found = drafted_everywhere(target, proposer, rows, **how)
+    assert [[tuple(pair) for pair in own.tolist()] for own in found] == expected
+
+    flat = [pair for own in expected for pair in own]
+    total = acceptance(target, proposer, rows, **how)
+    assert total == Acceptance(
+        drafts=len(flat),
+        draft_tokens=sum(drafted for _, drafted in flat),
+        accepted=sum(accepted for accepted, _ in flat),
+        by_position=[sum(accepted > i for accepted, _ in flat) for i in range(length)],
+    )
+    assert total.mean_acceptance_length == pytest.approx(1 + sum(total.rates))
+
+
+def counted(model, drafter, prompts, **settings) -> list[Acceptance]:
+    """Every row's drafts from the events of decoding; the first event of a row is that of its prompt."""
+    events: list[list] = [[] for _ in prompts]
+    for event in stream(model, drafter, prompts, **settings):
+        events[event.row].append(event)
+    length = settings.get("beam_length") or drafter.config.beam_length
+    return [
+        Acceptance(
+            len(own) - 1,
+            sum(event.drafted for event in own),
+            sum(event.accepted for event in own),
+            [sum(event.accepted > i for event in own) for i in range(length)],
+        )
+        for own in events
+    ]
+
+
+PROMPTS = [[5], [3, 7, 4, 8], [6, 6], list(range(3, 9)) * 3, [8, 3]]
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 5, 16])
+@pytest.mark.parametrize("shape", ["beams", "budget", "vocabulary"])
+def test_walked_over_the_texts_the_drafts_are_those_of_decoding(shape, new_tokens):
+    """Also where a last step accepts more than the row may still write."""
+    drafter = random_drafter(FEW, draft_vocabulary=torch.arange(2, 8) if shape == "vocabulary" else None)
+    drafting = {"beam_width": 3, "beam_length": 4, "node_budget": 7 if shape == "budget" else None}
+    common = {"max_new_tokens": new_tokens, "batch_size": 2}
+    found = evaluate(FEW, drafter, PROMPTS, temperature=0.8, seed=11, **common, **drafting)
+    laws = {"greedy": {}, "sampled": {"do_sample": True, "temperature": 0.8, "seed": 11}}
+    for way, law in laws.items():
+        assert [one.decoding for one in found[way]] == counted(FEW, drafter, PROMPTS, **common, **drafting, **law)
+        assert [one.walked for one in found[way]] == [one.decoding for one in found[way]]
+        for one in found[way]:
+            assert one.tokens == new_tokens
+            assert one.teacher_forced.drafts == new_tokens - 1
+        total = Measured.total(found[way])
+        assert total.tokens == 5 * new_tokens
+        if new_tokens == 16:
+            assert total.teacher_forced.by_position[1] > 0
+            assert 0 < total.walked.accepted < total.teacher_forced.accepted, "what is never accepted shows nothing"
+    assert new_tokens < 16 or found["greedy"] != found["sampled"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+def test_rows_that_end_early_or_fill_the_context(family):
+    """An end token, a sliding window, and position tables that reach no further than the text."""
+    length = {"n_positions": 24} if family == "gpt2" else {"max_position_embeddings": 24}
+    model = tiny_model(family, vocab_size=9, seed=2, **length)
+    drafter = random_drafter(model)
+    model.generation_config.eos_token_id = 4
+    found = evaluate(model, drafter, PROMPTS, max_new_tokens=200, temperature=20.0, seed=5)
+    lengths = {one.tokens + len(prompt) for texts in found.values() for one, prompt in zip(texts, PROMPTS, strict=True)}
+    assert 25 in lengths, "no row filled the context"
+    assert len(lengths) > 3, "no row ended early"
+    for texts in found.values():
+        assert [one.walked for one in texts] == [one.decoding for one in texts]
+
+
+def test_sampled_drafts_are_given_the_noise_of_their_rows():
+    """A drafter that computes the target's own logits is never wrong then; it would be with any other noise."""
+    model = tiny_model()
+    for layer in model.model.layers:  # the target looks at its last token alone, so a drafter can know its logits
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    drafter = RecurrentDrafter.for_target(model, beam_length=3, beam_width=1)
+    drafter.step = lambda state, embedding: model.model.norm(embedding)
+    drafter.logits = lambda context, state: model.lm_head(state)
+    prompts = [[5], [7, 8]]
+    for text in evaluate(model, drafter, prompts, max_new_tokens=41, seed=3)["sampled"]:
+        assert text.walked == text.decoding == Acceptance(10, 30, 30, [10, 10, 10])
+        assert text.teacher_forced == Acceptance(40, 120, 117, [40, 39, 38]), "the last drafts outrun the text"
+
+
+@torch.no_grad()
+def test_rows_with_continuations_are_held_against_those():
+    proposer = RecurrentProposer(random_drafter(FEW), Target(FEW), width=3, length=2)
+    after = [[3, 4, 5], [6, 3, -1], [7, -1, -1], [5, 5, 8], [4, 4, 4], [3, 3, 3]]
+    row = Row([5, 3, 7, 4, 8, 6], [False, True, True, True, True, False], after)
+    drafts = []
+    for t in (0, 1, 3):  # after 2 there is no token to draft, after 4 and 5 none is trained
+        states = FEW(input_ids=torch.tensor([row.input_ids[: t + 1]]), output_hidden_states=True).hidden_states[-1]
+        tree = proposer.propose(states[:, -1], torch.tensor([after[t][0]]), Draw((), None))
+        drafts.append((followed(tree, [token for token in after[t][1:] if token >= 0]), int(tree.valid.sum()) - 1))
+    (found,) = drafted_everywhere(Target(FEW), proposer, [row])
+    assert [tuple(pair) for pair in found.tolist()] == drafts
+
+
+def test_rows_without_a_window_and_no_rows_count_nothing():
+    proposer = RecurrentProposer(random_drafter(FEW), Target(FEW), width=3, length=2)
+    rows = [Row([5], [True]), Row([5, 6, 7], [True, True, False])]
+    for some in (rows, []):
+        found = acceptance(Target(FEW), proposer, some)
+        assert found == Acceptance(0, 0, 0, [0, 0])
+        assert (found.mean_acceptance_length, found.rates) == (1.0, [0.0, 0.0])
+
+
+def test_the_target_is_measured_without_dropout_and_put_back():
+    model = tiny_model("gpt2", vocab_size=9, resid_pdrop=0.5, embd_pdrop=0.5)
+    proposer = RecurrentProposer(random_drafter(model), Target(model), width=3, length=2)
+    rows = [Row([3, 5, 8, 4, 6, 7, 3, 3, 6, 5] * 3, [True] * 30)]
+    expected = acceptance(Target(model), proposer, rows)
+    model.train()
+    assert acceptance(Target(model), proposer, rows) == expected
+    assert model.training
+
+
+def test_a_walk_goes_on_after_the_accepted_tokens_and_one_more():
+    verdicts = torch.tensor([[2, 9], [0, 8], [1, 7], [0, 6], [3, 5], [1, 4], [0, 3], [0, 2]])
+    assert walked(verdicts).tolist() == [[2, 9], [0, 6], [3, 5]]
+    assert walked(verdicts[:0]).tolist() == []
+
+
+def test_bad_settings_are_refused_before_anything_is_written(monkeypatch):
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("it ran"))
+    drafter = random_drafter(FEW)
+    for settings_, sentence in (
+        ({"temperature": 0.0}, "The temperature must be positive"),
+        ({"seed": -1}, "Seeds lie between"),
+        ({"beam_length": 0}, "beam_length must be at least 1"),
+        ({"beam_width": 10}, "beam_width must lie between 1 and the drafter's 9"),
+    ):
+        with pytest.raises(RedrafterError, match=sentence):
+            evaluate(FEW, drafter, PROMPTS, **settings_)
