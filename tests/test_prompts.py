@@ -6,7 +6,8 @@ import pytest
 import transformers
 
 from redrafter import RedrafterError
-from redrafter.prompts import prompt_ids, read_json_lines
+from redrafter.files import read_records
+from redrafter.prompts import prompt_ids
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def tokenizer(model_folder):
 
 def lines(tmp_path, content: bytes):
     (tmp_path / "p.jsonl").write_bytes(content)
-    return list(read_json_lines([tmp_path / "p.jsonl"]))
+    return list(read_records([tmp_path / "p.jsonl"]))
 
 
 def test_every_object_comes_with_its_place(tmp_path):
@@ -40,7 +41,7 @@ def test_a_bad_line_is_named(tmp_path, content, sentence):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RedrafterError, match=r"none\.jsonl cannot be read: No such file"):
-        list(read_json_lines([tmp_path / "none.jsonl"]))
+        list(read_records([tmp_path / "none.jsonl"]))
 
 
 def test_what_a_row_becomes(tokenizer):

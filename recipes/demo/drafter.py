@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from recipes.common.answers import ANSWER, answers, contexts, prompt_of
 from recipes.common.corpus import Corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

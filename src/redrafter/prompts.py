@@ -16,8 +16,6 @@ from redrafter.files import Skip, read_records
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 """Roles by the names that other formats give them."""
 
-read_json_lines = read_records  # TEMPORARY
-
 
 def read_prompts(*sources: str | Path, skip: Skip | None = None) -> list[tuple[str, dict[str, Any]]]:
     """All rows of prompt files with their places (`files.read_records`).  Raises RedrafterError where there is none."""
