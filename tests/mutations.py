@@ -86,7 +86,10 @@ MUTATIONS = {
         "decoding.py", "place.length + place.alive * (accepted + 1)", "place.length + accepted + 1",
     ),
     "keep: the drafter is given the root's state, not the last node's": (
-        "decoding.py", "context=hidden.gather(1, end[", "context=hidden.gather(1, 0 * end[",
+        "decoding.py", "_latest(state.context, along, accepted)", "_latest(state.context, along, 0 * accepted)",
+    ),
+    "keep: the drafter is given positions of which one is missing": (
+        "decoding.py", "index = end[:, None] + 1 +", "index = end[:, None] +",
     ),
 }  # fmt: skip
 """What is broken: file, expression, and what stands there instead."""

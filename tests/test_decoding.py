@@ -28,7 +28,7 @@ class Oracle:
     """
 
     def __init__(self, model, texts: list[list[int]], *, width: int, length: int, spoil: float = 0.0, seed: int = 0):
-        self.width, self.length, self.size = width, length, 1 + width * length
+        self.width, self.length, self.size, self.positions = width, length, 1 + width * length, 1
         self.spoil, self.generator, self.vocabulary = (
             spoil,
             torch.Generator().manual_seed(seed),
@@ -443,3 +443,36 @@ def test_logits_that_are_no_numbers_are_named_by_row_and_position(bad, drafting,
             generate(model, drafter, prompts, max_new_tokens=8, **settings)
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("chunk", [2, 512])
+def test_the_drafter_is_given_the_states_of_the_last_positions(monkeypatch, chunk):
+    """Of layers and positions as it asks for, wherever its row stands: after chunks of a prompt, a draft, a new row."""
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", chunk)
+    model = tiny_model(num_hidden_layers=3, vocab_size=9).double()
+    torch.manual_seed(0)
+    drafter = RecurrentDrafter.for_target(
+        model, beam_width=3, beam_length=3, context_layers=(1, 2), context_positions=3
+    ).double()
+    given_to_it = []
+
+    def spy(features):
+        given_to_it.append(features)
+        return type(drafter).context(drafter, features)
+
+    monkeypatch.setattr(drafter, "context", spy)
+    prompts = [[5], [3, 7, 4, 8], [6, 5, 4, 3, 7, 8, 3]]
+    out = generate(model, drafter, prompts, max_new_tokens=12, batch_size=2)
+    assert out.new_tokens == [greedy(model, prompt, 12) for prompt in prompts]
+    assert 0 < out.stats.accepted < out.stats.drafted
+
+    target = Target(model, (1, 2))
+    found = torch.cat(given_to_it)
+    written = [len(prompt) for prompt in prompts]
+    with torch.no_grad():
+        states = [target.hidden_states(text[None], torch.ones_like(text[None]))[0] for text in out.sequences]
+    for event in stream(model, drafter, prompts, max_new_tokens=12, batch_size=2):
+        written[event.row] += len(event.tokens)
+        if event.finish_reason is None:  # then a draft follows, from the positions before the last token
+            window = torch.cat((torch.zeros(3, 96), states[event.row][: written[event.row] - 1]))[-3:].flatten()
+            assert float((found - window).norm(dim=1).min()) < 1e-9

@@ -26,6 +26,8 @@ FORMS = [
     {"exit_dim": 5},
     {"exit_dim": 5, "rnn": False, "num_draft_layers": 0},
     {"num_draft_layers": 3, "draft_vocab_size": 7},
+    {"context_layers": (1, 2), "context_positions": 2},
+    {"gated": True},
 ]
 
 
@@ -38,13 +40,24 @@ def test_the_formulas_as_published(form):
         return x / (1 + torch.exp(-x))
 
     generator = torch.Generator().manual_seed(1)
-    context, *embeddings = torch.randn(4, 6, generator=generator)
+    *embeddings, context = torch.randn(4, 6, generator=generator)
+    if "context_layers" in form:
+        features = torch.randn(2 * 3 * 6, generator=generator)
+        context = features[-6:] + weights["fuse.weight"] @ features + weights["fuse.bias"]
+        torch.testing.assert_close(drafter.context(features), context)
+    else:
+        assert drafter.context(context) is context
     state, expected = None, torch.zeros(6)
     for embedding in embeddings:
         state = drafter.step(state, embedding)
         if drafter.config.rnn:
             carried = weights["rnn_u.weight"] @ expected + weights["rnn_u.bias"]
-            expected = silu(weights["rnn_w.weight"] @ embedding + carried)
+            moved = silu(weights["rnn_w.weight"] @ embedding + carried)
+            gate = 1.0
+            if drafter.config.gated:
+                asked = weights["gate_w.weight"] @ embedding + weights["gate_u.weight"] @ expected
+                gate = 1 / (1 + torch.exp(-asked - weights["gate_u.bias"]))
+            expected = expected + gate * (moved - expected)
         else:
             expected = expected + embedding
         torch.testing.assert_close(state, expected)

@@ -81,9 +81,8 @@ def test_select_computes_logits_of_one_node_a_row(llama):
     all_hidden, all_logits = target.forward(chain(tokens), start, target.new_cache(batch=2, slots=3))
     select = torch.tensor([2, 0])
     hidden, logits = target.forward(chain(tokens), start, target.new_cache(batch=2, slots=3), select)
-    assert hidden.shape == (2, 1, 32)
     assert logits.shape == (2, 1, 61)
-    torch.testing.assert_close(hidden[:, 0], all_hidden[[0, 1], select])
+    torch.testing.assert_close(hidden, all_hidden)
     torch.testing.assert_close(logits[:, 0], all_logits[[0, 1], select])
 
 
@@ -202,3 +201,25 @@ def test_texts_that_share_a_row_do_not_meet(family):
     for text, states in zip(texts, found, strict=True):
         alone = target.hidden_states(text[None], torch.ones(1, len(text), dtype=torch.long))[0]
         torch.testing.assert_close(states, alone, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_layers_give_the_states_that_the_model_itself_shows(family):
+    layers = {"n_layer": 4} if family == "gpt2" else {"num_hidden_layers": 4}
+    model = tiny_model(family, **layers, **({"layer_types": None} if family == "gemma3_text" else {}))
+    target = Target(model, (1, 3))
+    assert target.state_size == 96
+    ids = torch.tensor([[5, 6, 7, 8]])
+    shown = model(input_ids=ids, output_hidden_states=True).hidden_states
+    found = target.hidden_states(ids, torch.ones_like(ids))
+    torch.testing.assert_close(found, torch.cat((shown[1], shown[3], shown[4]), dim=-1))
+    cache = target.new_cache(batch=1, slots=4)
+    states, _ = target.forward(chain(ids), torch.zeros(1, dtype=torch.long), cache)
+    torch.testing.assert_close(states, found)
+
+
+@pytest.mark.parametrize("layers", [(0,), (2,), (1, 1), (-1,)])
+def test_layers_that_are_not_there_are_refused(llama, layers):
+    with pytest.raises(RedrafterError, match="different numbers from 1 to 1, rising"):
+        Target(llama, layers)

@@ -38,7 +38,7 @@ class Search(NamedTuple):
 def beam_search(
     drafter: RecurrentDrafter,
     embed: Callable[[Tensor], Tensor],
-    context: Float[Tensor, "B H"],
+    context: Float[Tensor, "B features"],
     root: Int[Tensor, " B"],
     *,
     width: int,
@@ -47,7 +47,7 @@ def beam_search(
 ) -> Search:
     """Continuations of the guaranteed token `root`, and their log-probabilities under the drafter.
 
-    `embed` is the target's token embedding, `context` the hidden state from which the target chose `root`.  The first
+    `embed` is the target's token embedding, `context` what the target knew where it chose `root`.  The first
     step grows one beam only; each later one takes the best `width` of every beam's own best.
     `adjust(logits, position)` changes the head's logits [B, beams, head] before they are made probabilities.
     """
@@ -55,7 +55,7 @@ def beam_search(
     if best < width:
         raise ValueError(f"width {width} exceeds the {best} tokens that the drafter scores")
     state = drafter.step(None, embed(root))[:, None]  # [B, 1, H], then [B, W, H]
-    context = context[:, None]
+    context = drafter.context(context)[:, None]
     beams = root.new_empty((root.shape[0], 1, 0))
     scores = context.new_zeros((root.shape[0], 1), dtype=torch.float32)
     levels: list[Level] = []

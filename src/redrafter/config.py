@@ -20,10 +20,12 @@ class DrafterConfig(BaseModel):
 
     `vocab_size` and `hidden_size` are the target's.  `exit_dim` is the width of the head's blocks (paper: 2 × hidden
     size, the default).  `num_draft_layers` counts its residual blocks.  `rnn=False` replaces the recurrence by a
-    running sum of embeddings.  `draft_vocab_size` is set when the head scores only part of the vocabulary.  `target`
-    and `target_revision` name the model it was made for, `beam_length` is the draft length it was trained for (drafted
-    tokens only, the guaranteed token not counted), and `beam_width` the width to decode with unless told otherwise;
-    with a `node_budget` drafts are the so many most probable nodes, the root counted, not whole beams.
+    running sum of embeddings, `gated` adds a gate to it.  `draft_vocab_size` is set when the head scores only part of
+    the vocabulary.  `context_layers` are numbers of target layers, from 1, whose outputs the drafter sees beside the
+    last hidden state, `context_positions` the last positions at which it sees them.  `target` and `target_revision`
+    name the model it was made for, `beam_length` is the draft length it was trained for (drafted tokens only, the
+    guaranteed token not counted), and `beam_width` the width to decode with unless told otherwise; with a `node_budget`
+    drafts are the so many most probable nodes, the root counted, not whole beams.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -34,7 +36,10 @@ class DrafterConfig(BaseModel):
     exit_dim: PositiveInt
     num_draft_layers: int
     rnn: bool = True
+    gated: bool = False
     draft_vocab_size: PositiveInt | None = None
+    context_layers: tuple[PositiveInt, ...] = ()
+    context_positions: PositiveInt = 1
     target: str | None = None
     target_revision: str | None = None
     beam_width: PositiveInt = 10
@@ -55,6 +60,8 @@ class DrafterConfig(BaseModel):
     def _consistent(self) -> DrafterConfig:
         if self.num_draft_layers < 0:
             raise ValueError("num_draft_layers cannot be negative")
+        if self.gated and not self.rnn:
+            raise ValueError("a gate needs the recurrence")
         if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             raise ValueError("draft_vocab_size cannot exceed vocab_size")
         return self
@@ -63,6 +70,11 @@ class DrafterConfig(BaseModel):
     def head_size(self) -> int:
         """Number of tokens that the head scores."""
         return self.draft_vocab_size or self.vocab_size
+
+    @property
+    def context_size(self) -> int:
+        """Numbers that the target hands over for a draft: hidden states of layers and positions."""
+        return self.context_positions * (1 + len(self.context_layers)) * self.hidden_size
 
     @classmethod
     def from_file(cls, path: Path) -> DrafterConfig:
@@ -76,4 +88,6 @@ class DrafterConfig(BaseModel):
 
     def to_json(self) -> str:
         """The text of `config.json`; what is not set is left out."""
-        return self.model_dump_json(indent=2, exclude_none=True) + "\n"
+        published = {"gated": False, "context_layers": (), "context_positions": 1}  # the paper's form needs no words
+        unset = {name for name, value in published.items() if getattr(self, name) == value}
+        return self.model_dump_json(indent=2, exclude_none=True, exclude=unset) + "\n"

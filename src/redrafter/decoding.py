@@ -40,8 +40,8 @@ class State:
 
     place: Place
     """Where each row's text stands; its last token, the root, was chosen by the target and is not yet in the cache."""
-    context: Float[Tensor, "B H"]
-    """The hidden state from which the target chose the root."""
+    context: Float[Tensor, "B positions state"]
+    """The target's hidden states at the last positions, the last of which is the one that it chose the root from."""
     cache: SlotCache
 
 
@@ -68,7 +68,7 @@ def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: Sta
     place = state.place
     root = place.text.gather(1, place.length[:, None])[:, 0]
     draw = sampler.draw(place, depths=length + 1, vocabulary=target.vocab_size)
-    tree = chain(root[:, None]) if proposer is None else proposer.propose(state.context, root, draw)
+    tree = chain(root[:, None]) if proposer is None else proposer.propose(state.context.flatten(1), root, draw)
     if root.device.type == "cpu":
         tree = tree.trimmed()
     hidden, logits = target.forward(tree, place.length, state.cache)
@@ -79,22 +79,27 @@ def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: Sta
     following = choice.tokens.gather(1, path)  # the choice after each node of the path is the next node's token
     index = torch.arange(length + 1, device=path.device)
     place.text.scatter_(1, place.length[:, None] + 1 + index, following)
-    end = path.gather(1, accepted[:, None])
+    along = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
     advanced = replace(
         state,
         place=replace(place, length=place.length + place.alive * (accepted + 1)),
-        context=hidden.gather(1, end[..., None].expand(-1, -1, hidden.shape[-1]))[:, 0],
+        context=_latest(state.context, along, accepted),
     )
     return advanced, Emission(following, accepted, tree.valid.sum(dim=1) - 1, path, choice, logits)
 
 
-def prefill(target: Target, sampler: Sampler, rows: list[Row], cache: SlotCache, slots: int) -> tuple[State, Emission]:
-    """Runs the rows' prompts, chunk by chunk as chains, and chooses the first token of each; `slots` hold its text."""
+def prefill(
+    target: Target, sampler: Sampler, rows: list[Row], cache: SlotCache, *, slots: int, positions: int = 1
+) -> tuple[State, Emission]:
+    """Runs the rows' prompts, chunk by chunk as chains, and chooses the first token of each.
+
+    `slots` hold a row's text; the state keeps what the target knows at the last `positions`.
+    """
     device = target.device
     lengths = torch.tensor([len(row.prompt) for row in rows], device=device)
     prompts = [torch.tensor(row.prompt) for row in rows]
     padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
-    context = torch.zeros((len(rows), target.hidden_size), dtype=target.dtype, device=device)
+    context = torch.zeros((len(rows), positions, target.state_size), dtype=target.dtype, device=device)
     logits: Tensor | None = None
     for start in range(0, padded.shape[1], PREFILL_CHUNK):
         tokens = padded[:, start : start + PREFILL_CHUNK]
@@ -102,9 +107,9 @@ def prefill(target: Target, sampler: Sampler, rows: list[Row], cache: SlotCache,
         select = last.clamp(0, tokens.shape[1] - 1)
         cache.window.visible = start + tokens.shape[1]
         hidden, found = target.forward(chain(tokens), torch.full_like(lengths, start), cache, select)
-        here = (select == last)[:, None]  # rows whose prompt ends in this chunk
-        context = torch.where(here, hidden[:, 0], context)
-        logits = found if logits is None else torch.where(here[..., None], found, logits)
+        here = (last >= 0)[:, None, None]  # rows whose prompt has not ended before this chunk
+        context = torch.where(here, _latest(context, hidden, select), context)
+        logits = found if logits is None else torch.where(here, found, logits)
     assert logits is not None
     place = Place(
         row=torch.tensor([row.number for row in rows], device=device),
@@ -123,11 +128,11 @@ def prefill(target: Target, sampler: Sampler, rows: list[Row], cache: SlotCache,
 
 def admit(target: Target, sampler: Sampler, state: State, slots: list[int], rows: list[Row]) -> tuple[State, Emission]:
     """Rows enter the given slots of a running batch, whose other rows do not notice."""
-    width = state.place.text.shape[1]
+    kept = {"slots": state.place.text.shape[1], "positions": state.context.shape[1]}
     if len(slots) == len(state.context):
-        return prefill(target, sampler, rows, state.cache, width)
+        return prefill(target, sampler, rows, state.cache, **kept)
     cache = target.new_cache(batch=len(slots), slots=max(len(row.prompt) for row in rows))
-    entered, emitted = prefill(target, sampler, rows, cache, width)
+    entered, emitted = prefill(target, sampler, rows, cache, **kept)
     state.cache.adopt(slots, cache)
     places = torch.tensor(slots, device=state.context.device)
 
@@ -222,7 +227,7 @@ def _events(asked: Request) -> Iterator[Event]:
     target, sampler, size = asked.target, asked.sampler, asked.size
     reach = max(len(row.prompt) + row.budget for row in asked.rows)
     slots = reach + asked.length + size  # a last step may accept more than the row may still write
-    state = _empty(target, target.new_cache(batch=asked.batch, slots=slots), asked.batch, slots)
+    state = _empty(target, target.new_cache(batch=asked.batch, slots=slots), asked.batch, slots, asked.positions)
     waiting = iter(asked.rows)
     taken: dict[int, _Writing] = {}
     with target.evaluating():
@@ -304,11 +309,19 @@ class _Writing:
         )
 
 
-def _empty(target: Target, cache: SlotCache, batch: int, slots: int) -> State:
+def _latest(
+    before: Float[Tensor, "B positions state"], after: Float[Tensor, "B M state"], end: Int[Tensor, " B"]
+) -> Float[Tensor, "B positions state"]:
+    """The states of as many positions as before, up to each row's `end` in those that follow."""
+    index = end[:, None] + 1 + torch.arange(before.shape[1], device=end.device)
+    return torch.cat((before, after), dim=1).gather(1, index[..., None].expand(-1, -1, before.shape[-1]))
+
+
+def _empty(target: Target, cache: SlotCache, batch: int, slots: int, positions: int) -> State:
     """A state whose slots are all free."""
     none = torch.zeros(batch, dtype=torch.long, device=target.device)
     text = torch.zeros((batch, slots), dtype=torch.long, device=target.device)
-    context = torch.zeros((batch, target.hidden_size), dtype=target.dtype, device=target.device)
+    context = torch.zeros((batch, positions, target.state_size), dtype=target.dtype, device=target.device)
     return State(Place(none, none, text, none, none), context, cache)
 
 

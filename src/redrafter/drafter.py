@@ -7,6 +7,7 @@ know beams, trees or the target's forward pass; the token embedding is the targe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -43,6 +44,11 @@ class RecurrentDrafter(nn.Module):
         if config.rnn:
             self.rnn_u = nn.Linear(hidden, hidden)
             self.rnn_w = nn.Linear(hidden, hidden, bias=False)
+        if config.gated:
+            self.gate_u = nn.Linear(hidden, hidden)
+            self.gate_w = nn.Linear(hidden, hidden, bias=False)
+        if config.context_size != hidden:
+            self.fuse = nn.Linear(config.context_size, hidden)
         if width != 2 * hidden:
             self.input_proj = nn.Linear(2 * hidden, width)
         self.lm_head = nn.Sequential(
@@ -60,18 +66,22 @@ class RecurrentDrafter(nn.Module):
         exit_dim: int | None = None,
         num_draft_layers: int = 2,
         rnn: bool = True,
+        gated: bool = False,
         draft_vocabulary: Int[Tensor, " draft"] | None = None,
+        context_layers: Sequence[int] = (),
+        context_positions: int = 1,
         beam_length: int = 4,
         beam_width: int = 10,
         node_budget: int | None = None,
     ) -> RecurrentDrafter:
         """A fresh drafter for a target, on its device, in float32.
 
-        `draft_vocabulary`: ids of the target's vocabulary that may be drafted, all of them by default.
+        `draft_vocabulary`: ids of the target's vocabulary that may be drafted, all of them by default;
+        `gated`, `context_layers`, `context_positions`: see `DrafterConfig`.
         """
         from redrafter.target import Target
 
-        target = Target(model)
+        target = Target(model, context_layers)
         drafter = cls(
             DrafterConfig(
                 vocab_size=target.vocab_size,
@@ -79,7 +89,10 @@ class RecurrentDrafter(nn.Module):
                 exit_dim=exit_dim or 2 * target.hidden_size,
                 num_draft_layers=num_draft_layers,
                 rnn=rnn,
+                gated=gated,
                 draft_vocab_size=None if draft_vocabulary is None else len(draft_vocabulary),
+                context_layers=tuple(context_layers),
+                context_positions=context_positions,
                 target=target.name,
                 target_revision=target.revision,
                 beam_length=beam_length,
@@ -129,17 +142,32 @@ class RecurrentDrafter(nn.Module):
     ) -> Float[Tensor, "*batch hidden"]:
         """One step of the recurrence; `None` is the state before the first token, zero.
 
-        `s_t = SiLU(W e_t + U s_{t-1} + b)`, or without recurrence `s_t = s_{t-1} + e_t`.
+        `s_t = SiLU(W e_t + U s_{t-1} + b)`, or without recurrence `s_t = s_{t-1} + e_t`.  With a gate that is what
+        `s_t` moves to from `s_{t-1}`, by a share `sigmoid(W' e_t + U' s_{t-1} + b')` of the way.
         """
         if not self.config.rnn:
             return embedding if state is None else state + embedding
-        carried = self.rnn_u.bias if state is None else self.rnn_u(state)
-        return nn.functional.silu(self.rnn_w(embedding) + carried)
+        moved = nn.functional.silu(self.rnn_w(embedding) + (self.rnn_u.bias if state is None else self.rnn_u(state)))
+        if not self.config.gated:
+            return moved
+        gate = torch.sigmoid(self.gate_w(embedding) + (self.gate_u.bias if state is None else self.gate_u(state)))
+        return gate * moved if state is None else torch.lerp(state, moved, gate)
+
+    def context(self, features: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch hidden"]:
+        """What the head reads of the target, once for each draft: its last hidden state, as published.
+
+        `features` are hidden states of the last `context_positions` positions, oldest first, each of `context_layers`
+        and then the output head's input; zeros before a text begins.  With more than one of them, a linear map of all
+        is added to the last.
+        """
+        if not hasattr(self, "fuse"):
+            return features
+        return features[..., -self.config.hidden_size :] + self.fuse(features)  # type: ignore[no-any-return]
 
     def logits(
         self, context: Float[Tensor, "*batch hidden"], state: Float[Tensor, "*batch hidden"]
     ) -> Float[Tensor, "*batch head"]:
-        """Scores of the next token over the draft vocabulary, from the target's hidden state and the recurrent one."""
+        """Scores of the next token over the draft vocabulary, from `context` and the recurrent state."""
         x = torch.cat((context, state), dim=-1)
         if hasattr(self, "input_proj"):
             x = self.input_proj(x)

@@ -69,6 +69,11 @@ class Request:
         return 0 if self.proposer is None else self.proposer.length
 
     @property
+    def positions(self) -> int:
+        """Positions whose hidden states a draft is made from."""
+        return 1 if self.proposer is None else self.proposer.positions
+
+    @property
     def size(self) -> int:
         """N, nodes of a tree."""
         return 1 if self.proposer is None else self.proposer.size
@@ -99,7 +104,7 @@ def request(
 
     Raises RedrafterError.
     """
-    target = Target(model)
+    target = Target(model, () if drafter is None else drafter.config.context_layers)
     config = resolve(target.model, generation_config, settings)
     if eos_token_id is not None:
         config.eos_token_id = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)

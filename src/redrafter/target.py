@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -61,10 +61,11 @@ def packed_mask(
 class Target:
     """A causal language model and what decoding needs to know of it."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, layers: Sequence[int] = ()):
         """Takes a `PreTrainedModel`, or a `PeftModel` around one.
 
-        Raises RedrafterError where the model cannot verify trees.
+        `layers`: numbers, from 1, of those whose outputs are given beside what the output head reads.  Raises
+        RedrafterError where the model cannot verify trees or lacks such a layer.
         """
         self.model = _unwrapped(model)
         self.config: Any = self.model.config.get_text_config()
@@ -74,6 +75,8 @@ class Target:
         self.device: torch.device = self.embed.weight.device
         self.dtype: torch.dtype = self.model.dtype
         self.hidden_size: int = self.config.hidden_size
+        self.state_size: int = (1 + len(layers)) * self.hidden_size
+        self._layers = _numbered(self.model, self.config, layers)
         self.vocab_size: int = self.config.vocab_size
         self.context_length: int | None = getattr(self.config, "max_position_embeddings", None)
         self.name: str | None = _public_name(self.model.config._name_or_path)
@@ -99,11 +102,11 @@ class Target:
         length: Int[Tensor, " B"],
         cache: SlotCache,
         select: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B M H"], Float[Tensor, "B M V"]]:
+    ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B M V"]]:
         """One run of the model over trees whose nodes take the slots `length … length + N - 1` of their rows.
 
-        Returns hidden states, as the output head reads them, and logits: of every node (M = N), or with `select` of one
-        node a row (M = 1).
+        Returns the hidden states of every node, those of `layers` and last what the output head reads, and logits: of
+        every node (M = N), or with `select` of one node a row (M = 1).
         """
         slots = length[:, None] + torch.arange(tree.size, device=length.device)
         visible = partial(tree_mask, tree, length, slots=cache.window.visible)
@@ -117,7 +120,7 @@ class Target:
         visible: Callable[..., Tensor],
         cache: SlotCache,
         select: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B M H"], Float[Tensor, "B M V"]]:
+    ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B M V"]]:
         """One run of the model over tokens that go to the given slots of their rows and see what `visible` says.
 
         `visible(window=...)` gives a bool mask [B, N, cache.window.visible].  Returns as `forward` does.
@@ -125,7 +128,7 @@ class Target:
         if self.context_length is not None:  # nodes past the end are never kept, but tables must not be overrun
             position = position.clamp(max=self.context_length - 1)
         cache.window.slots = slots
-        with self._head_input(select) as captured:
+        with self._states(select) as captured:
             output = self.model(
                 input_ids=tokens,
                 position_ids=position,
@@ -133,11 +136,12 @@ class Target:
                 past_key_values=cache,
                 use_cache=True,
             )
-        # a model spread over devices ends on another one than it begins
-        return _at(captured[0], select).to(self.device), output.logits.to(self.device)
+        return self._joined(captured), output.logits.to(self.device)
 
-    def hidden_states(self, input_ids: Int[Tensor, "B P"], segments: Int[Tensor, "B P"]) -> Float[Tensor, "B P H"]:
-        """What the output head would read at every position of plain text, padded right; no logits are computed.
+    def hidden_states(self, input_ids: Int[Tensor, "B P"], segments: Int[Tensor, "B P"]) -> Float[Tensor, "B P state"]:
+        """The states of `layers` and last what the output head would read, at every position of plain text.
+
+        Rows are padded right; no logits are computed.
 
         `segments` numbers the texts that share a row from 1, 0 is padding: none attends to another, and each begins at
         position 0.  Of rows with one text it is their attention mask.
@@ -148,14 +152,14 @@ class Target:
         mask: Any = (segments > 0).long()
         if bool((segments > 1).any()):
             mask = self._masks(partial(packed_mask, segments, positions))
-        with self._head_input(input_ids.new_zeros(input_ids.shape[0])) as captured:
+        with self._states(input_ids.new_zeros(input_ids.shape[0])) as captured:
             self.model(
                 input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=False,
             )
-        return captured[0].to(self.device)
+        return self._joined(captured)
 
     def logits(self, hidden: Float[Tensor, "C H"]) -> Float[Tensor, "C V"]:
         """The model's own logits, scaled or capped as the family does, from what its output head reads."""
@@ -200,19 +204,33 @@ class Target:
             self.model.train(training)
 
     @contextmanager
-    def _head_input(self, select: Int[Tensor, " B"] | None) -> Iterator[list[Tensor]]:
-        """Captures what the output head is given, whatever the family calls it, and hands on `select` of it alone."""
+    def _states(self, select: Int[Tensor, " B"] | None) -> Iterator[list[Tensor]]:
+        """Captures what `layers` give and last what the output head is given, whatever the family calls it.
+
+        The head is handed `select` of it alone.
+        """
         captured: list[Tensor] = []
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             captured.append(args[0])
             return (_at(args[0], select), *args[1:])
 
-        handle = self.head.register_forward_pre_hook(hook)
+        def layer_hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            captured.append(output[0] if isinstance(output, tuple) else output)
+
+        handles = [layer.register_forward_hook(layer_hook) for layer in self._layers]
+        handles.append(self.head.register_forward_pre_hook(hook))
         try:
             yield captured
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+    def _joined(self, captured: list[Tensor]) -> Float[Tensor, "B N state"]:
+        """One tensor of what was captured; a model spread over devices ends on another one than it begins."""
+        if len(captured) == 1:
+            return captured[0].to(self.device)
+        return torch.cat([one.to(self.device) for one in captured], dim=-1)
 
     def _masks(self, visible_within: Callable[..., Tensor]) -> Tensor | dict[str, Tensor]:
         """An attention mask in the form the family reads: additive, one for each type of layer."""
@@ -235,12 +253,12 @@ class Target:
         prompts = [ids[:2], ids[2:5]]
         expected = []
         for prompt in prompts:
-            with self._head_input(None) as captured:
+            with self._states(None) as captured:
                 output = self.model(input_ids=torch.cat((prompt, ids[5:7]))[None], use_cache=True)
             if not captured:
                 raise self._refusal("its output head is not called as a module, so its input cannot be read")
-            expected.append(captured[0][0, -1].to(self.device))
-        head_alone = torch.equal(self.head(captured[0]).to(output.logits), output.logits)
+            expected.append(captured[-1][0, -1].to(self.device))
+        head_alone = torch.equal(self.head(captured[-1]).to(output.logits), output.logits)
         self._shapes = []
         for layer in getattr(output.past_key_values, "layers", []):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -265,7 +283,7 @@ class Target:
         tree = DraftTree(tokens, parents, depth, depth >= 0, ancestors_of(parents, max_depth=1))
         hidden, _ = self.forward(tree, torch.tensor([2, 3], device=self.device), cache)
         wanted = torch.stack(expected).double()
-        distance = (hidden[:, 2].double() - wanted).norm() / wanted.norm()
+        distance = (hidden[:, 2, -self.hidden_size :].double() - wanted).norm() / wanted.norm()
         if not distance < (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1):
             raise self._refusal("its states at the nodes of a tree differ from those of plain text")
         return self._shapes, head_alone
@@ -304,6 +322,19 @@ def _refuse_by_structure(model: PreTrainedModel, config: Any) -> None:
         reason = f"its attention implementation {attention} takes no tree mask; load it with attn_implementation='sdpa'"
     if reason is not None:
         raise RedrafterError(f"{type(model).__name__} cannot verify draft trees: {reason}.")
+
+
+def _numbered(model: PreTrainedModel, config: Any, layers: Sequence[int]) -> list[nn.Module]:
+    """The decoder's layers of those numbers, whatever the family calls their list."""
+    if not layers:
+        return []
+    count = config.num_hidden_layers
+    if list(layers) != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] < count:
+        raise RedrafterError(f"context_layers must be different numbers from 1 to {count - 1}, rising, not {layers}.")
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    if not lists:
+        raise RedrafterError(f"The layers of {type(model).__name__} were not found, so context_layers cannot be had.")
+    return [lists[0][number - 1] for number in layers]
 
 
 def _at(hidden: Float[Tensor, "B N H"], select: Int[Tensor, " B"] | None) -> Float[Tensor, "B M H"]:

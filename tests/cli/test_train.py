@@ -109,6 +109,21 @@ def test_data_with_nothing_to_learn_is_refused_before_the_target_is_loaded(say, 
     assert "no token to learn" in refusal(say(*words))
 
 
+def test_a_head_of_another_form(say, model_folder, rows, tmp_path):
+    words = ("train", "--model", model_folder, "--data", rows, "--output", tmp_path / "d", "--max-steps", "1")
+    form = ("--gated", "--context-layer", "1", "--context-positions", "2")
+    assert say(*words, *form)[0] == 0
+    made = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert (made["gated"], made["context_layers"], made["context_positions"]) == (True, [1], 2)
+    assert "layer 1, at 2 positions" in (tmp_path / "d" / "README.md").read_text()
+    status, out, _ = say("generate", "--model", model_folder, "--drafter", tmp_path / "d", "--prompt", "9 sheep")
+    plain = say("generate", "--model", model_folder, "--no-drafter", "--prompt", "9 sheep")
+    assert (status, out) == plain[:2]
+    again = (*words[:6], tmp_path / "e")
+    assert "from 1 to 1" in refusal(say(*again, "--context-layer", "2"))
+    assert "leave out --no-rnn" in refusal(say(*again, "--gated", "--no-rnn"))
+
+
 def command(*words: object, processes: int = 1) -> list[str]:
     start = [sys.executable, "-W", "ignore"]
     if processes > 1:

@@ -129,10 +129,14 @@ PROMPTS = [[5], [3, 7, 4, 8], [6, 6], list(range(3, 9)) * 3, [8, 3]]
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 5, 16])
-@pytest.mark.parametrize("shape", ["beams", "budget", "vocabulary"])
+@pytest.mark.parametrize("shape", ["beams", "budget", "vocabulary", "context"])
 def test_walked_over_the_texts_the_drafts_are_those_of_decoding(shape, new_tokens):
     """Also where a last step accepts more than the row may still write."""
-    drafter = random_drafter(FEW, draft_vocabulary=torch.arange(2, 8) if shape == "vocabulary" else None)
+    forms = {
+        "vocabulary": {"draft_vocabulary": torch.arange(2, 8)},
+        "context": {"context_layers": (1,), "context_positions": 3},
+    }
+    drafter = random_drafter(FEW, **forms.get(shape, {}))
     drafting = {"beam_width": 3, "beam_length": 4, "node_budget": 7 if shape == "budget" else None}
     common = {"max_new_tokens": new_tokens, "batch_size": 2}
     found = evaluate(FEW, drafter, PROMPTS, temperature=0.8, seed=11, **common, **drafting)

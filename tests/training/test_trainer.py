@@ -25,9 +25,9 @@ def own_text(count: int) -> list[Row]:
     return [Row(p + n, [False] + [True] * len(n)) for p, n in zip(prompts, texts, strict=True)]
 
 
-def fresh() -> RecurrentDrafter:
+def fresh(**form) -> RecurrentDrafter:
     torch.manual_seed(0)
-    return RecurrentDrafter.for_target(MODEL, beam_length=3)
+    return RecurrentDrafter.for_target(MODEL, beam_length=3, **form)
 
 
 def weights(drafter) -> list[torch.Tensor]:
@@ -164,13 +164,14 @@ def test_the_card_tells_what_the_run_saw(tmp_path):
         assert words in card, words
 
 
-def test_packed_rows_learn_what_rows_alone_learn(tmp_path):
+@pytest.mark.parametrize("form", [{}, {"context_layers": (1,), "context_positions": 3}])
+def test_packed_rows_learn_what_rows_alone_learn(tmp_path, form):
     """One batch of all rows, so that only the packing differs."""
     rows = own_text(6)
     losses = [
         run(
             MODEL,
-            fresh(),
+            fresh(**form),
             rows,
             tmp_path / str(packing),
             Recipe(max_steps=1, batch_size=6, packing=packing),

@@ -57,6 +57,12 @@ def train(
     exit_dim: Annotated[int | None, typer.Option(min=1, help="Width of the head.  [default: 2 x hidden size]")] = None,
     blocks: Annotated[int, typer.Option(min=0, help="Residual blocks of the head.")] = 2,
     rnn: Annotated[bool, typer.Option(help="The recurrence, or a running sum of embeddings.")] = True,
+    gated: Annotated[bool, typer.Option("--gated", help="Give the recurrence a gate.")] = False,
+    context_layer: Annotated[
+        list[int] | None,
+        typer.Option(help="A layer of the target, from 1, that the drafter sees too; may be repeated."),
+    ] = None,
+    context_positions: Annotated[int, typer.Option(min=1, help="Last positions of which it sees the states.")] = 1,
     draft_vocabulary: Annotated[
         int | None, typer.Option(min=1, help="Draft only the N most frequent tokens of the data.  [default: all]")
     ] = None,
@@ -93,6 +99,8 @@ def train(
 
     if (output / hub.CONFIG).exists() and not (overwrite or dry_run):
         raise RedrafterError(f"{output} already holds a drafter: pass --overwrite, or another --output.")
+    if gated and not rnn:
+        raise RedrafterError("--gated needs the recurrence: leave out --no-rnn.")
     if precision not in ("auto", "float32", "bfloat16", "float16"):
         raise RedrafterError(f"--precision {precision} is not one of auto, float32, bfloat16, float16.")
 
@@ -132,6 +140,9 @@ def train(
         exit_dim=exit_dim,
         num_draft_layers=blocks,
         rnn=rnn,
+        gated=gated,
+        context_layers=sorted(context_layer or []),
+        context_positions=context_positions,
         beam_length=beam_length,
         beam_width=beam_width,
         node_budget=node_budget,

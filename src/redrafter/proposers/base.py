@@ -24,8 +24,14 @@ class Proposer(Protocol):
         """N, nodes of every tree, counting the root."""
         ...
 
+    @property
+    def positions(self) -> int:
+        """Last positions whose hidden states a draft is made from."""
+        ...
+
     def propose(self, context: Tensor, root: Tensor, draw: Draw) -> DraftTree:
-        """Trees [B, N] below the guaranteed tokens `root` [B]; `context` [B, H] is where the target chose them.
+        """Trees [B, N] below the guaranteed tokens `root` [B]; `context` [B, positions x state]: what the target
+        knows at the last positions, the last of which is where it chose them.
 
         `draw` is how the target will choose after nodes of depth 0 to L; a proposer may use it, or not.
         """

@@ -34,7 +34,12 @@ class RecurrentProposer:
         weighed = 1 + self.width + (self.length - 1) * self.width**2
         return min(self.budget, weighed) if self.budget else 1 + self.width * self.length
 
-    def propose(self, context: Float[Tensor, "B H"], root: Int[Tensor, " B"], draw: Draw) -> DraftTree:
+    @property
+    def positions(self) -> int:
+        """As the drafter was trained."""
+        return self.drafter.config.context_positions
+
+    def propose(self, context: Float[Tensor, "B features"], root: Int[Tensor, " B"], draw: Draw) -> DraftTree:
         """Trees below `root`; the drafter computes in its own dtype.
 
         Coupled drafting: where the target samples, its noise is known beforehand, and the drafter's logits get the same

@@ -24,7 +24,7 @@ from redrafter.results import Generation, Stats
 from redrafter.sampling import Place, Sampler
 from redrafter.target import Target
 from redrafter.training.data import Row, collate
-from redrafter.training.loss import windows
+from redrafter.training.loss import context_at, windows
 from redrafter.verify import walk
 
 CHUNK = 512
@@ -154,8 +154,9 @@ def drafted_everywhere(
             if len(row):  # no draft begins at a row's last token, for which the model may have no position left
                 hidden = target.hidden_states(ids[:, :-1], batch["segments"][:, :-1])
                 for at, t, text, wanted in zip(*(x.split(chunk) for x in (row, position, tokens, known)), strict=True):
+                    context = context_at(hidden, at, t, proposer.positions)
                     place = Place(at, seed[at], ids[at], length=t + 1, alive=torch.ones_like(at))
-                    found.append(_verdicts(target, proposer, sampler, place, hidden[at, t], text, wanted))
+                    found.append(_verdicts(target, proposer, sampler, place, context, text, wanted))
             counts = row.bincount(minlength=len(ids)).tolist()
             verdicts += torch.cat(found).cpu().split(counts)
     return verdicts
@@ -166,7 +167,7 @@ def _verdicts(
     proposer: Proposer,
     sampler: Sampler,
     place: Place,
-    context: Float[Tensor, "C H"],
+    context: Float[Tensor, "C features"],
     tokens: Int[Tensor, "C length1"],
     wanted: Bool[Tensor, "C length"],
 ) -> Int[Tensor, "C 2"]:

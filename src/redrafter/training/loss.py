@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -81,7 +82,7 @@ def windows(
 def unrolled_loss(
     drafter: RecurrentDrafter,
     embed: Callable[[Tensor], Tensor],
-    hidden: Float[Tensor, "B P H"],
+    hidden: Float[Tensor, "B P state"],
     input_ids: Int[Tensor, "B P"],
     trained: Bool[Tensor, "B P"],
     *,
@@ -89,15 +90,17 @@ def unrolled_loss(
     objective: Objective = TOKENS,
     head: Callable[[Tensor], Tensor] | None = None,
     continuations: Int[Tensor, "B P depth"] | None = None,
+    segments: Int[Tensor, "B P"] | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over the `length` draft positions of the mean loss (nats) that `objective` says.
 
-    `hidden` is what the target's output head reads, `embed` its token embedding, `trained` marks the tokens to learn;
-    `head` gives the target's logits from its hidden states [C, H], where the objective is about its distribution: that
-    is known along the text alone, so not where `continuations` take the place of the tokens that follow.  Tokens
-    outside the draft vocabulary have no cross-entropy.  A batch without a trained window gives 0.  `chunk`
-    windows are scored at a time, by default as many as LOGITS allows.
+    `hidden` are the states that `Target.hidden_states` gives, `embed` is the target's token embedding, `trained` marks
+    the tokens to learn and `segments` the texts that share a row (by default each is one); `head` gives the target's
+    logits from its states [C, state], where the objective is about its distribution: that is known along the text
+    alone, so not where `continuations` take the place of the tokens that follow.  Tokens outside the draft vocabulary
+    have no cross-entropy.  A batch without a trained window gives 0.  `chunk` windows are scored at a time, by default
+    as many as LOGITS allows.
     """
     rows, positions, tokens, wanted = windows(input_ids, trained, length=length, continuations=continuations)
     assert continuations is None or not objective.of_distribution
@@ -106,24 +109,41 @@ def unrolled_loss(
     labels = _labels(drafter, tokens[:, 1:].contiguous()).masked_fill(~wanted, IGNORED)
     depth = torch.arange(length, device=hidden.device)
     weight = objective.decay**depth
-    above = (positions[:, None] + 1 + depth).clamp(max=hidden.shape[1] - 1)  # where the target says its own next token
-    places = torch.cat((positions[:, None], above), dim=1) + rows[:, None] * hidden.shape[1]
     parts = (
-        places,
+        rows,
+        positions,
         tokens[:, :-1],
         labels,
         weight * (labels != IGNORED) / (labels != IGNORED).sum(0).clamp(min=1),
         weight * wanted / wanted.sum(0).clamp(min=1),
     )
     chunk = chunk or max(1, LOGITS // (length * drafter.config.head_size))
-    states = hidden.flatten(0, 1)
+    score = partial(_loss_of_windows, drafter, objective, embed, head, hidden, segments)
     if len(rows) <= chunk:
-        return _loss_of_windows(drafter, objective, embed, head, states, *parts)
+        return score(*parts)
     losses = [
-        checkpoint(_loss_of_windows, drafter, objective, embed, head, states, *part, use_reentrant=False)
-        for part in zip(*(p.split(chunk) for p in parts), strict=True)
+        checkpoint(score, *part, use_reentrant=False) for part in zip(*(p.split(chunk) for p in parts), strict=True)
     ]
     return torch.stack(losses).sum()
+
+
+def context_at(
+    hidden: Float[Tensor, "B P state"],
+    rows: Int[Tensor, " M"],
+    positions: Int[Tensor, " M"],
+    count: int,
+    segments: Int[Tensor, "B P"] | None = None,
+) -> Float[Tensor, "M features"]:
+    """What a drafter is given at each place: the states of the last `count` positions, oldest first.
+
+    Zeros stand for what lies before the text, or in another one of `segments` that shares the row.
+    """
+    seen = positions[:, None] - torch.arange(count - 1, -1, -1, device=hidden.device)
+    there = seen >= 0
+    seen, rows = seen.clamp(min=0), rows[:, None]
+    if segments is not None:
+        there = there & (segments[rows, seen] == segments[rows, positions[:, None]])
+    return (hidden[rows, seen] * there[..., None]).flatten(1)
 
 
 def _loss_of_windows(
@@ -131,19 +151,22 @@ def _loss_of_windows(
     objective: Objective,
     embed: Callable[[Tensor], Tensor],
     head: Callable[[Tensor], Tensor] | None,
-    hidden: Float[Tensor, "BP H"],
-    places: Int[Tensor, "C length1"],
+    hidden: Float[Tensor, "B P state"],
+    segments: Int[Tensor, "B P"] | None,
+    rows: Int[Tensor, " C"],
+    positions: Int[Tensor, " C"],
     tokens: Int[Tensor, "C length"],
     labels: Int[Tensor, "C length"],
     labelled: Float[Tensor, "C length"],
     wanted: Float[Tensor, "C length"],
 ) -> Float[Tensor, ""]:
-    """The weighted sum over some windows; `places` are those of the context and then of the target's own next tokens.
+    """The weighted sum over some windows.
 
     `labelled` and `wanted` are the weights of the cross-entropy and of the distances between distributions.
     """
     embeddings = embed(tokens).to(drafter.dtype)
-    context = hidden[places[:, :1]].to(drafter.dtype).expand_as(embeddings)
+    features = context_at(hidden, rows, positions, drafter.config.context_positions, segments)
+    context = drafter.context(features.to(drafter.dtype))[:, None].expand_as(embeddings)
     states: list[Tensor] = []
     for embedding in embeddings.unbind(1):
         states.append(drafter.step(states[-1] if states else None, embedding))
@@ -154,8 +177,10 @@ def _loss_of_windows(
     if objective.of_distribution:
         assert head is not None
         with torch.no_grad():  # windows overlap: each place's distribution is made once
-            above, index = places[:, 1:].unique(return_inverse=True)
-            truth = _law(drafter, head(hidden[above]).float())[index]
+            following = positions[:, None] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
+            following = following.clamp(max=hidden.shape[1] - 1) + rows[:, None] * hidden.shape[1]
+            places, index = following.unique(return_inverse=True)
+            truth = _law(drafter, head(hidden.flatten(0, 1)[places]).float())[index]
         loss = loss + (_divergence(objective, own, truth) * wanted).sum()
     return loss
 

@@ -95,7 +95,7 @@ class Unrolled(nn.Module):
 
         def head(states: Tensor) -> Tensor:
             with target.evaluating(), torch.autocast(target.device.type, enabled=False):
-                return target.logits(states)
+                return target.logits(states[..., -target.hidden_size :])
 
         loss = unrolled_loss(
             self.drafter,
@@ -107,6 +107,7 @@ class Unrolled(nn.Module):
             objective=self.objective,
             head=head,
             continuations=continuations,
+            segments=segments,
         )
         return {"loss": loss}
 
@@ -221,7 +222,7 @@ def run(
         raise RedrafterError("Rows with continuations know no distribution: train on them with cross-entropy alone.")
     try:
         trainer = Checkpointing(
-            model=Unrolled(drafter, Target(model), recipe.objective),
+            model=Unrolled(drafter, Target(model, drafter.config.context_layers), recipe.objective),
             args=_arguments(drafter, recipe, checkpoints, measured=bool(held_out)),
             train_dataset=rows if recipe.packing is None else pack(rows, recipe.packing),
             eval_dataset=held_out or None,
@@ -266,7 +267,7 @@ def estimate(model: PreTrainedModel, drafter: RecurrentDrafter, rows: list[Row],
     batches = math.ceil(len(groups) / (recipe.batch_size * _processes()))
     steps = math.ceil(math.ceil(batches / recipe.accumulation) * recipe.epochs)
     steps = recipe.max_steps if recipe.max_steps > 0 else steps
-    module = Unrolled(drafter, Target(model), recipe.objective)
+    module = Unrolled(drafter, Target(model, drafter.config.context_layers), recipe.objective)
     precision, device = _precision(drafter, recipe), drafter.device
     trained = sum(p.numel() * p.element_size() for p in drafter.parameters())
     on_gpu = device.type == "cuda"
