@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -34,10 +35,10 @@ def random_batch(seed: int, batch: int, size: int):
     return embedding, hidden, ids, trained
 
 
-def plain_loss(drafter, embedding, hidden, ids, trained, length: int) -> float:
+def plain_loss(drafter, embedding, hidden, ids, trained, length: int) -> torch.Tensor:
     """For every draft position: the mean over all places that draft a trained token there without a gap before it."""
     known = list(range(VOCABULARY)) if drafter.draft_vocabulary is None else drafter.draft_vocabulary.tolist()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.double)
     for position in range(1, length + 1):
         losses = []
         for row in range(ids.shape[0]):
@@ -49,8 +50,8 @@ def plain_loss(drafter, embedding, hidden, ids, trained, length: int) -> float:
                 for i in range(t + 1, t + 1 + position):
                     state = drafter.step(state, embedding[ids[row, i]])
                 log = drafter.logits(hidden[row, t], state).log_softmax(-1)
-                losses.append(-log[known.index(int(ids[row, t + 1 + position]))].item())
-        total += sum(losses) / max(1, len(losses))
+                losses.append(-log[known.index(int(ids[row, t + 1 + position]))])
+        total = total + sum(losses) / max(1, len(losses))
     return total
 
 
@@ -62,7 +63,7 @@ def test_agrees_with_the_plain_loss(seed, batch, size, length, draft, rnn, chunk
     drafter = random_drafter(draft, rnn)
     embedding, hidden, ids, trained = random_batch(seed, batch, size)
     loss = unrolled_loss(drafter, embedding.__getitem__, hidden, ids, trained, length=length, chunk=chunk)
-    assert loss.item() == pytest.approx(plain_loss(drafter, embedding, hidden, ids, trained, length), abs=1e-6)
+    assert loss.item() == pytest.approx(plain_loss(drafter, embedding, hidden, ids, trained, length).item(), abs=1e-6)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 4))
@@ -81,15 +82,64 @@ def test_windows_agree_with_a_loop(seed, size, length):
         assert window == [int(ids[row, i]) if i < size else 0 for i in range(t + 1, t + 2 + length)]
 
 
-def test_the_chunk_changes_no_gradient():
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_gradients_are_those_of_the_plain_loss(chunk):
+    """Also of a loss that is scaled, as by accumulation, and that is added to what was there."""
     embedding, hidden, ids, trained = random_batch(1, 3, 12)
     gradients = []
-    for chunk in (None, 2):
+    for scale in (1.0, 2.5, 2.5):
         drafter = random_drafter()
-        unrolled_loss(drafter, embedding.__getitem__, hidden, ids, trained, length=3, chunk=chunk).backward()
+        loss = unrolled_loss(drafter, embedding.__getitem__, hidden, ids, trained, length=3, chunk=chunk)
+        if scale == 1.0:
+            loss = plain_loss(drafter, embedding, hidden, ids, trained, 3)
+        (loss * scale).backward()
+        if len(gradients) == 2:
+            loss = unrolled_loss(drafter, embedding.__getitem__, hidden, ids, trained, length=3, chunk=chunk)
+            loss.backward()
         gradients.append([parameter.grad for parameter in drafter.parameters()])
-    for whole, chunked in zip(*gradients, strict=True):
-        torch.testing.assert_close(whole, chunked)
+    for plain, scaled, twice in zip(*gradients, strict=True):
+        torch.testing.assert_close(scaled, 2.5 * plain, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(twice, 3.5 * plain, rtol=1e-5, atol=1e-7)
+
+
+def test_half_precise_gradients_of_many_windows_do_not_vanish():
+    """Each of 4,000 windows counts for 1 / 400,000, less than float16 can say well."""
+    embedding, hidden, ids, _ = random_batch(1, 40, 102)
+    trained = torch.ones_like(ids, dtype=torch.bool)
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        drafter = random_drafter().float()
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            loss = unrolled_loss(
+                drafter, embedding.float().__getitem__, hidden.float(), ids, trained,
+                length=1, chunk=500, objective=Objective(0.01),
+            )  # fmt: skip
+        loss.backward()
+        gradients.append(drafter.lm_head[0].linear.weight.grad)
+    assert (gradients[0] - gradients[1]).norm() < 2e-3 * gradients[0].norm()
+
+
+def test_a_share_of_the_windows():
+    """Half of six windows: three of their losses, others every time, and all of them in the mean of many draws."""
+    drafter = random_drafter()
+    embedding, hidden, ids, _ = random_batch(1, 2, 5)
+    trained = torch.ones_like(ids, dtype=torch.bool)
+
+    def loss(share):
+        return unrolled_loss(drafter, embedding.__getitem__, hidden, ids, trained, length=1, share=share).item()
+
+    rows, positions, tokens, _ = windows(ids, trained, length=1)
+    each = []
+    for row, t, (root, label) in zip(rows, positions, tokens, strict=True):
+        logits = drafter.logits(hidden[row, t], drafter.step(None, embedding[root]))
+        each.append(-logits.log_softmax(-1)[label].item())
+    possible = [sum(three) / 3 for three in itertools.combinations(each, 3)]
+    torch.manual_seed(0)
+    drawn = [loss(0.5) for _ in range(200)]
+    assert all(min(abs(one - other) for other in possible) < 1e-6 for one in drawn)
+    assert len({round(one, 6) for one in drawn}) > 10
+    assert sum(drawn) / 200 == pytest.approx(loss(1.0), abs=0.1)
+    assert loss(0.01) in [pytest.approx(one, abs=1e-6) for one in each]
 
 
 def test_a_batch_with_nothing_to_learn_passes_through():

@@ -2,25 +2,28 @@
 
 As in the released script: at every position t of a trained stretch the drafter is given the target's hidden state there
 and the true tokens that follow, and is asked for each next one, `length` times.  Promises that no tensor of
-`length × positions × vocabulary` ever exists: heads and losses run over chunks of positions, and are computed again in
-the backward pass.  Does not know files or the trainer.
+`length × positions × vocabulary` ever exists: heads and losses run over chunks of positions, each of which is
+differentiated at once, so that nothing is kept or computed again for the backward pass.  Does not know files or the
+trainer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from redrafter.drafter import RecurrentDrafter
 
-LOGITS = 2**26
-"""Logits of the drafter that exist at one time: 256 MB in float32."""
+LOGITS = 2**27
+"""Logits of the drafter that exist at one time: 512 MB in float32."""
 
 IGNORED = -100
 """Label of what is not to be learnt."""
@@ -91,6 +94,7 @@ def unrolled_loss(
     head: Callable[[Tensor], Tensor] | None = None,
     continuations: Int[Tensor, "B P depth"] | None = None,
     segments: Int[Tensor, "B P"] | None = None,
+    share: float = 1.0,
     chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over the `length` draft positions of the mean loss (nats) that `objective` says.
@@ -99,10 +103,13 @@ def unrolled_loss(
     the tokens to learn and `segments` the texts that share a row (by default each is one); `head` gives the target's
     logits from its states [C, state], where the objective is about its distribution: that is known along the text
     alone, so not where `continuations` take the place of the tokens that follow.  Tokens outside the draft vocabulary
-    have no cross-entropy.  A batch without a trained window gives 0.  `chunk` windows are scored at a time, by default
-    as many as LOGITS allows.
+    have no cross-entropy.  A batch without a trained window gives 0.  Of the windows a random `share` is scored,
+    `chunk` at a time, by default as many as LOGITS allows.
     """
     rows, positions, tokens, wanted = windows(input_ids, trained, length=length, continuations=continuations)
+    if share < 1:
+        some = torch.randperm(len(rows), device=rows.device)[: math.ceil(share * len(rows))].sort().values
+        rows, positions, tokens, wanted = rows[some], positions[some], tokens[some], wanted[some]
     assert continuations is None or not objective.of_distribution
     if not len(rows):  # keeps the graph, so that a batch with nothing to learn can pass through any trainer
         return sum((p.sum() for p in drafter.parameters()), torch.zeros((), device=hidden.device)) * 0.0
@@ -119,12 +126,44 @@ def unrolled_loss(
     )
     chunk = chunk or max(1, LOGITS // (length * drafter.config.head_size))
     score = partial(_loss_of_windows, drafter, objective, embed, head, hidden, segments)
-    if len(rows) <= chunk:
-        return score(*parts)
-    losses = [
-        checkpoint(score, *part, use_reentrant=False) for part in zip(*(p.split(chunk) for p in parts), strict=True)
-    ]
-    return torch.stack(losses).sum()
+    chunks = zip(*(p.split(chunk) for p in parts), strict=True)
+    learnt = [p for p in drafter.parameters() if p.requires_grad]
+    if not (torch.is_grad_enabled() and learnt):
+        return torch.stack([score(*part) for part in chunks]).sum()
+    # a power of two, so that it changes no float32 gradient; without it those of one window vanish in float16
+    scale = 2.0 ** round(math.log2(len(rows)) - 4)
+    return _SummedAtOnce.apply(score, chunks, scale, *learnt)  # type: ignore[no-any-return]
+
+
+class _SummedAtOnce(torch.autograd.Function):
+    """The sum of `score(*part)` over parts, each differentiated by the parameters as soon as it is known.
+
+    So every part is computed once, and what it needed is freed before the next.  Gradients are multiplied by `scale`
+    while they pass through the part's own, perhaps half-precise, operations.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, score: Callable[..., Tensor], parts: Iterable[tuple[Tensor, ...]], scale: float, *learnt: Tensor
+    ) -> Tensor:
+        losses, gradients = [], [torch.zeros_like(p) for p in learnt]
+        for part in parts:
+            with torch.enable_grad():
+                loss = score(*part)
+                found = torch.autograd.grad(loss * scale, learnt, allow_unused=True)
+            for total, gradient in zip(gradients, found, strict=True):
+                if gradient is not None:
+                    total.add_(gradient)
+            losses.append(loss.detach())
+            del loss, found
+        ctx.gradients, ctx.scale = gradients, scale
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # handed on, so that they become the parameters' own
+        return None, None, None, *(g.mul_(gradient / ctx.scale) for g in gradients)
 
 
 def context_at(
@@ -170,7 +209,7 @@ def _loss_of_windows(
     states: list[Tensor] = []
     for embedding in embeddings.unbind(1):
         states.append(drafter.step(states[-1] if states else None, embedding))
-    own = drafter.logits(context, torch.stack(states, dim=1)).float().log_softmax(-1)
+    own = drafter.logits(context, torch.stack(states, dim=1)).log_softmax(-1, dtype=torch.float32)
     loss = own.new_zeros(())
     if objective.cross_entropy:
         loss = loss - objective.cross_entropy * (own.gather(2, labels.clamp(min=0)[..., None])[..., 0] * labelled).sum()
@@ -180,8 +219,8 @@ def _loss_of_windows(
             following = positions[:, None] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
             following = following.clamp(max=hidden.shape[1] - 1) + rows[:, None] * hidden.shape[1]
             places, index = following.unique(return_inverse=True)
-            truth = _law(drafter, head(hidden.flatten(0, 1)[places]).float())[index]
-        loss = loss + (_divergence(objective, own, truth) * wanted).sum()
+            law = _law(drafter, head(hidden.flatten(0, 1)[places]).float())
+        loss = loss + (_divergence(objective, own, law, index) * wanted).sum()
     return loss
 
 
@@ -196,19 +235,28 @@ def _law(drafter: RecurrentDrafter, logits: Float[Tensor, "U V"]) -> Float[Tenso
 
 
 def _divergence(
-    objective: Objective, own: Float[Tensor, "C length head"], truth: Float[Tensor, "C length head1"]
+    objective: Objective,
+    own: Float[Tensor, "C length head"],
+    law: Float[Tensor, "U head1"],
+    index: Int[Tensor, "C length"],
 ) -> Float[Tensor, "C length"]:
-    """Distances from the target's distribution; what lies outside the draft vocabulary is out of reach."""
-    known, outside = truth[..., :-1], truth[..., -1]
-    loss = torch.zeros_like(outside)
+    """Distances from the target's distribution, which is `law[index]`.
+
+    What lies outside the draft vocabulary is out of reach.
+    """
+    known, outside = law[:, :-1].exp(), law[:, -1].exp()
+    loss = torch.zeros_like(own[..., 0])
+    if objective.kl or objective.total_variation:
+        truth = known[index]
     if objective.kl:
-        loss = loss + objective.kl * (known.exp() * (known - own)).sum(-1)
+        loss = loss - objective.kl * (torch.special.entr(known).sum(-1)[index] + (truth * own).sum(-1))
     if objective.total_variation:
-        distance = (known.exp() - own.exp()).abs().sum(-1) + outside.exp()
+        distance = (truth - own.exp()).abs().sum(-1) + outside[index]
         loss = loss + objective.total_variation * distance / 2
     if objective.coupled:  # the largest of many Gumbel draws is one draw at the sum of their weights
-        noise = -torch.empty_like(truth).exponential_().log_()
-        drawn = (truth + noise).argmax(-1)
+        log = law[index]
+        noise = -torch.empty_like(log).exponential_().log_()
+        drawn = (log + noise).argmax(-1)
         heard = (own + noise[..., :-1]).log_softmax(-1)
         said = heard.gather(2, drawn.clamp(max=own.shape[-1] - 1)[..., None])[..., 0]
         loss = loss - objective.coupled * said * (drawn < own.shape[-1])
