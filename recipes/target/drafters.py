@@ -50,8 +50,16 @@ class Plan:
     parts: int
     seconds: float | None
     """After so many, no drafter more is begun."""
-    only: str
-    """What the name of a drafter must hold."""
+    only: list[str]
+    """The name of a drafter must hold one of these."""
+
+    def takes(self, number: int, variant: Variant) -> bool:
+        """Whether this process trains it."""
+        return number % self.parts == self.part and self.wants(variant)
+
+    def wants(self, variant: Variant) -> bool:
+        """Whether any process trains it."""
+        return any(part in variant.name for part in self.only)
 
 
 def compare(corpus: Corpus, categories: dict[str, str], target: Path, output: Path, plan: Plan) -> bool:
@@ -63,7 +71,7 @@ def compare(corpus: Corpus, categories: dict[str, str], target: Path, output: Pa
     tokenizer = AutoTokenizer.from_pretrained(target)
     file = output / f"results-{plan.part}.json"
     found = json.loads(file.read_text()) if file.exists() else {"variants": {}, "failed": {}}
-    found |= {"plan": asdict(plan), "torch": torch.__version__}
+    found |= {"plan": asdict(plan), "length": LENGTH, "torch": torch.__version__}
     found["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     training = target / "training.json"
     found["training"] = json.loads(training.read_text()) if training.exists() else None
@@ -85,12 +93,12 @@ def compare(corpus: Corpus, categories: dict[str, str], target: Path, output: Pa
         }
         save()
     if plan.part == 0:
-        found["drafts"] = _times(model, [variant for variant in listed if plan.only in variant.name], plan)
+        found["drafts"] = _times(model, list(filter(plan.wants, listed)), plan)
         save()
     _say(begin, "measured the target and the time of drafts")
     found["failed"] = {}
     for number, variant in enumerate(listed):
-        if number % plan.parts != plan.part or variant.name in found["variants"] or plan.only not in variant.name:
+        if not plan.takes(number, variant) or variant.name in found["variants"]:
             continue
         if plan.seconds is not None and time.monotonic() - begin > plan.seconds:
             _say(begin, "no time left for more")

@@ -84,7 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=[10, 50], help="beams to measure with")
     parser.add_argument("--drafter-steps", type=int, default=250)
     parser.add_argument("--drafter-batch", type=int, default=16, help="packed rows of 1,024 tokens in a step")
-    parser.add_argument("--variants", default="", help="only drafters whose name holds this")
+    parser.add_argument("--variants", nargs="+", default=[""], help="only drafters whose names hold one of these")
     parser.add_argument("--seconds", type=float, help="after which no drafter is begun")
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="this process's share, from 0/N")
     return parser.parse_args()
