@@ -6,6 +6,8 @@ Promises that nothing held out is answered in training.  Uses the package as any
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from typing import Any
 
 from recipes.common.corpus import Corpus, is_held_out, rows
 from transformers import PreTrainedModel
@@ -15,29 +17,42 @@ from redrafter.training.data import Row
 
 TURNS = 2  # answers asked for in one dialogue
 PROMPT, ANSWER = 512, 160  # tokens at most
+SLOTS = 2**19  # of the cache of one call on a GPU: 20 GB for 12 layers of width 768 in bfloat16
+CPU_ROWS = 32  # decoded together
 
 
-def contexts(corpus: Corpus, name: str, tokenizer, *, held_out: bool | None, seed: int = 0) -> list[Row]:
+def contexts(
+    corpus: Corpus, name: str, tokenizer, *, held_out: bool | None, count: int | None = None, seed: int = 0
+) -> list[Row]:
     """Conversations of one file up to a turn of the assistant, shuffled; that turn, where there is one, is `trained`.
 
-    `held_out=None` takes every row: of files that are there to be evaluated on.
+    `held_out=None` takes every row: of files that are there to be evaluated on.  `count` rows at most.
     """
     draw = random.Random(seed)
-    found = []
+    places: list[tuple[list[dict], int]] = []
     for row in rows(corpus.folder, name):
         if held_out is not None and is_held_out(row) != held_out:
             continue
         messages = row.get("messages") or [{"role": "user", "content": row["turns"][0]}]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"] or [len(messages)]
-        for turn in draw.sample(turns, min(TURNS, len(turns))):
-            ids = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, return_dict=True)
-            prompt = list(ids["input_ids"])
-            own = [message["content"] + tokenizer.eos_token for message in messages[turn : turn + 1]]
-            answer = tokenizer("".join(own), add_special_tokens=False).input_ids[:ANSWER]
-            if len(prompt) <= PROMPT:
-                found.append(Row(prompt + answer, [False] * len(prompt) + [True] * len(answer)))
-    draw.shuffle(found)
+        places += [(messages, turn) for turn in draw.sample(turns, min(TURNS, len(turns)))]
+    draw.shuffle(places)
+    found: list[Row] = []
+    for messages, turn in places:
+        if len(found) == count:
+            break
+        ids = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, return_dict=True)
+        prompt = list(ids["input_ids"])
+        own = [message["content"] + tokenizer.eos_token for message in messages[turn : turn + 1]]
+        answer = tokenizer("".join(own), add_special_tokens=False).input_ids[:ANSWER]
+        if len(prompt) <= PROMPT:
+            found.append(answered(prompt, answer))
     return found
+
+
+def answered(prompt: list[int], answer: list[int]) -> Row:
+    """A prompt and what follows it, which alone is learnt."""
+    return Row(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
 def prompt_of(row: Row) -> list[int]:
@@ -45,8 +60,25 @@ def prompt_of(row: Row) -> list[int]:
     return [token for token, trained in zip(row.input_ids, row.trained, strict=True) if not trained]
 
 
-def answers(model: PreTrainedModel, asked: list[Row], batch: int, **law) -> list[Row]:
-    """The same rows with the target's own answers, which are learnt."""
+def answers(model: PreTrainedModel, asked: list[Row], *, sampled: bool = False) -> list[Row]:
+    """The rows by length of their prompts, with the target's own answers: greedy, or drawn at temperature 1."""
     prompts = sorted(map(prompt_of, asked), key=len)
-    new = generate(model, None, prompts, max_new_tokens=ANSWER, batch_size=batch, **law).new_tokens if prompts else []
-    return [Row(p + n, [False] * len(p) + [True] * len(n)) for p, n in zip(prompts, new, strict=True)]
+    batch = None if model.device.type == "cuda" else CPU_ROWS
+    new: list[list[int]] = []
+    for part in [prompts] if batch else _calls(prompts):
+        law: dict[str, Any] = {"do_sample": False}
+        if sampled:
+            law = {"do_sample": True, "temperature": 1.0, "seed": list(range(len(new), len(new) + len(part)))}
+        new += generate(model, None, part, max_new_tokens=ANSWER, batch_size=batch, **law).new_tokens if part else []
+    return [answered(prompt, answer) for prompt, answer in zip(prompts, new, strict=True)]
+
+
+def _calls(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Rows that end before others enter, as many as SLOTS allow: a step on a GPU costs launches, not rows."""
+    part: list[list[int]] = []
+    for prompt in prompts:  # the longest comes last
+        if (len(part) + 1) * (len(prompt) + ANSWER) > SLOTS:
+            yield part
+            part = []
+        part.append(prompt)
+    yield part

@@ -13,9 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recipes.common.corpus import Corpus, streams, train_tokenizer
+from recipes.common.corpus import Corpus, streams
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 WARM_UP, WEIGHT_DECAY = 0.02, 0.1
 DROPOUT = 0.1  # what every layer adds; the chat files are seen several times and would be learnt by heart
@@ -61,6 +67,7 @@ def rate(progress: float, peak: float) -> float:
 
 def train(
     corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
     config: PretrainedConfig,
     output: Path,
     *,
@@ -80,7 +87,6 @@ def train(
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     clock = time.perf_counter()
-    tokenizer = train_tokenizer(corpus)
 
     def stream(files: dict[str, float], *, held_out: bool = False) -> Stream:
         return Stream(*streams(corpus.folder, tokenizer, files, held_out=held_out), corpus.context, device)
@@ -150,6 +156,8 @@ def train(
         "steps": step,
         "tokens": step * batch * corpus.context,
         "minutes": minutes,
+        "files": corpus.chat | corpus.text,
+        "data_tokens": len(chat.ids) + (len(text.ids) if text else 0),
         "batch": batch,
         "held_out_loss": evaluate(),
         "loss": curve,

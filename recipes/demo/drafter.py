@@ -30,7 +30,8 @@ def figures(corpus: Corpus, model, drafter: RecurrentDrafter, tokenizer) -> dict
     """Tokens per step and share of drafts accepted at each position, on held-out prompts of each file."""
     found = {}
     for name in corpus.chat:
-        prompts = [prompt_of(row) for row in contexts(corpus, name, tokenizer, held_out=True)[:HELD_OUT_PROMPTS]]
+        held_out = contexts(corpus, name, tokenizer, held_out=True, count=HELD_OUT_PROMPTS)
+        prompts = [prompt_of(row) for row in held_out]
         found[name] = {}
         for way, law in (("greedy", {}), ("sampled", {"do_sample": True, "seed": 1})):
             stats = generate(model, drafter, prompts, max_new_tokens=ANSWER, **law).stats
@@ -53,9 +54,8 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(target).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(target)
     on_gpu = device.type == "cuda"
-    asked = [row for name in corpus.chat for row in contexts(corpus, name, tokenizer, held_out=False)[:limit]]
-    batch = 1024 if on_gpu else 32
-    learnt = answers(model, asked[0::2], batch) + answers(model, asked[1::2], batch, do_sample=True, seed=1)
+    asked = [row for name in corpus.chat for row in contexts(corpus, name, tokenizer, held_out=False, count=limit)]
+    learnt = answers(model, asked[0::2]) + answers(model, asked[1::2], sampled=True)
     wrote = time.perf_counter() - begin
     tokens = sum(sum(row.trained) for row in learnt)
     print(f"the target wrote {len(learnt):,} answers, {tokens:,} tokens, in {wrote:.0f} s", flush=True)

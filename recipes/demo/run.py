@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from recipes.common import pretrain
+from recipes.common.corpus import train_tokenizer
 from recipes.demo import cards, drafter, shape
 
 TARGET, DRAFTER = "redrafter-demo-12m", "drafter"
@@ -33,6 +34,7 @@ def main() -> None:
     if not (model / "training.json").exists():
         pretrain.train(
             corpus,
+            train_tokenizer(corpus),
             shape.configuration(corpus),
             model,
             peak_rate=shape.PEAK_RATE,

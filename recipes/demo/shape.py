@@ -9,6 +9,8 @@ from transformers import LlamaConfig
 
 PEAK_RATE = 3e-3
 CHAT_SHARE = 0.35
+CATEGORIES = {"dialogue": "sgd", "instructions": "gpteacher", "maths": "gsm8k_train"}
+"""Whose held-out rows drafters are compared on (`recipes/target`)."""
 
 
 def corpus(folder: Path) -> Corpus:

@@ -1,118 +1,195 @@
-"""Drafters of the benchmark target, trained in several ways on the same prompts for the same number of steps.
+"""Drafters of one target, trained in several ways on the same prompts for the same number of steps.
 
-Promises figures on prompts that no training saw, by category, greedy and sampled, and beside them how hard the target's
-texts are to foresee.  Does not know how the target was trained.
+Promises figures on prompts that no training saw, by category, greedy and sampled, written after each drafter; and that
+processes which share a folder share the work.  Does not know how the target was trained.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from recipes.common.answers import answers, contexts, prompt_of
+from recipes.common.answers import answered, answers, contexts, prompt_of
 from recipes.common.corpus import Corpus
-from recipes.target.shape import CATEGORIES
-from torch import Tensor
+from recipes.target.measure import WAYS, Texts, counts, decoded, draft_ms, quality, written
+from recipes.target.variants import Variant, variants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from redrafter import RecurrentDrafter, generate
+from redrafter import RecurrentDrafter
 from redrafter.target import Target
 from redrafter.training.continuations import continuations
 from redrafter.training.data import Row, collate, most_frequent
-from redrafter.training.loss import Objective
 from redrafter.training.trainer import Recipe, run
 
 LENGTH = 4
-WIDTHS = (10, 50)
-NEW_TOKENS = 128
-SAMPLED = {"do_sample": True, "temperature": 1.0, "seed": 1}
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One way to train a drafter."""
+class Plan:
+    """How much is trained and measured, and which share of it by this process."""
 
-    name: str
-    data: str
-    """text (as people wrote it), continuations (of it, by the target), greedy or mixed (answers of the target)."""
-    objective: Objective = Objective()  # noqa: RUF009
-    vocabulary: int = 1
-    """The head scores one token in so many of the target's vocabulary."""
+    steps: int
+    batch: int
+    """Packed rows of 1,024 tokens in a step."""
+    prompts: int
+    """Of each training file."""
+    held_out: int
+    """Prompts of each category."""
+    new_tokens: int
+    widths: list[int]
+    part: int
+    parts: int
+    seconds: float | None
+    """After so many, no drafter more is begun."""
+    only: list[str]
+    """The name of a drafter must hold one of these."""
+
+    def takes(self, number: int, variant: Variant) -> bool:
+        """Whether this process trains it."""
+        return number % self.parts == self.part and self.wants(variant)
+
+    def wants(self, variant: Variant) -> bool:
+        """Whether any process trains it."""
+        return any(part in variant.name for part in self.only)
 
 
-TOKENS, KL = Objective(), Objective(0.0, kl=1.0)
-VARIANTS = [
-    Variant("released: the text's own tokens", "text"),
-    Variant("paper: the target's continuations", "continuations"),
-    Variant("answers, greedy", "greedy"),
-    Variant("answers, half sampled", "mixed"),
-    Variant("answers, KL", "mixed", KL),
-    Variant("answers, KL and coupled", "mixed", Objective(0.0, kl=0.5, coupled=1.0)),
-    Variant("answers, 0.1 CE and 0.9 TV", "mixed", Objective(0.1, total_variation=0.9)),
-    Variant("answers, KL, decay 0.8", "mixed", replace(KL, decay=0.8)),
-    Variant("answers, KL, V/4", "mixed", KL, vocabulary=4),
-    Variant("answers, KL, V/16", "mixed", KL, vocabulary=16),
-]
-
-
-def compare(corpus: Corpus, target: Path, output: Path, *, steps: int, batch: int, prompts: int, held_out: int) -> None:
-    """Trains every variant that `output/results.json` lacks, and writes it anew after each."""
+def compare(corpus: Corpus, categories: dict[str, str], target: Path, output: Path, plan: Plan) -> bool:
+    """Trains this part's drafters that its results lack; False where one of them failed."""
+    begin = time.monotonic()
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(target).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(target)
-    file = output / "results.json"
-    results = json.loads(file.read_text()) if file.exists() else {"variants": {}}
-    asked = {
-        category: [prompt_of(row) for row in contexts(corpus, name, tokenizer, held_out=_part(corpus, name))[:held_out]]
-        for category, name in CATEGORIES.items()
-    }
-    if "target" not in results:
-        results["target"] = {category: _quality(model, tokenizer, rows) for category, rows in asked.items()}
-        _write(file, results)
-    data = _data(corpus, model, tokenizer, prompts, results)
-    for variant in VARIANTS:
-        if variant.name not in results["variants"]:
-            results["variants"][variant.name] = _variant(
-                variant, model, data[variant.data], asked, output, steps, batch
-            )
-            _write(file, results)
+    file = output / f"results-{plan.part}.json"
+    found = json.loads(file.read_text()) if file.exists() else {"variants": {}, "failed": {}}
+    found |= {"plan": asdict(plan), "length": LENGTH, "torch": torch.__version__}
+    found["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    training = target / "training.json"
+    found["training"] = json.loads(training.read_text()) if training.exists() else None
+    found["config"] = model.config.to_dict() | {"name": target.name, "parameters": model.num_parameters()}
+
+    def save() -> None:
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
+    asked = _asked(corpus, tokenizer, plan.prompts)
+    _say(begin, f"{len(asked):,} prompts to learn from")
+    own, texts = _written(corpus, categories, model, tokenizer, asked, output, plan, begin)
+    data: dict[str, list[Row]] = {"text": asked, "greedy": own["greedy"]}
+    data["mixed"] = own["greedy"][0::2] + own["sampled"][1::2]
+    found["data"] = {name: {"rows": len(r), "tokens": sum(one.learnt for one in r)} for name, r in data.items()}
+    listed = variants(model.config)
+    if plan.part == 0 and "target" not in found:
+        found["target"] = {
+            way: {category: quality(model, tokenizer, rows) for category, rows in texts[way].items()} for way in WAYS
+        }
+        save()
+    if plan.part == 0:
+        found["drafts"] = _times(model, list(filter(plan.wants, listed)), plan)
+        save()
+    _say(begin, "measured the target and the time of drafts")
+    found["failed"] = {}
+    for number, variant in enumerate(listed):
+        if not plan.takes(number, variant) or variant.name in found["variants"]:
+            continue
+        if plan.seconds is not None and time.monotonic() - begin > plan.seconds:
+            _say(begin, "no time left for more")
+            break
+        if variant.data == "continuations" and "continuations" not in data:
+            data["continuations"] = _continued(model, asked, tokenizer.eos_token_id)
+        result = _survived(lambda: _variant(variant, model, data[variant.data], texts, output, plan))  # noqa: B023
+        kind = "failed" if isinstance(result, str) else "variants"
+        found[kind][variant.name] = result if isinstance(result, str) else {"number": number} | result
+        save()
+        _say(begin, f"{variant.name}: {json.dumps(result['counts']) if kind == 'variants' else result}")
+    if found["variants"]:
+        found["check"] = _checked(model, found["variants"], texts, output, plan)
+        save()
+    return not found["failed"]
 
 
-def _part(corpus: Corpus, name: str) -> bool | None:
-    return True if name in corpus.chat else None
+def _say(begin: float, what: str) -> None:
+    print(f"{time.monotonic() - begin:.0f} s: {what}", flush=True)
 
 
-def _write(file: Path, results: dict) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(list(results["variants"].items())[-1:]), flush=True)
+def _survived(make: Callable[[], Any]) -> Any:
+    """What is made, or the error as a line: the drafters after one that fails are still wanted."""
+    try:
+        return make()
+    except Exception as error:
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _data(corpus: Corpus, model: PreTrainedModel, tokenizer, prompts: int, results: dict) -> dict[str, list[Row]]:
-    """Rows of every kind, to the same prompts of the training files."""
-    asked = [
-        row for name in corpus.chat for row in contexts(corpus, name, tokenizer, held_out=False)[:prompts] if row.learnt
+def _asked(corpus: Corpus, tokenizer, prompts: int) -> list[Row]:
+    """Conversations of the training files that end in an answer, by length of the prompt."""
+    found = [
+        row
+        for name in corpus.chat
+        for row in contexts(corpus, name, tokenizer, held_out=False, count=prompts)
+        if row.learnt
     ]
-    together = 1024 if model.device.type == "cuda" else 16
-    ways = {
-        "text": lambda: asked,
-        "continuations": lambda: _continued(model, asked, tokenizer.eos_token_id),
-        "greedy": lambda: answers(model, asked, together),
-        "mixed": lambda: answers(model, asked[0::2], together) + answers(model, asked[1::2], together, **SAMPLED),
-    }
-    rows, results["data"] = {}, {}
-    for name, make in ways.items():
-        begin = time.perf_counter()
-        rows[name] = make()
-        tokens = sum(row.learnt for row in rows[name])
-        seconds = round(time.perf_counter() - begin)
-        results["data"][name] = {"rows": len(rows[name]), "tokens": tokens, "seconds": seconds}
-    print(json.dumps(results["data"]), flush=True)
-    return rows
+    return sorted(found, key=lambda row: len(prompt_of(row)))
+
+
+def _written(
+    corpus: Corpus,
+    categories: dict[str, str],
+    model: PreTrainedModel,
+    tokenizer,
+    asked: list[Row],
+    output: Path,
+    plan: Plan,
+    begin: float,
+) -> tuple[dict[str, list[Row]], dict[str, Texts]]:
+    """The target's answers to `asked`, and its texts to the held-out prompts, both ways; each way by one process."""
+    held_out: Texts = {}
+    for category, name in categories.items():  # a file that nothing is learnt from is there to be evaluated on
+        which = True if name in corpus.chat else None
+        held_out[category] = contexts(corpus, name, tokenizer, held_out=which, count=plan.held_out)
+    folder = output / "answers"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, way in enumerate(WAYS):
+        file = folder / f"{way}.json"
+        if number % plan.parts != plan.part or file.exists():
+            continue
+        rows = {
+            "answers": answers(model, asked, sampled=way == "sampled"),
+            "texts": written(model, held_out, way, plan.new_tokens),
+        }
+        told = {"answers": _stored(rows["answers"]), "texts": {name: _stored(r) for name, r in rows["texts"].items()}}
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(told))
+        os.replace(part, file)  # never seen half written
+        _say(begin, f"wrote {sum(row.learnt for row in rows['answers']):,} tokens of answers, {way}")
+    own, texts = {}, {}
+    for way in WAYS:
+        told = json.loads(awaited(folder / f"{way}.json").read_text())
+        own[way] = [answered(*pair) for pair in told["answers"]]
+        texts[way] = {name: [answered(*pair) for pair in rows] for name, rows in told["texts"].items()}
+    _say(begin, "all answers are there")
+    return own, texts
+
+
+def _stored(rows: list[Row]) -> list[tuple[list[int], list[int]]]:
+    return [(prompt := prompt_of(row), row.input_ids[len(prompt) :]) for row in rows]
+
+
+def awaited(file: Path) -> Path:
+    """The file, once another process has written it."""
+    if not file.exists():
+        print(f"waiting for {file}", flush=True)
+    while not file.exists():
+        time.sleep(0.5)
+    return file
 
 
 def _continued(model: PreTrainedModel, rows: list[Row], end: int, tokens: int = 16_384) -> list[Row]:
@@ -129,51 +206,89 @@ def _continued(model: PreTrainedModel, rows: list[Row], end: int, tokens: int = 
     return out
 
 
-def _variant(
-    variant: Variant, model: PreTrainedModel, rows: list[Row], asked: dict, output: Path, steps: int, batch: int
-) -> dict:
+def _drafter(variant: Variant, model: PreTrainedModel, vocabulary: torch.Tensor | None) -> RecurrentDrafter:
     torch.manual_seed(0)
-    size = model.config.vocab_size // variant.vocabulary
-    drafter = RecurrentDrafter.for_target(
-        model, beam_length=LENGTH, draft_vocabulary=None if variant.vocabulary == 1 else most_frequent(rows, size)
+    return RecurrentDrafter.for_target(model, beam_length=LENGTH, draft_vocabulary=vocabulary, **variant.head)
+
+
+def _times(model: PreTrainedModel, listed: list[Variant], plan: Plan) -> dict[str, dict[str, float]]:
+    """Milliseconds of a draft by width, of each shape of a head once; what weights it has does not matter."""
+    found: dict[str, dict[str, float]] = {}
+    for variant in listed:
+        if shape_of(variant) not in found:
+            ids = torch.arange(model.config.vocab_size // variant.vocabulary)
+            made = _survived(lambda: _drafter(variant, model, None if variant.vocabulary == 1 else ids))  # noqa: B023
+            if isinstance(made, str):
+                continue
+            drafter = made.to(model.dtype).eval()
+            times = _survived(lambda: {str(w): round(draft_ms(model, drafter, w), 4) for w in plan.widths})  # noqa: B023
+            if not isinstance(times, str):
+                found[shape_of(variant)] = times
+    return found
+
+
+def shape_of(variant: Variant) -> str:
+    """One string for all variants whose heads are of one shape."""
+    return json.dumps([variant.head, variant.vocabulary])
+
+
+def _variant(
+    variant: Variant, model: PreTrainedModel, rows: list[Row], texts: dict[str, Texts], output: Path, plan: Plan
+) -> dict[str, Any]:
+    begin = time.monotonic()
+    vocabulary, covered = None, None
+    if variant.vocabulary > 1:
+        kinds = {token for row in rows for token, trained in zip(row.input_ids, row.trained, strict=True) if trained}
+        vocabulary = most_frequent(rows, min(len(kinds), model.config.vocab_size // variant.vocabulary))
+        covered = {way: _coverage(texts[way], set(vocabulary.tolist())) for way in WAYS}
+    drafter = _drafter(variant, model, vocabulary)
+    recipe = Recipe(
+        max_steps=plan.steps, batch_size=plan.batch, packing=1024, save_steps=10**6, objective=variant.objective
     )
-    begin = time.perf_counter()
-    recipe = Recipe(max_steps=steps, batch_size=batch, packing=1024, save_steps=10**6, objective=variant.objective)
-    loss = run(model, drafter, rows, output / variant.name.replace("/", "-"), recipe, resume=False)
-    seconds = time.perf_counter() - begin
-    record = {**asdict(variant), "loss": round(loss, 3), "seconds": round(seconds), "figures": {}}
-    for way, law in (("greedy", {}), ("sampled", SAMPLED)):
-        for width in WIDTHS:
-            found = {name: _counts(model, drafter, prompts, width, law) for name, prompts in asked.items()}
-            found["all"] = [sum(pair) for pair in zip(*found.values(), strict=True)]
-            record["figures"][f"{way} {width}"] = {name: round(t / s, 3) for name, (t, s) in found.items()}
-    return record
+    folder = _folder(output, variant.name)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut short
+    loss = run(model, drafter, rows, folder, recipe, resume=False)
+    trained = time.monotonic()
+    return {
+        **asdict(variant),
+        "shape": shape_of(variant),
+        "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
+        "draft_vocabulary": drafter.config.draft_vocab_size,
+        "coverage": covered,
+        "loss": round(loss, 3),
+        "counts": {f"{way} {w}": counts(model, drafter, texts[way], way, w) for way in WAYS for w in plan.widths},
+        "seconds": [round(trained - begin), round(time.monotonic() - trained)],
+    }
 
 
-def _counts(model: PreTrainedModel, drafter, prompts: list[list[int]], width: int, law: dict) -> list[int]:
-    stats = generate(model, drafter, prompts, max_new_tokens=NEW_TOKENS, beam_width=width, **law).stats
-    return [stats.tokens, stats.steps]
+def _folder(output: Path, name: str) -> Path:
+    return output / "drafters" / re.sub(r"\W+", "-", name)
 
 
-@torch.no_grad()
-def _quality(model: PreTrainedModel, tokenizer, prompts: list[list[int]]) -> dict:
-    """Distinct 4-grams in a text, entropy in nats of each next token, and how two texts begin."""
-    record: dict = {"prompts": len(prompts)}
-    for way, law in (("greedy", {}), ("sampled", SAMPLED)):
-        new = generate(model, None, prompts, max_new_tokens=NEW_TOKENS, **law).new_tokens
-        grams = [[tuple(text[i : i + 4]) for i in range(len(text) - 3)] for text in new]
-        shares = [len(set(own)) / len(own) for own in grams if own]
-        rows = [Row(p + n, [False] * len(p) + [True] * len(n)) for p, n in zip(prompts, new, strict=True)]
-        record[way] = {
-            "tokens": sum(map(len, new)),
-            "distinct_4_grams": round(sum(shares) / max(1, len(shares)), 3),
-            "entropy": round(torch.cat([_entropy(model, row) for row in rows]).mean().item(), 3),
-            "samples": [tokenizer.decode(p + n) for p, n in list(zip(prompts, new, strict=True))[:2]],
-        }
-    return record
+def _coverage(texts: Texts, vocabulary: set[int]) -> dict[str, float]:
+    """The share of each category's tokens that can be drafted."""
+    found = {}
+    for name, rows in texts.items():
+        new = [token for row in rows for token in row.input_ids[len(prompt_of(row)) :]]
+        found[name] = round(sum(token in vocabulary for token in new) / len(new), 4)
+    return found
 
 
-def _entropy(model: PreTrainedModel, row: Row) -> Tensor:
-    logits = model(input_ids=torch.tensor([row.input_ids], device=model.device)).logits[0, :-1].float()
-    log = logits[torch.tensor(row.trained[1:], device=model.device)].log_softmax(-1)
-    return -(log.exp() * log).sum(-1)
+def _checked(
+    model: PreTrainedModel, done: dict[str, Any], texts: dict[str, Texts], output: Path, plan: Plan
+) -> dict[str, Any]:
+    """Real decoding with the best drafter of this part, beside what was counted on the texts: tokens and steps."""
+    width = plan.widths[0]
+
+    def tokens_per_step(name: str) -> float:
+        pairs = [pair for way in WAYS for pair in done[name]["counts"][f"{way} {width}"].values()]
+        return sum(pair[0] for pair in pairs) / sum(pair[1] for pair in pairs)
+
+    best = max(done, key=tokens_per_step)
+    drafter = RecurrentDrafter.from_pretrained(_folder(output, best), target=model)
+    check: dict[str, Any] = {"variant": best, "width": width}
+    for way in WAYS:
+        counted = [sum(pair) for pair in zip(*done[best]["counts"][f"{way} {width}"].values(), strict=True)]
+        real = decoded(model, drafter, texts[way], way, width, plan.new_tokens)
+        check[way] = {"counted": counted, "decoded": real}
+    return check

@@ -1,0 +1,69 @@
+"""The ways to train a drafter that are compared.
+
+Promises that all of them stand in order of importance, so that a run cut short has the ones that matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from transformers import PretrainedConfig
+
+from redrafter.training.loss import Objective
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One drafter: what it learns from, by which loss, and the shape of its head."""
+
+    name: str
+    data: Literal["text", "continuations", "greedy", "mixed"]
+    """As people wrote it; what the target adds at each place of that; its own answers, all greedy or half sampled."""
+    objective: Objective = Objective()  # noqa: RUF009
+    head: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `RecurrentDrafter.for_target`; none is the released head: exit width 2 H, two blocks."""
+    vocabulary: int = 1
+    """The head scores one token in so many of the target's vocabulary."""
+
+
+TOKENS, KL = Objective(), Objective(0.0, kl=1.0)
+COUPLED = Objective(0.0, kl=0.5, coupled=1.0)
+
+
+def variants(target: PretrainedConfig) -> list[Variant]:
+    """All of them, for a target of this shape."""
+    hidden, depth = target.hidden_size, target.num_hidden_layers
+    layers = sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)})
+
+    def head(name: str, **shape: Any) -> Variant:
+        return Variant(name, "mixed", COUPLED, shape)
+
+    return [
+        Variant("released: the text's own tokens", "text"),
+        Variant("answers, KL and coupled", "mixed", COUPLED),
+        Variant("answers, KL", "mixed", KL),
+        Variant("paper: the target's continuations", "continuations"),
+        Variant("answers, half sampled", "mixed"),
+        Variant("answers, 0.1 CE and 0.9 TV", "mixed", Objective(0.1, total_variation=0.9)),
+        head("exit width H", exit_dim=hidden),
+        head("gated cell", gated=True),
+        head("states of three layers more", context_layers=layers),
+        Variant("answers, greedy", "greedy"),
+        head("one block", num_draft_layers=1),
+        head("states of the last four positions", context_positions=4),
+        head(
+            "gated, three layers, four positions, exit width H",
+            exit_dim=hidden,
+            gated=True,
+            context_layers=layers,
+            context_positions=4,
+        ),
+        Variant("answers, KL, decay 0.8", "mixed", replace(KL, decay=0.8)),
+        Variant("answers, KL, V/4", "mixed", KL, vocabulary=4),
+        Variant("answers, KL, V/16", "mixed", KL, vocabulary=16),
+        Variant("answers, 0.5 KL and 0.5 TV", "mixed", Objective(0.0, kl=0.5, total_variation=0.5)),
+        head("three blocks", num_draft_layers=3),
+        head("exit width H, three blocks", exit_dim=hidden, num_draft_layers=3),
+        head("gated cell, exit width H", exit_dim=hidden, gated=True),
+    ]
