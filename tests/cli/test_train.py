@@ -124,41 +124,70 @@ def test_a_head_of_another_form(say, model_folder, rows, tmp_path):
     assert "leave out --no-rnn" in refusal(say(*again, "--gated", "--no-rnn"))
 
 
-def command(*words: object, processes: int = 1) -> list[str]:
-    start = [sys.executable, "-W", "ignore"]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        return [*start, "--no-python", sys.executable, "-W", "ignore", "-c", MAIN, *map(str, words)]
-    return [*start, "-c", MAIN, *map(str, words)]
-
-
+TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2 --no-python".split()
+ACCELERATE = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
+ACCELERATE += "--dynamo_backend no --no_python --main_process_port 0".split()
 MAIN = "from redrafter.cli import main; main()"
+SLOWLY = """
+import time
+from redrafter.training import states
+save, states.SHARD = states.save_file, 2**13
+def save_file(*arguments):
+    time.sleep(0.02)
+    save(*arguments)
+states.save_file = save_file
+"""
+
+
+def command(*words: object, launcher: list[str] | None = None, main: str = MAIN) -> list[str]:
+    python = [sys.executable, "-W", "ignore"]
+    return [*([*python, "-m", *launcher] if launcher else []), *python, "-c", main, *map(str, words)]
+
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def test_two_processes_learn_what_one_does(model_folder, rows, tmp_path):
-    words = (
-        "train",
-        "--model",
-        model_folder,
-        "--data",
-        rows,
-        "--max-steps",
-        "3",
-        "--exit-dim",
-        "16",
-        "--device",
-        "cpu",
-    )
-    lines = rows.read_text().splitlines()[10:26]  # of equal length, so that the mean of two halves is that of all
-    rows.write_text("\n".join(lines))
-    for name, batch, processes in (("one", 4, 1), ("two", 2, 2)):
-        options = ("--batch-size", batch, "--output", tmp_path / name, "--held-out", "4", "--device", "cpu")
-        subprocess.run(command(*words, *options, processes=processes), check=True, env=ENVIRONMENT, capture_output=True)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+def finished(*words: object, **how: object) -> dict[str, torch.Tensor]:
+    """The weights that a run wrote, whose last word is the folder."""
+    ended = subprocess.run(command(*words, **how), env=ENVIRONMENT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return load_file(words[-1] / "model.safetensors")
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_learn_what_one_does(model_folder, rows, tmp_path, launcher):
+    """Also from states on disk, of which each process computes a part."""
+    rows.write_text("\n".join(rows.read_text().splitlines()[10:26]))  # of one length: the mean of two halves is theirs
+    words = ("train", "--model", model_folder, "--data", rows, "--max-steps", "3", "--exit-dim", "16")
+    words += ("--device", "cpu", "--held-out", "4", "--batch-size")
+    one = finished(*words, 4, "--output", tmp_path / "one")
+    states = ("--cache-states", tmp_path / "states")
+    two = finished(*words, 2, *states, "--output", tmp_path / "two", launcher=launcher, main=SLOWLY + MAIN)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
     assert not (tmp_path / "two" / "checkpoints").exists()
+    assert len(list((tmp_path / "states").iterdir())) > 3
+
+
+def test_a_run_killed_while_it_keeps_states_goes_on_from_the_last_whole_file(model_folder, rows, tmp_path):
+    words = ("train", "--model", model_folder, "--data", rows, "--max-steps", "3", "--exit-dim", "16")
+    words += ("--device", "cpu", "--cache-states")
+    whole = finished(*words, tmp_path / "all", "--output", tmp_path / "whole", main=SLOWLY + MAIN)
+    folder = tmp_path / "states"
+    again = (*words, folder, "--output", tmp_path / "killed")
+    killed = subprocess.Popen(command(*again, main=SLOWLY + MAIN), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while not (folder / "states-00002.safetensors").exists() and killed.poll() is None:
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    there = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert 3 <= len(there) < len(list((tmp_path / "all").glob("*.safetensors")))
+    resumed = finished(*again, main=SLOWLY + MAIN)
+    assert all(path.stat().st_mtime_ns == moment for path, moment in there.items()), "what was whole was not made again"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "all").iterdir()
+    }
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.parametrize("moment", [1, 3])

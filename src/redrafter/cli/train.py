@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,12 @@ def train(
     bad_rows: BadRows = "stop",
     max_length: Annotated[int, typer.Option(min=3, help="Tokens of a row at most.")] = 1024,
     packing: Annotated[bool, typer.Option("--packing", help="Put short rows together, up to --max-length.")] = False,
+    window_share: Annotated[
+        float, typer.Option(help="Of the places to draft at, the share that a step learns from, drawn at random.")
+    ] = 1.0,
+    cache_states: Annotated[
+        Path | None, typer.Option(help="Folder to keep the target's states in, for all epochs and later runs.")
+    ] = None,
     held_out: Annotated[
         int | None,
         typer.Option(min=0, help="Rows to measure on instead of training.  [default: 1 in 20, 64 at most]"),
@@ -124,9 +131,11 @@ def train(
         accumulation=accumulation,
         precision=precision,  # type: ignore[arg-type]
         packing=max_length if packing else None,
+        window_share=window_share,
         report_to=tuple(report_to or ()),
+        cache_states=cache_states,
     )
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")  # one of them speaks
     sources = [*data, *(more or [])]
     with skipping(bad_rows) as skip:  # before the target is loaded, which may take long
         rows = read_rows(sources, load_tokenizer(model, template), max_length=max_length, skip=skip)
@@ -157,11 +166,12 @@ def train(
         needs = estimate(target, drafter, rows, recipe)
         peak = "" if needs.peak is None else f", {needs.peak / 2**30:.2f} GiB at most with a batch"
         weights = f"{needs.weights / 2**30:.2f} GiB of weights and moments"
-        console.print(f"{needs.steps:,} steps, about {needs.seconds:,.0f} s; {weights}{peak}.")
+        states = "" if needs.states is None else f", {needs.states / 2**30:.2f} GiB of states on disk"
+        console.print(f"{needs.steps:,} steps, about {needs.seconds:,.0f} s; {weights}{peak}{states}.")
         return
     names = [source if "/" in source and not Path(source).exists() else Path(source).name for source in sources]
     try:
-        about: dict[str, Any] = {"sources": names, "licence": licence}
+        about: dict[str, Any] = {"sources": names, "licence": licence, "tell": console.print}
         loss = run(target, drafter, rows, output, recipe, held_out=measured, resume=resume, **about)
     except KeyboardInterrupt:
         again = newest_checkpoint(output / "checkpoints")

@@ -7,7 +7,7 @@ target's weights or the drafter.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,12 +108,13 @@ def pack(rows: Iterable[Row], length: int) -> list[list[Row]]:
     return groups
 
 
-def collate(groups: Sequence[Row | list[Row]]) -> dict[str, Tensor]:
+def collate(groups: Sequence[Row | list[Row]], *, states: Callable[[Row], Tensor] | None = None) -> dict[str, Tensor]:
     """A batch padded right, each entry a row or several that share one: [B, P] each.
 
     `input_ids`, `segments` (long: 1, 2, … for the rows of an entry in turn, 0 for padding), `trained` (bool; never the
     first token of a row, which has no context), and where rows have them `continuations` (long) [B, P, depth], -1 where
-    there are none.
+    there are none.  With `states`, which gives those of a row before each of its tokens to learn, `hidden` [B, P, F]
+    holds them, and zero elsewhere.
     """
     entries = [[group] if isinstance(group, Row) else group for group in groups]
     size = max(sum(len(row.input_ids) for row in rows) for rows in entries)
@@ -134,6 +135,10 @@ def collate(groups: Sequence[Row | list[Row]]) -> dict[str, Tensor]:
                 continuations[entry, place] = torch.tensor(row.continuations)
             begin = place.stop
     batch = {"input_ids": ids, "segments": segments, "trained": trained}
+    if states is not None:
+        kept = torch.cat([states(row) for rows in entries for row in rows])
+        batch["hidden"] = kept.new_zeros((*shape, kept.shape[-1]))
+        batch["hidden"][torch.nn.functional.pad(trained[:, 1:], (0, 1))] = kept
     return batch | ({"continuations": continuations} if depth else {})
 
 

@@ -13,10 +13,12 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -29,6 +31,7 @@ from redrafter.training.card import Run, card
 from redrafter.training.data import Row, collate, pack
 from redrafter.training.evaluation import Acceptance, acceptance
 from redrafter.training.loss import TOKENS, Objective, unrolled_loss
+from redrafter.training.states import States, Tell
 
 COMPLETE = "complete"
 """Empty file that marks a checkpoint as whole; it is written after all else."""
@@ -62,32 +65,55 @@ class Recipe:
     """Of the drafter's products, its weights stay in float32; auto is bfloat16 on CUDA and float32 elsewhere."""
     packing: int | None = None
     """Pack short rows together, up to so many tokens."""
+    window_share: float = 1.0
+    """Of the places of a batch where drafting can begin, how many are learnt from, drawn anew at every step.
+
+    They overlap, each token being drafted once from every depth, so that a part of them tells most of it.
+    """
     report_to: tuple[str, ...] = ()
     """Loggers of transformers: tensorboard, wandb, trackio, …"""
+    cache_states: Path | None = None
+    """Folder in which the target's states are kept, computed once for all epochs and runs."""
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
             raise RedrafterError(f"The learning rate must be positive, not {self.learning_rate:g}.")
         if self.max_steps < 1 and self.epochs <= 0:
             raise RedrafterError(f"The epochs must be positive, not {self.epochs:g}.")
+        if not 0 < self.window_share <= 1:
+            raise RedrafterError(f"The share of windows must be above 0 and at most 1, not {self.window_share:g}.")
 
 
 class Unrolled(nn.Module):
     """The drafter as a module that maps a batch to its loss; the target is held outside, so it is never saved."""
 
-    def __init__(self, drafter: RecurrentDrafter, target: Target, objective: Objective = TOKENS):
+    def __init__(
+        self, drafter: RecurrentDrafter, target: Target, objective: Objective = TOKENS, window_share: float = 1.0
+    ):
         super().__init__()
         self.drafter = drafter
         self.objective = objective
+        self.window_share = window_share
         self.target = (target,)  # a tuple, so that its weights are not taken for this module's
 
-    def forward(
-        self, input_ids: Tensor, segments: Tensor, trained: Tensor, continuations: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The loss under the key that the Trainer looks for."""
+    def hidden_states(self, input_ids: Int[Tensor, "B P"], segments: Int[Tensor, "B P"]) -> Float[Tensor, "B P F"]:
+        """What the drafter is given of the target, which is not trained."""
         (target,) = self.target
         with torch.no_grad(), target.evaluating(), torch.autocast(target.device.type, enabled=False):
-            hidden = target.hidden_states(input_ids, segments)
+            return target.hidden_states(input_ids, segments)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segments: Tensor,
+        trained: Tensor,
+        continuations: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss under the key that the Trainer looks for; `hidden` are the target's states, where they are known."""
+        (target,) = self.target
+        if hidden is None:
+            hidden = self.hidden_states(input_ids, segments)
 
         def embed(tokens: Tensor) -> Tensor:
             embedding: Tensor = target.embed(tokens)
@@ -108,6 +134,7 @@ class Unrolled(nn.Module):
             head=head,
             continuations=continuations,
             segments=segments,
+            share=self.window_share,
         )
         return {"loss": loss}
 
@@ -201,14 +228,15 @@ def run(
     held_out: list[Row] | None = None,
     sources: list[str] | None = None,
     licence: str | None = None,
+    tell: Tell = lambda _: None,
     resume: bool,
 ) -> float:
     """Trains `drafter` in place and writes it to `output`; returns the last loss it logged.
 
     Checkpoints live in `output/checkpoints` until the drafter is written, beside what loggers write.  With rows
     `held_out` the weights written are those of the checkpoint with the longest accepted drafts there.  `sources` and
-    `licence` are what the card says of the data.  Started by `torchrun` or `accelerate launch`, the processes share the
-    batches and the first one writes.
+    `licence` are what the card says of the data; `tell` hears of states that are kept, before they are computed.
+    Started by `torchrun` or `accelerate launch`, the processes share the batches and the first one writes.
     Raises RedrafterError where `output` holds something that this run would replace, where there is nothing to resume,
     or where the loss stops being finite.
     """
@@ -220,13 +248,15 @@ def run(
         raise RedrafterError(f"{output} holds an unfinished run: pass --resume, or another --output.")
     if any(row.continuations for row in rows) and recipe.objective.of_distribution:
         raise RedrafterError("Rows with continuations know no distribution: train on them with cross-entropy alone.")
+    module = Unrolled(drafter, Target(model, drafter.config.context_layers), recipe.objective, recipe.window_share)
     try:
+        arguments = _arguments(drafter, recipe, checkpoints, measured=bool(held_out))
         trainer = Checkpointing(
-            model=Unrolled(drafter, Target(model, drafter.config.context_layers), recipe.objective),
-            args=_arguments(drafter, recipe, checkpoints, measured=bool(held_out)),
+            model=module,
+            args=arguments,
             train_dataset=rows if recipe.packing is None else pack(rows, recipe.packing),
             eval_dataset=held_out or None,
-            data_collator=collate,
+            data_collator=partial(collate, states=_kept_states(module, rows, recipe, arguments, tell)),
             callbacks=[_MeasuredAtTheEnd()],
         )
     except (ValueError, RuntimeError) as error:  # a precision or a logger that is not to be had here
@@ -248,6 +278,17 @@ def run(
     return loss
 
 
+def _kept_states(
+    module: Unrolled, rows: list[Row], recipe: Recipe, arguments: TrainingArguments, tell: Tell
+) -> States | None:
+    """The folder of states that the recipe asks for, complete."""
+    if recipe.cache_states is None:
+        return None
+    states = States(recipe.cache_states, module.target[0], module.hidden_states, rows)
+    states.compute(tell, process=arguments.process_index, processes=arguments.world_size)
+    return states
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a run would take, by its first batches."""
@@ -257,6 +298,8 @@ class Estimate:
     """Of all steps; without loading, saving and looks at held-out rows."""
     weights: int
     """Bytes of the target, and of the drafter with its gradients and AdamW's two moments."""
+    states: int | None
+    """Bytes on disk of the target's states, where they are kept."""
     peak: int | None
     """Bytes allocated at most on a CUDA device; the drafter's moments are counted in."""
 
@@ -267,7 +310,7 @@ def estimate(model: PreTrainedModel, drafter: RecurrentDrafter, rows: list[Row],
     batches = math.ceil(len(groups) / (recipe.batch_size * _processes()))
     steps = math.ceil(math.ceil(batches / recipe.accumulation) * recipe.epochs)
     steps = recipe.max_steps if recipe.max_steps > 0 else steps
-    module = Unrolled(drafter, Target(model, drafter.config.context_layers), recipe.objective)
+    module = Unrolled(drafter, Target(model, drafter.config.context_layers), recipe.objective, recipe.window_share)
     precision, device = _precision(drafter, recipe), drafter.device
     trained = sum(p.numel() * p.element_size() for p in drafter.parameters())
     on_gpu = device.type == "cuda"
@@ -287,6 +330,9 @@ def estimate(model: PreTrainedModel, drafter: RecurrentDrafter, rows: list[Row],
         steps,
         steps * recipe.accumulation * min(times),
         sum(p.numel() * p.element_size() for p in model.parameters()) + 4 * trained,
+        None
+        if recipe.cache_states is None
+        else States(recipe.cache_states, module.target[0], module.hidden_states, rows).size,
         torch.cuda.max_memory_allocated(device) + 2 * trained if on_gpu else None,
     )
 

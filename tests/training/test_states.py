@@ -1,0 +1,223 @@
+"""States kept on disk: training from them is training from the target, and no wrong or broken folder is used."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from conftest import tiny_model
+from redrafter import RecurrentDrafter, RedrafterError
+from redrafter.target import Target
+from redrafter.training import states as module
+from redrafter.training.data import Row, collate
+from redrafter.training.loss import Objective
+from redrafter.training.states import States
+from redrafter.training.trainer import Recipe, estimate, run
+
+MODEL = tiny_model()
+TARGET = Target(MODEL)
+KL = Objective(0.5, kl=0.5)
+
+
+def rows(*lengths: int, seed: int = 0) -> list[Row]:
+    """Random texts, of which a prompt of five tokens is not learnt."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, 61, (length,), generator=generator).tolist() for length in lengths]
+    return [Row(row, [False] * 5 + [True] * (len(row) - 5)) for row in ids]
+
+
+MIXED = rows(20, 9, 31, 9, 24, 17, 12, 30)
+
+
+@torch.no_grad()
+def forward(ids, segments):
+    return TARGET.hidden_states(ids, segments)
+
+
+def kept(folder, texts=MIXED, target=TARGET, of=forward) -> States:
+    found = States(folder, target, of, texts)
+    found.compute(lambda _: None)
+    return found
+
+
+def trained(tmp_path, name: str, texts: list[Row], **recipe) -> dict[str, torch.Tensor]:
+    """The weights after three steps."""
+    torch.manual_seed(0)
+    drafter = RecurrentDrafter.for_target(MODEL, beam_length=3, exit_dim=16)
+    run(MODEL, drafter, texts, tmp_path / name, Recipe(max_steps=3, batch_size=4, **recipe), resume=False)
+    return drafter.state_dict()
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The rows that the target was run over."""
+    counted: list[int] = []
+    hidden_states = Target.hidden_states
+
+    def counting(self, input_ids, segments):
+        counted.append(len(input_ids))
+        return hidden_states(self, input_ids, segments)
+
+    monkeypatch.setattr(Target, "hidden_states", counting)
+    return counted
+
+
+@pytest.mark.parametrize("objective", [Objective(), KL], ids=["tokens", "distribution"])
+def test_training_from_kept_states_is_training_from_the_target(tmp_path, objective, forwards):
+    """To the bit where no row is padded; the target runs once over each row, and once more over one to know it."""
+    texts = rows(*[20] * 8)
+    without = trained(tmp_path, "without", texts, objective=objective)
+    assert forwards == [4, 4, 4]
+    forwards.clear()
+    first = trained(tmp_path, "first", texts, objective=objective, cache_states=tmp_path / "states")
+    assert forwards == [1, 8]
+    again = trained(tmp_path, "again", texts, objective=objective, cache_states=tmp_path / "states")
+    assert forwards == [1, 8, 1]
+    for name, weight in without.items():
+        assert torch.equal(weight, first[name])
+        assert torch.equal(weight, again[name])
+
+
+@pytest.mark.parametrize("packing", [None, 60])
+def test_rows_of_unlike_length_alone_or_packed(tmp_path, packing):
+    """Padding and packing change the target's rounding, and no more."""
+    without = trained(tmp_path, "without", MIXED, objective=KL, packing=packing)
+    cached = trained(tmp_path, "cached", MIXED, objective=KL, packing=packing, cache_states=tmp_path / "states")
+    for name, weight in without.items():
+        torch.testing.assert_close(weight, cached[name], rtol=1e-3, atol=1e-4)
+
+
+def test_kept_are_the_states_before_tokens_to_learn_in_files_of_limited_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD", 40 * 32 * 4)
+    found = kept(tmp_path, [*MIXED, MIXED[2]])
+    files = sorted(tmp_path.glob("*.safetensors"))
+    sizes = [len(load_file(file)["states"]) for file in files]
+    assert sizes == [15 + 4 + 26, 4 + 19 + 12 + 7, 25], "and the row that comes twice lies there once"
+    assert found.size == 112 * 32 * 4
+    for row in MIXED:
+        batch = collate([row])
+        torch.testing.assert_close(found(row), forward(batch["input_ids"], batch["segments"])[0, 4:-1])
+    batch = collate([[MIXED[0], MIXED[1]], MIXED[2]], states=found)
+    assert torch.equal(batch["hidden"][0, 4:19], found(MIXED[0]))
+    assert torch.equal(batch["hidden"][0, 24:28], found(MIXED[1]))
+    assert torch.equal(batch["hidden"][1, 4:30], found(MIXED[2]))
+    assert int(batch["hidden"].any(-1).sum()) == 15 + 4 + 26
+
+
+def test_states_of_any_width_and_dtype(tmp_path):
+    def wide(ids, segments):
+        return torch.cat((forward(ids, segments),) * 3, -1).bfloat16()
+
+    found = kept(tmp_path, of=wide)
+    assert found(MIXED[0]).shape == (15, 96)
+    assert found(MIXED[0]).dtype == torch.bfloat16
+    assert found.size == 112 * 96 * 2
+
+
+def test_rows_without_a_token_to_learn(tmp_path):
+    none = Row([5, 6, 7], [False] * 3)
+    found = kept(tmp_path, [none, *MIXED])
+    assert found(none).shape == (0, 32)
+    with pytest.raises(RedrafterError, match="no token to learn"):
+        kept(tmp_path / "b", [none])
+
+
+def test_the_size_is_said_before(tmp_path):
+    told: list[str] = []
+    found = States(tmp_path / "states", TARGET, forward, MIXED)
+
+    def tell(sentence):
+        told.append(sentence)
+        if len(told) == 1:
+            assert not (tmp_path / "states").exists()
+
+    found.compute(tell)
+    assert told[0] == f"States: 0.00 GiB (112 tokens x 32 x 4 bytes) in {tmp_path / 'states'}."
+    again = States(tmp_path / "states", TARGET, forward, MIXED)
+    again.compute(told.append)
+    assert told[-1].endswith("all there.")
+    drafter = RecurrentDrafter.for_target(MODEL, beam_length=3)
+    needs = estimate(MODEL, drafter, MIXED, Recipe(cache_states=tmp_path / "states"))
+    assert needs.states == 112 * 32 * 4
+
+
+def other_weights():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "texts", "sentence"),
+    [
+        (MODEL, MIXED[1:], "holds the states of other rows: choose another folder"),
+        (MODEL, [Row(MIXED[0].input_ids, [True] * 20), *MIXED[1:]], "the states of other rows"),
+        (tiny_model(rope_theta=500.0), MIXED, "holds the states of another target: choose another folder"),
+        (tiny_model().bfloat16(), MIXED, r"another target \(dtype float32, not bfloat16\)"),
+        (other_weights(), MIXED, "the states of a target with other weights"),
+    ],
+)
+def test_states_of_something_else_are_refused(tmp_path, model, texts, sentence):
+    kept(tmp_path)
+    target = Target(model)
+
+    def of(ids, segments):
+        with torch.no_grad():
+            return target.hidden_states(ids, segments)
+
+    with pytest.raises(RedrafterError, match=sentence):
+        kept(tmp_path, texts, target, of)
+
+
+def test_a_damaged_folder_is_refused(tmp_path):
+    kept(tmp_path)
+    file = tmp_path / "states-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(RedrafterError, match=r"00000\.safetensors is damaged .*: delete it and run again"):
+        kept(tmp_path)
+    file.unlink()
+    assert kept(tmp_path)(MIXED[0]).any()
+    (tmp_path / "states.json").write_text(json.dumps({"target": 1}))
+    with pytest.raises(RedrafterError, match="is not the index of a folder of states"):
+        kept(tmp_path)
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_computed(tmp_path, monkeypatch, forwards):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(
+        RedrafterError, match=r"take 0\.00 GiB \(112 tokens x 32 x 4 bytes\) in .*, and 0\.00 GiB are free"
+    ):
+        kept(tmp_path)
+    assert len(forwards) == 1, "the row by which the width is known"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_disk_that_fills_up_leaves_whole_files_to_go_on_from(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(module, "SHARD", 40 * 32 * 4)
+    save = module.save_file
+
+    def broken(tensors, path):
+        save(tensors, path)
+        if "00001" in path.name:
+            raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "save_file", broken)
+        with pytest.raises(RedrafterError, match=r"00001\.safetensors could not be written: no space is left"):
+            kept(tmp_path / "states")
+    assert sorted(path.name for path in (tmp_path / "states").iterdir()) == ["states-00000.safetensors", "states.json"]
+    (tmp_path / "states" / ".states-00001.safetensors.1.part").write_text("cut off")  # as a killed process leaves it
+    kept(tmp_path / "states")
+    kept(tmp_path / "whole")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "states").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
