@@ -36,8 +36,8 @@ def variants(target: PretrainedConfig) -> list[Variant]:
     hidden, depth = target.hidden_size, target.num_hidden_layers
     layers = sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)})
 
-    def head(name: str, **shape: Any) -> Variant:
-        return Variant(name, "mixed", COUPLED, shape)
+    def head(name: str, vocabulary: int = 1, **shape: Any) -> Variant:
+        return Variant(name, "mixed", COUPLED, shape, vocabulary)
 
     return [
         Variant("released: the text's own tokens", "text"),
@@ -45,25 +45,21 @@ def variants(target: PretrainedConfig) -> list[Variant]:
         Variant("answers, KL", "mixed", KL),
         Variant("paper: the target's continuations", "continuations"),
         Variant("answers, half sampled", "mixed"),
+        head("exit width 4 H, V/4", 4, exit_dim=4 * hidden),
         Variant("answers, 0.1 CE and 0.9 TV", "mixed", Objective(0.1, total_variation=0.9)),
-        head("exit width H", exit_dim=hidden),
         head("gated cell", gated=True),
         head("states of three layers more", context_layers=layers),
-        Variant("answers, greedy", "greedy"),
-        head("one block", num_draft_layers=1),
         head("states of the last four positions", context_positions=4),
-        head(
-            "gated, three layers, four positions, exit width H",
-            exit_dim=hidden,
-            gated=True,
-            context_layers=layers,
-            context_positions=4,
-        ),
-        Variant("answers, KL, decay 0.8", "mixed", replace(KL, decay=0.8)),
+        Variant("answers, greedy", "greedy"),
+        head("exit width 3 H, three blocks, V/4", 4, exit_dim=3 * hidden, num_draft_layers=3),
+        head("three layers, exit width 4 H, V/4", 4, exit_dim=4 * hidden, context_layers=layers),
+        head("exit width H", exit_dim=hidden),
         Variant("answers, KL, V/4", "mixed", KL, vocabulary=4),
         Variant("answers, KL, V/16", "mixed", KL, vocabulary=16),
-        Variant("answers, 0.5 KL and 0.5 TV", "mixed", Objective(0.0, kl=0.5, total_variation=0.5)),
-        head("three blocks", num_draft_layers=3),
+        head("gated, three layers, four positions", gated=True, context_layers=layers, context_positions=4),
         head("exit width H, three blocks", exit_dim=hidden, num_draft_layers=3),
-        head("gated cell, exit width H", exit_dim=hidden, gated=True),
+        Variant("answers, KL, decay 0.8", "mixed", replace(KL, decay=0.8)),
+        Variant("answers, 0.5 KL and 0.5 TV", "mixed", Objective(0.0, kl=0.5, total_variation=0.5)),
+        head("one block", num_draft_layers=1),
+        head("three blocks", num_draft_layers=3),
     ]
