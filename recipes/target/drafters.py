@@ -49,7 +49,7 @@ class Plan:
     part: int
     parts: int
     seconds: float | None
-    """After so many, no drafter more is begun."""
+    """After so many from the beginning of the run, no drafter more is begun."""
     only: list[str]
     """The name of a drafter must hold one of these."""
 
@@ -62,9 +62,11 @@ class Plan:
         return any(part in variant.name for part in self.only)
 
 
-def compare(corpus: Corpus, categories: dict[str, str], target: Path, output: Path, plan: Plan) -> bool:
-    """Trains this part's drafters that its results lack; False where one of them failed."""
-    begin = time.monotonic()
+def compare(corpus: Corpus, categories: dict[str, str], target: Path, output: Path, plan: Plan, begin: float) -> bool:
+    """Trains this part's drafters that its results lack; False where one of them failed.
+
+    `begin` is when the run began, by `time.monotonic`.
+    """
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(target).to(device).eval()
