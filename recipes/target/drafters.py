@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from redrafter.training.trainer import Recipe, run
 
 LENGTH = 4
 
+Record = dict[str, Any]
+"""What goes into a results file."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -49,7 +53,7 @@ class Plan:
     part: int
     parts: int
     seconds: float | None
-    """After so many, no drafter more is begun."""
+    """After so many from the beginning of the run, no drafter more is begun."""
     only: list[str]
     """The name of a drafter must hold one of these."""
 
@@ -62,17 +66,17 @@ class Plan:
         return any(part in variant.name for part in self.only)
 
 
-def compare(corpus: Corpus, categories: dict[str, str], target: Path, output: Path, plan: Plan) -> bool:
-    """Trains this part's drafters that its results lack; False where one of them failed."""
-    begin = time.monotonic()
+def compare(corpus: Corpus, categories: dict[str, str], target: Path, output: Path, plan: Plan, begin: float) -> bool:
+    """Trains this part's drafters that its results lack; False where one of them failed.
+
+    `begin` is when the run began, by `time.monotonic`.
+    """
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(target).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(target)
     file = output / f"results-{plan.part}.json"
-    found = json.loads(file.read_text()) if file.exists() else {"variants": {}, "failed": {}}
-    found |= {"plan": asdict(plan), "length": LENGTH, "torch": torch.__version__}
-    found["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    found = _begun(file, plan)
     training = target / "training.json"
     found["training"] = json.loads(training.read_text()) if training.exists() else None
     found["config"] = model.config.to_dict() | {"name": target.name, "parameters": model.num_parameters()}
@@ -80,40 +84,58 @@ def compare(corpus: Corpus, categories: dict[str, str], target: Path, output: Pa
     def save() -> None:
         file.write_text(json.dumps(found, indent=1) + "\n")
 
-    asked = _asked(corpus, tokenizer, plan.prompts)
+    asked = _asked(corpus, tokenizer, plan.prompts, output / "answers" / "asked.json")
     _say(begin, f"{len(asked):,} prompts to learn from")
     own, texts = _written(corpus, categories, model, tokenizer, asked, output, plan, begin)
     data: dict[str, list[Row]] = {"text": asked, "greedy": own["greedy"]}
     data["mixed"] = own["greedy"][0::2] + own["sampled"][1::2]
     found["data"] = {name: {"rows": len(r), "tokens": sum(one.learnt for one in r)} for name, r in data.items()}
     listed = variants(model.config)
-    if plan.part == 0 and "target" not in found:
-        found["target"] = {
-            way: {category: quality(model, tokenizer, rows) for category, rows in texts[way].items()} for way in WAYS
-        }
-        save()
     if plan.part == 0:
-        found["drafts"] = _times(model, list(filter(plan.wants, listed)), plan)
+        if "target" not in found:
+            found["target"] = {
+                way: {category: quality(model, tokenizer, rows) for category, rows in texts[way].items()}
+                for way in WAYS
+            }
+        _time(model, list(filter(plan.wants, listed)), plan.widths, found.setdefault("drafts", {}))
         save()
-    _say(begin, "measured the target and the time of drafts")
-    found["failed"] = {}
+        _say(begin, "measured the target and the time of drafts")
+
+    def trained(variant: Variant) -> Record:
+        if variant.data == "continuations" and "continuations" not in data:
+            data["continuations"] = _continued(model, asked, tokenizer.eos_token_id)
+        return _variant(variant, model, data[variant.data], texts, output, plan)
+
     for number, variant in enumerate(listed):
         if not plan.takes(number, variant) or variant.name in found["variants"]:
             continue
         if plan.seconds is not None and time.monotonic() - begin > plan.seconds:
             _say(begin, "no time left for more")
             break
-        if variant.data == "continuations" and "continuations" not in data:
-            data["continuations"] = _continued(model, asked, tokenizer.eos_token_id)
-        result = _survived(lambda: _variant(variant, model, data[variant.data], texts, output, plan))  # noqa: B023
-        kind = "failed" if isinstance(result, str) else "variants"
-        found[kind][variant.name] = result if isinstance(result, str) else {"number": number} | result
+        result = _survived(partial(trained, variant))
+        if isinstance(result, str):
+            found["failed"][variant.name] = result
+        else:
+            found["variants"][variant.name] = {"number": number} | result
         save()
-        _say(begin, f"{variant.name}: {json.dumps(result['counts']) if kind == 'variants' else result}")
+        _say(begin, f"{variant.name}: {result if isinstance(result, str) else json.dumps(result['counts'])}")
     if found["variants"]:
-        found["check"] = _checked(model, found["variants"], texts, output, plan)
-        save()
+        best = max(found["variants"], key=lambda name: _tokens_per_step(found["variants"][name]["counts"]))
+        if found.get("check", {}).get("variant") != best:
+            counted = found["variants"][best]["counts"]
+            found["check"] = {"variant": best} | _checked(model, _folder(output, best), counted, texts, plan)
+            save()
     return not found["failed"]
+
+
+def _begun(file: Path, plan: Plan) -> Record:
+    """The results so far; those of another plan are not gone on with."""
+    sizes = {name: value for name, value in asdict(plan).items() if name not in ("part", "seconds", "only")}
+    found = json.loads(file.read_text()) if file.exists() else {"variants": {}}
+    if found.get("plan", sizes) != sizes:
+        raise SystemExit(f"{file} was begun with {found['plan']}: go on with those, or take another output.")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return found | {"plan": sizes, "length": LENGTH, "torch": torch.__version__, "device": device, "failed": {}}
 
 
 def _say(begin: float, what: str) -> None:
@@ -129,15 +151,27 @@ def _survived(make: Callable[[], Any]) -> Any:
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _asked(corpus: Corpus, tokenizer, prompts: int) -> list[Row]:
-    """Conversations of the training files that end in an answer, by length of the prompt."""
+def _asked(corpus: Corpus, tokenizer, prompts: int, file: Path) -> list[Row]:
+    """Conversations of the training files that end in an answer, by length of the prompt; kept in a file."""
+    if file.exists():
+        return [answered(*pair) for pair in json.loads(file.read_text())]
     found = [
         row
         for name in corpus.chat
         for row in contexts(corpus, name, tokenizer, held_out=False, count=prompts)
         if row.learnt
     ]
-    return sorted(found, key=lambda row: len(prompt_of(row)))
+    found.sort(key=lambda row: len(prompt_of(row)))
+    _put(file, _stored(found))
+    return found
+
+
+def _put(file: Path, told: Any) -> None:
+    """Writes a file that no other process ever sees half written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(told))
+    os.replace(part, file)
 
 
 def _written(
@@ -156,20 +190,14 @@ def _written(
         which = True if name in corpus.chat else None
         held_out[category] = contexts(corpus, name, tokenizer, held_out=which, count=plan.held_out)
     folder = output / "answers"
-    folder.mkdir(parents=True, exist_ok=True)
     for number, way in enumerate(WAYS):
         file = folder / f"{way}.json"
         if number % plan.parts != plan.part or file.exists():
             continue
-        rows = {
-            "answers": answers(model, asked, sampled=way == "sampled"),
-            "texts": written(model, held_out, way, plan.new_tokens),
-        }
-        told = {"answers": _stored(rows["answers"]), "texts": {name: _stored(r) for name, r in rows["texts"].items()}}
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(told))
-        os.replace(part, file)  # never seen half written
-        _say(begin, f"wrote {sum(row.learnt for row in rows['answers']):,} tokens of answers, {way}")
+        learnt = answers(model, asked, sampled=way == "sampled")
+        new = written(model, held_out, way, plan.new_tokens)
+        _put(file, {"answers": _stored(learnt), "texts": {name: _stored(rows) for name, rows in new.items()}})
+        _say(begin, f"wrote {sum(row.learnt for row in learnt):,} tokens of answers, {way}")
     own, texts = {}, {}
     for way in WAYS:
         told = json.loads(awaited(folder / f"{way}.json").read_text())
@@ -211,20 +239,19 @@ def _drafter(variant: Variant, model: PreTrainedModel, vocabulary: torch.Tensor 
     return RecurrentDrafter.for_target(model, beam_length=LENGTH, draft_vocabulary=vocabulary, **variant.head)
 
 
-def _times(model: PreTrainedModel, listed: list[Variant], plan: Plan) -> dict[str, dict[str, float]]:
+def _time(model: PreTrainedModel, listed: list[Variant], widths: list[int], found: dict[str, dict[str, float]]) -> None:
     """Milliseconds of a draft by width, of each shape of a head once; what weights it has does not matter."""
-    found: dict[str, dict[str, float]] = {}
+
+    def measured(variant: Variant) -> dict[str, float]:
+        ids = torch.arange(model.config.vocab_size // variant.vocabulary)
+        drafter = _drafter(variant, model, None if variant.vocabulary == 1 else ids).to(model.dtype).eval()
+        return {str(width): round(draft_ms(model, drafter, width), 4) for width in widths}
+
     for variant in listed:
         if shape_of(variant) not in found:
-            ids = torch.arange(model.config.vocab_size // variant.vocabulary)
-            made = _survived(lambda: _drafter(variant, model, None if variant.vocabulary == 1 else ids))  # noqa: B023
-            if isinstance(made, str):
-                continue
-            drafter = made.to(model.dtype).eval()
-            times = _survived(lambda: {str(w): round(draft_ms(model, drafter, w), 4) for w in plan.widths})  # noqa: B023
+            times = _survived(partial(measured, variant))
             if not isinstance(times, str):
                 found[shape_of(variant)] = times
-    return found
 
 
 def shape_of(variant: Variant) -> str:
@@ -234,7 +261,7 @@ def shape_of(variant: Variant) -> str:
 
 def _variant(
     variant: Variant, model: PreTrainedModel, rows: list[Row], texts: dict[str, Texts], output: Path, plan: Plan
-) -> dict[str, Any]:
+) -> Record:
     begin = time.monotonic()
     vocabulary, covered = None, None
     if variant.vocabulary > 1:
@@ -274,21 +301,20 @@ def _coverage(texts: Texts, vocabulary: set[int]) -> dict[str, float]:
     return found
 
 
+def _tokens_per_step(counted: dict[str, dict[str, list[int]]]) -> float:
+    """Over all ways, widths and categories."""
+    pairs = [pair for categories in counted.values() for pair in categories.values()]
+    return sum(tokens for tokens, _ in pairs) / sum(steps for _, steps in pairs)
+
+
 def _checked(
-    model: PreTrainedModel, done: dict[str, Any], texts: dict[str, Texts], output: Path, plan: Plan
-) -> dict[str, Any]:
-    """Real decoding with the best drafter of this part, beside what was counted on the texts: tokens and steps."""
+    model: PreTrainedModel, folder: Path, counted: dict[str, dict[str, list[int]]], texts: dict[str, Texts], plan: Plan
+) -> Record:
+    """Real decoding with one drafter, beside what was counted on the texts: tokens and steps."""
     width = plan.widths[0]
-
-    def tokens_per_step(name: str) -> float:
-        pairs = [pair for way in WAYS for pair in done[name]["counts"][f"{way} {width}"].values()]
-        return sum(pair[0] for pair in pairs) / sum(pair[1] for pair in pairs)
-
-    best = max(done, key=tokens_per_step)
-    drafter = RecurrentDrafter.from_pretrained(_folder(output, best), target=model)
-    check: dict[str, Any] = {"variant": best, "width": width}
+    drafter = RecurrentDrafter.from_pretrained(folder, target=model)
+    check: Record = {"width": width}
     for way in WAYS:
-        counted = [sum(pair) for pair in zip(*done[best]["counts"][f"{way} {width}"].values(), strict=True)]
-        real = decoded(model, drafter, texts[way], way, width, plan.new_tokens)
-        check[way] = {"counted": counted, "decoded": real}
+        by_texts = [sum(pair) for pair in zip(*counted[f"{way} {width}"].values(), strict=True)]
+        check[way] = {"counted": by_texts, "decoded": decoded(model, drafter, texts[way], way, width, plan.new_tokens)}
     return check

@@ -113,6 +113,7 @@ class _Recorded:
         return getattr(self.proposer, name)
 
     def propose(self, context: Tensor, root: Tensor, draw: Draw) -> Any:
+        """As the proposer's."""
         self.asked = context, root, draw
         return self.proposer.propose(context, root, draw)
 
@@ -141,8 +142,12 @@ def draft_ms(model: PreTrainedModel, drafter: RecurrentDrafter, width: int) -> f
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        draft()
+        torch.cuda.set_sync_debug_mode("error")  # what asks the device a question cannot be captured: know it before,
+        try:  # for a capture that fails leaves torch's generator unfit for use
             draft()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -9,6 +9,7 @@ A stage that is done is not run again: the tokenizer and the target are there wh
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer
 
 def main() -> None:
     """Parses the command line and runs the stages."""
+    begin = time.monotonic()
     given = _arguments()
     data: ModuleType = {"target": shape, "demo": demo}[given.corpus]
     corpus = data.corpus(given.data)
@@ -61,7 +63,7 @@ def main() -> None:
         seconds=given.seconds,
         only=given.variants,
     )
-    if not drafters.compare(corpus, data.CATEGORIES, target, given.output, plan):
+    if not drafters.compare(corpus, data.CATEGORIES, target, given.output, plan, begin):
         raise SystemExit(f"Not every drafter could be trained: see results-{part}.json.")
 
 
@@ -85,7 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--drafter-steps", type=int, default=250)
     parser.add_argument("--drafter-batch", type=int, default=16, help="packed rows of 1,024 tokens in a step")
     parser.add_argument("--variants", nargs="+", default=[""], help="only drafters whose names hold one of these")
-    parser.add_argument("--seconds", type=float, help="after which no drafter is begun")
+    parser.add_argument("--seconds", type=float, help="from the start, after which no drafter is begun")
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="this process's share, from 0/N")
     return parser.parse_args()
 
