@@ -97,7 +97,7 @@ def test_true_text_with_continuations_can_be_trained_on(say, model_folder, tmp_p
         (["--set", "nonsense=3"], "nonsense is no setting"),
         (["--limit", 0], "limit"),
         (["--bad-rows", "heal"], "not one of stop, skip"),
-        (["--max-length", 4], "line 2: the prompt has"),
+        (["--max-length", 4], "line 1: the prompt has 4 tokens, which leaves no room in 4"),
         (["--template", "/none/such"], "cannot be read"),
     ],
 )
@@ -119,6 +119,35 @@ def test_bad_rows_are_named_or_skipped(say, words, prompts, tmp_path):
     assert [row["row"] for row in rows_of(tmp_path / "own.jsonl")] == [1]
     prompts.write_text("")
     assert "holds no row to work on" in refusal(say(*words, "--overwrite"))
+
+
+def test_what_is_read_is_not_written_over(say, words, prompts, tmp_path):
+    words[-1] = tmp_path / "." / "prompts.jsonl"
+    assert "is one of the files to read" in refusal(say(*words, "--overwrite"))
+    words[4:] = [tmp_path / "*.jsonl", *words[5:]]
+    assert "is one of the files to read" in refusal(say(*words, "--overwrite"))
+
+
+def test_a_terminal_sees_tokens_between_checkpoints():
+    import io
+
+    from rich.console import Console
+
+    from redrafter.cli.distill import _watch
+    from redrafter.training.distillation import Tally
+
+    tally = Tally()
+
+    def checkpoints():
+        for done in (4, 5):
+            tally.tokens, tally.steps = 1000 * done, 400 * done
+            yield done
+
+    out = io.StringIO()
+    _watch(Console(file=out, force_terminal=True, width=120), checkpoints(), 3, 5, tally)
+    assert "5/5" in out.getvalue()
+    assert "5,000 tokens" in out.getvalue()
+    assert "2.50 per step" in out.getvalue()
 
 
 def test_a_tokenizer_without_a_template(say, words, model_folder, prompts, tmp_path):
@@ -190,28 +219,28 @@ def command(*words: object) -> list[str]:
 
 def test_a_killed_run_goes_on_to_the_same_file(say, words, prompts, tmp_path):
     """Killed for good, by SIGKILL: between checkpoints, and again at once after a later one."""
-    prompts.write_text("".join(json.dumps({"turns": [f"a {n}", "and"]}) + "\n" for n in range(40)))
-    options = ["--save-rows", 4, "--max-new-tokens", 12, "--temperature", 0, "--temperature", 1, "--batch-size", 3]
+    prompts.write_text("".join(json.dumps({"turns": [f"a {n}", "and"]}) + "\n" for n in range(24)))
+    options = ["--save-rows", 2, "--max-new-tokens", 9, "--temperature", 0, "--temperature", 1, "--batch-size", 3]
     options += ["--device", "cpu"]
     own, note = tmp_path / "own.jsonl", tmp_path / "own.jsonl.state"
 
     def done() -> int:
         return json.loads(note.read_text())["done"] if note.exists() else 0
 
-    for moment, wait in ((4, 0.05), (12, 0.0)):
+    for moment, wait in ((2, 0.05), (6, 0.0)):
         killed = subprocess.Popen(command(*words, *options), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
         while done() < moment and killed.poll() is None:
             time.sleep(0.002)
         time.sleep(wait)
         killed.send_signal(signal.SIGKILL)
         assert killed.wait() == -signal.SIGKILL, "it was to be killed before its end"
-        assert moment <= done() < 40
-        kept = own.read_bytes()[: json.loads(note.read_text())["bytes"]]
-        assert kept.count(b"\n") == 2 * done()
+        assert moment <= done() < 24
+        known = json.loads(note.read_text())
+        assert own.read_bytes()[: known["bytes"]].count(b"\n") == known["counts"]["rows"] >= 2 * done()
     with own.open("ab") as file:
         file.write(b'{"row": 999, "inp')  # a kill in the middle of a line
     assert say(*words, *options)[0] == 0
     words[-1] = tmp_path / "whole.jsonl"
     assert say(*words, *options)[0] == 0
     assert own.read_bytes() == words[-1].read_bytes()
-    assert len(rows_of(own)) == 80
+    assert len({(row["row"], row["temperature"]) for row in rows_of(own)}) == 48

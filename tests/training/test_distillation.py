@@ -205,7 +205,7 @@ def test_a_template_that_forgets_what_was_said_gets_a_row_for_each_turn(sources,
         "{% endif %}{{ '</s>' }}{% endfor %}{% if add_generation_prompt %}<s>a:{% endif %}"
     )
     law = Law((0.0, 1.0), max_new_tokens=5)
-    rows = [row for row in answered(sources, model, forgetful, law=law) if row["row"] == 2]
+    rows = [row for row in answered(sources, model, forgetful, law=law, eos_token_id=[]) if row["row"] == 2]
     assert [len(row["messages"]) for row in rows] == [2, 4, 6] * 2
     assert all(is_the_models_own(model, row) for row in rows[:3])
     for row in rows:
@@ -228,8 +228,8 @@ def test_a_conversation_that_no_longer_fits_ends_there(sources, model, tokenizer
             assert row["finish_reasons"][-1] in ("length", same["finish_reasons"][len(row["finish_reasons"]) - 1])
     told = []
     rows = answered(sources, model, tokenizer, limit=9, skip=told.append)
-    assert {row["row"] for row in rows} == {5}
-    assert len(told) == 4
+    assert {row["row"] for row in rows} == {2, 5}
+    assert len(told) == 3
     assert "prompts.jsonl line 1: the prompt has 9 tokens, which leaves no room in 9" in told[0]
     with pytest.raises(RedrafterError, match="leaves no room in 9"):
         answered(sources, model, tokenizer, limit=9)
@@ -530,7 +530,7 @@ def test_a_server_answers_turn_by_turn(sources, served, tokenizer):
 def test_a_server_is_asked_at_every_temperature_several_times_at_once_and_answers_keep_their_order(sources, served):
     sources[0].write_text("".join(json.dumps({"prompt": f"row {i}"}) + "\n" for i in range(20)))
     server = served("slow")
-    rows = from_server(sources, server, Law((0.0, 0.7), top_p=0.9, seed=3), concurrency=4, timeout=5)
+    rows = from_server(sources, server, Law((0.0, 0.7), top_p=0.9, seed=3), concurrency=4, timeout=5.0)
     assert [(row["row"], row["temperature"]) for row in rows] == [(i, t) for i in range(1, 21) for t in (0.0, 0.7)]
     assert [row["completion"] for row in rows[::2]] == [f"ROW {i}" for i in range(20)]
     assert 2 <= server.most <= 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -239,11 +240,14 @@ def _run(sources: list[str], output: Path, way: _Way, *, limit: int | None, bad_
     from redrafter.training.distillation import Tally, distil, survey
     from redrafter.training.journal import Journal
 
+    if any(Path(name).resolve() == output.resolve() for source in sources for name in (source, *glob.glob(source))):
+        raise RedrafterError(f"{output} is one of the files to read; name another --output.")
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     journal = Journal(output, way.told, overwrite=overwrite)
     tally = Tally()
     with skipping(bad_rows) as skip:
-        found = survey(sources, way.check, journal, limit=limit, skip=skip)
+        with console.status("Looking at all rows …"):
+            found = survey(sources, way.check, journal, limit=limit, skip=skip)
         if journal.done == found.total:
             console.print(f"Nothing is left to do: {output} holds what came of all {found.total:,} rows.")
             return

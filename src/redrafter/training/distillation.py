@@ -103,7 +103,7 @@ def survey(
     limit: int | None = None,
     skip: Skip | None = None,
 ) -> Survey:
-    """Reads and checks every row before any is worked on.
+    """Reads every row before any is worked on, and checks those that the journal lacks.
 
     A row for which `check` raises RedrafterError is told to `skip`, or without it the error is raised; so is one where
     there is no row at all, or where the journal is about others.
@@ -113,7 +113,8 @@ def survey(
         total, digest = total + 1, prompt.digest
         passed = digest if total == journal.done else passed
         try:
-            check(prompt)
+            if prompt.number >= journal.done:
+                check(prompt)
         except RedrafterError as error:
             if skip is None:
                 raise
