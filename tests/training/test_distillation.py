@@ -213,6 +213,10 @@ def test_a_template_that_forgets_what_was_said_gets_a_row_for_each_turn(sources,
         rendered = forgetful.apply_chat_template(row["messages"][:-1], add_generation_prompt=True)["input_ids"]
         assert prompt_of(row) == rendered
         assert 0 not in row["loss_mask"][len(rendered) :]
+    own = row_seeds(row_seeds(0, 2 * len(RECORDS))[3], 3)  # of the second row's sampled texts
+    for row, seed in zip(rows[4:], own[1:], strict=True):
+        settings = {"do_sample": True, "temperature": 1.0, "seed": [seed], "eos_token_id": []}
+        assert chosen(row) == generate(model, None, [prompt_of(row)], max_new_tokens=5, **settings).new_tokens[0]
 
 
 def test_a_conversation_that_no_longer_fits_ends_there(sources, model, tokenizer):
@@ -246,6 +250,7 @@ def test_what_a_row_asks_for():
     assert stretches([ASSISTANT, USER, ASSISTANT, USER]) == [2, 1]
     assert stretches([USER, call, tool, ASSISTANT, USER]) == [3, 1]
     assert plan({"prompt": "x"}, "here").prompt == "x"
+    assert plan({"prompt": "hi", "messages": [USER, ASSISTANT]}, "here").stretches == [[USER]]
     assert plan({"prompt": "x"}, "here", chat=True).stretches == [[{"role": "user", "content": "x"}]]
     assert plan({"prompt": [USER], "completion": [ASSISTANT]}, "here").stretches == [[USER]]
     for messages, sentence in (

@@ -22,8 +22,6 @@ from redrafter.cli.loading import (
     Set,
     Sources,
     Template,
-    TopK,
-    TopP,
     Width,
     context_of,
     load_drafter,
@@ -58,14 +56,19 @@ def distill(
     ] = None,
     temperature: Annotated[
         list[float] | None,
-        typer.Option(help="0 is greedy.  May be repeated: every row is answered once at each.  [default: 0]"),
+        typer.Option(help="0 is greedy.  May be repeated: every row is answered once at each.  \\[default: 0]"),
     ] = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest that sum to P; greedy answers heed it not.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw among the K likeliest tokens; greedy answers heed it not.")
+    ] = None,
     seed: Seed = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a whole conversation at most.  [default: the model's context]")
+        int | None,
+        typer.Option(min=2, help="Tokens of a whole conversation at most.  \\[default: the model's context]"),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Take plain prompts for the user's turn of a chat.")] = False,
     template: Template = None,
@@ -93,9 +96,9 @@ def distill(
     node_budget: Budget = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model works on together.")] = 32,
     save_rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows from one checkpoint to the next.  [default: 16 x batch size]")
+        int | None, typer.Option(min=1, help="Rows from one checkpoint to the next.  \\[default: 16 x batch size]")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first N rows alone.  [default: all]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first N rows alone.  \\[default: all]")] = None,
     bad_rows: BadRows = "stop",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where the file holds rows.")] = False,
     dtype: Dtype = "auto",

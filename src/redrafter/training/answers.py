@@ -79,7 +79,8 @@ def plan(record: dict[str, Any], where: str, *, chat: bool = False) -> Plan:
     `chat` takes a plain prompt for the user's turn.  Turns that call tools are given, for what follows answers them;
     so are the assistant's before anybody else spoke.  Raises RedrafterError for a row that asks for nothing.
     """
-    prompt = record.get("prompt")
+    conversed = any(record.get(name) for name in ("messages", "conversations", "turns"))
+    prompt = None if conversed else record.get("prompt")  # some data sets give a chat's first turn under that name too
     if isinstance(prompt, str) and not chat:
         return Plan([], prompt)
     if isinstance(prompt, str):
@@ -145,7 +146,7 @@ class Dialogue:
             messages = [*self.messages, *plan.stretches[self._answers]]
             rendered = render(messages, tokenizer, where)
             ids = list(tokenizer(rendered, add_special_tokens=False).input_ids)
-            more = self._addition(rendered, ids, tokenizer) if self.texts else None
+            more = self._addition(ids, tokenizer) if self.texts else None
         length = len(ids) if more is None else len(self.texts[-1].input_ids) + len(more)
         if limit is not None and length >= limit:
             if self._answers == 0:
@@ -160,10 +161,8 @@ class Dialogue:
         self._said = rendered
         return True
 
-    def _addition(self, rendered: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    def _addition(self, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
         """The tokens that a rendering adds to the last text, or None where it is not its continuation."""
-        if not rendered.startswith(self._said):
-            return None
         known = list(tokenizer(self._said, add_special_tokens=False).input_ids)  # the answers' own tokens may differ
         return ids[len(known) :] if ids[: len(known)] == known else None
 
