@@ -35,13 +35,25 @@ def prompt_ids(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where
         end = tokenizer.eos_token_id
         ids = ids[:-1] if len(ids) > 1 and ids[-1] == end else ids  # some tokenizers close every text
     else:
-        messages = conversation(record, where)
-        if not getattr(tokenizer, "chat_template", None):
-            raise RedrafterError(f'{where}: the tokenizer has no chat template; give rows with "prompt" instead.')
-        ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        ids = list(tokenizer(render(conversation(record, where), tokenizer, where), add_special_tokens=False).input_ids)
     if not ids:
         raise RedrafterError(f"{where}: the prompt is empty.")
     return ids
+
+
+def render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """A chat up to an answer, as text by the tokenizer's template, which names all special tokens itself.
+
+    Raises RedrafterError where there is no template, or where it refuses the messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise RedrafterError(
+            f'{where}: the tokenizer has no chat template; give one, where there is --template, or rows with "prompt".'
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # jinja raises its own kinds, and the template any of them
+        raise RedrafterError(f"{where}: the chat template refuses the messages ({str(error).rstrip('.')}).") from None
 
 
 def conversation(record: dict[str, Any], where: str) -> list[dict[str, str]]:

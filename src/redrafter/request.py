@@ -132,7 +132,7 @@ def request(
         sampler,
         rows,
         batch=min(batch_size or len(rows), len(rows)),
-        ends=_ends(config),
+        ends=ends_of(config),
         criteria=_criteria(config, tokenizer, stopping_criteria),
         tokenizer=tokenizer,
         pad=config.pad_token_id or 0,
@@ -213,7 +213,8 @@ def _proposer(
     return RecurrentProposer(drafter, target, width, length, budget) if length else None
 
 
-def _ends(config: GenerationConfig) -> frozenset[int]:
+def ends_of(config: GenerationConfig) -> frozenset[int]:
+    """The end tokens that a config names."""
     told = config.eos_token_id
     return frozenset() if told is None else frozenset([told] if isinstance(told, int) else told)
 
@@ -245,7 +246,7 @@ def _processors(
     config = copy.copy(config)
     config.max_length = len(row.prompt) + row.budget
     config.num_beams = 1
-    ends = sorted(_ends(config))
+    ends = sorted(ends_of(config))
     config._eos_token_tensor = torch.tensor(ends, device=model.device) if ends else None
     own = [OccurrencePenalty(len(row.prompt), *penalties)] if any(penalties) else []
     try:

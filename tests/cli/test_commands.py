@@ -22,7 +22,7 @@ def prompts(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "train", "data", "check", "eval", "info"])
+@pytest.mark.parametrize("command", ["demo", "generate", "distill", "train", "data", "check", "eval", "info"])
 def test_help_names_every_command_and_every_option(say, command):
     status, out, _ = say("--help")
     assert status == 0

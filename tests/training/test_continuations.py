@@ -38,3 +38,12 @@ def test_what_follows_an_end_is_not_known(llama):
         known = before.index(end) + 1 if end in before else 4
         assert after == before[:known] + [-1] * (4 - known)
     assert cut[0, 5].tolist()[2:] == [-1, -1]
+
+
+def test_past_the_models_last_position_nothing_is_known():
+    ids = torch.randint(3, 61, (2, 12), generator=torch.Generator().manual_seed(4))
+    long, short = (
+        continuations(Target(tiny_model(max_position_embeddings=positions)), ids, depth=4) for positions in (64, 12)
+    )
+    place = torch.arange(12)[:, None] + torch.arange(4)
+    assert torch.equal(short, long.masked_fill(place > 11, -1))

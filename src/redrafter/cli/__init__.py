@@ -11,6 +11,7 @@ from redrafter import __version__
 from redrafter.cli.check import check
 from redrafter.cli.data import data
 from redrafter.cli.demo import demo
+from redrafter.cli.distill import distill
 from redrafter.cli.eval import evaluate
 from redrafter.cli.generate import generate
 from redrafter.cli.info import info
@@ -24,7 +25,7 @@ app = typer.Typer(
     help="Exact, fast speculative decoding with a recurrent drafter: the model's own text, sooner. "
     "Start with `redrafter demo`.",
 )
-for command in (demo, generate, train, data, check, info):
+for command in (demo, generate, distill, train, data, check, info):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -116,6 +116,18 @@ def load_tokenizer(path: str, template: Path | None = None) -> PreTrainedTokeniz
     return tokenizer
 
 
+def context_of(path: str) -> int | None:
+    """Positions of the target, without loading it; None where its config does not say."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError, KeyError, RuntimeError):  # the model may load though, or else says so itself
+        return None
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return positions
+
+
 def _reason(error: Exception) -> str:
     """The first line of what a library says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -46,9 +46,10 @@ def continuations(
     ends: frozenset[int] = frozenset(),
     chunk: int = CHUNK,
 ) -> Int[Tensor, "B P depth"]:
-    """The `depth` tokens that the target writes after each position, greedily; -1 after an end token.
+    """The `depth` tokens that the target writes after each position, greedily.
 
-    Rows are padded right; what follows padding is of no use.
+    -1 after an end token, and where the target has no position left.  Rows are padded right; what follows padding is of
+    no use.
     """
     batch, size = input_ids.shape
     device = input_ids.device
@@ -77,4 +78,7 @@ def continuations(
                 out[:, position, level] = logits.argmax(-1)
     is_end = torch.isin(out, torch.tensor(sorted(ends), dtype=out.dtype, device=device))
     ended = is_end.cumsum(-1) - is_end.long() > 0
+    if target.context_length is not None:
+        read = torch.arange(size, device=device)[:, None] + torch.arange(depth, device=device)  # the last one, for each
+        ended = ended | (read >= target.context_length)
     return out.masked_fill(ended, -1)

@@ -62,7 +62,7 @@ def read_rows(
     rows = []
     for where, record in read_records(sources, skip):
         try:
-            row = _tokenize(record, tokenizer, where)
+            row = tokenized(record, tokenizer, where)
         except RedrafterError as error:
             if skip is None:
                 raise
@@ -72,6 +72,29 @@ def read_rows(
     if not any(any(row.trained[2:]) for row in rows):
         raise RedrafterError("The data holds no token to learn.")
     return rows
+
+
+def tokenized(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> Row:
+    """One row of the forms that `read_rows` takes.  Raises RedrafterError."""
+    if "input_ids" in record:
+        return _as_told(record, len(tokenizer), where)
+    if "messages" in record or "conversations" in record:
+        return _conversation(messages_of(record, where), tokenizer, where)
+    prompt, completion = record.get("prompt", ""), record.get("completion", record.get("text"))
+    if isinstance(prompt, list) and isinstance(completion, list):
+        messages = messages_of({"messages": prompt + completion}, where)
+        return _conversation(messages, tokenizer, where, first=len(prompt))
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise RedrafterError(
+            f'{where}: a row needs "messages", "conversations", "prompt" and "completion", "text", or "input_ids".'
+        )
+    ids = tokenizer(prompt + completion).input_ids
+    end = tokenizer.eos_token_id
+    if end is not None and ids[-1:] != [end] and ("completion" in record or not prompt):
+        ids = [*ids, end]  # what `generate` wrote may have been cut short, so its text is not closed
+    known = tokenizer(prompt).input_ids if prompt else []
+    same = next((i for i, (a, b) in enumerate(zip(known, ids, strict=False)) if a != b), min(len(known), len(ids)))
+    return Row(ids, [i >= same for i in range(len(ids))])
 
 
 def split(rows: list[Row], held_out: int, *, seed: int) -> tuple[list[Row], list[Row]]:
@@ -157,29 +180,7 @@ def most_frequent(rows: list[Row], count: int) -> Tensor:
     return counts.argsort(descending=True, stable=True)[:count]
 
 
-def _tokenize(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> Row:
-    if "input_ids" in record:
-        return _tokenized(record, len(tokenizer), where)
-    if "messages" in record or "conversations" in record:
-        return _conversation(messages_of(record, where), tokenizer, where)
-    prompt, completion = record.get("prompt", ""), record.get("completion", record.get("text"))
-    if isinstance(prompt, list) and isinstance(completion, list):
-        messages = messages_of({"messages": prompt + completion}, where)
-        return _conversation(messages, tokenizer, where, first=len(prompt))
-    if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise RedrafterError(
-            f'{where}: a row needs "messages", "conversations", "prompt" and "completion", "text", or "input_ids".'
-        )
-    ids = tokenizer(prompt + completion).input_ids
-    end = tokenizer.eos_token_id
-    if end is not None and ids[-1:] != [end] and ("completion" in record or not prompt):
-        ids = [*ids, end]  # what `generate` wrote may have been cut short, so its text is not closed
-    known = tokenizer(prompt).input_ids if prompt else []
-    same = next((i for i, (a, b) in enumerate(zip(known, ids, strict=False)) if a != b), min(len(known), len(ids)))
-    return Row(ids, [i >= same for i in range(len(ids))])
-
-
-def _tokenized(record: dict[str, Any], vocabulary: int, where: str) -> Row:
+def _as_told(record: dict[str, Any], vocabulary: int, where: str) -> Row:
     ids, mask, more = record["input_ids"], record.get("loss_mask"), record.get("continuations")
     if not _are_ids(ids, vocabulary):
         raise RedrafterError(f'{where}: "input_ids" must be whole numbers from 0 to {vocabulary - 1}.')

@@ -1,0 +1,300 @@
+"""`redrafter distill`: rows to train on, of the target's own making."""
+
+from __future__ import annotations
+
+import glob
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from redrafter.cli.loading import (
+    BadRows,
+    Budget,
+    Device,
+    Dtype,
+    Length,
+    Seed,
+    Set,
+    Sources,
+    Template,
+    Width,
+    context_of,
+    load_drafter,
+    load_model,
+    load_tokenizer,
+    read_settings,
+    skipping,
+)
+from redrafter.errors import RedrafterError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from redrafter.files import Skip
+    from redrafter.training.answers import Law
+    from redrafter.training.distillation import Done, Prompt, Tally
+
+    Work = Callable[[Iterator[Prompt]], Iterator[Done]]
+
+PROMPTS = "Rows of `prompt`, `messages`, `conversations` or `turns`; with --continuations any that `train` takes. "
+
+
+def distill(
+    prompts: Annotated[list[str], typer.Option(help=PROMPTS + Sources)],
+    output: Annotated[Path, typer.Option(help="File of JSON lines to write, for `redrafter train --data`.")],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[PROMPTS]...", help="More of the same.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The target: a folder or hub id of a Hugging Face causal language model.")
+    ] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="A drafter for it, a folder or hub id: the same answers, sooner.")
+    ] = None,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(help="0 is greedy.  May be repeated: every row is answered once at each.  \\[default: 0]"),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest that sum to P; greedy answers heed it not.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw among the K likeliest tokens; greedy answers heed it not.")
+    ] = None,
+    seed: Seed = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of a whole conversation at most.  \\[default: the model's context]"),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Take plain prompts for the user's turn of a chat.")] = False,
+    template: Template = None,
+    settings: Set = None,
+    continuations: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="T",
+            help="Answer nothing: after every token of true text write the target's T next ones, greedily (the paper's "
+            "local distillation).  T is the tokens to draft and one more.",
+        ),
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Ask an OpenAI-compatible server instead of --model; its key in OPENAI_API_KEY."
+        ),
+    ] = None,
+    endpoint_model: Annotated[str | None, typer.Option(metavar="NAME", help="The model's name there.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to an endpoint at a time.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for one answer of an endpoint.")] = 300.0,
+    beam_width: Width = None,
+    beam_length: Length = None,
+    node_budget: Budget = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model works on together.")] = 32,
+    save_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows from one checkpoint to the next.  \\[default: 16 x batch size]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first N rows alone.  \\[default: all]")] = None,
+    bad_rows: BadRows = "stop",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where the file holds rows.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Let the target answer prompts, for a drafter to learn from.
+
+    The same command again goes on from the last checkpoint, which FILE.state beside the file knows of.
+    """
+    if (model is None) == (endpoint is None):
+        raise RedrafterError("Give either --model or --endpoint.")
+    if (endpoint is None) != (endpoint_model is None):
+        raise RedrafterError("--endpoint and --endpoint-model go together.")
+    shape: dict[str, Any] = {"beam_width": beam_width, "beam_length": beam_length, "node_budget": node_budget}
+    law: dict[str, Any] = {"top_p": top_p, "top_k": top_k, "seed": seed}
+    if drafter is None:
+        _refuse_idle("without --drafter", shape)
+    if continuations is not None:
+        _refuse_idle("with --continuations", {"temperature": temperature, **law, "set": settings, "drafter": drafter})
+        _refuse_idle("with --continuations", {"chat": chat or None, "endpoint": endpoint})
+    if endpoint is not None:
+        own = {"drafter": drafter, "template": template, "set": settings, "max_length": max_length}
+        _refuse_idle("with --endpoint", own)
+
+    from redrafter.training.answers import Law
+
+    drawn = Law(tuple(temperature or [0.0]), max_new_tokens=max_new_tokens, **law)
+    chunk = save_rows or 16 * batch_size
+    if endpoint is not None and endpoint_model is not None:
+        way = _endpoint(endpoint, endpoint_model, drawn, chat, concurrency, timeout)
+    elif continuations is not None:
+        assert model is not None
+        way = _continuations(model, template, continuations, chunk, batch_size, max_length, dtype, device)
+    else:
+        assert model is not None
+        options = read_settings(
+            settings,
+            **dict.fromkeys(("temperature", "top_p", "top_k", "seed", "max_new_tokens", "max_length")),
+            batch_size=batch_size,
+            **shape,
+        )
+        way = _target(model, drafter, template, drawn, chat, chunk, max_length, options, dtype, device)
+    _run([*prompts, *(more or [])], output, way, limit=limit, bad_rows=bad_rows, overwrite=overwrite)
+
+
+def _refuse_idle(when: str, options: dict[str, Any]) -> None:
+    """Options that would go unheeded."""
+    for name, value in options.items():
+        if value is not None:
+            raise RedrafterError(f"--{name.replace('_', '-')} means nothing {when}.")
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One of the ways to make rows."""
+
+    told: dict[str, Any]
+    """All that the rows depend on."""
+    check: Callable[[Prompt], object]
+    """Raises RedrafterError for a row that is not one of this way's."""
+    start: Callable[[int, Tally, Skip | None], Work]
+    """Loads what it takes to work on so many rows."""
+
+
+def _target(
+    model: str,
+    drafter: str | None,
+    template: Path | None,
+    law: Law,
+    chat: bool,
+    chunk: int,
+    max_length: int | None,
+    options: dict[str, Any],
+    dtype: str,
+    device: str,
+) -> _Way:
+    from redrafter.training.answers import by_target, check_prompt
+
+    for name in ("do_sample", "num_return_sequences"):
+        if name in options:
+            raise RedrafterError(f"--set {name}: use --temperature, which may be repeated.")
+    tokenizer = load_tokenizer(model, template)
+    free = ("batch_size", "beam_width", "beam_length", "node_budget")  # on which no text depends
+    told = {"model": model, "dtype": dtype, "chat_template": tokenizer.chat_template, "chat": chat, **asdict(law)}
+    told |= {"max_length": max_length, "set": {name: options[name] for name in options if name not in free}}
+
+    def start(total: int, tally: Tally, skip: Skip | None) -> Work:
+        target, _ = load_model(model, dtype, device)
+        head = None if drafter is None else load_drafter(drafter, target)
+        more: dict[str, Any] = {"limit": max_length, "chat": chat, "tally": tally, "skip": skip, **options}
+        return lambda rows: by_target(rows, target, tokenizer, head, law, seeds=law.seeds(total), chunk=chunk, **more)
+
+    shortest = min((one for one in (max_length, context_of(model)) if one is not None), default=None)
+    return _Way(told, lambda prompt: check_prompt(prompt, tokenizer, shortest, chat=chat), start)
+
+
+def _continuations(
+    model: str,
+    template: Path | None,
+    depth: int,
+    chunk: int,
+    batch_size: int,
+    max_length: int | None,
+    dtype: str,
+    device: str,
+) -> _Way:
+    from redrafter.training.data import tokenized
+    from redrafter.training.distillation import by_continuation
+
+    tokenizer = load_tokenizer(model, template)
+    told = {"model": model, "dtype": dtype, "chat_template": tokenizer.chat_template, "continuations": depth}
+
+    def start(total: int, tally: Tally, skip: Skip | None) -> Work:
+        target, _ = load_model(model, dtype, device)
+        sizes: dict[str, Any] = {"depth": depth, "chunk": chunk, "batch_size": batch_size, "limit": max_length}
+        return lambda rows: by_continuation(rows, target, tokenizer, tally=tally, **sizes)
+
+    def check(prompt: Prompt) -> object:
+        return tokenized(prompt.record, tokenizer, prompt.where)
+
+    return _Way({**told, "max_length": max_length}, check, start)
+
+
+def _endpoint(url: str, name: str, law: Law, chat: bool, concurrency: int, timeout: float) -> _Way:
+    from redrafter.training.answers import plan
+    from redrafter.training.endpoint import Endpoint, by_endpoint
+
+    endpoint = Endpoint(url, name, os.environ.get("OPENAI_API_KEY"), timeout)
+
+    def start(total: int, tally: Tally, skip: Skip | None) -> Work:
+        more: dict[str, Any] = {"concurrency": concurrency, "chat": chat, "tally": tally, "skip": skip}
+        return lambda rows: by_endpoint(rows, endpoint, law, seeds=law.seeds(total), **more)
+
+    told = {"endpoint": endpoint.url, "model": name, "chat": chat, **asdict(law)}
+    return _Way(told, lambda prompt: plan(prompt.record, prompt.where, chat=chat), start)
+
+
+def _run(sources: list[str], output: Path, way: _Way, *, limit: int | None, bad_rows: str, overwrite: bool) -> None:
+    """Looks at all rows, then works on those that the file lacks, and says how far it is."""
+    from rich.console import Console
+
+    from redrafter.training.distillation import Tally, distil, survey
+    from redrafter.training.journal import Journal
+
+    if any(Path(name).resolve() == output.resolve() for source in sources for name in (source, *glob.glob(source))):
+        raise RedrafterError(f"{output} is one of the files to read; name another --output.")
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    journal = Journal(output, way.told, overwrite=overwrite)
+    tally = Tally()
+    with skipping(bad_rows) as skip:
+        with console.status("Looking at all rows …"):
+            found = survey(sources, way.check, journal, limit=limit, skip=skip)
+        if journal.done == found.total:
+            console.print(f"Nothing is left to do: {output} holds what came of all {found.total:,} rows.")
+            return
+        if journal.done:
+            console.print(f"Going on after {journal.done:,} of {found.total:,} rows.")
+        work = way.start(found.total, tally, skip)
+        try:
+            _watch(console, distil(sources, found, journal, work, limit=limit), journal.done, found.total, tally)
+        except KeyboardInterrupt:
+            raise RedrafterError(
+                f"Interrupted; the same command goes on after {journal.done:,} of {found.total:,} rows."
+            ) from None
+    counts = journal.counts
+    steps = f", {counts['tokens'] / counts['steps']:.2f} per step" if counts["steps"] else ""
+    cut = f"; {counts['cut']:,} of {counts['answers']:,} answers were cut short" if counts["cut"] else ""
+    console.print(f"{counts['rows']:,} rows, {counts['tokens']:,} tokens{steps}{cut}. Wrote {output}.")
+
+
+def _watch(console: Console, checkpoints: Iterator[int], done: int, total: int, tally: Tally) -> None:
+    """Runs the work; shows a bar on a terminal, and elsewhere a line for a checkpoint, one in ten seconds at most."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    begin = told = time.monotonic()
+
+    def figures() -> str:
+        speed = f"{tally.tokens:,} tokens, {tally.tokens / max(1e-9, time.monotonic() - begin):,.0f} tokens/s"
+        return speed + (f", {tally.tokens / tally.steps:.2f} per step" if tally.steps else "")
+
+    if not console.is_terminal:
+        for done in checkpoints:
+            if time.monotonic() - told >= 10 or done == total:
+                told = time.monotonic()
+                console.print(f"{done:,} of {total:,} rows, {figures()}")
+        return
+
+    class Figures(ProgressColumn):
+        """Looked up at every refresh, for tokens come between checkpoints."""
+
+        def render(self, task: object) -> Text:
+            return Text(figures())
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("rows"), Figures(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=total, completed=done)
+        for done in checkpoints:
+            progress.update(bar, completed=done)

@@ -1,0 +1,297 @@
+"""The target's own answers to prompts, turn by turn, as rows to train on.
+
+Promises that `loss_mask` marks exactly the tokens that the target chose after exactly the tokens before them in
+`input_ids`.  Does not know how rows are read or kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from redrafter.decoding import stream
+from redrafter.drafter import RecurrentDrafter
+from redrafter.errors import RedrafterError
+from redrafter.files import Skip
+from redrafter.noise import row_seeds
+from redrafter.prompts import messages_of, prompt_ids, render
+from redrafter.results import finished
+from redrafter.target import Target
+from redrafter.training.distillation import Done, Prompt, Tally, named
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Law:
+    """How answers are drawn: every prompt once at each temperature, 0 being greedy.
+
+    Raises RedrafterError for what means nothing.
+    """
+
+    temperatures: tuple[float, ...] = (0.0,)
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if not all(0 <= t < float("inf") for t in self.temperatures):
+            raise RedrafterError("A temperature must be 0 (greedy) or positive.")
+        if self.temperatures.count(0) > 1:
+            raise RedrafterError("Greedy answers to a prompt are all the same: give temperature 0 once.")
+        if not any(self.temperatures):
+            for name in ("top_p", "top_k", "seed"):
+                if getattr(self, name) is not None:
+                    raise RedrafterError(
+                        f"{name} means nothing in greedy decoding: give a temperature, or leave it out."
+                    )
+
+    def settings(self, temperature: float) -> dict[str, Any]:
+        """As `generate` takes them, the seeds left out."""
+        settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": temperature > 0}
+        if temperature > 0:
+            settings |= {"temperature": float(temperature), "top_p": self.top_p, "top_k": self.top_k}
+        return settings
+
+    def seeds(self, prompts: int) -> list[int]:
+        """A seed for every prompt and temperature, in turn; those of a prompt do not depend on how many follow."""
+        return row_seeds(self.seed or 0, prompts * len(self.temperatures))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a prompt row asks for: an answer after `prompt`, plain text, or one after each stretch of a chat."""
+
+    stretches: list[list[Message]]
+    """Turns that are given, up to each answer."""
+    prompt: str | None = None
+
+
+def plan(record: dict[str, Any], where: str, *, chat: bool = False) -> Plan:
+    """The answers that a row asks for: in the place of each of the assistant's turns, and after a last turn of others.
+
+    `chat` takes a plain prompt for the user's turn.  Turns that call tools are given, for what follows answers them;
+    so are the assistant's before anybody else spoke.  Raises RedrafterError for a row that asks for nothing.
+    """
+    conversed = any(record.get(name) for name in ("messages", "conversations", "turns"))
+    prompt = None if conversed else record.get("prompt")  # some data sets give a chat's first turn under that name too
+    if isinstance(prompt, str) and not chat:
+        return Plan([], prompt)
+    if isinstance(prompt, str):
+        record = {"messages": [{"role": "user", "content": prompt}]}
+    elif isinstance(prompt, list):
+        answer = record.get("completion")
+        record = {"messages": prompt + (answer if isinstance(answer, list) else [])}
+    messages = messages_of(record, where)
+    if any(message["role"] == "user" and not message.get("content") for message in messages):
+        raise RedrafterError(f"{where}: the prompt is empty.")
+    if record.get("turns"):
+        return Plan([[message] for message in messages])
+    stretches: list[list[Message]] = [[]]
+    asked = False  # whether anybody has spoken to the assistant
+    for message in messages:
+        asked = asked or message["role"] not in ("system", "developer", "assistant")
+        if message["role"] == "assistant" and asked and not message.get("tool_calls"):
+            stretches.append([])
+        else:
+            stretches[-1].append(message)
+    if not stretches[-1] or stretches[-1][-1]["role"] == "assistant":
+        stretches.pop()
+    if not (asked and stretches):
+        raise RedrafterError(f"{where}: there is no turn to answer.")
+    return Plan(stretches)
+
+
+class Dialogue:
+    """A prompt row at one temperature, turn by turn.
+
+    Where the template renders what was said as it stands, a turn is added to the tokens so far, the answers' own kept.
+    Where it renders it otherwise (say without earlier thinking), the model would read another text, so another row
+    begins, in which the earlier answers are only read.
+    """
+
+    def __init__(self, prompt: Prompt, law: Law, variant: int, seed: int, *, chat: bool = False):
+        self.prompt = prompt
+        self.plan = plan(prompt.record, prompt.where, chat=chat)
+        self.temperature = law.temperatures[variant]
+        self.messages: list[Message] = []
+        self.texts: list[_Text] = []
+        self._seed = seed
+        self._answers = 0
+        self._said = ""  # the rendering of what the last text holds, special tokens and all
+
+    @property
+    def seed(self) -> int:
+        """Of its noise, which is a function of place: texts of one dialogue overlap there, so each has its own."""
+        texts = len(self.texts)
+        return self._seed if texts == 1 else row_seeds(self._seed, texts)[-1]
+
+    def ask(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> bool:
+        """Goes on to the next turn; False where there is none or it does not fit into `limit` tokens.
+
+        Raises RedrafterError where not even the first does.
+        """
+        where, plan = self.prompt.where, self.plan
+        if self._answers == max(1, len(plan.stretches)):
+            return False
+        if plan.prompt is not None:
+            rendered, ids, more = plan.prompt, prompt_ids({"prompt": plan.prompt}, tokenizer, where), None
+        else:
+            messages = [*self.messages, *plan.stretches[self._answers]]
+            rendered = render(messages, tokenizer, where)
+            ids = list(tokenizer(rendered, add_special_tokens=False).input_ids)
+            more = self._addition(ids, tokenizer) if self.texts else None
+        length = len(ids) if more is None else len(self.texts[-1].input_ids) + len(more)
+        if limit is not None and length >= limit:
+            if self._answers == 0:
+                raise RedrafterError(f"{where}: the prompt has {length} tokens, which leaves no room in {limit}.")
+            return False
+        if plan.prompt is None:
+            self.messages = messages
+        if more is None:
+            self.texts.append(_Text(ids, [0] * len(ids)))
+        else:
+            self.texts[-1].add(more, chosen=False)
+        self._said = rendered
+        return True
+
+    def _addition(self, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+        """The tokens that a rendering adds to the last text, or None where it is not its continuation."""
+        known = list(tokenizer(self._said, add_special_tokens=False).input_ids)  # the answers' own tokens may differ
+        return ids[len(known) :] if ids[: len(known)] == known else None
+
+    def answer(self, tokens: list[int], reason: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
+        """Takes in what the target wrote, cut to `limit` tokens of the whole text."""
+        text = self.texts[-1]
+        if limit is not None and len(text.input_ids) + len(tokens) > limit:
+            tokens, reason = tokens[: limit - len(text.input_ids)], "length"
+        text.add(tokens, chosen=True)
+        content = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        self.messages.append({"role": "assistant", "content": content})
+        self._said += str(tokenizer.decode(tokens))
+        self._answers += 1
+        text.reasons.append(reason)
+        text.turns = len(self.messages)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What came of it, in the form that `data.read_rows` takes."""
+        return [
+            {
+                **named(self.prompt, self.temperature),
+                **(
+                    {"messages": self.messages[: text.turns]}
+                    if self.plan.prompt is None
+                    else {"prompt": self.plan.prompt, "text": self.messages[0]["content"]}
+                ),
+                "finish_reasons": text.reasons,
+                "input_ids": text.input_ids,
+                "loss_mask": text.loss_mask,
+            }
+            for text in self.texts
+        ]
+
+
+@dataclass
+class _Text:
+    """Tokens, and which of them the target chose."""
+
+    input_ids: list[int]
+    loss_mask: list[int]
+    reasons: list[str] = field(default_factory=list)
+    turns: int = 0
+    """Messages that it reaches to."""
+
+    def add(self, tokens: list[int], *, chosen: bool) -> None:
+        self.input_ids += tokens
+        self.loss_mask += [int(chosen)] * len(tokens)
+
+
+def check_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, limit: int | None, *, chat: bool) -> None:
+    """Raises RedrafterError for a row that cannot be answered; its later turns are rendered with answers made up."""
+    dialogue = Dialogue(prompt, Law(), 0, 0, chat=chat)
+    dialogue.ask(tokenizer, limit)
+    stretches = dialogue.plan.stretches
+    if len(stretches) > 1:
+        between: Message = {"role": "assistant", "content": "."}
+        whole = [message for stretch in stretches for message in (*stretch, between)]
+        render(whole[:-1], tokenizer, prompt.where)
+
+
+def by_target(
+    prompts: Iterator[Prompt],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafter: RecurrentDrafter | None,
+    law: Law,
+    *,
+    seeds: Sequence[int],
+    chunk: int,
+    limit: int | None = None,
+    chat: bool = False,
+    tally: Tally | None = None,
+    skip: Skip | None = None,
+    **settings: Any,
+) -> Iterator[Done]:
+    """Answers of a model, `chunk` prompts at a time, turn after turn in continuous batches.
+
+    `seeds` are `law.seeds` of all prompts; `limit` bounds the tokens of a text, as the model's context does; `settings`
+    go to `stream`.  A prompt that leaves no room is told to `skip`, or without it raises RedrafterError.
+    """
+    tally = tally or Tally()
+    context = Target(model).context_length
+    limit = min((one for one in (limit, context) if one is not None), default=None)
+    while part := list(islice(prompts, chunk)):
+        dialogues: list[Dialogue] = []
+        for prompt in part:
+            first = prompt.number * len(law.temperatures)
+            own = [Dialogue(prompt, law, k, seeds[first + k], chat=chat) for k in range(len(law.temperatures))]
+            try:
+                for one in own:
+                    one.ask(tokenizer, limit)
+            except RedrafterError as error:
+                if skip is None:
+                    raise
+                skip(str(error))
+            else:
+                dialogues += own
+        counts: Counter[str] = Counter()
+        going = dialogues
+        while going:
+            for temperature in dict.fromkeys(law.temperatures):
+                together = [one for one in going if one.temperature == temperature]
+                law_settings = law.settings(temperature) | settings
+                counts += _answered(together, model, tokenizer, drafter, limit, tally, law_settings)
+            going = [one for one in going if one.ask(tokenizer, limit)]
+        rows = [row for one in dialogues for row in one.rows()]
+        counts["rows"] = len(rows)
+        counts["cut"] = sum(reason == "length" for row in rows for reason in row["finish_reasons"])
+        yield Done(part[-1], rows, counts)
+
+
+def _answered(
+    dialogues: list[Dialogue],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafter: RecurrentDrafter | None,
+    limit: int | None,
+    tally: Tally,
+    settings: dict[str, Any],
+) -> Counter[str]:
+    """One turn of all of them, which share a law."""
+    if settings["do_sample"]:
+        settings["seed"] = [one.seed for one in dialogues]
+    if "stop_strings" in settings:
+        settings["tokenizer"] = tokenizer
+    counts: Counter[str] = Counter()
+    events = tally.watch(stream(model, drafter, [one.texts[-1].input_ids for one in dialogues], **settings))
+    positions = 0 if drafter is None else settings.get("beam_length") or drafter.config.beam_length
+    for one in finished(events, rows=len(dialogues), positions=positions):
+        dialogues[one.row].answer(one.new_tokens, one.finish_reason, tokenizer, limit)
+        counts += Counter(answers=1, tokens=one.stats.tokens, steps=one.stats.steps)
+    return counts

@@ -1,0 +1,250 @@
+"""Answers of a target that is served elsewhere, by the protocol that OpenAI made common.
+
+Promises several requests at a time, patience with a server that fails now and then, and one sentence where it fails
+for good.  Token ids are not known here, so rows hold text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from redrafter.errors import RedrafterError
+from redrafter.files import Skip
+from redrafter.training.answers import Law, Message, plan
+from redrafter.training.distillation import Done, Prompt, Tally, named
+
+ATTEMPTS = 6
+"""Times that a request is sent at most."""
+
+PAUSE = 1.0
+"""Seconds before the second time; twice as many before each later one, or as many as the server asks for."""
+
+LONGEST_PAUSE = 60.0
+
+_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+"""Statuses that may pass."""
+
+_BAD_PROMPT = {400, 413, 422}
+"""Statuses that are about the one prompt."""
+
+
+class BadPrompt(RedrafterError):
+    """The server takes no such prompt; others may do."""
+
+
+class _Failed(Exception):
+    """What may pass; `pause` is what the server asks for, in seconds."""
+
+    def __init__(self, reason: str, pause: float | None = None):
+        super().__init__(reason)
+        self.pause = pause
+
+
+class _Unredirected(urllib.request.HTTPRedirectHandler):
+    """A redirection is an error: the key is for the server that was named."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+_opener = urllib.request.build_opener(_Unredirected)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server at `url`, the base of its paths (`/v1` where it has no path), and the name of a model there.
+
+    `key` is sent as a bearer token, `timeout` is in seconds for one answer.  Raises RedrafterError for a bad `url`.
+    """
+
+    url: str
+    model: str
+    key: str | None = None
+    timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise RedrafterError(f"The endpoint must be a URL such as http://localhost:8000/v1, not {self.url}.")
+        base = self.url.rstrip("/")
+        object.__setattr__(self, "url", base if parts.path.strip("/") else f"{base}/v1")
+
+    def answer(self, asked: str | list[Message], settings: dict[str, Any]) -> tuple[str, str, int]:
+        """The text after a plain prompt or messages, why it ends (the server's word), and how many tokens it has.
+
+        `settings` join the body.  Raises BadPrompt where the server refuses this prompt, RedrafterError where it fails.
+        """
+        path, prompt = ("completions", "prompt") if isinstance(asked, str) else ("chat/completions", "messages")
+        body = {"model": self.model, prompt: asked, **settings}
+        for attempt in range(ATTEMPTS):
+            try:
+                return _read(self._post(path, body), plain=isinstance(asked, str))
+            except _Failed as failed:
+                last = failed
+            if attempt + 1 < ATTEMPTS:
+                pause = PAUSE * 2**attempt if last.pause is None else last.pause
+                time.sleep(min(pause, LONGEST_PAUSE))
+        raise RedrafterError(f"{self.url} failed {ATTEMPTS} times, the last time so: {last}.")
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        """What the server answers, as JSON."""
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "redrafter"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(f"{self.url}/{path}", json.dumps(body).encode(), headers)
+        deadline = time.monotonic() + self.timeout
+        try:
+            with _opener.open(request, timeout=self.timeout) as response:
+                pieces = []
+                while piece := response.read1(2**16):
+                    pieces.append(piece)
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
+                if response.length:  # what was promised did not come
+                    raise _Failed("it broke off in the middle of an answer")
+        except urllib.error.HTTPError as error:
+            with error:
+                self._refuse(error)
+        except TimeoutError:
+            raise _Failed(f"no answer within {self.timeout:g} s") from None
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                raise _Failed(f"no answer within {self.timeout:g} s") from None
+            raise _Failed(str(reason) or type(reason).__name__) from None
+        try:
+            return json.loads(b"".join(pieces))
+        except ValueError:
+            raise _Failed("its answer is not JSON") from None
+
+    def _refuse(self, error: urllib.error.HTTPError) -> NoReturn:
+        try:
+            said = " ".join(error.read(2000).decode("utf-8", errors="replace").split())[:200]
+        except (OSError, http.client.HTTPException):
+            said = ""
+        sentence = f"it answers {error.code} {error.reason}" + (f" ({said})" if said else "")
+        if error.code in _AGAIN:
+            pause: float | None = None
+            with contextlib.suppress(ValueError):
+                pause = max(0.0, float(error.headers.get("Retry-After", "")))
+            raise _Failed(sentence, pause) from None
+        kind = BadPrompt if error.code in _BAD_PROMPT else RedrafterError
+        raise kind(f"{self.url}: {sentence}.") from None
+
+
+def _read(body: Any, *, plain: bool) -> tuple[str, str, int]:
+    try:
+        choice = body["choices"][0]
+        text = choice["text"] if plain else choice["message"]["content"]
+        tokens = (body.get("usage") or {}).get("completion_tokens") or 0
+        if isinstance(text, str) and isinstance(tokens, int):
+            return text, str(choice.get("finish_reason")), tokens
+    except (LookupError, TypeError, AttributeError):
+        pass
+    raise _Failed("its answer holds no text where one belongs")
+
+
+def by_endpoint(
+    prompts: Iterator[Prompt],
+    endpoint: Endpoint,
+    law: Law,
+    *,
+    seeds: Sequence[int],
+    concurrency: int,
+    chat: bool = False,
+    tally: Tally | None = None,
+    skip: Skip | None = None,
+) -> Iterator[Done]:
+    """Answers of a served model, `concurrency` prompts at a time, each kept in its order as soon as it is there.
+
+    `seeds` are `law.seeds` of all prompts.  A first turn that the server refuses is told to `skip`, or without it
+    raises BadPrompt; a later one ends its conversation.
+    """
+    tally = tally or Tally()
+    gate, stopped = threading.Semaphore(concurrency), threading.Event()
+
+    def work(prompt: Prompt) -> Done:
+        rows, counts = [], Counter[str]()
+        for variant, temperature in enumerate(law.temperatures):
+            seed = seeds[prompt.number * len(law.temperatures) + variant]
+            row, tokens = _answered(prompt, endpoint, law, temperature, seed, chat=chat)
+            cut = sum(reason == "length" for reason in row["finish_reasons"])
+            rows.append(row)
+            counts += Counter(rows=1, answers=len(row["finish_reasons"]), cut=cut, tokens=tokens)
+        return Done(prompt, rows, counts)
+
+    def start(prompt: Prompt) -> tuple[Prompt, Future[Done]]:
+        future: Future[Done] = Future()
+
+        def run() -> None:
+            with gate:
+                if stopped.is_set():
+                    return
+                try:
+                    future.set_result(work(prompt))
+                except Exception as error:
+                    future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()  # an interrupt does not wait for answers on their way
+        return prompt, future
+
+    begun = deque(start(prompt) for prompt in islice(prompts, 4 * concurrency))
+    try:
+        while begun:
+            prompt, future = begun.popleft()
+            try:
+                done = future.result()
+            except BadPrompt as error:
+                if skip is None:
+                    raise RedrafterError(f"{prompt.where}: {error}") from None
+                skip(f"{prompt.where}: {error}")
+                done = Done(prompt, [], Counter())
+            tally.tokens += done.counts["tokens"]
+            yield done
+            begun.extend(start(prompt) for prompt in islice(prompts, 1))
+    finally:
+        stopped.set()
+
+
+def _answered(
+    prompt: Prompt, endpoint: Endpoint, law: Law, temperature: float, seed: int, *, chat: bool
+) -> tuple[dict[str, Any], int]:
+    """One row, and how many tokens of it the server wrote."""
+    settings: dict[str, Any] = {"max_tokens": law.max_new_tokens, "temperature": float(temperature)}
+    if temperature > 0:
+        told = {"top_p": law.top_p, "top_k": law.top_k, "seed": seed % 2**31}  # servers differ in the seeds they take
+        settings |= {name: value for name, value in told.items() if value is not None}
+    asked = plan(prompt.record, prompt.where, chat=chat)
+    row = named(prompt, temperature)
+    if asked.prompt is not None:
+        text, reason, tokens = endpoint.answer(asked.prompt, settings)
+        whole = reason == "stop"  # `completion` is learnt with its end, `text` without
+        row |= {"prompt": asked.prompt, "completion" if whole else "text": text, "finish_reasons": [reason]}
+        return row, tokens
+    messages: list[Message] = []
+    reasons: list[str] = []
+    total = 0
+    for stretch in asked.stretches:
+        try:
+            text, reason, tokens = endpoint.answer([*messages, *stretch], settings)
+        except BadPrompt:
+            if not messages:
+                raise
+            break
+        messages += [*stretch, {"role": "assistant", "content": text}]
+        reasons.append(reason)
+        total += tokens
+    return row | {"messages": messages, "finish_reasons": reasons}, total

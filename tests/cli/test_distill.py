@@ -1,0 +1,246 @@
+"""`redrafter distill`, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import transformers
+
+from conftest import refusal
+
+MAIN = "from redrafter.cli import main; main()"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    rows = [{"prompt": "Once"}, {"messages": [{"role": "user", "content": "hi"}], "id": 7}, {"turns": ["a", "b"]}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def words(model_folder, prompts, tmp_path):
+    return ["distill", "--model", model_folder, "--prompts", prompts, "--output", tmp_path / "own.jsonl"]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_it_writes_can_be_trained_on(say, words, model_folder, drafter_folder, tmp_path):
+    status, out, err = say(*words, "--max-new-tokens", 9, "--temperature", 0, "--temperature", 0.9, "--seed", 3)
+    assert (status, out) == (0, "")
+    own = tmp_path / "own.jsonl"
+    rows = rows_of(own)
+    assert [(row["row"], row["temperature"]) for row in rows] == [(n, t) for n in (1, 2, 3) for t in (0.0, 0.9)]
+    assert [row.get("id") for row in rows] == [None, None, 7, 7, None, None]
+    assert sum(map(sum, (row["loss_mask"] for row in rows))) == 9 * 8
+    assert "3 of 3 rows, 72 tokens" in err
+    assert "tokens/s, 1.00 per step" in err
+    assert f"6 rows, 72 tokens, 1.00 per step; 8 of 8 answers were cut short. Wrote {own}." in err
+    status, _, err = say("data", own, "--model", model_folder)
+    assert status == 0
+    train = ["train", "--model", model_folder, "--data", own, "--output", tmp_path / "d", "--max-steps", 1]
+    status, _, err = say(*train, "--exit-dim", 16)
+    assert status == 0, err
+    assert "72 tokens to learn" in err
+
+    status, _, err = say(*words, "--max-new-tokens", 9, "--temperature", 0, "--temperature", 0.9, "--seed", 3)
+    assert status == 0
+    assert "Nothing is left to do" in err
+    before = own.read_bytes()
+    assert "begun with other options (temperatures [0.0, 0.9], now [0.0]; seed 3, now null" in refusal(
+        say(*words, "--max-new-tokens", 9)
+    )
+    assert own.read_bytes() == before
+    drafted = [*words, "--drafter", drafter_folder, "--beam-length", 2, "--overwrite", "--max-new-tokens", 9]
+    status, _, err = say(*drafted, "--temperature", 0, "--temperature", 0.9, "--seed", 3, "--batch-size", 2)
+    assert status == 0
+    assert own.read_bytes() == before, "a drafter and a batch change no text"
+    assert " 1.00 per step" not in err
+
+
+def test_true_text_with_continuations_can_be_trained_on(say, model_folder, tmp_path):
+    text, own = tmp_path / "text.jsonl", tmp_path / "own.jsonl"
+    text.write_text('{"text": "one, two, three"}\n{"prompt": "q", "completion": " and so on"}\n')
+    words = ["distill", "--model", model_folder, "--prompts", text, "--output", own, "--continuations", 5]
+    status, _, err = say(*words, "--max-length", 12)
+    assert status == 0, err
+    rows = rows_of(own)
+    assert [len(row["continuations"]) for row in rows] == [len(row["input_ids"]) for row in rows] == [12, 12]
+    assert all(len(more) == 5 for row in rows for more in row["continuations"])
+    train = ["train", "--model", model_folder, "--data", own, "--output", tmp_path / "d", "--max-steps", 1]
+    assert say(*train, "--exit-dim", 16)[0] == 0
+    assert "--temperature means nothing with --continuations" in refusal(say(*words, "--temperature", 1))
+    text.write_text('{"text": 3}\n')
+    assert "text.jsonl line 1: a row needs" in refusal(say(*words, "--overwrite"))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--endpoint", "http://x"], "Give either --model or --endpoint"),
+        (["--endpoint-model", "m"], "--endpoint and --endpoint-model go together"),
+        (["--temperature", -1], "temperature must be 0"),
+        (["--top-k", 3], "top_k means nothing in greedy"),
+        (["--beam-width", 3], "--beam-width means nothing without --drafter"),
+        (["--set", "num_return_sequences=2"], "use --temperature"),
+        (["--set", "temperature=2"], "--set temperature: use --temperature"),
+        (["--set", "nonsense=3"], "nonsense is no setting"),
+        (["--limit", 0], "limit"),
+        (["--bad-rows", "heal"], "not one of stop, skip"),
+        (["--max-length", 4], "line 1: the prompt has 4 tokens, which leaves no room in 4"),
+        (["--template", "/none/such"], "cannot be read"),
+    ],
+)
+def test_bad_options(say, words, tmp_path, options, sentence):
+    status, out, err = say(*words, *options)
+    assert status == 2
+    assert out == ""
+    assert sentence in err
+    assert not (tmp_path / "own.jsonl").exists() or not (tmp_path / "own.jsonl").read_bytes()
+
+
+def test_bad_rows_are_named_or_skipped(say, words, prompts, tmp_path):
+    prompts.write_text('{"prompt": "a"}\n{"prompt": ""}\n{"prompt": "' + "b" * 200 + '"}\n{\n{"words": 1}\n')
+    assert "line 2: the prompt is empty" in refusal(say(*words))
+    status, _, err = say(*words, "--bad-rows", "skip", "--max-new-tokens", 3)
+    assert status == 0
+    assert "4 bad rows were skipped" in err
+    assert "line 3: the prompt has 200 tokens, which leaves no room in 128" in err
+    assert [row["row"] for row in rows_of(tmp_path / "own.jsonl")] == [1]
+    prompts.write_text("")
+    assert "holds no row to work on" in refusal(say(*words, "--overwrite"))
+
+
+def test_what_is_read_is_not_written_over(say, words, prompts, tmp_path):
+    words[-1] = tmp_path / "." / "prompts.jsonl"
+    assert "is one of the files to read" in refusal(say(*words, "--overwrite"))
+    words[4:] = [tmp_path / "*.jsonl", *words[5:]]
+    assert "is one of the files to read" in refusal(say(*words, "--overwrite"))
+
+
+def test_a_terminal_sees_tokens_between_checkpoints():
+    import io
+
+    from rich.console import Console
+
+    from redrafter.cli.distill import _watch
+    from redrafter.training.distillation import Tally
+
+    tally = Tally()
+
+    def checkpoints():
+        for done in (4, 5):
+            tally.tokens, tally.steps = 1000 * done, 400 * done
+            yield done
+
+    out = io.StringIO()
+    _watch(Console(file=out, force_terminal=True, width=120), checkpoints(), 3, 5, tally)
+    assert "5/5" in out.getvalue()
+    assert "5,000 tokens" in out.getvalue()
+    assert "2.50 per step" in out.getvalue()
+
+
+def test_a_tokenizer_without_a_template(say, words, model_folder, prompts, tmp_path):
+    bare = tmp_path / "bare"
+    transformers.AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained(bare)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(bare)
+    words[2] = bare
+    assert "line 2: the tokenizer has no chat template; give one" in refusal(say(*words))
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    own = [*words, "--max-new-tokens", 4]
+    assert say(*own, "--template", tmp_path / "t.jinja", "--chat")[0] == 0
+    row = rows_of(tmp_path / "own.jsonl")[0]
+    assert tokenizer.decode(row["input_ids"][:6]) == "[Once]"
+    assert row["messages"][0] == {"role": "user", "content": "Once"}
+    assert "begun with other options (chat_template" in refusal(say(*own, "--chat"))
+
+
+def test_an_interrupt_says_how_to_go_on(say, words, tmp_path, monkeypatch):
+    from redrafter.training.journal import Journal
+
+    checkpoint = Journal.checkpoint
+
+    def stop(self, *args, **more):
+        checkpoint(self, *args, **more)
+        raise KeyboardInterrupt
+
+    options = ["--save-rows", 2, "--max-new-tokens", 3]
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "checkpoint", stop)
+        assert "Interrupted; the same command goes on after 2 of 3 rows." in refusal(say(*words, *options))
+    status, _, err = say(*words, *options, "--limit", 2)
+    assert (status, "Nothing is left to do" in err) == (0, True)
+    status, _, err = say(*words, *options)
+    assert status == 0
+    assert "Going on after 2 of 3 rows." in err
+    assert [row["row"] for row in rows_of(tmp_path / "own.jsonl")] == [1, 2, 3]
+
+
+def test_an_endpoint_is_asked_with_the_key_of_the_environment(say, words, tmp_path, monkeypatch):
+    from redrafter.training.endpoint import Endpoint
+
+    asked = []
+
+    def answer(self, prompt, settings):
+        asked.append((self.url, self.model, self.key, self.timeout))
+        return "said", "stop", 2
+
+    monkeypatch.setattr(Endpoint, "answer", answer)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    served = ["--endpoint", "http://localhost:8000", "--endpoint-model", "m"]
+    words = ["distill", *words[3:], *served, "--timeout", 5]
+    status, _, err = say(*words)
+    assert status == 0, err
+    assert asked[0] == ("http://localhost:8000/v1", "m", "secret", 5.0)
+    assert "3 rows, 8 tokens. Wrote" in err
+    assert "secret" not in err + (tmp_path / "own.jsonl.state").read_text()
+    rows = rows_of(tmp_path / "own.jsonl")
+    assert rows[0]["completion"] == "said"
+    assert len(rows[2]["messages"]) == 4
+    assert "--max-length means nothing with --endpoint" in refusal(say(*words, "--max-length", 9))
+    assert "must be a URL" in refusal(say(*words, "--endpoint", "localhost"))
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-c", MAIN, *map(str, words)]
+
+
+def test_a_killed_run_goes_on_to_the_same_file(say, words, prompts, tmp_path):
+    """Killed for good, by SIGKILL: between checkpoints, and again at once after a later one."""
+    prompts.write_text("".join(json.dumps({"turns": [f"a {n}", "and"]}) + "\n" for n in range(24)))
+    options = ["--save-rows", 2, "--max-new-tokens", 9, "--temperature", 0, "--temperature", 1, "--batch-size", 3]
+    options += ["--device", "cpu"]
+    own, note = tmp_path / "own.jsonl", tmp_path / "own.jsonl.state"
+
+    def done() -> int:
+        return json.loads(note.read_text())["done"] if note.exists() else 0
+
+    for moment, wait in ((2, 0.05), (6, 0.0)):
+        killed = subprocess.Popen(command(*words, *options), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        while done() < moment and killed.poll() is None:
+            time.sleep(0.002)
+        time.sleep(wait)
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL, "it was to be killed before its end"
+        assert moment <= done() < 24
+        known = json.loads(note.read_text())
+        assert own.read_bytes()[: known["bytes"]].count(b"\n") == known["counts"]["rows"] >= 2 * done()
+    with own.open("ab") as file:
+        file.write(b'{"row": 999, "inp')  # a kill in the middle of a line
+    assert say(*words, *options)[0] == 0
+    words[-1] = tmp_path / "whole.jsonl"
+    assert say(*words, *options)[0] == 0
+    assert own.read_bytes() == words[-1].read_bytes()
+    assert len({(row["row"], row["temperature"]) for row in rows_of(own)}) == 48
