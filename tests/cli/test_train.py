@@ -110,7 +110,7 @@ def test_data_with_nothing_to_learn_is_refused_before_the_target_is_loaded(say, 
 
 
 TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2 --no-python".split()
-ACCELERATE = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
+ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
 ACCELERATE += "--dynamo_backend no --no_python --main_process_port 0".split()
 MAIN = "from redrafter.cli import main; main()"
 SLOWLY = """
@@ -139,19 +139,23 @@ def finished(*words: object, **how: object) -> dict[str, torch.Tensor]:
     return load_file(words[-1] / "model.safetensors")
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_learn_what_one_does(model_folder, rows, tmp_path, launcher):
-    """Also from states on disk, of which each process computes a part."""
+@pytest.mark.parametrize(
+    ("launcher", "how"),
+    [(TORCHRUN, []), (ACCELERATE, ["--cache-states"]), (TORCHRUN, ["--shard-target", "--cache-states"])],
+    ids=["torchrun", "accelerate", "sharded"],
+)
+def test_two_processes_learn_what_one_does(model_folder, rows, tmp_path, launcher, how):
+    """Also from states on disk, of which each process computes a part, and from a target divided among them."""
     rows.write_text("\n".join(rows.read_text().splitlines()[10:26]))  # of one length: the mean of two halves is theirs
     words = ("train", "--model", model_folder, "--data", rows, "--max-steps", "3", "--exit-dim", "16")
-    words += ("--device", "cpu", "--held-out", "4", "--batch-size")
+    words += ("--device", "cpu", "--held-out", "4", "--kl", "0.5", "--batch-size")
+    how = [*how, tmp_path / "states"] if "--cache-states" in how else how
     one = finished(*words, 4, "--output", tmp_path / "one")
-    states = ("--cache-states", tmp_path / "states")
-    two = finished(*words, 2, *states, "--output", tmp_path / "two", launcher=launcher, main=SLOWLY + MAIN)
+    two = finished(*words, 2, *how, "--output", tmp_path / "two", launcher=launcher, main=SLOWLY + MAIN)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
     assert not (tmp_path / "two" / "checkpoints").exists()
-    assert len(list((tmp_path / "states").iterdir())) > 3
+    assert "--cache-states" not in how or len(list((tmp_path / "states").iterdir())) > 3
 
 
 def test_a_run_killed_while_it_keeps_states_goes_on_from_the_last_whole_file(model_folder, rows, tmp_path):
