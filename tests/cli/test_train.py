@@ -96,6 +96,15 @@ def test_a_dry_run_says_what_it_would_take(say, model_folder, rows, tmp_path):
     assert "30 steps, about" in err
     assert "GiB of weights and moments" in err
     assert not (tmp_path / "d").exists()
+    words += ("--cache-states", tmp_path / "states", "--draft-vocabulary", "12", "--held-out", "0")
+    status, _, err = say(*words, "--dry-run")
+    assert status == 0
+    assert "0.00 GiB of states on disk." in err
+    learnt = "".join(json.loads(line)["text"] for line in rows.read_text().splitlines()) + "$" * 40  # as each ends
+    most = sorted(map(learnt.count, set(learnt)))[-12:]
+    covered = f"{sum(most) / len(learnt):.2%}"
+    assert f"The draft vocabulary of 12 covers {covered} of the tokens to learn." in err
+    assert not (tmp_path / "states").exists()
 
 
 def test_data_with_nothing_to_learn_is_refused_before_the_target_is_loaded(say, model_folder, tmp_path, monkeypatch):

@@ -111,7 +111,7 @@ def train(
     from redrafter.cli.loading import load_model, load_tokenizer, skipping
     from redrafter.drafter import RecurrentDrafter
     from redrafter.target import Target
-    from redrafter.training.data import most_frequent, read_rows, split
+    from redrafter.training.data import coverage, most_frequent, read_rows, split
     from redrafter.training.loss import Objective
     from redrafter.training.trainer import Recipe, estimate, newest_checkpoint, run
 
@@ -154,6 +154,9 @@ def train(
         f"{len(rows):,} rows, {learnt:,} tokens to learn, {len(measured)} rows held out; "
         f"{hub.count_parameters(drafter):,} parameters."
     )
+    if drafter.draft_vocabulary is not None:
+        covered = coverage(rows, drafter.draft_vocabulary)
+        console.print(f"The draft vocabulary of {draft_vocabulary:,} covers {covered:.2%} of the tokens to learn.")
     if dry_run:
         needs = estimate(target, drafter, rows, recipe)
         peak = "" if needs.peak is None else f", {needs.peak / 2**30:.2f} GiB at most with a batch"
