@@ -118,9 +118,9 @@ def test_data_with_nothing_to_learn_is_refused_before_the_target_is_loaded(say, 
     assert "no token to learn" in refusal(say(*words))
 
 
-TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2 --no-python".split()
+TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2".split()
 ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
-ACCELERATE += "--dynamo_backend no --no_python --main_process_port 0".split()
+ACCELERATE += "--dynamo_backend no --main_process_port 0".split()
 MAIN = "from redrafter.cli import main; main()"
 SLOWLY = """
 import time
@@ -134,8 +134,14 @@ states.save_file = save_file
 
 
 def command(*words: object, launcher: list[str] | None = None, main: str = MAIN) -> list[str]:
+    """A command line in a process of its own, as a user types it or after lines that change something."""
     python = [sys.executable, "-W", "ignore"]
-    return [*([*python, "-m", *launcher] if launcher else []), *python, "-c", main, *map(str, words)]
+    if launcher is None:
+        return [*python, "-c", main, *map(str, words)]
+    if main == MAIN:
+        return [*python, "-m", *launcher, "-m", "redrafter", *map(str, words)]
+    whole = "--no_python" if launcher is ACCELERATE else "--no-python"
+    return [*python, "-m", *launcher, whole, *python, "-c", main, *map(str, words)]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -160,7 +166,8 @@ def test_two_processes_learn_what_one_does(model_folder, rows, tmp_path, launche
     words += ("--device", "cpu", "--held-out", "4", "--kl", "0.5", "--batch-size")
     how = [*how, tmp_path / "states"] if "--cache-states" in how else how
     one = finished(*words, 4, "--output", tmp_path / "one")
-    two = finished(*words, 2, *how, "--output", tmp_path / "two", launcher=launcher, main=SLOWLY + MAIN)
+    main = SLOWLY + MAIN if "--cache-states" in how else MAIN
+    two = finished(*words, 2, *how, "--output", tmp_path / "two", launcher=launcher, main=main)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
     assert not (tmp_path / "two" / "checkpoints").exists()
