@@ -301,7 +301,7 @@ class Estimate:
 
     steps: int
     seconds: float
-    """Of all steps; without loading, saving and looks at held-out rows."""
+    """Of all steps, the target run in each; without loading, saving and looks at held-out rows."""
     weights: int
     """Bytes of the target, and of the drafter with its gradients and AdamW's two moments."""
     states: int | None
