@@ -81,7 +81,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=2_048)
     parser.add_argument("--steps", type=int, default=3, help="measured, after one to warm up")
-    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 1 / 3, 1 / 4], help="of the places to draft at")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[1.0, 1 / 3, 1 / 4], help="of the places to draft at"
+    )
     parser.add_argument("--objectives", choices=OBJECTIVES, nargs="+", default=list(OBJECTIVES))
     given = parser.parse_args()
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device)
