@@ -69,7 +69,7 @@ class Recipe:
     window_share: float = 1.0
     """Of the places of a batch where drafting can begin, how many are learnt from, drawn anew at every step.
 
-    They overlap, each token being drafted once from every depth, so that a part of them tells most of it.
+    A part makes steps cheaper where the loss takes the time, and teaches less in each.
     """
     report_to: tuple[str, ...] = ()
     """Loggers of transformers: tensorboard, wandb, trackio, …"""
