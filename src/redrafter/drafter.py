@@ -151,7 +151,7 @@ class RecurrentDrafter(nn.Module):
         if not self.config.gated:
             return moved
         gate = torch.sigmoid(self.gate_w(embedding) + (self.gate_u.bias if state is None else self.gate_u(state)))
-        return gate * moved if state is None else torch.lerp(state, moved, gate)
+        return gate * moved if state is None else state + gate * (moved - state)
 
     def context(self, features: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch hidden"]:
         """What the head reads of the target, once for each draft: its last hidden state, as published.

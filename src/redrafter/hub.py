@@ -72,15 +72,25 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 
 
 def save_folder(folder: Path, config: str, tensors: Mapping[str, Tensor], card: str | None = None) -> None:
-    """Writes a drafter folder, each file beside its place first and renamed when all are complete.
-
-    Raises RedrafterError where that fails; what the folder held before is then still there.
-    """
-    whole = {k: v.detach().to("cpu", copy=False).contiguous() for k, v in tensors.items()}
-    contents = {WEIGHTS: save(whole, metadata={"format": "pt"}), CONFIG: config.encode()}
+    """Writes a drafter folder by `write_files`."""
+    contents = {WEIGHTS: weights(tensors), CONFIG: config.encode()}
     contents |= {name: text.encode() for name, text in CUSTOM_GENERATE.items()}
     if card is not None:
         contents[CARD] = card.encode()
+    write_files(folder, contents)
+
+
+def weights(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of `model.safetensors`."""
+    whole = {k: v.detach().to("cpu", copy=False).contiguous() for k, v in tensors.items()}
+    return save(whole, metadata={"format": "pt"})
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files of a folder, each beside its place first and renamed when all are complete.
+
+    Raises RedrafterError where that fails; what the folder held before is then still there.
+    """
     written: list[tuple[Path, Path]] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -178,6 +178,11 @@ class Target:
         finally:
             handle.remove()
 
+    @property
+    def head_alone(self) -> bool:
+        """Whether `logits` asks the output head alone, and not the whole model."""
+        return self._head_alone
+
     def check_drafter(self, config: DrafterConfig) -> None:
         """Raises RedrafterError where a drafter was made for another model."""
         made_for = config.target or "a model that it does not name"

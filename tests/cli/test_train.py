@@ -96,6 +96,15 @@ def test_a_dry_run_says_what_it_would_take(say, model_folder, rows, tmp_path):
     assert "30 steps, about" in err
     assert "GiB of weights and moments" in err
     assert not (tmp_path / "d").exists()
+    words += ("--cache-states", tmp_path / "states", "--draft-vocabulary", "12", "--held-out", "0")
+    status, _, err = say(*words, "--dry-run")
+    assert status == 0
+    assert "0.00 GiB of states on disk." in err
+    learnt = "".join(json.loads(line)["text"] for line in rows.read_text().splitlines()) + "$" * 40  # as each ends
+    most = sorted(map(learnt.count, set(learnt)))[-12:]
+    covered = f"{sum(most) / len(learnt):.2%}"
+    assert f"The draft vocabulary of 12 covers {covered} of the tokens to learn." in err
+    assert not (tmp_path / "states").exists()
 
 
 def test_data_with_nothing_to_learn_is_refused_before_the_target_is_loaded(say, model_folder, tmp_path, monkeypatch):
@@ -124,9 +133,9 @@ def test_a_head_of_another_form(say, model_folder, rows, tmp_path):
     assert "leave out --no-rnn" in refusal(say(*again, "--gated", "--no-rnn"))
 
 
-TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2 --no-python".split()
-ACCELERATE = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
-ACCELERATE += "--dynamo_backend no --no_python --main_process_port 0".split()
+TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2".split()
+ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
+ACCELERATE += "--dynamo_backend no --main_process_port 0".split()
 MAIN = "from redrafter.cli import main; main()"
 SLOWLY = """
 import time
@@ -140,8 +149,14 @@ states.save_file = save_file
 
 
 def command(*words: object, launcher: list[str] | None = None, main: str = MAIN) -> list[str]:
+    """A command line in a process of its own, as a user types it or after lines that change something."""
     python = [sys.executable, "-W", "ignore"]
-    return [*([*python, "-m", *launcher] if launcher else []), *python, "-c", main, *map(str, words)]
+    if launcher is None:
+        return [*python, "-c", main, *map(str, words)]
+    if main == MAIN:
+        return [*python, "-m", *launcher, "-m", "redrafter", *map(str, words)]
+    whole = "--no_python" if launcher is ACCELERATE else "--no-python"
+    return [*python, "-m", *launcher, whole, *python, "-c", main, *map(str, words)]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -154,19 +169,24 @@ def finished(*words: object, **how: object) -> dict[str, torch.Tensor]:
     return load_file(words[-1] / "model.safetensors")
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_learn_what_one_does(model_folder, rows, tmp_path, launcher):
-    """Also from states on disk, of which each process computes a part."""
+@pytest.mark.parametrize(
+    ("launcher", "how"),
+    [(TORCHRUN, []), (ACCELERATE, ["--cache-states"]), (TORCHRUN, ["--shard-target", "--cache-states"])],
+    ids=["torchrun", "accelerate", "sharded"],
+)
+def test_two_processes_learn_what_one_does(model_folder, rows, tmp_path, launcher, how):
+    """Also from states on disk, of which each process computes a part, and from a target divided among them."""
     rows.write_text("\n".join(rows.read_text().splitlines()[10:26]))  # of one length: the mean of two halves is theirs
     words = ("train", "--model", model_folder, "--data", rows, "--max-steps", "3", "--exit-dim", "16")
-    words += ("--device", "cpu", "--held-out", "4", "--batch-size")
+    words += ("--device", "cpu", "--held-out", "4", "--kl", "0.5", "--batch-size")
+    how = [*how, tmp_path / "states"] if "--cache-states" in how else how
     one = finished(*words, 4, "--output", tmp_path / "one")
-    states = ("--cache-states", tmp_path / "states")
-    two = finished(*words, 2, *states, "--output", tmp_path / "two", launcher=launcher, main=SLOWLY + MAIN)
+    main = SLOWLY + MAIN if "--cache-states" in how else MAIN
+    two = finished(*words, 2, *how, "--output", tmp_path / "two", launcher=launcher, main=main)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
     assert not (tmp_path / "two" / "checkpoints").exists()
-    assert len(list((tmp_path / "states").iterdir())) > 3
+    assert "--cache-states" not in how or len(list((tmp_path / "states").iterdir())) > 3
 
 
 def test_a_run_killed_while_it_keeps_states_goes_on_from_the_last_whole_file(model_folder, rows, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redrafter import RedrafterError
-from redrafter.training.data import Row, collate, most_frequent, pack, read_rows
+from redrafter.training.data import Row, collate, coverage, most_frequent, pack, read_rows
 
 MARKED = (
     "{% for m in messages %}<s>{{ m.role[0] + ':' }}"
@@ -123,6 +123,8 @@ def test_the_draft_vocabulary_is_what_is_learnt_most():
     assert most_frequent(rows, 3).tolist() == [4, 7, 2]
     with pytest.raises(RedrafterError, match="4 kinds of tokens to learn, fewer than a draft vocabulary of 5"):
         most_frequent(rows, 5)
+    assert coverage(rows, torch.tensor([4, 7])) == pytest.approx(4 / 6), "twice 4, twice 7, twice 2"
+    assert coverage(rows, torch.tensor([4, 60])) == pytest.approx(2 / 6)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate
 from redrafter.training import trainer
-from redrafter.training.data import Row
+from redrafter.training.data import Row, most_frequent
 from redrafter.training.evaluation import Acceptance
 from redrafter.training.loss import Objective
 from redrafter.training.trainer import Recipe, estimate, newest_checkpoint, run
@@ -74,7 +74,7 @@ def interrupt():
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(tmp_path, monkeypatch):
     rows = own_text(16)
-    recipe = Recipe(max_steps=8, batch_size=4, learning_rate=5e-3, save_steps=2)
+    recipe = Recipe(max_steps=8, batch_size=4, learning_rate=5e-3, save_steps=2, window_share=0.5)  # which is drawn
     whole = fresh()
     run(MODEL, whole, rows, tmp_path / "whole", recipe, resume=False)
 
@@ -162,6 +162,21 @@ def test_the_card_tells_what_the_run_saw(tmp_path):
         "torch " + torch.__version__,
     ):  # fmt: skip
         assert words in card, words
+
+
+def test_a_part_of_the_vocabulary_and_of_the_windows(tmp_path):
+    rows = own_text(8)
+    vocabulary = most_frequent(rows, 5)
+    drafter = RecurrentDrafter.for_target(MODEL, beam_length=3, draft_vocabulary=vocabulary)
+    learnt = torch.tensor([token for row in rows for token in row.input_ids[1:]])
+    covered = torch.isin(learnt, vocabulary).float().mean().item()
+    run(MODEL, drafter, rows, tmp_path / "d", Recipe(max_steps=2, batch_size=4, window_share=0.25), resume=False)
+    card = (tmp_path / "d" / "README.md").read_text()
+    assert f"drafts 5 of 61 tokens, which are {covered:.2%} of those to learn |" in card
+    assert "| steps | 2 of 4 x 1, a share of 0.25 of the places, rate 0.001 |" in card
+    for share in (0.0, 1.5):
+        with pytest.raises(RedrafterError, match="share of windows must be above 0 and at most 1"):
+            Recipe(window_share=share)
 
 
 @pytest.mark.parametrize("form", [{}, {"context_layers": (1,), "context_positions": 3}])

@@ -13,6 +13,7 @@ from redrafter.cli.data import data
 from redrafter.cli.demo import demo
 from redrafter.cli.distill import distill
 from redrafter.cli.eval import evaluate
+from redrafter.cli.export import export
 from redrafter.cli.generate import generate
 from redrafter.cli.info import info
 from redrafter.cli.train import train
@@ -25,7 +26,7 @@ app = typer.Typer(
     help="Exact, fast speculative decoding with a recurrent drafter: the model's own text, sooner. "
     "Start with `redrafter demo`.",
 )
-for command in (demo, generate, distill, train, data, check, info):
+for command in (demo, generate, distill, train, data, check, info, export):
     app.command()(command)
 app.command("eval")(evaluate)
 

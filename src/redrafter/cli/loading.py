@@ -133,8 +133,13 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def load_model(path: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The target, ready to decode, and its tokenizer.  Raises RedrafterError where they cannot be loaded."""
+def load_model(
+    path: str, dtype: str = "auto", device: str = "auto", *, divided: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The target, ready to decode, and its tokenizer; `divided` among the processes of a training run.
+
+    Raises RedrafterError where they cannot be loaded.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -153,6 +158,10 @@ def load_model(path: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise RedrafterError(f"The model {path} cannot be loaded: {_reason(error)}.") from error
     try:
+        if divided:
+            from redrafter.training.sharding import shard
+
+            return shard(model, torch.device(device)).eval(), tokenizer
         return model.to(torch.device(device)).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise RedrafterError(f"The model cannot be put on --device {device}: {_reason(error)}.") from error

@@ -54,6 +54,9 @@ def train(
     cache_states: Annotated[
         Path | None, typer.Option(help="Folder to keep the target's states in, for all epochs and later runs.")
     ] = None,
+    shard_target: Annotated[
+        bool, typer.Option("--shard-target", help="Divide the model among the processes: one GPU need not hold it.")
+    ] = False,
     held_out: Annotated[
         int | None,
         typer.Option(min=0, help="Rows to measure on instead of training.  [default: 1 in 20, 64 at most]"),
@@ -116,7 +119,7 @@ def train(
     from redrafter.cli.loading import load_model, load_tokenizer, skipping
     from redrafter.drafter import RecurrentDrafter
     from redrafter.target import Target
-    from redrafter.training.data import most_frequent, read_rows, split
+    from redrafter.training.data import coverage, most_frequent, read_rows, split
     from redrafter.training.loss import Objective
     from redrafter.training.trainer import Recipe, estimate, newest_checkpoint, run
 
@@ -139,7 +142,7 @@ def train(
     sources = [*data, *(more or [])]
     with skipping(bad_rows) as skip:  # before the target is loaded, which may take long
         rows = read_rows(sources, load_tokenizer(model, template), max_length=max_length, skip=skip)
-    target, _ = load_model(model, dtype, device)
+    target, _ = load_model(model, dtype, device, divided=shard_target)
     limit = Target(target).context_length
     rows = rows if limit is None else [row.cut(limit) for row in rows]
     rows, measured = split(rows, min(64, len(rows) // 20) if held_out is None else held_out, seed=seed)
@@ -162,6 +165,9 @@ def train(
         f"{len(rows):,} rows, {learnt:,} tokens to learn, {len(measured)} rows held out; "
         f"{hub.count_parameters(drafter):,} parameters."
     )
+    if drafter.draft_vocabulary is not None:
+        covered = coverage(rows, drafter.draft_vocabulary)
+        console.print(f"The draft vocabulary of {draft_vocabulary:,} covers {covered:.2%} of the tokens to learn.")
     if dry_run:
         needs = estimate(target, drafter, rows, recipe)
         peak = "" if needs.peak is None else f", {needs.peak / 2**30:.2f} GiB at most with a batch"

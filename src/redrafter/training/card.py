@@ -13,7 +13,7 @@ from transformers import __version__ as TRANSFORMERS
 
 from redrafter import __version__, hub
 from redrafter.drafter import RecurrentDrafter
-from redrafter.training.data import Row
+from redrafter.training.data import Row, coverage
 from redrafter.training.evaluation import Acceptance
 
 if TYPE_CHECKING:
@@ -56,7 +56,11 @@ def card(drafter: RecurrentDrafter, run: Run) -> str:
         if config.context_size != config.hidden_size
         else seen[0]
     )
-    vocabulary = f"{config.head_size:,} of {config.vocab_size:,} tokens" if config.draft_vocab_size else "all tokens"
+    vocabulary = "all tokens"
+    if drafter.draft_vocabulary is not None:
+        vocabulary = f"{config.head_size:,} of {config.vocab_size:,} tokens"
+        vocabulary += f", which are {coverage(run.rows, drafter.draft_vocabulary):.2%} of those to learn"
+    share = f", a share of {recipe.window_share:g} of the places" if recipe.window_share < 1 else ""
     return "\n".join(
         [
             *_front_matter(run, config.target),
@@ -76,7 +80,8 @@ def card(drafter: RecurrentDrafter, run: Run) -> str:
             f"| licence of the data | {run.licence or 'not told'} |",
             f"| learnt from | {teacher}, teacher-forced over {config.beam_length} draft positions |",
             f"| objective | {objective} |",
-            f"| steps | {run.steps:,} of {recipe.batch_size} x {recipe.accumulation}, rate {recipe.learning_rate:g} |",
+            f"| steps | {run.steps:,} of {recipe.batch_size} x {recipe.accumulation}{share}, rate "
+            f"{recipe.learning_rate:g} |",
             f"| last loss | {run.loss:.3f} nats, summed over positions |",
             *_acceptance(run.found, drafter),
             f"| versions | redrafter {__version__}, torch {torch.__version__}, transformers {TRANSFORMERS} |",

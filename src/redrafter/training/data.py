@@ -170,14 +170,26 @@ def most_frequent(rows: list[Row], count: int) -> Tensor:
 
     Raises RedrafterError where the rows have fewer kinds of tokens to learn.
     """
-    learnt = torch.tensor([i for row in rows for i, trained in zip(row.input_ids, row.trained, strict=True) if trained])
-    counts = learnt.bincount()
+    counts = _counts(rows)
     kinds = int((counts > 0).sum())
     if kinds < count:
         raise RedrafterError(
             f"The data has {kinds} kinds of tokens to learn, fewer than a draft vocabulary of {count}."
         )
     return counts.argsort(descending=True, stable=True)[:count]
+
+
+def coverage(rows: list[Row], vocabulary: Tensor) -> float:
+    """The share of the tokens to learn that a draft vocabulary [count] holds."""
+    counts = _counts(rows)
+    known = vocabulary.cpu()
+    return float(counts[known[known < len(counts)]].sum() / counts.sum().clamp(min=1))
+
+
+def _counts(rows: list[Row]) -> Tensor:
+    """How often each id is to be learnt, [largest id + 1]."""
+    learnt = [i for row in rows for i, trained in zip(row.input_ids, row.trained, strict=True) if trained]
+    return torch.tensor(learnt).bincount()
 
 
 def _as_told(record: dict[str, Any], vocabulary: int, where: str) -> Row:

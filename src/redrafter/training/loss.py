@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from redrafter.drafter import RecurrentDrafter
 
@@ -125,37 +126,60 @@ def unrolled_loss(
         weight * wanted / wanted.sum(0).clamp(min=1),
     )
     chunk = chunk or max(1, LOGITS // (length * drafter.config.head_size))
-    score = partial(_loss_of_windows, drafter, objective, embed, head, hidden, segments)
+    score = partial(_loss_of_windows, objective=objective, embed=embed, head=head, hidden=hidden, segments=segments)
     chunks = zip(*(p.split(chunk) for p in parts), strict=True)
-    learnt = [p for p in drafter.parameters() if p.requires_grad]
+    learnt = {name: p for name, p in drafter.named_parameters() if p.requires_grad}
     if not (torch.is_grad_enabled() and learnt):
-        return torch.stack([score(*part) for part in chunks]).sum()
+        return torch.stack([score(drafter, *part) for part in chunks]).sum()
     # a power of two, so that it changes no float32 gradient; without it those of one window vanish in float16
     scale = 2.0 ** round(math.log2(len(rows)) - 4)
-    return _SummedAtOnce.apply(score, chunks, scale, *learnt)  # type: ignore[no-any-return]
+    scored = _Scored(drafter, score)
+    return _SummedAtOnce.apply(scored, chunks, scale, list(learnt), *learnt.values())  # type: ignore[no-any-return]
+
+
+class _Scored(nn.Module):
+    """`score(drafter, *part)` as a module, so that other tensors can stand in for the drafter's weights."""
+
+    def __init__(self, drafter: RecurrentDrafter, score: Callable[..., Tensor]):
+        super().__init__()
+        self.drafter, self.score = drafter, score
+
+    def forward(self, *part: Tensor) -> Tensor:
+        """The loss of some windows."""
+        return self.score(self.drafter, *part)
 
 
 class _SummedAtOnce(torch.autograd.Function):
-    """The sum of `score(*part)` over parts, each differentiated by the parameters as soon as it is known.
+    """The sum of a module over parts, each differentiated by its weights as soon as it is known.
 
-    So every part is computed once, and what it needed is freed before the next.  Gradients are multiplied by `scale`
-    while they pass through the part's own, perhaps half-precise, operations.
+    So every part is computed once, and what it needed is freed before the next.  Under autocast the weights are made
+    half-precise once, and gradients of that precision are summed in the weights' own.  Gradients are multiplied by
+    `scale` while they pass through a part's operations.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, score: Callable[..., Tensor], parts: Iterable[tuple[Tensor, ...]], scale: float, *learnt: Tensor
+        ctx: Any,
+        scored: _Scored,
+        parts: Iterable[tuple[Tensor, ...]],
+        scale: float,
+        names: list[str],
+        *learnt: Tensor,
     ) -> Tensor:
+        kind = learnt[0].device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        used = [p.detach().to(half or p.dtype).requires_grad_() for p in learnt]
+        weights = {f"drafter.{name}": weight for name, weight in zip(names, used, strict=True)}
         losses, gradients = [], [torch.zeros_like(p) for p in learnt]
         for part in parts:
             with torch.enable_grad():
-                loss = score(*part)
-                found = torch.autograd.grad(loss * scale, learnt, allow_unused=True)
+                loss = functional_call(scored, weights, part)
+                found = torch.autograd.grad(loss * scale, used, allow_unused=True)
             for total, gradient in zip(gradients, found, strict=True):
                 if gradient is not None:
                     total.add_(gradient)
             losses.append(loss.detach())
-            del loss, found
+            del loss, found, gradient
         ctx.gradients, ctx.scale = gradients, scale
         return torch.stack(losses).sum()
 
@@ -163,7 +187,7 @@ class _SummedAtOnce(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # handed on, so that they become the parameters' own
-        return None, None, None, *(g.mul_(gradient / ctx.scale) for g in gradients)
+        return None, None, None, None, *(g.mul_(gradient / ctx.scale) for g in gradients)
 
 
 def context_at(
@@ -187,17 +211,18 @@ def context_at(
 
 def _loss_of_windows(
     drafter: RecurrentDrafter,
-    objective: Objective,
-    embed: Callable[[Tensor], Tensor],
-    head: Callable[[Tensor], Tensor] | None,
-    hidden: Float[Tensor, "B P state"],
-    segments: Int[Tensor, "B P"] | None,
     rows: Int[Tensor, " C"],
     positions: Int[Tensor, " C"],
     tokens: Int[Tensor, "C length"],
     labels: Int[Tensor, "C length"],
     labelled: Float[Tensor, "C length"],
     wanted: Float[Tensor, "C length"],
+    *,
+    objective: Objective,
+    embed: Callable[[Tensor], Tensor],
+    head: Callable[[Tensor], Tensor] | None,
+    hidden: Float[Tensor, "B P state"],
+    segments: Int[Tensor, "B P"] | None,
 ) -> Float[Tensor, ""]:
     """The weighted sum over some windows.
 

@@ -31,6 +31,7 @@ from redrafter.training.card import Run, card
 from redrafter.training.data import Row, collate, pack
 from redrafter.training.evaluation import Acceptance, acceptance
 from redrafter.training.loss import TOKENS, Objective, unrolled_loss
+from redrafter.training.sharding import bytes_here, is_sharded
 from redrafter.training.states import States, Tell
 
 COMPLETE = "complete"
@@ -68,7 +69,7 @@ class Recipe:
     window_share: float = 1.0
     """Of the places of a batch where drafting can begin, how many are learnt from, drawn anew at every step.
 
-    They overlap, each token being drafted once from every depth, so that a part of them tells most of it.
+    A part makes steps cheaper where the loss takes the time, and teaches less in each.
     """
     report_to: tuple[str, ...] = ()
     """Loggers of transformers: tensorboard, wandb, trackio, …"""
@@ -248,7 +249,12 @@ def run(
         raise RedrafterError(f"{output} holds an unfinished run: pass --resume, or another --output.")
     if any(row.continuations for row in rows) and recipe.objective.of_distribution:
         raise RedrafterError("Rows with continuations know no distribution: train on them with cross-entropy alone.")
-    module = Unrolled(drafter, Target(model, drafter.config.context_layers), recipe.objective, recipe.window_share)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise RedrafterError("FSDP of accelerate would divide the drafter: use --shard-target to divide the target.")
+    target = Target(model, drafter.config.context_layers)
+    if recipe.objective.of_distribution and is_sharded(model) and not target.head_alone:
+        raise RedrafterError("The whole model makes this target's logits: divided, train it with cross-entropy alone.")
+    module = Unrolled(drafter, target, recipe.objective, recipe.window_share)
     try:
         arguments = _arguments(drafter, recipe, checkpoints, measured=bool(held_out))
         trainer = Checkpointing(
@@ -285,7 +291,8 @@ def _kept_states(
     if recipe.cache_states is None:
         return None
     states = States(recipe.cache_states, module.target[0], module.hidden_states, rows)
-    states.compute(tell, process=arguments.process_index, processes=arguments.world_size)
+    together = is_sharded(module.target[0].model)
+    states.compute(tell, process=arguments.process_index, processes=arguments.world_size, together=together)
     return states
 
 
@@ -295,7 +302,7 @@ class Estimate:
 
     steps: int
     seconds: float
-    """Of all steps; without loading, saving and looks at held-out rows."""
+    """Of all steps, the target run in each; without loading, saving and looks at held-out rows."""
     weights: int
     """Bytes of the target, and of the drafter with its gradients and AdamW's two moments."""
     states: int | None
@@ -329,7 +336,7 @@ def estimate(model: PreTrainedModel, drafter: RecurrentDrafter, rows: list[Row],
     return Estimate(
         steps,
         steps * recipe.accumulation * min(times),
-        sum(p.numel() * p.element_size() for p in model.parameters()) + 4 * trained,
+        bytes_here(model) + 4 * trained,
         None
         if recipe.cache_states is None
         else States(recipe.cache_states, module.target[0], module.hidden_states, rows).size,

@@ -1,0 +1,34 @@
+"""`redrafter export`: a drafter folder for other software."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from redrafter.errors import RedrafterError
+
+
+def export(
+    drafter: Annotated[str, typer.Argument(help="A drafter's folder or hub id.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to.")],
+    form: Annotated[str, typer.Option("--format", help="apple: what apple/ml-recurrent-drafter reads.")] = "apple",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a drafter that the folder holds.")] = False,
+) -> None:
+    """Write a drafter as other software reads it; `--drafter` and `info` read such folders too."""
+    from rich.console import Console
+
+    from redrafter import apple, hub
+    from redrafter.drafter import RecurrentDrafter
+
+    if form != "apple":
+        raise RedrafterError(f"--format {form} is not one of apple.")
+    if (output / hub.CONFIG).exists() and not overwrite:
+        raise RedrafterError(f"{output} already holds a drafter: pass --overwrite, or another --output.")
+    loaded = RecurrentDrafter.from_pretrained(drafter)
+    apple.export(loaded, output)
+    beam_length = loaded.config.beam_length + 1
+    Console(stderr=True, soft_wrap=True).print(
+        f"Wrote {output}. Its --beam_length counts the guaranteed token: {beam_length} drafts what this one drafts."
+    )

@@ -1,0 +1,62 @@
+"""A target divided among processes: the same states, from a part of the weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import tiny_model
+from redrafter import RecurrentDrafter, RedrafterError
+from redrafter.training import trainer
+from redrafter.training.data import Row
+from redrafter.training.loss import Objective
+from redrafter.training.sharding import shard
+from redrafter.training.trainer import Recipe, run
+
+DIVIDED = """
+import json, os, sys, torch
+from redrafter.cli.loading import load_model
+from redrafter.target import Target
+from redrafter.training.sharding import bytes_here, is_sharded
+whole, divided = (load_model(sys.argv[1], device="cpu", divided=divided)[0] for divided in (False, True))
+ids = torch.arange(40).reshape(2, 20)
+with torch.no_grad():
+    states = [Target(model).hidden_states(ids, torch.ones_like(ids)) for model in (whole, divided)]
+    logits = [Target(model).logits(states[0][0]) for model in (whole, divided)]
+found = [torch.equal(*states), torch.equal(*logits), is_sharded(whole), is_sharded(divided)]
+size = [bytes_here(model) for model in (whole, divided)] + [bytes_here(whole.model.layers)]
+with open(sys.argv[2] + os.environ["RANK"], "w") as file:
+    json.dump([found, size], file)
+"""
+
+
+def test_two_processes_hold_half_of_the_layers_each_and_give_the_same_states(model_folder, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", *"torch.distributed.run --standalone --nproc-per-node 2".split()]
+    command += ["--no-python", sys.executable, "-W", "ignore", "-c", DIVIDED, str(model_folder), f"{tmp_path}/"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    for rank in "01":
+        found, (whole, here, layers) = json.loads((tmp_path / rank).read_text())
+        assert found == [True, True, False, True]
+        assert here == whole - layers / 2
+
+
+def test_there_must_be_several_processes():
+    with pytest.raises(RedrafterError, match="start them by torchrun"):
+        shard(tiny_model(), torch.device("cpu"))
+
+
+def test_what_processes_would_run_unequally_often_is_refused(tmp_path, monkeypatch):
+    model = tiny_model("gemma2", final_logit_softcapping=5.0, head_dim=8, sliding_window=64)
+    drafter = RecurrentDrafter.for_target(model, beam_length=2)
+    rows = [Row([3, 4, 5, 6], [True] * 4)]
+    monkeypatch.setattr(trainer, "is_sharded", lambda _: True)
+    with pytest.raises(RedrafterError, match="divided, train it with cross-entropy alone"):
+        run(model, drafter, rows, tmp_path, Recipe(objective=Objective(0.5, kl=0.5)), resume=False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RedrafterError, match="use --shard-target to divide the target"):
+        run(model, drafter, rows, tmp_path, Recipe(), resume=False)
