@@ -310,7 +310,7 @@ def test_a_step_asks_the_device_nothing(drafting, sampling):
     target, proposer, sampler = asked.target, asked.proposer, asked.sampler
     with torch.inference_mode():
         cache = target.new_cache(batch=2, slots=64)
-        state, _ = decoding.prefill(target, sampler, asked.rows, cache, 64)
+        state, _ = decoding.prefill(target, sampler, asked.rows, cache, slots=64)
         cache.window.visible = 64
         decoding.step(target, proposer, sampler, state)  # what is built on first use may ask
         torch.cuda.synchronize()

@@ -76,6 +76,7 @@ class Target:
         self.dtype: torch.dtype = self.model.dtype
         self.hidden_size: int = self.config.hidden_size
         self.state_size: int = (1 + len(layers)) * self.hidden_size
+        self.layers: tuple[int, ...] = tuple(layers)
         self._layers = _numbered(self.model, self.config, layers)
         self.vocab_size: int = self.config.vocab_size
         self.context_length: int | None = getattr(self.config, "max_position_embeddings", None)

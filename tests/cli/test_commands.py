@@ -8,10 +8,11 @@ import shutil
 import pytest
 import torch
 import transformers
+import typer
 
 from conftest import greedy, refusal, tiny_model
 from redrafter import RecurrentDrafter, __version__
-from redrafter.cli import main
+from redrafter.cli import app, main
 
 
 @pytest.fixture
@@ -22,14 +23,18 @@ def prompts(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "distill", "train", "data", "check", "eval", "info"])
-def test_help_names_every_command_and_every_option(say, command):
+@pytest.mark.parametrize("command", ["demo", "generate", "distill", "train", "data", "check", "eval", "info", "export"])
+def test_help_names_every_command_and_every_option(say, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # no line is broken
     status, out, _ = say("--help")
     assert status == 0
     assert command in out
     status, out, _ = say(command, "--help")
     assert status == 0
-    assert "--help" in out
+    for parameter in typer.main.get_command(app).commands[command].params:
+        assert all(name in out for name in parameter.opts if name.startswith("-")), parameter.name
+        for word in (getattr(parameter, "help", None) or "").replace("\\[", "[").split():
+            assert word in out, parameter.name
 
 
 def test_the_version(say):

@@ -45,10 +45,10 @@ def kept(folder, texts=MIXED, target=TARGET, of=forward) -> States:
     return found
 
 
-def trained(tmp_path, name: str, texts: list[Row], **recipe) -> dict[str, torch.Tensor]:
+def trained(tmp_path, name: str, texts: list[Row], form=None, **recipe) -> dict[str, torch.Tensor]:
     """The weights after three steps."""
     torch.manual_seed(0)
-    drafter = RecurrentDrafter.for_target(MODEL, beam_length=3, exit_dim=16)
+    drafter = RecurrentDrafter.for_target(MODEL, beam_length=3, exit_dim=16, **(form or {}))
     run(MODEL, drafter, texts, tmp_path / name, Recipe(max_steps=3, batch_size=4, **recipe), resume=False)
     return drafter.state_dict()
 
@@ -67,16 +67,17 @@ def forwards(monkeypatch):
     return counted
 
 
+@pytest.mark.parametrize("form", [{}, {"context_layers": (1,), "context_positions": 3}], ids=["paper", "context"])
 @pytest.mark.parametrize("objective", [Objective(), KL], ids=["tokens", "distribution"])
-def test_training_from_kept_states_is_training_from_the_target(tmp_path, objective, forwards):
+def test_training_from_kept_states_is_training_from_the_target(tmp_path, objective, form, forwards):
     """To the bit where no row is padded; the target runs once over each row, and once more over one to know it."""
     texts = rows(*[20] * 8)
-    without = trained(tmp_path, "without", texts, objective=objective)
+    without = trained(tmp_path, "without", texts, form, objective=objective)
     assert forwards == [4, 4, 4]
     forwards.clear()
-    first = trained(tmp_path, "first", texts, objective=objective, cache_states=tmp_path / "states")
+    first = trained(tmp_path, "first", texts, form, objective=objective, cache_states=tmp_path / "states")
     assert forwards == [1, 8]
-    again = trained(tmp_path, "again", texts, objective=objective, cache_states=tmp_path / "states")
+    again = trained(tmp_path, "again", texts, form, objective=objective, cache_states=tmp_path / "states")
     assert forwards == [1, 8, 1]
     for name, weight in without.items():
         assert torch.equal(weight, first[name])
@@ -101,11 +102,11 @@ def test_kept_are_the_states_before_tokens_to_learn_in_files_of_limited_size(tmp
     assert found.size == 112 * 32 * 4
     for row in MIXED:
         batch = collate([row])
-        torch.testing.assert_close(found(row), forward(batch["input_ids"], batch["segments"])[0, 4:-1])
+        torch.testing.assert_close(found(row)[4:-1], forward(batch["input_ids"], batch["segments"])[0, 4:-1])
     batch = collate([[MIXED[0], MIXED[1]], MIXED[2]], states=found)
-    assert torch.equal(batch["hidden"][0, 4:19], found(MIXED[0]))
-    assert torch.equal(batch["hidden"][0, 24:28], found(MIXED[1]))
-    assert torch.equal(batch["hidden"][1, 4:30], found(MIXED[2]))
+    assert torch.equal(batch["hidden"][0, 4:19], found(MIXED[0])[4:19])
+    assert torch.equal(batch["hidden"][0, 24:28], found(MIXED[1])[4:8])
+    assert torch.equal(batch["hidden"][1, 4:30], found(MIXED[2])[4:30])
     assert int(batch["hidden"].any(-1).sum()) == 15 + 4 + 26
 
 
@@ -114,7 +115,7 @@ def test_states_of_any_width_and_dtype(tmp_path):
         return torch.cat((forward(ids, segments),) * 3, -1).bfloat16()
 
     found = kept(tmp_path, of=wide)
-    assert found(MIXED[0]).shape == (15, 96)
+    assert found(MIXED[0]).shape == (20, 96)
     assert found(MIXED[0]).dtype == torch.bfloat16
     assert found.size == 112 * 96 * 2
 
@@ -122,7 +123,7 @@ def test_states_of_any_width_and_dtype(tmp_path):
 def test_rows_without_a_token_to_learn(tmp_path):
     none = Row([5, 6, 7], [False] * 3)
     found = kept(tmp_path, [none, *MIXED])
-    assert found(none).shape == (0, 32)
+    assert torch.equal(found(none), torch.zeros(3, 32))
     with pytest.raises(RedrafterError, match="no token to learn"):
         kept(tmp_path / "b", [none])
 
@@ -221,3 +222,18 @@ def test_a_disk_that_fills_up_leaves_whole_files_to_go_on_from(tmp_path, monkeyp
     assert {path.name: path.read_bytes() for path in (tmp_path / "states").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
     }
+
+
+def test_states_of_another_reach_or_of_other_layers_are_refused(tmp_path):
+    kept(tmp_path)
+    with pytest.raises(RedrafterError, match=r"another target \(reach 1, not 3\)"):
+        States(tmp_path, TARGET, forward, MIXED, reach=3)
+    deep = tiny_model(num_hidden_layers=3)
+
+    def of(layers):
+        target = Target(deep, layers)
+        return States(tmp_path / "deep", target, torch.no_grad()(target.hidden_states), MIXED)
+
+    of((1,)).compute(lambda _: None)
+    with pytest.raises(RedrafterError, match="another target"):
+        of((2,))

@@ -240,3 +240,10 @@ def test_what_a_logger_writes_stays(tmp_path):
         run(MODEL, fresh(), own_text(2), tmp_path, Recipe(max_steps=2, report_to=("tensorboard",)), resume=False)
     assert list((tmp_path / "checkpoints").rglob("events.out.tfevents*"))
     assert newest_checkpoint(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.parametrize("form", [{}, {"gated": True, "context_layers": (1,), "context_positions": 2}, {"rnn": False}])
+def test_every_form_learns_in_half_precision(tmp_path, form):
+    drafter = fresh(**form)
+    run(MODEL, drafter, own_text(4), tmp_path, Recipe(max_steps=2, batch_size=4, precision="bfloat16"), resume=False)
+    assert all(weight.isfinite().all() for weight in weights(drafter))

@@ -28,7 +28,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="Of the law, where sampled.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
-    limit: Annotated[int | None, typer.Option(help="The first N rows alone.  [default: all]")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first N rows alone.  \\[default: all]")] = None,
     by: Annotated[str | None, typer.Option(metavar="KEY", help="Also by the rows' values of this key.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     dtype: Dtype = "auto",

@@ -26,23 +26,23 @@ Model = Annotated[str, typer.Option(help="The target: a folder or hub id of a Hu
 DrafterPath = Annotated[str, typer.Option(help="The drafter: a folder or hub id.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, mps.")]
-Width = Annotated[int | None, typer.Option(min=1, help="Beams to draft.  [default: as the drafter's folder says]")]
+Width = Annotated[int | None, typer.Option(min=1, help="Beams to draft.  \\[default: as the drafter's folder says]")]
 Length = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens to draft in each beam, the guaranteed one not counted.  [default: as trained]"),
+    typer.Option(min=1, help="Tokens to draft in each beam, the guaranteed one not counted.  \\[default: as trained]"),
 ]
 Budget = Annotated[
     int | None,
     typer.Option(
         min=2,
         help="Draft the N most probable nodes of all that the beam search weighed, the root counted, not whole beams.  "
-        "[default: as the drafter's folder says]",
+        "\\[default: as the drafter's folder says]",
     ),
 ]
 DoSample = Annotated[
     bool, typer.Option("--do-sample", help="Draw tokens by the model's law instead of taking the best.")
 ]
-Temperature = Annotated[float | None, typer.Option(help="Of the law; with --do-sample.  [default: the model's own]")]
+Temperature = Annotated[float | None, typer.Option(help="Of the law; with --do-sample.  \\[default: the model's own]")]
 TopK = Annotated[int | None, typer.Option(help="Draw among the K likeliest tokens; with --do-sample.")]
 TopP = Annotated[float | None, typer.Option(help="Draw among the likeliest that sum to P; with --do-sample.")]
 MinP = Annotated[float | None, typer.Option(help="Draw among tokens at least P times as likely as the likeliest.")]

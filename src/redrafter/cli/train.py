@@ -59,12 +59,16 @@ def train(
     ] = False,
     held_out: Annotated[
         int | None,
-        typer.Option(min=0, help="Rows to measure on instead of training.  [default: 1 in 20, 64 at most]"),
+        typer.Option(min=0, help="Rows to measure on instead of training.  \\[default: 1 in 20, 64 at most]"),
     ] = None,
     beam_length: Annotated[int, typer.Option(min=1, help="Tokens to draft, the guaranteed one not counted.")] = 4,
     beam_width: Annotated[int, typer.Option(min=1, help="Beams to draft by default, and to measure with.")] = 10,
-    node_budget: Annotated[int | None, typer.Option(min=2, help="Nodes to draft by default.  [default: beams]")] = None,
-    exit_dim: Annotated[int | None, typer.Option(min=1, help="Width of the head.  [default: 2 x hidden size]")] = None,
+    node_budget: Annotated[
+        int | None, typer.Option(min=2, help="Nodes to draft by default.  \\[default: beams]")
+    ] = None,
+    exit_dim: Annotated[
+        int | None, typer.Option(min=1, help="Width of the head.  \\[default: 2 x hidden size]")
+    ] = None,
     blocks: Annotated[int, typer.Option(min=0, help="Residual blocks of the head.")] = 2,
     rnn: Annotated[bool, typer.Option(help="The recurrence, or a running sum of embeddings.")] = True,
     gated: Annotated[bool, typer.Option("--gated", help="Give the recurrence a gate.")] = False,
@@ -74,7 +78,7 @@ def train(
     ] = None,
     context_positions: Annotated[int, typer.Option(min=1, help="Last positions of which it sees the states.")] = 1,
     draft_vocabulary: Annotated[
-        int | None, typer.Option(min=1, help="Draft only the N most frequent tokens of the data.  [default: all]")
+        int | None, typer.Option(min=1, help="Draft only the N most frequent tokens of the data.  \\[default: all]")
     ] = None,
     cross_entropy: Annotated[float, typer.Option(help="Weight of the loss on tokens.")] = 1.0,
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the target's distribution.")] = 0.0,

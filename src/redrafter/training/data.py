@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from redrafter.errors import RedrafterError
@@ -42,6 +43,10 @@ class Row:
     def learnt(self) -> int:
         """Tokens to learn that have a context: the first of a row has none."""
         return sum(self.trained[1:])
+
+    def before_learnt(self, reach: int) -> list[bool]:
+        """Whether one of the `reach` tokens after each one is to be learnt."""
+        return [any(self.trained[i + 1 : i + 1 + reach]) for i in range(len(self.trained))]
 
 
 def read_rows(
@@ -136,8 +141,7 @@ def collate(groups: Sequence[Row | list[Row]], *, states: Callable[[Row], Tensor
 
     `input_ids`, `segments` (long: 1, 2, … for the rows of an entry in turn, 0 for padding), `trained` (bool; never the
     first token of a row, which has no context), and where rows have them `continuations` (long) [B, P, depth], -1 where
-    there are none.  With `states`, which gives those of a row before each of its tokens to learn, `hidden` [B, P, F]
-    holds them, and zero elsewhere.
+    there are none.  With `states`, which gives those of a row [tokens, F], `hidden` [B, P, F] holds them.
     """
     entries = [[group] if isinstance(group, Row) else group for group in groups]
     size = max(sum(len(row.input_ids) for row in rows) for rows in entries)
@@ -159,9 +163,7 @@ def collate(groups: Sequence[Row | list[Row]], *, states: Callable[[Row], Tensor
             begin = place.stop
     batch = {"input_ids": ids, "segments": segments, "trained": trained}
     if states is not None:
-        kept = torch.cat([states(row) for rows in entries for row in rows])
-        batch["hidden"] = kept.new_zeros((*shape, kept.shape[-1]))
-        batch["hidden"][torch.nn.functional.pad(trained[:, 1:], (0, 1))] = kept
+        batch["hidden"] = pad_sequence([torch.cat([states(row) for row in rows]) for rows in entries], batch_first=True)
     return batch | ({"continuations": continuations} if depth else {})
 
 

@@ -1,8 +1,8 @@
 """The frozen target's hidden states of training rows, computed once and kept on disk.
 
 Promises that what is read was computed for these rows by this target, that files are mapped and not read whole, and
-that an interrupt costs one file at most: each is written beside its place and renamed.  Kept are the states that say a
-token to learn, in the target's dtype.  Does not know the drafter or the trainer.
+that an interrupt costs one file at most: each is written beside its place and renamed.  Kept are the states that a
+draft of tokens to learn can be given, in the target's dtype.  Does not know the drafter or the trainer.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class Index:
     rows: str
     """Hash of all ids, and of which are learnt."""
     width: int
+    reach: int
+    """Kept are the states of so many places before each token to learn."""
     shard_tokens: int
     """Tokens of a file at least, but for the last one."""
 
@@ -72,8 +74,10 @@ class Place:
 class States:
     """A folder with the states of some rows: `states.json` and `states-00000.safetensors`, …"""
 
-    def __init__(self, folder: Path, target: Target, forward: Forward, rows: list[Row]):
+    def __init__(self, folder: Path, target: Target, forward: Forward, rows: list[Row], *, reach: int = 1):
         """Plans the folder's files, and reads what it holds already.
+
+        A drafter that is given the states of several positions asks for a `reach` of as many.
 
         Raises RedrafterError where it holds states of other rows or of another target, or a damaged file.
         """
@@ -81,15 +85,16 @@ class States:
         first = next((row for row in rows if row.learnt), None)
         if first is None:
             raise RedrafterError("The data holds no token to learn.")
+        self._reach = reach
         (probe,) = self._of([first])
-        self.index = _index(target, rows, probe)
+        self.index = _index(target, rows, reach, probe)
         if (folder / INDEX).exists():
             self.index = self._agreed()
         self._plan(rows)
         self.missing = [number for number in range(len(self._rows)) if not self._is_there(number)]
         self._open: dict[int, Any] = {}
         if 0 not in self.missing:
-            _refuse_other_weights(folder, self(first), probe)
+            _refuse_other_weights(folder, self._read(first), probe)
 
     @property
     def size(self) -> int:
@@ -131,8 +136,14 @@ class States:
             time.sleep(0.1)
         self.missing = []
 
-    def __call__(self, row: Row) -> Float[Tensor, "learnt F"]:
-        """The states before each token to learn of a row, in its order.  Raises RedrafterError for a damaged file."""
+    def __call__(self, row: Row) -> Float[Tensor, "P F"]:
+        """The states of a row, zeros where none are kept.  Raises RedrafterError for a damaged file."""
+        kept = self._read(row)
+        whole = kept.new_zeros((len(row.input_ids), kept.shape[1]))
+        whole[torch.tensor(row.before_learnt(self._reach))] = kept
+        return whole
+
+    def _read(self, row: Row) -> Float[Tensor, "kept F"]:
         place = self._places[_digest(row)]
         if place.shard not in self._open:
             path = self._path(place.shard)
@@ -157,10 +168,10 @@ class States:
             if self._tokens[-1] >= self.index.shard_tokens:
                 self._rows.append([])
                 self._tokens.append(0)
-            begin = self._tokens[-1]
-            self._places[digest] = Place(len(self._rows) - 1, begin, begin + row.learnt)
+            begin, count = self._tokens[-1], sum(row.before_learnt(self._reach))
+            self._places[digest] = Place(len(self._rows) - 1, begin, begin + count)
             self._rows[-1].append(row)
-            self._tokens[-1] += row.learnt
+            self._tokens[-1] += count
 
     def _path(self, number: int) -> Path:
         return self.folder / f"states-{number:05d}.safetensors"
@@ -179,14 +190,14 @@ class States:
             found = Index(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise RedrafterError(f"{path} is not the index of a folder of states ({error}).") from None
-        for name in ("target", "revision", "dtype", "config", "width", "rows"):
+        for name in ("target", "revision", "dtype", "config", "width", "reach", "rows"):
             if (theirs := getattr(found, name)) != (ours := getattr(self.index, name)):
                 told = f" ({name} {theirs}, not {ours})" if name not in ("config", "rows") else ""
                 of = "other rows" if name == "rows" else "another target"
                 raise RedrafterError(f"{self.folder} holds the states of {of}{told}: choose another folder.")
         return found
 
-    def _compute(self, rows: list[Row]) -> Float[Tensor, "learnt F"]:
+    def _compute(self, rows: list[Row]) -> Float[Tensor, "kept F"]:
         """The states of one file; rows of like length go through the target together."""
         found: dict[int, Tensor] = {}
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].input_ids))
@@ -199,8 +210,10 @@ class States:
     def _of(self, rows: list[Row]) -> list[Tensor]:
         batch = collate(rows)
         states = self._forward(batch["input_ids"].to(self._device), batch["segments"].to(self._device)).cpu()
-        before = torch.nn.functional.pad(batch["trained"][:, 1:], (0, 1))
-        return [row[keep] for row, keep in zip(states, before, strict=True)]
+        return [
+            own[: len(row.input_ids)][torch.tensor(row.before_learnt(self._reach))]
+            for own, row in zip(states, rows, strict=True)
+        ]
 
     def _prepare(self) -> None:
         """The folder and its index; refuses a disk that is too small."""
@@ -234,8 +247,8 @@ class States:
             raise RedrafterError(f"The states {path} could not be written: {reason}.") from error
 
 
-def _index(target: Target, rows: list[Row], probe: Float[Tensor, "learnt F"]) -> Index:
-    settings = target.model.config.to_diff_dict()
+def _index(target: Target, rows: list[Row], reach: int, probe: Float[Tensor, "kept F"]) -> Index:
+    settings = target.model.config.to_diff_dict() | {"context_layers": target.layers}
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_autoset"):
         settings.pop(name, None)  # said elsewhere, or of no matter
     config = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
@@ -243,7 +256,7 @@ def _index(target: Target, rows: list[Row], probe: Float[Tensor, "learnt F"]) ->
     width = probe.shape[-1]
     tokens = max(1, SHARD // (width * probe.dtype.itemsize))
     dtype = str(probe.dtype).removeprefix("torch.")
-    return Index(target.name, target.revision, dtype, config, ids, width, tokens)
+    return Index(target.name, target.revision, dtype, config, ids, width, reach, tokens)
 
 
 def _refuse_other_weights(folder: Path, kept: Tensor, probe: Tensor) -> None:

@@ -103,6 +103,10 @@ class Unrolled(nn.Module):
         with torch.no_grad(), target.evaluating(), torch.autocast(target.device.type, enabled=False):
             return target.hidden_states(input_ids, segments)
 
+    def kept_states(self, folder: Path, rows: list[Row]) -> States:
+        """Where those of the rows lie on disk, or will."""
+        return States(folder, self.target[0], self.hidden_states, rows, reach=self.drafter.config.context_positions)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -290,7 +294,7 @@ def _kept_states(
     """The folder of states that the recipe asks for, complete."""
     if recipe.cache_states is None:
         return None
-    states = States(recipe.cache_states, module.target[0], module.hidden_states, rows)
+    states = module.kept_states(recipe.cache_states, rows)
     together = is_sharded(module.target[0].model)
     states.compute(tell, process=arguments.process_index, processes=arguments.world_size, together=together)
     return states
@@ -337,9 +341,7 @@ def estimate(model: PreTrainedModel, drafter: RecurrentDrafter, rows: list[Row],
         steps,
         steps * recipe.accumulation * min(times),
         bytes_here(model) + 4 * trained,
-        None
-        if recipe.cache_states is None
-        else States(recipe.cache_states, module.target[0], module.hidden_states, rows).size,
+        None if recipe.cache_states is None else module.kept_states(recipe.cache_states, rows).size,
         torch.cuda.max_memory_allocated(device) + 2 * trained if on_gpu else None,
     )
 
