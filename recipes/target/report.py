@@ -17,7 +17,7 @@ from recipes.target.measure import WAYS
 
 PAPER = {"head": {}, "vocabulary": 1}
 NAMES = {"greedy": "greedy", "sampled": "temperature 1"}
-PROMPT, ANSWER = 200, 400  # characters shown of a sample
+ANSWER = 400  # characters shown of a sample
 
 Record = dict[str, Any]
 
@@ -194,15 +194,14 @@ def _both(values: Iterable[float], digits: int = 2, unit: str = "") -> str:
 
 
 def _samples(found: Record) -> list[str]:
-    """One text of each category, both ways."""
-    lines = ["### Sample texts", ""]
+    """One text of each category, both ways; the prompts are other people's, and not shown."""
+    lines = ["### Sample texts", "", "What the target wrote to the first prompt of each category.", ""]
     for way, categories in found["target"].items():
         for category, one in categories.items():
-            prompt, answer = one["samples"][0]
-            start = "… " if len(prompt) > PROMPT else ""
+            _, answer = one["samples"][0]
             end = " …" if len(answer) > ANSWER else ""
             lines += [f"{category.capitalize()}, {NAMES[way]}:", "", "````text"]
-            lines += [f"{start}{prompt[-PROMPT:]}", f"=> {answer[:ANSWER]}{end}", "````", ""]
+            lines += [f"{answer[:ANSWER]}{end}", "````", ""]
     return lines
 
 
