@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from redrafter import RecurrentDrafter, generate
 from redrafter.training.data import most_frequent
 from redrafter.training.loss import Objective
-from redrafter.training.trainer import Recipe, run
+from redrafter.training.recipe import Recipe
+from redrafter.training.trainer import run
 
 LENGTH, WIDTH, VOCABULARY = 5, 4, 2048  # of the widths tried, 4 decodes fastest on two CPU cores
 BUDGET, BLOCKS = 21, 3

@@ -29,7 +29,8 @@ from redrafter import RecurrentDrafter
 from redrafter.target import Target
 from redrafter.training.continuations import continuations
 from redrafter.training.data import Row, collate, most_frequent
-from redrafter.training.trainer import Recipe, run
+from redrafter.training.recipe import Recipe
+from redrafter.training.trainer import run
 
 LENGTH = 4
 

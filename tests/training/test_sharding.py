@@ -14,8 +14,9 @@ from redrafter import RecurrentDrafter, RedrafterError
 from redrafter.training import trainer
 from redrafter.training.data import Row
 from redrafter.training.loss import Objective
+from redrafter.training.recipe import Recipe
 from redrafter.training.sharding import shard
-from redrafter.training.trainer import Recipe, run
+from redrafter.training.trainer import run
 
 DIVIDED = """
 import json, os, sys, torch

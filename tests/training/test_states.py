@@ -16,8 +16,9 @@ from redrafter.target import Target
 from redrafter.training import states as module
 from redrafter.training.data import Row, collate
 from redrafter.training.loss import Objective
+from redrafter.training.recipe import Recipe
 from redrafter.training.states import States
-from redrafter.training.trainer import Recipe, estimate, run
+from redrafter.training.trainer import estimate, run
 
 MODEL = tiny_model()
 TARGET = Target(MODEL)

@@ -13,7 +13,8 @@ from redrafter.training import trainer
 from redrafter.training.data import Row, most_frequent
 from redrafter.training.evaluation import Acceptance
 from redrafter.training.loss import Objective
-from redrafter.training.trainer import Recipe, estimate, newest_checkpoint, run
+from redrafter.training.recipe import Recipe
+from redrafter.training.trainer import estimate, newest_checkpoint, run
 
 MODEL = tiny_model()
 

@@ -125,7 +125,8 @@ def train(
     from redrafter.target import Target
     from redrafter.training.data import coverage, most_frequent, read_rows, split
     from redrafter.training.loss import Objective
-    from redrafter.training.trainer import Recipe, estimate, newest_checkpoint, run
+    from redrafter.training.recipe import Recipe
+    from redrafter.training.trainer import estimate, newest_checkpoint, run
 
     recipe = Recipe(
         epochs,

@@ -6,7 +6,6 @@ Promises that nothing stands in it that the run did not see.  Does not know the 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import __version__ as TRANSFORMERS
@@ -15,9 +14,7 @@ from redrafter import __version__, hub
 from redrafter.drafter import RecurrentDrafter
 from redrafter.training.data import Row, coverage
 from redrafter.training.evaluation import Acceptance
-
-if TYPE_CHECKING:
-    from redrafter.training.trainer import Recipe
+from redrafter.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

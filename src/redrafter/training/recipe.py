@@ -1,0 +1,57 @@
+"""How a drafter is trained: what a run of training is told, checked once.
+
+Does not know the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from redrafter.errors import RedrafterError
+from redrafter.training.loss import TOKENS, Objective
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the defaults are those of the released script where the data is small enough for them.
+
+    Raises RedrafterError where nothing could be learnt so.
+    """
+
+    epochs: float = 2.0
+    max_steps: int = -1
+    """Optimiser steps; overrides `epochs` where positive."""
+    batch_size: int = 8
+    """Rows, or groups of packed ones, that each process takes in at once."""
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    """Share of the steps, followed by a cosine to zero."""
+    save_steps: int = 500
+    """Optimiser steps from one checkpoint, and one look at the held-out rows, to the next."""
+    seed: int = 0
+    objective: Objective = TOKENS
+    accumulation: int = 1
+    """Batches for each optimiser step."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the drafter's products, its weights stay in float32; auto is bfloat16 on CUDA and float32 elsewhere."""
+    packing: int | None = None
+    """Pack short rows together, up to so many tokens."""
+    window_share: float = 1.0
+    """Of the places of a batch where drafting can begin, how many are learnt from, drawn anew at every step.
+
+    A part makes steps cheaper where the loss takes the time, and teaches less in each.
+    """
+    report_to: tuple[str, ...] = ()
+    """Loggers of transformers: tensorboard, wandb, trackio, …"""
+    cache_states: Path | None = None
+    """Folder in which the target's states are kept, computed once for all epochs and runs."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise RedrafterError(f"The learning rate must be positive, not {self.learning_rate:g}.")
+        if self.max_steps < 1 and self.epochs <= 0:
+            raise RedrafterError(f"The epochs must be positive, not {self.epochs:g}.")
+        if not 0 < self.window_share <= 1:
+            raise RedrafterError(f"The share of windows must be above 0 and at most 1, not {self.window_share:g}.")
