@@ -76,6 +76,20 @@ class DrafterConfig(BaseModel):
         """Numbers that the target hands over for a draft: hidden states of layers and positions."""
         return self.context_positions * (1 + len(self.context_layers)) * self.hidden_size
 
+    @property
+    def head_in_words(self) -> str:
+        """The recurrence, the blocks and what is drafted."""
+        step = "one recurrent step" if self.rnn else "a running sum of embeddings"
+        drafted = f"{self.head_size:,} of {self.vocab_size:,} tokens" if self.draft_vocab_size else "all tokens"
+        gate = ", gated" if self.gated else ""
+        return f"{step}{gate}, {self.num_draft_layers} blocks of width {self.exit_dim:,}, drafts {drafted}"
+
+    @property
+    def context_in_words(self) -> str:
+        """What the drafter sees of the target."""
+        seen = ", ".join(["the output head's input", *(f"layer {number}" for number in self.context_layers)])
+        return f"{seen}, at {self.context_positions} positions" if self.context_positions > 1 else seen
+
     @classmethod
     def from_file(cls, path: Path) -> DrafterConfig:
         """Reads a `config.json`.  Raises RedrafterError where it is not JSON or not a drafter's."""

@@ -17,8 +17,6 @@ def info(path: Annotated[str, typer.Argument(help="A drafter's folder or hub id.
 
     drafter = RecurrentDrafter.from_pretrained(path)
     config = drafter.config
-    recurrence = "recurrent" if config.rnn else "running sum of embeddings"
-    drafted = f"{config.head_size:,} of {config.vocab_size:,} tokens" if config.draft_vocab_size else "all tokens"
     shape = f"{config.beam_width} beams of {config.beam_length} tokens"
     if config.node_budget:
         shape += f", the {config.node_budget} most probable nodes"
@@ -27,7 +25,8 @@ def info(path: Annotated[str, typer.Argument(help="A drafter's folder or hub id.
         "drafter": path,
         "target": f"{config.target or 'not named'}, revision {config.target_revision or 'not named'}",
         "target's shape": f"vocabulary {config.vocab_size:,}, hidden size {config.hidden_size:,}",
-        "head": f"{recurrence}, {config.num_draft_layers} blocks of width {config.exit_dim:,}, drafts {drafted}",
+        "head": config.head_in_words,
+        "context": config.context_in_words,
         "drafts by default": shape,
         "parameters": f"{hub.count_parameters(drafter):,} in {str(drafter.dtype).removeprefix('torch.')}",
         "on disk": f"{hub.size_on_disk(hub.fetch(path)) / 1e6:.1f} MB",

@@ -45,18 +45,9 @@ def card(drafter: RecurrentDrafter, run: Run) -> str:
         for part in fields(recipe.objective)
         if (value := getattr(recipe.objective, part.name)) and (part.name, value) != ("decay", 1.0)
     )
-    head = "one recurrent step" if config.rnn else "a running sum of embeddings"
-    head = f"{head}, gated" if config.gated else head
-    seen = ["the output head's input", *(f"layer {number}" for number in config.context_layers)]
-    context = (
-        f"{', '.join(seen)}, at {config.context_positions} positions"
-        if config.context_size != config.hidden_size
-        else seen[0]
-    )
-    vocabulary = "all tokens"
+    covered = ""
     if drafter.draft_vocabulary is not None:
-        vocabulary = f"{config.head_size:,} of {config.vocab_size:,} tokens"
-        vocabulary += f", which are {coverage(run.rows, drafter.draft_vocabulary):.2%} of those to learn"
+        covered = f", which are {coverage(run.rows, drafter.draft_vocabulary):.2%} of those to learn"
     share = f", a share of {recipe.window_share:g} of the places" if recipe.window_share < 1 else ""
     return "\n".join(
         [
@@ -71,8 +62,8 @@ def card(drafter: RecurrentDrafter, run: Run) -> str:
             "|---|---|",
             f"| target | {name}{f', revision {config.target_revision}' if config.target_revision else ''} |",
             f"| parameters | {hub.count_parameters(drafter):,} |",
-            f"| head | {head}, width {config.exit_dim}, {config.num_draft_layers} blocks, drafts {vocabulary} |",
-            f"| context | {context} |",
+            f"| head | {config.head_in_words}{covered} |",
+            f"| context | {config.context_in_words} |",
             f"| data | {len(run.rows):,} rows with {learnt:,} tokens to learn{data} |",
             f"| licence of the data | {run.licence or 'not told'} |",
             f"| learnt from | {teacher}, teacher-forced over {config.beam_length} draft positions |",
