@@ -117,7 +117,7 @@ def _tables(found: Record) -> list[str]:
     base = _like(changed, drafters)
     lines += ["", "### Heads", "", "Trained alike; ms are of one draft for one row, from state to tree.", ""]
     lines += _compared(found, [*([base] if base else []), *changed], base, "paper's head", costs=True)
-    fewer = [one for one in drafters if one["vocabulary"] > 1]
+    fewer = [one for one in drafters if one["vocabulary"] > 1 and not one["head"]]
     base = _like(fewer, drafters)
     lines += ["", "### Draft vocabulary", "", "Coverage: the share of the target's tokens that can be drafted.", ""]
     lines += _compared(found, [*([base] if base else []), *fewer], base, "full", costs=True, coverage=True)
