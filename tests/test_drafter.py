@@ -43,7 +43,8 @@ def test_the_formulas_as_published(form):
     *embeddings, context = torch.randn(4, 6, generator=generator)
     if "context_layers" in form:
         features = torch.randn(2 * 3 * 6, generator=generator)
-        context = features[-6:] + weights["fuse.weight"] @ features + weights["fuse.bias"]
+        alike = torch.cat([part / (part.square().mean() + 2**-23).sqrt() for part in features.split(6)])
+        context = features[-6:] + weights["fuse.weight"] @ alike + weights["fuse.bias"]
         torch.testing.assert_close(drafter.context(features), context)
     else:
         assert drafter.context(context) is context
@@ -119,6 +120,13 @@ def test_another_target_is_refused_by_both_names(tmp_path):
     larger.config._name_or_path = "someone/larger"
     with pytest.raises(RedrafterError, match=r"someone/this \(vocabulary 61.*someone/larger \(vocabulary 70"):
         RecurrentDrafter.from_pretrained(tmp_path, target=larger)
+
+
+def test_a_fresh_drafter_begins_with_the_papers_context():
+    drafter = RecurrentDrafter(DrafterConfig(vocab_size=20, hidden_size=6, context_positions=3))
+    features = torch.randn(2, 18)
+    assert torch.equal(drafter.context(features), features[:, -6:])
+    assert drafter.context(torch.zeros(2, 18)).isfinite().all(), "before a text begins there are zeros"
 
 
 def test_a_fresh_drafter_knows_its_target():

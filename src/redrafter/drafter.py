@@ -49,6 +49,8 @@ class RecurrentDrafter(nn.Module):
             self.gate_w = nn.Linear(hidden, hidden, bias=False)
         if config.context_size != hidden:
             self.fuse = nn.Linear(config.context_size, hidden)
+            for parameter in self.fuse.parameters():  # training begins with the paper's context
+                nn.init.zeros_(parameter)
         if width != 2 * hidden:
             self.input_proj = nn.Linear(2 * hidden, width)
         self.lm_head = nn.Sequential(
@@ -157,12 +159,14 @@ class RecurrentDrafter(nn.Module):
         """What the head reads of the target, once for each draft: its last hidden state, as published.
 
         `features` are hidden states of the last `context_positions` positions, oldest first, each of `context_layers`
-        and then the output head's input; zeros before a text begins.  With more than one of them, a linear map of all
-        is added to the last.
+        and then the output head's input; zeros before a text begins.  With more than one of them, a linear map of all,
+        each divided by its root mean square, is added to the last.
         """
         if not hasattr(self, "fuse"):
             return features
-        return features[..., -self.config.hidden_size :] + self.fuse(features)  # type: ignore[no-any-return]
+        size = self.config.hidden_size
+        alike = nn.functional.rms_norm(features.unflatten(-1, (-1, size)), (size,)).flatten(-2)
+        return features[..., -size:] + self.fuse(alike)  # type: ignore[no-any-return]
 
     def logits(
         self, context: Float[Tensor, "*batch hidden"], state: Float[Tensor, "*batch hidden"]
