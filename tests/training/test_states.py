@@ -198,6 +198,8 @@ def test_a_disk_too_small_is_refused_before_anything_is_computed(tmp_path, monke
         kept(tmp_path)
     assert len(forwards) == 1, "the row by which the width is known"
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RedrafterError, match=r"^The states take"):
+        trained(tmp_path, "d", MIXED, cache_states=tmp_path / "states")
 
 
 @pytest.mark.parametrize(

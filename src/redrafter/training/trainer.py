@@ -226,6 +226,8 @@ def run(
             data_collator=partial(collate, states=_kept_states(module, rows, recipe, arguments, tell)),
             callbacks=[_MeasuredAtTheEnd()],
         )
+    except RedrafterError:
+        raise
     except (ValueError, RuntimeError) as error:  # a precision or a logger that is not to be had here
         raise RedrafterError(f"This cannot be trained so: {str(error).splitlines()[0].rstrip('.')}.") from error
     trainer.held_out = held_out or []
