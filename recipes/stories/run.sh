@@ -7,8 +7,8 @@
 set -eu
 model=$1 folder=$2 tokens=$3
 python "$(dirname "$0")/prompts.py" "$folder"
-redrafter generate --model "$model" --no-drafter --prompts "$folder/prompts.jsonl" \
-    --max-new-tokens "$tokens" --batch-size 64 --json > "$folder/own.jsonl"
+redrafter distill --model "$model" --prompts "$folder/prompts.jsonl" --output "$folder/own.jsonl" \
+    --max-new-tokens "$tokens" --batch-size 64
 redrafter train --model "$model" --data "$folder/own.jsonl" --output "$folder/drafter" \
     --epochs 6 --batch-size 16 --learning-rate 2e-3
 redrafter info "$folder/drafter"
