@@ -13,7 +13,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from redrafter import RecurrentDrafter
 from redrafter.target import Target
-from redrafter.training.continuations import continuations
-from redrafter.training.data import Row, collate, most_frequent
+from redrafter.training.data import Row, most_frequent
+from redrafter.training.distillation import continued
 from redrafter.training.recipe import Recipe
 from redrafter.training.trainer import run
 
@@ -104,7 +104,8 @@ def compare(corpus: Corpus, categories: dict[str, str], target: Path, output: Pa
 
     def trained(variant: Variant) -> Record:
         if variant.data == "continuations" and "continuations" not in data:
-            data["continuations"] = _continued(model, asked, tokenizer.eos_token_id)
+            ends = frozenset([tokenizer.eos_token_id])
+            data["continuations"] = continued(Target(model), asked, depth=LENGTH + 1, ends=ends, batch_size=64)
         return _variant(variant, model, data[variant.data], texts, output, plan)
 
     for number, variant in enumerate(listed):
@@ -219,20 +220,6 @@ def awaited(file: Path) -> Path:
     while not file.exists():
         time.sleep(0.5)
     return file
-
-
-def _continued(model: PreTrainedModel, rows: list[Row], end: int, tokens: int = 16_384) -> list[Row]:
-    """The rows with what the target writes after each of their positions; about `tokens` at a time."""
-    target = Target(model)
-    rows = sorted(rows, key=lambda row: len(row.input_ids))
-    out: list[Row] = []
-    while len(out) < len(rows):
-        part = rows[len(out) : len(out) + 8]
-        part = rows[len(out) : len(out) + max(1, tokens // len(part[-1].input_ids))]
-        ids = collate(part)["input_ids"].to(target.device)
-        found = continuations(target, ids, depth=LENGTH + 1, ends=frozenset([end])).tolist()
-        out += [replace(row, continuations=more[: len(row.input_ids)]) for row, more in zip(part, found, strict=True)]
-    return out
 
 
 def _drafter(variant: Variant, model: PreTrainedModel, vocabulary: torch.Tensor | None) -> RecurrentDrafter:

@@ -91,7 +91,7 @@ class Target:
         if self.model not in _probed:
             with torch.no_grad(), self.evaluating():
                 _probed[self.model] = self._probe()
-        self._shapes, self._head_alone = _probed[self.model]
+        self._shapes, self.head_alone = _probed[self.model]  # whether `logits` asks the output head and nothing else
 
     def new_cache(self, *, batch: int, slots: int) -> SlotCache:
         """Memory for `batch` rows of `slots` positions each."""
@@ -165,7 +165,7 @@ class Target:
     def logits(self, hidden: Float[Tensor, "C H"]) -> Float[Tensor, "C V"]:
         """The model's own logits, scaled or capped as the family does, from what its output head reads."""
 
-        if self._head_alone:
+        if self.head_alone:
             weight: Tensor = self.head.weight  # type: ignore[assignment]
             return self.head(hidden.to(weight.device, self.dtype)).to(self.device)  # type: ignore[no-any-return]
 
@@ -178,11 +178,6 @@ class Target:
             return self.model(input_ids=token, use_cache=False).logits[0].to(self.device)  # type: ignore[no-any-return]
         finally:
             handle.remove()
-
-    @property
-    def head_alone(self) -> bool:
-        """Whether `logits` asks the output head alone, and not the whole model."""
-        return self._head_alone
 
     def check_drafter(self, config: DrafterConfig) -> None:
         """Raises RedrafterError where a drafter was made for another model."""

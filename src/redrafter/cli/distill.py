@@ -176,6 +176,7 @@ def _target(
     device: str,
 ) -> _Way:
     from redrafter.training.answers import by_target, check_prompt
+    from redrafter.training.distillation import least
 
     for name in ("do_sample", "num_return_sequences"):
         if name in options:
@@ -191,7 +192,7 @@ def _target(
         more: dict[str, Any] = {"limit": max_length, "chat": chat, "tally": tally, "skip": skip, **options}
         return lambda rows: by_target(rows, target, tokenizer, head, law, seeds=law.seeds(total), chunk=chunk, **more)
 
-    shortest = min((one for one in (max_length, context_of(model)) if one is not None), default=None)
+    shortest = least(max_length, context_of(model))
     return _Way(told, lambda prompt: check_prompt(prompt, tokenizer, shortest, chat=chat), start)
 
 

@@ -22,7 +22,7 @@ from redrafter.noise import row_seeds
 from redrafter.prompts import messages_of, prompt_ids, render
 from redrafter.results import finished
 from redrafter.target import Target
-from redrafter.training.distillation import Done, Prompt, Tally, named
+from redrafter.training.distillation import Done, Prompt, Tally, least, named
 
 Message = dict[str, Any]
 
@@ -244,8 +244,7 @@ def by_target(
     go to `stream`.  A prompt that leaves no room is told to `skip`, or without it raises RedrafterError.
     """
     tally = tally or Tally()
-    context = Target(model).context_length
-    limit = min((one for one in (limit, context) if one is not None), default=None)
+    limit = least(limit, Target(model).context_length)
     while part := list(islice(prompts, chunk)):
         dialogues: list[Dialogue] = []
         for prompt in part:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,11 @@ class Tally:
             self.tokens += len(event.tokens)
             self.steps += 1
             yield event
+
+
+def least(*limits: int | None) -> int | None:
+    """The smallest of those that are told."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def named(prompt: Prompt, temperature: float | None = None) -> dict[str, Any]:
@@ -178,28 +183,44 @@ def by_continuation(
     """
     tally = tally or Tally()
     target = Target(model)
-    limit = min((one for one in (limit, target.context_length) if one is not None), default=None)
+    limit = least(limit, target.context_length)
     ends = ends_of(resolve(target.model, None, {}))
     while part := list(islice(prompts, chunk)):
         rows = [tokenized(prompt.record, tokenizer, prompt.where) for prompt in part]
         rows = rows if limit is None else [row.cut(limit) for row in rows]
-        found: dict[int, list[list[int]]] = {}
-        for batch in _of_like_length(rows, batch_size, target.vocab_size):
-            ids = collate([rows[index] for index in batch])["input_ids"].to(target.device)
-            more = continuations(target, ids, depth=depth, ends=ends).tolist()
-            found |= {index: own[: len(rows[index].input_ids)] for index, own in zip(batch, more, strict=True)}
-            tally.tokens += sum(token >= 0 for index in batch for own in found[index] for token in own)
+        before = tally.tokens
         made = [
             {
                 **named(prompt),
                 "input_ids": row.input_ids,
                 "loss_mask": [int(trained) for trained in row.trained],
-                "continuations": found[index],
+                "continuations": row.continuations,
             }
-            for index, (prompt, row) in enumerate(zip(part, rows, strict=True))
+            for prompt, row in zip(
+                part, continued(target, rows, depth=depth, ends=ends, batch_size=batch_size, tally=tally), strict=True
+            )
         ]
-        written = sum(token >= 0 for row in made for own in row["continuations"] for token in own)
-        yield Done(part[-1], made, Counter(rows=len(made), tokens=written))
+        yield Done(part[-1], made, Counter(rows=len(made), tokens=tally.tokens - before))
+
+
+def continued(
+    target: Target,
+    rows: list[Row],
+    *,
+    depth: int,
+    ends: frozenset[int],
+    batch_size: int,
+    tally: Tally | None = None,
+) -> list[Row]:
+    """The same rows with what the target writes after each of their tokens, in batches of about equal length."""
+    tally = tally or Tally()
+    found: dict[int, list[list[int]]] = {}
+    for batch in _of_like_length(rows, batch_size, target.vocab_size):
+        ids = collate([rows[index] for index in batch])["input_ids"].to(target.device)
+        more = continuations(target, ids, depth=depth, ends=ends).tolist()
+        found |= {index: own[: len(rows[index].input_ids)] for index, own in zip(batch, more, strict=True)}
+        tally.tokens += sum(token >= 0 for index in batch for own in found[index] for token in own)
+    return [replace(row, continuations=found[index]) for index, row in enumerate(rows)]
 
 
 def _of_like_length(rows: list[Row], batch_size: int, vocabulary: int) -> Iterator[list[int]]:

@@ -217,20 +217,22 @@ def run(
         raise RedrafterError("The whole model makes this target's logits: divided, train it with cross-entropy alone.")
     module = Unrolled(drafter, target, recipe.objective, recipe.window_share)
     try:
-        arguments = _arguments(drafter, recipe, checkpoints, measured=bool(held_out))
         trainer = Checkpointing(
             model=module,
-            args=arguments,
+            args=_arguments(drafter, recipe, checkpoints, measured=bool(held_out)),
             train_dataset=rows if recipe.packing is None else pack(rows, recipe.packing),
             eval_dataset=held_out or None,
-            data_collator=partial(collate, states=_kept_states(module, rows, recipe, arguments, tell)),
+            data_collator=collate,
             callbacks=[_MeasuredAtTheEnd()],
         )
-    except RedrafterError:
-        raise
     except (ValueError, RuntimeError) as error:  # a precision or a logger that is not to be had here
         raise RedrafterError(f"This cannot be trained so: {str(error).splitlines()[0].rstrip('.')}.") from error
     trainer.held_out = held_out or []
+    if recipe.cache_states is not None:
+        states = module.kept_states(recipe.cache_states, rows)
+        process, processes = trainer.args.process_index, trainer.args.world_size
+        states.compute(tell, process=process, processes=processes, together=is_sharded(target.model))
+        trainer.data_collator = partial(collate, states=states)
     result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     loss = float(logged[-1] if logged else result.training_loss)
@@ -245,18 +247,6 @@ def run(
             checkpoints.rmdir()
     trainer.accelerator.wait_for_everyone()
     return loss
-
-
-def _kept_states(
-    module: Unrolled, rows: list[Row], recipe: Recipe, arguments: TrainingArguments, tell: Tell
-) -> States | None:
-    """The folder of states that the recipe asks for, complete."""
-    if recipe.cache_states is None:
-        return None
-    states = module.kept_states(recipe.cache_states, rows)
-    together = is_sharded(module.target[0].model)
-    states.compute(tell, process=arguments.process_index, processes=arguments.world_size, together=together)
-    return states
 
 
 @dataclass(frozen=True)
