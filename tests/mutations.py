@@ -83,7 +83,7 @@ MUTATIONS = {
         "cache.py", "source = (length[:, None] + path)", "source = (length[:, None] + path[:1])",
     ),
     "keep: a row that has ended goes on": (
-        "decoding.py", "place.length + place.alive * (accepted + 1)", "place.length + accepted + 1",
+        "decoding.py", "place.length.add_(place.alive * (accepted + 1))", "place.length.add_(accepted + 1)",
     ),
     "keep: the drafter is given the root's state, not the last node's": (
         "decoding.py", "_latest(state.context, along, accepted)", "_latest(state.context, along, 0 * accepted)",

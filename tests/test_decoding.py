@@ -457,7 +457,7 @@ def test_the_drafter_is_given_the_states_of_the_last_positions(monkeypatch, chun
     given_to_it = []
 
     def spy(features):
-        given_to_it.append(features)
+        given_to_it.append(features.clone())  # the state is written in place
         return type(drafter).context(drafter, features)
 
     monkeypatch.setattr(drafter, "context", spy)

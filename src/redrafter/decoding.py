@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from redrafter.cache import SlotCache
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
+from redrafter.fast.graph import Captured
 from redrafter.proposers import Proposer
 from redrafter.request import Request, Row, request
 from redrafter.results import Event, FinishReason, Generation, Stats, finished
@@ -36,7 +38,7 @@ PREFILL_CHUNK = 512
 
 @dataclass(frozen=True)
 class State:
-    """All that one step hands to the next; rows are independent."""
+    """All that one step hands to the next, in tensors that it writes in place; rows are independent."""
 
     place: Place
     """Where each row's text stands; its last token, the root, was chosen by the target and is not yet in the cache."""
@@ -49,21 +51,19 @@ class State:
 class Emission:
     """What one step wrote."""
 
-    tokens: Int[Tensor, "B path"]
-    """Accepted drafted tokens, then the target's own next one; what follows is not defined."""
-    accepted: Int[Tensor, " B"]
-    drafted: Int[Tensor, " B"]
+    report: Int[Tensor, "B report"]
+    """All that the host reads of a step: for each row the numbers of drafted tokens accepted and of those
+    drafted, `following`, and whether each of those is sound."""
+    following: Int[Tensor, "B path"]
+    """Accepted drafted tokens, then the target's own next one; what comes after it is not defined."""
     path: Int[Tensor, "B path"]
     """The node after which each token was chosen."""
     choice: Choice
     logits: Float[Tensor, "B N V"]
 
 
-def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: State) -> tuple[State, Emission]:
-    """Draft, verify, keep: one run of the target over one tree a row.
-
-    Advances `state.cache` and the text in place and returns the rest as a new state.
-    """
+def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: State) -> Emission:
+    """Draft, verify, keep: one run of the target over one tree a row.  Advances the state in place."""
     length = 0 if proposer is None else proposer.length
     place = state.place
     root = place.text.gather(1, place.length[:, None])[:, 0]
@@ -76,16 +76,13 @@ def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: Sta
     path, accepted = walk(tree, choice.tokens, length=length)
     if length:  # a path of the root alone already sits where it belongs
         state.cache.keep(path, place.length)
-    following = choice.tokens.gather(1, path)  # the choice after each node of the path is the next node's token
+    emitted = _emission(accepted, tree.valid.sum(dim=1) - 1, path, choice, logits)
     index = torch.arange(length + 1, device=path.device)
-    place.text.scatter_(1, place.length[:, None] + 1 + index, following)
+    place.text.scatter_(1, place.length[:, None] + 1 + index, emitted.following)
     along = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
-    advanced = replace(
-        state,
-        place=replace(place, length=place.length + place.alive * (accepted + 1)),
-        context=_latest(state.context, along, accepted),
-    )
-    return advanced, Emission(following, accepted, tree.valid.sum(dim=1) - 1, path, choice, logits)
+    state.context.copy_(_latest(state.context, along, accepted))
+    place.length.add_(place.alive * (accepted + 1))
+    return emitted
 
 
 def prefill(
@@ -122,25 +119,24 @@ def prefill(
     choice = sampler.choose(sampler.draw(place, depths=1, vocabulary=target.vocab_size), end, logits, place)
     place.text.scatter_(1, lengths[:, None], choice.tokens)
     none = torch.zeros_like(lengths)
-    emitted = Emission(choice.tokens, none, none, none[:, None], choice, logits)
+    emitted = _emission(none, none, none[:, None], choice, logits)
     return State(replace(place, length=lengths), context, cache), emitted
 
 
-def admit(target: Target, sampler: Sampler, state: State, slots: list[int], rows: list[Row]) -> tuple[State, Emission]:
-    """Rows enter the given slots of a running batch, whose other rows do not notice."""
-    kept = {"slots": state.place.text.shape[1], "positions": state.context.shape[1]}
-    if len(slots) == len(state.context):
-        return prefill(target, sampler, rows, state.cache, **kept)
-    cache = target.new_cache(batch=len(slots), slots=max(len(row.prompt) for row in rows))
-    entered, emitted = prefill(target, sampler, rows, cache, **kept)
-    state.cache.adopt(slots, cache)
+def admit(target: Target, sampler: Sampler, state: State, slots: list[int], rows: list[Row]) -> Emission:
+    """Rows enter the given slots of a running batch, in place; its other rows do not notice."""
+    every = len(slots) == len(state.context)
+    longest = max(len(row.prompt) for row in rows)
+    cache = state.cache if every else target.new_cache(batch=len(slots), slots=longest)
+    slots_of_text, positions = state.place.text.shape[1], state.context.shape[1]
+    entered, emitted = prefill(target, sampler, rows, cache, slots=slots_of_text, positions=positions)
+    if not every:
+        state.cache.adopt(slots, cache)
     places = torch.tensor(slots, device=state.context.device)
-
-    def put(old: Tensor, new: Tensor) -> Tensor:
-        return old.index_copy(0, places, new)
-
-    merged = {name: put(old, getattr(entered.place, name)) for name, old in vars(state.place).items()}
-    return replace(state, place=Place(**merged), context=put(state.context, entered.context)), emitted
+    state.context.index_copy_(0, places, entered.context)
+    for name, old in vars(state.place).items():
+        old.index_copy_(0, places, getattr(entered.place, name))
+    return emitted
 
 
 def stream(
@@ -164,7 +160,8 @@ def stream(
       or on other rows;
     - `logits_processor`, `stopping_criteria`: lists of transformers' objects; `prefix_allowed_tokens_fn`;
     - `presence_penalty`, `frequency_penalty`: of the tokens written, as OpenAI defines them;
-    - `tokenizer`: puts text into the events; `stop_strings` need it.
+    - `tokenizer`: puts text into the events; `stop_strings` need it;
+    - `fast=False`: no CUDA graph of a step, nor any other means of `docs/speed.md`; the text is the same.
 
     A row ends at an end token or with a stop string, which are kept, by a criterion, after `max_new_tokens`, or
     where the model's context is full.  `docs/settings.md` lists every setting.
@@ -230,33 +227,35 @@ def _events(asked: Request) -> Iterator[Event]:
     state = _empty(target, target.new_cache(batch=asked.batch, slots=slots), asked.batch, slots, asked.positions)
     waiting = iter(asked.rows)
     taken: dict[int, _Writing] = {}
+    advance = Captured(partial(step, target, asked.proposer, sampler, state), target.device, wanted=asked.fast)
     with target.evaluating():
         while True:
             entering = dict(zip((slot for slot in range(asked.batch) if slot not in taken), waiting, strict=False))
             if entering:
                 taken |= {slot: _Writing(row, row.budget, len(row.prompt)) for slot, row in entering.items()}
+                places = {slot: place for place, slot in enumerate(entering)}
                 with torch.inference_mode():
-                    state, emitted = admit(target, sampler, state, list(entering), list(entering.values()))
-                    read = dict(zip(entering, _read(emitted), strict=True))
-                    places = {slot: place for place, slot in enumerate(entering)}
+                    emitted = admit(target, sampler, state, list(entering), list(entering.values()))
+                    reports = emitted.report.tolist()
             elif taken:
+                places = {slot: slot for slot in taken}
                 with torch.inference_mode():
-                    alive = torch.tensor([int(slot in taken) for slot in range(asked.batch)])
-                    alive = alive.to(target.device, non_blocking=True)
-                    state = replace(state, place=replace(state.place, alive=alive))
-                    state.cache.window.visible = max(one.committed for one in taken.values()) + size
-                    state, emitted = step(target, asked.proposer, sampler, state)
-                    read = dict(enumerate(_read(emitted)))
-                    places = {slot: slot for slot in taken}
+                    captured = advance.refused is None  # then what it sees cannot grow with the text
+                    seen = slots if captured else max(one.committed for one in taken.values()) + size
+                    state.cache.window.visible = seen
+                    emitted = advance()
+                    reports = emitted.report.tolist()
                 for slot, one in taken.items():
-                    one.committed += read[slot][0] + 1
+                    one.committed += reports[slot][0] + 1
             else:
                 return
             events = []
             for slot, place in places.items():
-                event = taken[slot].event(asked, read[slot], state.place.text[slot], emitted, place)
+                event = taken[slot].event(asked, reports[place], state.place.text[slot], emitted, place)
                 if event.finish_reason is not None:
                     del taken[slot]
+                    with torch.inference_mode():
+                        state.place.alive[slot] = 0
                 events.append(event)
             del emitted  # its logits are not kept while the caller looks at the events
             yield from events
@@ -272,11 +271,10 @@ class _Writing:
     committed: int
     """Its slots of the cache."""
 
-    def event(
-        self, asked: Request, read: tuple[int, int, list[int], list[int]], text: Tensor, emitted: Emission, place: int
-    ) -> Event:
+    def event(self, asked: Request, report: list[int], text: Tensor, emitted: Emission, place: int) -> Event:
         """Cuts the row's tokens of one step where the row ends; `place` is its place in the emission."""
-        accepted, drafted, tokens, sound = read
+        accepted, drafted, *following = report
+        tokens, sound = following[: len(following) // 2], following[len(following) // 2 :]
         tokens = tokens[: min(accepted + 1, self.left)]
         begin = len(self.row.prompt) + self.row.budget - self.left
         if not all(sound[: len(tokens)]):
@@ -319,16 +317,23 @@ def _latest(
 
 def _empty(target: Target, cache: SlotCache, batch: int, slots: int, positions: int) -> State:
     """A state whose slots are all free."""
-    none = torch.zeros(batch, dtype=torch.long, device=target.device)
+
+    def none() -> Tensor:
+        return torch.zeros(batch, dtype=torch.long, device=target.device)
+
     text = torch.zeros((batch, slots), dtype=torch.long, device=target.device)
     context = torch.zeros((batch, positions, target.state_size), dtype=target.dtype, device=target.device)
-    return State(Place(none, none, text, none, none), context, cache)
+    return State(Place(none(), none(), text, none(), none()), context, cache)
 
 
-def _read(emitted: Emission) -> list[tuple[int, int, list[int], list[int]]]:
-    """One read of the device: accepted and drafted tokens, tokens and their soundness, for every row."""
-    path = emitted.tokens.shape[1]
-    counts = torch.stack((emitted.accepted, emitted.drafted), dim=1)
-    sound = emitted.choice.sound.gather(1, emitted.path)
-    read = torch.cat((counts, emitted.tokens, sound), dim=1).tolist()
-    return [(row[0], row[1], row[2 : 2 + path], row[2 + path :]) for row in read]
+def _emission(
+    accepted: Int[Tensor, " B"],
+    drafted: Int[Tensor, " B"],
+    path: Int[Tensor, "B path"],
+    choice: Choice,
+    logits: Float[Tensor, "B N V"],
+) -> Emission:
+    """The choice after each node of the path is the next node's token."""
+    following = choice.tokens.gather(1, path)
+    report = torch.cat((accepted[:, None], drafted[:, None], following, choice.sound.gather(1, path)), dim=1)
+    return Emission(report, following, path, choice, logits)

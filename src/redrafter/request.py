@@ -62,6 +62,8 @@ class Request:
     pad: int
     output_scores: bool
     output_logits: bool
+    fast: bool
+    """Whether a step is to be captured, where it can be."""
 
     @property
     def length(self) -> int:
@@ -98,6 +100,7 @@ def request(
     frequency_penalty: float | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     eos_token_id: int | Sequence[int] | None = None,
+    fast: bool = True,
     **settings: Any,
 ) -> Request:
     """Checks the arguments of `generate` and `stream`; `settings` are fields of a `GenerationConfig`.
@@ -138,6 +141,7 @@ def request(
         pad=config.pad_token_id or 0,
         output_scores=bool(config.output_scores),
         output_logits=bool(config.output_logits),
+        fast=fast and not sampler.lazy,
     )
 
 

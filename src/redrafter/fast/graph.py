@@ -1,0 +1,81 @@
+"""A function replayed as one CUDA graph, so that the host no longer launches its kernels one by one.
+
+Promises the function's own results, call by call: it is called plainly until it has shown that it asks the device
+nothing, and plainly ever after where it cannot be captured, which is said once.  Does not know what the function does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Captured(Generic[T]):
+    """Calls a function of no arguments, which works on fixed tensors; on CUDA its third call is captured and replayed.
+
+    The calls before that build what is built on first use.  Every replay writes into the tensors that the captured
+    call returned.  `wanted=False`, and any other device, calls it as it is.
+    """
+
+    def __init__(self, function: Callable[[], T], device: torch.device, *, wanted: bool = True):
+        self._function = function
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: T
+        self._calls = 0
+        self.refused: str | None = None if wanted and device.type == "cuda" else "it was not asked for"
+        """Why nothing is captured."""
+
+    def __call__(self) -> T:
+        """The function's result."""
+        if self._graph is not None:
+            self._graph.replay()
+            return self._result
+        self._calls += 1
+        if self.refused is not None or self._calls == 1:
+            return self._function()
+        if self._calls == 2:
+            return self._watched()
+        return self._capture()
+
+    def _watched(self) -> T:
+        """A plain call that learns whether the function asks the device a question, which no capture survives."""
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return self._function()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        self._refuse("the model, or a processor, reads the device while it runs")
+        return self._function()
+
+    def _capture(self) -> T:
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._result = self._function()
+                finally:
+                    graph.capture_end()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._refuse(str(error).splitlines()[0])
+            return self._function()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = graph
+        return self()
+
+    def _refuse(self, reason: str) -> None:
+        self.refused = reason
+        warnings.warn(f"Decoding goes on without a CUDA graph: {reason}.", stacklevel=4)
