@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from redrafter.cache import SlotCache
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.fast.graph import Captured
+from redrafter.fast.merged import merged
 from redrafter.proposers import Proposer
 from redrafter.request import Request, Row, request
 from redrafter.results import Event, FinishReason, Generation, Stats, finished
@@ -228,7 +230,8 @@ def _events(asked: Request) -> Iterator[Event]:
     waiting = iter(asked.rows)
     taken: dict[int, _Writing] = {}
     advance = Captured(partial(step, target, asked.proposer, sampler, state), target.device, wanted=asked.fast)
-    with target.evaluating():
+    quick = merged(target.model) if advance.refused is None else nullcontext()
+    with target.evaluating(), quick:
         while True:
             entering = dict(zip((slot for slot in range(asked.batch) if slot not in taken), waiting, strict=False))
             if entering:

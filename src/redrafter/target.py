@@ -23,10 +23,14 @@ from transformers import PreTrainedModel
 from redrafter.cache import LayerShape, SlotCache
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
+from redrafter.fast.attention import NAME, has_kernels, packed, register
 from redrafter.tree import DraftTree, ancestors_of, chain
 
+PACKED_NODES = 256
+"""Nodes of a tree that the kernels of `fast.attention` verify at once; longer chunks of a prompt see a dense mask."""
+
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_probed: weakref.WeakKeyDictionary[nn.Module, tuple[list[LayerShape], bool]] = weakref.WeakKeyDictionary()
+_probed: weakref.WeakKeyDictionary[nn.Module, tuple[list[LayerShape], bool, bool]] = weakref.WeakKeyDictionary()
 
 
 def tree_mask(
@@ -88,10 +92,12 @@ class Target:
         if getattr(self.config, "use_sliding_window", True) is False:
             self._window = None
         self._shapes: list[LayerShape] = []
+        self.packs = False
         if self.model not in _probed:
             with torch.no_grad(), self.evaluating():
                 _probed[self.model] = self._probe()
-        self._shapes, self.head_alone = _probed[self.model]  # whether `logits` asks the output head and nothing else
+        self._shapes, self.head_alone, self.packs = _probed[self.model]
+        """`head_alone`: `logits` asks the output head and nothing else.  `packs`: trees are verified by kernels."""
 
     def new_cache(self, *, batch: int, slots: int) -> SlotCache:
         """Memory for `batch` rows of `slots` positions each."""
@@ -110,8 +116,14 @@ class Target:
         every node (M = N), or with `select` of one node a row (M = 1).
         """
         slots = length[:, None] + torch.arange(tree.size, device=length.device)
+        position = length[:, None] + tree.depth
+        if self.packs and tree.size <= PACKED_NODES:
+            mask = packed(tree, length)
+            masks = mask if self._layer_types is None else dict.fromkeys(self._layer_types, mask)
+            with self._attending(NAME):
+                return self._run(tree.tokens, position, slots, masks, cache, select)
         visible = partial(tree_mask, tree, length, slots=cache.window.visible)
-        return self.run(tree.tokens, length[:, None] + tree.depth, slots, visible, cache, select)
+        return self.run(tree.tokens, position, slots, visible, cache, select)
 
     def run(
         self,
@@ -126,6 +138,17 @@ class Target:
 
         `visible(window=...)` gives a bool mask [B, N, cache.window.visible].  Returns as `forward` does.
         """
+        return self._run(tokens, position, slots, self._masks(visible), cache, select)
+
+    def _run(
+        self,
+        tokens: Int[Tensor, "B N"],
+        position: Int[Tensor, "B N"],
+        slots: Int[Tensor, "B N"],
+        masks: Tensor | dict[str, Tensor],
+        cache: SlotCache,
+        select: Int[Tensor, " B"] | None,
+    ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B M V"]]:
         if self.context_length is not None:  # nodes past the end are never kept, but tables must not be overrun
             position = position.clamp(max=self.context_length - 1)
         cache.window.slots = slots
@@ -133,7 +156,7 @@ class Target:
             output = self.model(
                 input_ids=tokens,
                 position_ids=position,
-                attention_mask=self._masks(visible),
+                attention_mask=masks,
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -245,8 +268,18 @@ class Target:
             return additive(self._window)
         return {kind: additive(self._window if kind == "sliding_attention" else None) for kind in self._layer_types}
 
-    def _probe(self) -> tuple[list[LayerShape], bool]:
-        """Learns what the layers keep and whether the head alone makes the logits.
+    @contextmanager
+    def _attending(self, name: str) -> Iterator[None]:
+        """The model's layers attend by the function that transformers knows under this name."""
+        before = self.config._attn_implementation
+        self.config._attn_implementation = name
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = before
+
+    def _probe(self) -> tuple[list[LayerShape], bool, bool]:
+        """Learns what the layers keep, whether the head alone makes the logits and whether the kernels serve.
 
         Holds a small tree of unequal rows against the model's own forward.
         """
@@ -282,12 +315,23 @@ class Target:
         parents = torch.zeros_like(tokens)
         depth = torch.tensor([0, 1, 1], device=self.device).expand(2, 3)
         tree = DraftTree(tokens, parents, depth, depth >= 0, ancestors_of(parents, max_depth=1))
-        hidden, _ = self.forward(tree, torch.tensor([2, 3], device=self.device), cache)
         wanted = torch.stack(expected).double()
-        distance = (hidden[:, 2, -self.hidden_size :].double() - wanted).norm() / wanted.norm()
-        if not distance < (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1):
+
+        def agrees() -> bool:
+            hidden, _ = self.forward(tree, torch.tensor([2, 3], device=self.device), cache)
+            distance = (hidden[:, 2, -self.hidden_size :].double() - wanted).norm() / wanted.norm()
+            return bool(distance < (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1))
+
+        if not agrees():
             raise self._refusal("its states at the nodes of a tree differ from those of plain text")
-        return self._shapes, head_alone
+        self.packs = has_kernels(self.device, self.dtype)
+        if self.packs:
+            register()
+            try:
+                self.packs = agrees()
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
+                self.packs = False  # attention that does not ask transformers which function to call
+        return self._shapes, head_alone, self.packs
 
     def _refusal(self, reason: str) -> RedrafterError:
         return RedrafterError(f"{type(self.model).__name__} cannot verify draft trees: {reason}.")

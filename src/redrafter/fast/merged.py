@@ -1,0 +1,86 @@
+"""Linear layers that read one input, computed as one product while decoding lasts.
+
+A product of a few rows is bound by reading its weights, and a large matrix is read nearer to the memory's bandwidth
+than three small ones.  Promises the sums of the separate products, in another order at most, and the model's modules
+and parameters as they were; the merged weights share one piece of memory from then on.  Leaves alone what is not a
+plain linear layer: quantised, adapted and offloaded ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names, within one module, of layers that read one input in every family that has them, in order of their call."""
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[int]:
+    """Yields the number of groups that are computed as one until it is left."""
+    groups = [_Group(parts) for module in list(model.modules()) for names in GROUPS if (parts := _parts(module, names))]
+    for group in groups:
+        group.enter()
+    try:
+        yield len(groups)
+    finally:
+        for group in groups:
+            group.leave()
+
+
+def _parts(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
+    """The named layers of the module, or none where they are not all plain ones of one kind."""
+    parts = [child for name in names if type(child := getattr(module, name, None)) is nn.Linear]
+    kinds = {(p.in_features, p.weight.dtype, p.weight.device, p.bias is None) for p in parts}
+    plain = len(parts) == len(names) and len(kinds) == 1 and not any("forward" in vars(part) for part in parts)
+    return parts if plain and parts[0].weight.device.type != "meta" else []
+
+
+class _Group:
+    """Layers whose weights lie one after another."""
+
+    def __init__(self, parts: list[nn.Linear]):
+        self.parts = parts
+        self.sizes = [part.out_features for part in parts]
+        self.weight = _joined([part.weight for part in parts])
+        biases = [part.bias for part in parts if part.bias is not None]
+        self.bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+        self.read: Tensor | None = None
+        self.outputs: tuple[Tensor, ...] = ()
+
+    def enter(self) -> None:
+        for place, part in enumerate(self.parts):
+            part.forward = partial(self.output, place)  # type: ignore[method-assign]
+
+    def leave(self) -> None:
+        for part in self.parts:
+            del part.forward
+
+    def output(self, place: int, input: Tensor) -> Tensor:
+        """What the layer in this place gives; the first one that is asked computes for all."""
+        if self.read is not input:
+            self.read = input
+            self.outputs = nn.functional.linear(input, self.weight, self.bias).split(self.sizes, dim=-1)
+        found = self.outputs[place]
+        if place == len(self.parts) - 1:
+            self.read, self.outputs = None, ()
+        return found
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    """One matrix of all rows, which the parameters become views of, unless they are so already."""
+    first, size = weights[0], weights[0].element_size()
+    ends = [weight.data_ptr() + weight.numel() * size for weight in weights]
+    adjacent = all(end == weight.data_ptr() for end, weight in zip(ends, weights[1:], strict=False))
+    one_storage = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    rows = sum(len(weight) for weight in weights)
+    if adjacent and one_storage and all(weight.is_contiguous() for weight in weights):
+        return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    whole = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
+        weight.data = part
+    return whole

@@ -1,0 +1,91 @@
+"""Products computed as one give the text of products computed apart, and leave the model as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import greedy, tiny_model
+from redrafter.fast.merged import merged
+
+PROMPT = [5, 9, 12, 3]
+
+
+@pytest.mark.parametrize(
+    ("family", "groups"), [("llama", 4), ("qwen2", 4), ("qwen3", 4), ("gemma2", 4), ("phi3", 0), ("gpt2", 0)]
+)
+def test_the_text_is_the_same(family, groups):
+    model = tiny_model(family)
+    expected = greedy(model, PROMPT, 12)
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT])).logits
+        with merged(model) as found:
+            assert found == groups
+            torch.testing.assert_close(model(torch.tensor([PROMPT])).logits, logits)
+            assert greedy(model, PROMPT, 12) == expected
+
+
+def test_one_product_is_made_of_three(monkeypatch):
+    model = tiny_model()
+    linear, rows = nn.functional.linear, []
+
+    def counted(x, weight, bias=None):
+        rows.append(len(weight))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", counted)
+    with torch.no_grad(), merged(model):
+        model(torch.tensor([PROMPT]))
+    width, inner = model.config.hidden_size, model.config.intermediate_size
+    layer = [2 * width, width, 2 * inner, width]  # q, k, v with half as many heads of keys; output; gate, up; down
+    assert rows == layer * 2 + [model.config.vocab_size]
+
+
+def test_the_model_is_as_before():
+    model = tiny_model("qwen2")
+    before = copy.deepcopy(model.state_dict())
+    parameters = list(model.parameters())
+    with merged(model):
+        pass
+    assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_merging_again_takes_no_more_memory():
+    model = tiny_model()
+    projection = model.model.layers[0].self_attn.q_proj
+    with merged(model):
+        place = projection.weight.data_ptr()
+    with merged(model):
+        assert projection.weight.data_ptr() == place
+    model.double()  # moves every weight to a place of its own
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPT])).logits
+        with merged(model):
+            torch.testing.assert_close(model(torch.tensor([PROMPT])).logits, expected)
+
+
+def test_changed_layers_are_left_alone():
+    class Adapted(nn.Linear):
+        pass
+
+    model = tiny_model()
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    attention.k_proj = Adapted(32, 16, bias=False)
+    offloaded = mlp.up_proj.forward
+    mlp.up_proj.forward = lambda x: offloaded(x)  # as accelerate does
+    with merged(model) as found:
+        assert found == 2
+    assert "forward" in vars(mlp.up_proj)
+
+
+def test_a_saved_model_loads(tmp_path):
+    model = tiny_model()
+    with merged(model):
+        model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
