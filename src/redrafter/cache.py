@@ -14,6 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from redrafter.fast import has_kernels
+from redrafter.fast.store import scatter, store
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -42,12 +45,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, window: Window, keys: Tensor, values: Tensor):
         super().__init__()
         self.window, self.keys, self.values, self.is_initialized = window, keys, values, True
+        self.quick = has_kernels(keys.device, keys.dtype)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes the new states [B, heads, Q, size] at the window's slots; returns all visible slots."""
         slots, visible = self.window.slots.to(self.keys.device), self.window.visible
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer.scatter_(2, slots[:, None, :, None].expand_as(states), states)
+        write = store if self.quick else scatter
+        write(self.keys, self.values, slots, key_states, value_states)
         return self.keys[:, :, :visible], self.values[:, :, :visible]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -12,17 +12,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from redrafter.cache import SlotCache
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
+from redrafter.fast.compiled import compiled
 from redrafter.fast.graph import Captured
 from redrafter.fast.merged import merged
 from redrafter.proposers import Proposer
@@ -163,7 +164,8 @@ def stream(
     - `logits_processor`, `stopping_criteria`: lists of transformers' objects; `prefix_allowed_tokens_fn`;
     - `presence_penalty`, `frequency_penalty`: of the tokens written, as OpenAI defines them;
     - `tokenizer`: puts text into the events; `stop_strings` need it;
-    - `fast=False`: no CUDA graph of a step, nor any other means of `docs/speed.md`; the text is the same.
+    - `fast=False`: no CUDA graph of a step, nor any other means of `docs/speed.md`; the text is the same;
+    - `compile=True`: the target's layers through torch.compile too, which takes a while, once.
 
     A row ends at an end token or with a stop string, which are kept, by a criterion, after `max_new_tokens`, or
     where the model's context is full.  `docs/settings.md` lists every setting.
@@ -229,13 +231,19 @@ def _events(asked: Request) -> Iterator[Event]:
     state = _empty(target, target.new_cache(batch=asked.batch, slots=slots), asked.batch, slots, asked.positions)
     waiting = iter(asked.rows)
     taken: dict[int, _Writing] = {}
-    advance = Captured(partial(step, target, asked.proposer, sampler, state), target.device, wanted=asked.fast)
+    layers = target.decoder_layers if asked.compile else []
+
+    def plain() -> Emission:
+        with compiled(layers):
+            return step(target, asked.proposer, sampler, state)
+
+    advance = Captured(plain, target.device, wanted=asked.fast)
     quick = merged(target.model) if advance.refused is None else nullcontext()
     with target.evaluating(), quick:
         while True:
             entering = dict(zip((slot for slot in range(asked.batch) if slot not in taken), waiting, strict=False))
             if entering:
-                taken |= {slot: _Writing(row, row.budget, len(row.prompt)) for slot, row in entering.items()}
+                taken |= {slot: _Writing(row, slot, row.budget, len(row.prompt)) for slot, row in entering.items()}
                 places = {slot: place for place, slot in enumerate(entering)}
                 with torch.inference_mode():
                     emitted = admit(target, sampler, state, list(entering), list(entering.values()))
@@ -254,7 +262,7 @@ def _events(asked: Request) -> Iterator[Event]:
                 return
             events = []
             for slot, place in places.items():
-                event = taken[slot].event(asked, reports[place], state.place.text[slot], emitted, place)
+                event = taken[slot].event(asked, reports[place], state.place.text, emitted, place)
                 if event.finish_reason is not None:
                     del taken[slot]
                     with torch.inference_mode():
@@ -269,6 +277,7 @@ class _Writing:
     """A row that holds a slot."""
 
     row: Row
+    slot: int
     left: int
     """Tokens that it may still write."""
     committed: int
@@ -290,7 +299,7 @@ class _Writing:
         for count, token in enumerate(tokens, start=1):
             if token in asked.ends:
                 reason = "eos"
-            elif any(bool(criterion(text[None, : begin + count], None).all()) for criterion in asked.criteria):
+            elif asked.criteria and _stops(asked.criteria, text[self.slot : self.slot + 1, : begin + count]):
                 reason = "stop"
             if reason is not None:
                 tokens = tokens[:count]
@@ -308,6 +317,10 @@ class _Writing:
             scores=emitted.choice.scores[place, nodes] if asked.output_scores else None,
             logits=emitted.logits[place, nodes] if asked.output_logits else None,
         )
+
+
+def _stops(criteria: list[StoppingCriteria], text: Int[Tensor, "1 T"]) -> bool:
+    return any(bool(criterion(text, None).all()) for criterion in criteria)
 
 
 def _latest(

@@ -64,6 +64,8 @@ class Request:
     output_logits: bool
     fast: bool
     """Whether a step is to be captured, where it can be."""
+    compile: bool
+    """Whether the target's layers are to be compiled."""
 
     @property
     def length(self) -> int:
@@ -101,6 +103,7 @@ def request(
     tokenizer: PreTrainedTokenizerBase | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     fast: bool = True,
+    compile: bool = False,
     **settings: Any,
 ) -> Request:
     """Checks the arguments of `generate` and `stream`; `settings` are fields of a `GenerationConfig`.
@@ -142,6 +145,7 @@ def request(
         output_scores=bool(config.output_scores),
         output_logits=bool(config.output_logits),
         fast=fast and not sampler.lazy,
+        compile=fast and compile,
     )
 
 

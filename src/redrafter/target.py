@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from redrafter.cache import LayerShape, SlotCache
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
-from redrafter.fast.attention import NAME, has_kernels, packed, register
+from redrafter.fast import has_kernels
+from redrafter.fast.attention import NAME, packed, register
 from redrafter.tree import DraftTree, ancestors_of, chain
 
 PACKED_NODES = 256
@@ -98,6 +99,11 @@ class Target:
                 _probed[self.model] = self._probe()
         self._shapes, self.head_alone, self.packs = _probed[self.model]
         """`head_alone`: `logits` asks the output head and nothing else.  `packs`: trees are verified by kernels."""
+
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """All of them, first to last; empty where they were not found."""
+        return _decoder_layers(self.model, self.config)
 
     def new_cache(self, *, batch: int, slots: int) -> SlotCache:
         """Memory for `batch` rows of `slots` positions each."""
@@ -369,17 +375,24 @@ def _refuse_by_structure(model: PreTrainedModel, config: Any) -> None:
         raise RedrafterError(f"{type(model).__name__} cannot verify draft trees: {reason}.")
 
 
+def _decoder_layers(model: PreTrainedModel, config: Any) -> list[nn.Module]:
+    """The decoder's layers, whatever the family calls their list; empty where there is no such list."""
+    count = config.num_hidden_layers
+    lists = [list(part) for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    return lists[0] if lists else []
+
+
 def _numbered(model: PreTrainedModel, config: Any, layers: Sequence[int]) -> list[nn.Module]:
-    """The decoder's layers of those numbers, whatever the family calls their list."""
+    """The decoder's layers of those numbers."""
     if not layers:
         return []
     count = config.num_hidden_layers
     if list(layers) != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] < count:
         raise RedrafterError(f"context_layers must be different numbers from 1 to {count - 1}, rising, not {layers}.")
-    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    if not lists:
+    found = _decoder_layers(model, config)
+    if not found:
         raise RedrafterError(f"The layers of {type(model).__name__} were not found, so context_layers cannot be had.")
-    return [lists[0][number - 1] for number in layers]
+    return [found[number - 1] for number in layers]
 
 
 def _at(hidden: Float[Tensor, "B N H"], select: Int[Tensor, " B"] | None) -> Float[Tensor, "B M H"]:

@@ -1,16 +1,13 @@
 """Attention of a draft tree's nodes over a cache of slots, for unmodified models of transformers.
 
 Promises what softmax attention under `tree_mask` gives, up to rounding, from a mask that says each row's length, each
-node's depth and its ancestors as bits, so that neither the mask nor the work grows with the slots allocated.  `reference`
-is the plain way and the law; on CUDA devices with triton the kernels of `redrafter.fast.kernels` are used, which a CUDA
-graph can hold while rows grow.  Does not know models: after `register()` transformers hands it the layers' queries.
+node's depth and its ancestors as bits, so that neither the mask nor the work grows with the slots allocated.
+`reference` is the plain way and the law; on CUDA devices with triton the kernels of `redrafter.fast.kernels` are used,
+which a CUDA graph can hold while rows grow.  Does not know models: after `register()` transformers calls it in layers.
 """
 
 from __future__ import annotations
 
-import os
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,10 +18,15 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from redrafter.errors import RedrafterError
+from redrafter.fast import has_kernels
 from redrafter.tree import DraftTree
 
 NAME = "redrafter"
 """What transformers knows this attention by, once registered."""
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor mask, float scaling, int? window, float? softcap, Tensor? sinks)"
+    " -> Tensor"
+)
 _BITS = 32  # used of each word: the sum of all is then positive, whatever is set
 
 
@@ -134,7 +136,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-@torch.library.custom_op("redrafter::tree_attention", mutates_args=())
+@torch.library.custom_op("redrafter::tree_attention", mutates_args=(), schema=_SCHEMA)
 def _operator(
     query: Tensor,
     key: Tensor,
@@ -148,28 +150,16 @@ def _operator(
     """One opaque operator to torch.compile."""
     if not has_kernels(query.device, query.dtype):
         return reference(query, key, value, mask, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
-    from redrafter.fast import kernels
+    from redrafter.fast.kernels.attention import launch
 
     with torch.cuda.device_of(query):  # a model may be spread over several
-        return kernels.launch(query, key, value, mask, scaling, window, softcap, sinks)
+        return launch(query, key, value, mask, scaling, window, softcap, sinks)
 
 
 @_operator.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     batch, heads, nodes, _size = query.shape
     return query.new_empty((batch, nodes, heads, value.shape[-1]))
-
-
-def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels can run: where triton is, on a CUDA device, or anywhere under its interpreter."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return False
-    return (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _without(value: Float[Tensor, "B Hkv S Dv"], unwritten: Bool[Tensor, "B S"]) -> Float[Tensor, "B Hkv S Dv"]:
@@ -187,7 +177,7 @@ def _dense(
     sinks: Float[Tensor, " Hq"] | None,
 ) -> Float[Tensor, "B N Hq Dv"]:
     """Softmax attention in float32 or more under a mask that is bool or added to the logits, [..., N, S]."""
-    batch, heads, nodes, _ = query.shape
+    batch, _, nodes, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).unflatten(1, (key.shape[1], -1))  # [B, Hkv, G, N, D]
     logits = (grouped @ key.to(wide)[:, :, None].mT).flatten(1, 2) * scaling
@@ -198,5 +188,5 @@ def _dense(
         extra = sinks.to(wide)[None, :, None, None].expand(batch, -1, nodes, 1)
         logits = torch.cat((logits, extra), dim=-1)
     weights = logits.softmax(dim=-1)[..., : key.shape[2]].unflatten(1, (key.shape[1], -1))
-    out = (weights @ value.to(wide)[:, :, None]).flatten(1, 2)
+    out: Tensor = (weights @ value.to(wide)[:, :, None]).flatten(1, 2)
     return out.transpose(1, 2).to(query.dtype).contiguous()

@@ -8,6 +8,7 @@ plain linear layer: quantised, adapted and offloaded ones.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,7 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 @contextmanager
 def merged(model: nn.Module) -> Iterator[int]:
     """Yields the number of groups that are computed as one until it is left."""
-    groups = [_Group(parts) for module in list(model.modules()) for names in GROUPS if (parts := _parts(module, names))]
+    groups = [_group(parts) for module in list(model.modules()) for names in GROUPS if (parts := _parts(module, names))]
     for group in groups:
         group.enter()
     try:
@@ -40,25 +41,45 @@ def _parts(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
     return parts if plain and parts[0].weight.device.type != "meta" else []
 
 
+def _group(parts: list[nn.Linear]) -> _Group:
+    """The layers' group; the same one each time, for torch.compile tells layers apart by what they call."""
+    group = _groups.get(parts[0])
+    if group is None or any(one() is not part for one, part in zip(group.parts, parts, strict=True)):
+        group = _groups[parts[0]] = _Group(parts)
+    group.join(parts)
+    return group
+
+
 class _Group:
-    """Layers whose weights lie one after another."""
+    """Layers whose weights lie one after another.  Does not keep them alive."""
 
     def __init__(self, parts: list[nn.Linear]):
-        self.parts = parts
+        self.parts = [weakref.ref(part) for part in parts]
         self.sizes = [part.out_features for part in parts]
-        self.weight = _joined([part.weight for part in parts])
-        biases = [part.bias for part in parts if part.bias is not None]
-        self.bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+        self.forwards = [partial(self.output, place) for place in range(len(parts))]
+        self.weight: Tensor
+        self.bias: Tensor | None = None
         self.read: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
 
+    def join(self, parts: list[nn.Linear]) -> None:
+        """Takes the weights as they are now."""
+        self.weight = _joined([part.weight for part in parts])
+        biases = [part.bias.detach() for part in parts if part.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+
     def enter(self) -> None:
-        for place, part in enumerate(self.parts):
-            part.forward = partial(self.output, place)  # type: ignore[method-assign]
+        """The layers give what `output` says."""
+        for one, forward in zip(self.parts, self.forwards, strict=True):
+            if (part := one()) is not None:
+                part.forward = forward  # type: ignore[method-assign]
 
     def leave(self) -> None:
-        for part in self.parts:
-            del part.forward
+        """The layers compute by themselves again."""
+        self.read, self.outputs = None, ()
+        for one in self.parts:
+            if (part := one()) is not None:
+                del part.forward
 
     def output(self, place: int, input: Tensor) -> Tensor:
         """What the layer in this place gives; the first one that is asked computes for all."""
@@ -69,6 +90,9 @@ class _Group:
         if place == len(self.parts) - 1:
             self.read, self.outputs = None, ()
         return found
+
+
+_groups: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:

@@ -201,10 +201,8 @@ def tiling_for(rows: int, sizes: int, bytes_each: int, shared_memory: int = SHAR
         tile = tile._replace(warps=8)
 
     def too_much(tile: Tiling) -> bool:
-        held = (
-            (tile.rows // 2 + (tile.stages + 1) * tile.keys) * sizes * bytes_each
-        )  # the compiler keeps one block more
-        return PROGRAMS_PER_PROCESSOR * held > shared_memory
+        blocks = tile.stages + (tile.rows >= 64)  # one more is kept where Hopper's products run on their own
+        return PROGRAMS_PER_PROCESSOR * (tile.rows // 2 + blocks * tile.keys) * sizes * bytes_each > shared_memory
 
     while too_much(tile) and (tile.stages > 2 or tile.keys > 16):
         tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(keys=tile.keys // 2)

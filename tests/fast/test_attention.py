@@ -1,0 +1,275 @@
+"""The kernels against the plain way, the plain way against torch's, and both inside models of transformers.
+
+The kernels' tests run on a GPU (`-m gpu`) and, started once more by test_interpreted.py, under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from interpreting import INTERPRETED, on_cpu, on_kernels
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from conftest import greedy
+from redrafter import RedrafterError
+from redrafter.fast import attention
+from redrafter.fast.attention import packed, reference, tree_attention, unpacked
+from redrafter.target import Target, tree_mask
+from redrafter.tree import DraftTree, ancestors_of, chain
+from test_families import WORKS, build
+
+
+def random_tree(batch: int, size: int, *, padding: int = 0, seed: int = 0) -> DraftTree:
+    """Every node below any earlier one; the last `padding` nodes of the last row are padding."""
+    draw = torch.Generator().manual_seed(seed)
+    parents = (torch.rand(batch, size, generator=draw) * torch.arange(size)).long()
+    valid = torch.ones(batch, size, dtype=torch.bool)
+    if padding:
+        valid[-1, -padding:] = False
+    parents[~valid] = 0
+    ancestors = ancestors_of(parents, max_depth=size)
+    depth = (ancestors.sum(-1) - 1).where(valid, 0)
+    return DraftTree(parents, parents, depth, valid, ancestors)
+
+
+def inputs(heads, kv_heads, size, value_size, slots, tree, length, *, device="cpu", dtype=torch.float32, seed=1):
+    """Queries as models give them, a transposed view; keys and values sliced from longer ones, NaN where unwritten."""
+    torch.manual_seed(seed)
+    batch, nodes = tree.depth.shape
+    query = torch.randn(batch, nodes, heads, size).to(device, dtype).transpose(1, 2)
+    key, value = (
+        torch.randn(batch, kv_heads, slots + 5, x).to(device, dtype)[:, :, :slots] for x in (size, value_size)
+    )
+    unwritten = (torch.arange(slots) >= length[:, None] + nodes)[:, None, :, None].to(device)
+    return query, key.masked_fill(unwritten, torch.nan), value.masked_fill(unwritten, torch.nan)
+
+
+def distance(found, wanted) -> float:
+    wanted = wanted.double().cpu()
+    return float((found.double().cpu() - wanted).norm() / wanted.norm())
+
+
+@on_cpu
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 70, 130])
+def test_a_packed_mask_says_all_of_the_tree_that_attention_reads(size):
+    tree, length = random_tree(3, size), torch.tensor([0, 7, 123_456])
+    mask = packed(tree, length)
+    assert mask.shape == (3, 1, size, 2 + (size + 31) // 32)
+    assert mask.dtype == torch.int64
+    again, lengths = unpacked(mask)
+    assert lengths.equal(length)
+    assert again.depth.equal(tree.depth)
+    assert again.ancestors.equal(tree.ancestors)
+
+
+@on_cpu
+@pytest.mark.parametrize("window", [None, 1, 4, 50])
+@pytest.mark.parametrize("size", [1, 9, 40])
+def test_the_plain_way_is_masked_attention(size, window):
+    tree, length, slots = random_tree(2, size, padding=size // 4), torch.tensor([0, 13]), 60
+    query, key, value = inputs(6, 2, 8, 12, slots, tree, length, dtype=torch.float64)
+    visible = tree_mask(tree, length, slots=slots, window=window)[:, None]
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query, key.nan_to_num(), value.nan_to_num(), visible, scale=0.3, enable_gqa=True
+    )
+    found = reference(query, key, value, packed(tree, length), scaling=0.3, window=window)
+    assert found.shape == (2, size, 6, 12)
+    assert distance(found, wanted.transpose(1, 2)) < 1e-12
+
+
+LOW = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]  # bfloat16 it multiplies as whole numbers
+CASES = [
+    # heads, of keys, nodes, key size, value size, slots, lengths, what else
+    ((1, 1, 1, 64, 64, 40, [0]), {}),
+    ((4, 4, 1, 64, 64, 200, [199, 0, 77]), {}),
+    ((8, 1, 5, 64, 64, 200, [130]), {}),
+    ((3, 1, 33, 80, 80, 150, [0, 117]), {}),
+    ((7, 1, 5, 96, 96, 150, [31, 32]), {}),
+    ((4, 1, 64, 128, 128, 200, [136]), {}),
+    ((2, 2, 70, 64, 128, 180, [110]), {}),
+    ((2, 1, 130, 128, 64, 200, [70]), {}),
+    ((2, 1, 5, 256, 256, 100, [90]), {}),
+    ((2, 1, 5, 192, 128, 100, [64]), {}),
+    ((1, 1, 3, 20, 12, 50, [40]), {}),
+    ((4, 2, 5, 64, 64, 200, [190, 0]), {"window": 1}),
+    ((3, 1, 33, 64, 64, 200, [150, 3]), {"window": 7}),
+    ((4, 1, 33, 64, 64, 200, [160]), {"window": 70}),
+    ((4, 1, 33, 64, 64, 200, [160]), {"window": 4096}),
+    ((4, 2, 9, 64, 64, 200, [160, 5]), {"softcap": 3.0}),
+    ((4, 2, 9, 64, 64, 200, [160, 0]), {"sinks": True}),
+    ((4, 4, 1, 64, 64, 40, [20, 3, 9, 30]), {"sinks": True}),
+    ((6, 2, 9, 80, 64, 200, [160, 2]), {"sinks": True, "softcap": 2.0, "window": 11}),
+]
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize(("shape", "what"), CASES, ids=str)
+def test_the_kernels_give_what_the_plain_way_gives(shape, what, dtype, device):
+    heads, kv_heads, nodes, size, value_size, slots, lengths = shape
+    tree, length = random_tree(len(lengths), nodes, padding=nodes // 5), torch.tensor(lengths)
+    query, key, value = inputs(heads, kv_heads, size, value_size, slots, tree, length, device=device, dtype=dtype)
+    what = dict(what)
+    if "sinks" in what:
+        what["sinks"] = torch.randn(heads).to(device, dtype)
+    mask = packed(tree, length).to(device)
+    found = tree_attention(query, key, value, mask, scaling=0.25, **what)
+    assert found.dtype == dtype
+    if "sinks" in what:
+        what["sinks"] = what["sinks"].double()
+    wanted = reference(query.double(), key.double(), value.double(), mask, scaling=0.25, **what)
+    assert distance(found, wanted) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@on_kernels
+@pytest.mark.parametrize("sinks", [False, True])
+def test_any_number_of_parts_gives_the_same(sinks, device):
+    from redrafter.fast.kernels import attention as kernels
+
+    tree, length = random_tree(2, 20), torch.tensor([0, 100])
+    query, key, value = inputs(2, 1, 64, 64, 130, tree, length, device=device)
+    mask = packed(tree, length).to(device)
+    sink = torch.randn(2).to(device) if sinks else None
+    wanted = reference(query, key, value, mask, scaling=0.2, sinks=sink)
+    for splits in (1, 2, 3, 8, 17):  # up to more than there are blocks
+        for tile in (kernels.Tiling(16, 16, 4, 2), kernels.Tiling(32, 64, 4, 2)):
+            found = kernels.launch(query, key, value, mask, 0.2, None, None, sink, tiling=tile, splits=splits)
+            assert distance(found, wanted) < 1e-5
+
+
+@on_kernels
+def test_a_node_depends_on_nothing_that_it_does_not_see(device):
+    tree, length = random_tree(2, 20), torch.tensor([30, 64])
+    query, key, value = inputs(4, 2, 64, 64, 120, tree, length, device=device)
+    mask = packed(tree, length).to(device)
+    before = tree_attention(query, key, value, mask, scaling=0.2)
+    node = 11
+    unseen = ~tree_mask(tree, length, slots=120)[:, node].to(device)
+    unseen &= torch.arange(120, device=device) < (length[:, None] + 20).to(device)
+    other = tree_attention(
+        query,
+        key.masked_fill(unseen[:, None, :, None], 1e4),
+        value.masked_fill(unseen[:, None, :, None], -1e4),
+        mask,
+        scaling=0.2,
+    )
+    assert unseen.any()
+    assert other[:, node].equal(before[:, node])
+    assert not other.equal(before)
+
+
+@pytest.mark.gpu
+def test_a_graph_follows_rows_that_grow():
+    slots, nodes = 300, 40
+    query, key, value = inputs(8, 2, 64, 64, slots, random_tree(2, nodes), torch.tensor([260, 260]), device="cuda")
+    tree = random_tree(2, nodes)
+    held = DraftTree(**{name: field.cuda() for name, field in vars(tree).items()})
+    length = torch.tensor([0, 5], device="cuda")
+    tree_attention(query, key, value, packed(held, length), scaling=0.2)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = tree_attention(query, key, value, packed(held, length), scaling=0.2)
+    for lengths in ([0, 5], [260, 31], [100, 259]):
+        length.copy_(torch.tensor(lengths))
+        graph.replay()
+        wanted = reference(query, key, value, packed(held, length), scaling=0.2)
+        assert distance(found, wanted) < 1e-5
+
+
+def prefilled(target: Target, prompts: list[list[int]], slots: int):
+    """A cache that holds the prompts, and their lengths."""
+    cache, length = target.new_cache(batch=len(prompts), slots=slots), torch.tensor([len(p) for p in prompts])
+    width = int(length.max())
+    tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts])
+    target.forward(chain(tokens), torch.zeros_like(length), cache)
+    return cache, length
+
+
+def by_packed_mask(target: Target, tree, length, cache, monkeypatch):
+    """`Target.forward`, its masks replaced by the packed one."""
+    mask = packed(tree, length)
+    masks = {kind: mask for kind in target._layer_types} if target._layer_types else mask
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "_masks", lambda _: masks)
+        return target.forward(tree, length, cache)
+
+
+OWN_ATTENTION = {"falcon", "gptj", "codegen"}
+"""Families whose attention transformers lets nobody replace."""
+FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "deepseek_v3"] if INTERPRETED else WORKS
+
+
+@pytest.mark.filterwarnings("default")  # some families warn of themselves
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_take_the_packed_mask(family, monkeypatch):
+    attention.register()
+    model = build(family, WORKS[family][1], "eager")
+    target = Target(model)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        cache, length = prefilled(target, [[9, 8, 7], list(range(3, 20))], slots=40)
+        tree = random_tree(2, 12, padding=3)
+        tree = DraftTree(torch.randint(3, 60, (2, 12)), tree.parents, tree.depth, tree.valid, tree.ancestors)
+        states, logits = target.forward(tree, length, cache)
+        model.set_attn_implementation(attention.NAME)
+        assert (model.config._attn_implementation == attention.NAME) == (family not in OWN_ATTENTION)
+        if family in OWN_ATTENTION:
+            return
+        calls = []
+        forward = attention.tree_attention
+        monkeypatch.setattr(attention, "tree_attention", lambda *a, **k: calls.append(1) or forward(*a, **k))
+        cache, length = prefilled(target, [[9, 8, 7], list(range(3, 20))], slots=40)  # dense masks, this attention
+        assert not calls
+        again, logits_again = by_packed_mask(target, tree, length, cache, monkeypatch)
+        assert len(calls) == model.config.num_hidden_layers
+    assert distance(again[tree.valid], states[tree.valid]) < 1e-4
+    assert distance(logits_again[tree.valid], logits[tree.valid]) < 1e-4
+
+
+@on_cpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_without_a_tree_transformers_text_is_what_it_was(family):
+    attention.register()
+    model = build(family, WORKS[family][1], "eager")
+    model.generation_config.eos_token_id = None
+    prompt = list(range(3, 20))
+    wanted, logits = greedy(model, prompt, 8), model(torch.tensor([prompt])).logits
+    model.set_attn_implementation(attention.NAME)
+    assert greedy(model, prompt, 8) == wanted
+    assert distance(model(torch.tensor([prompt])).logits.detach(), logits.detach()) < 1e-5
+
+
+@on_cpu
+def test_what_the_kernel_does_not_compute_is_refused():
+    tree, length = random_tree(1, 3), torch.tensor([4])
+    query, key, value = inputs(2, 1, 8, 8, 20, tree, length)
+    module, mask = torch.nn.Module(), packed(tree, length)
+    for asked in ({"dropout": 0.1}, {"position_bias": torch.zeros(1)}):
+        with pytest.raises(RedrafterError, match="neither dropout nor biases, which Module asks"):
+            attention.attention_forward(module, query, key, value, mask, **asked)
+    with pytest.raises(RedrafterError, match="attn_implementation='eager'"):
+        attention.attention_forward(module, query, key, value, None, dropout=0.1, softcap=2.0)
+
+
+@on_cpu
+def test_registering_twice_changes_nothing():
+    attention.register()
+    attention.register()
+    assert ALL_ATTENTION_FUNCTIONS[attention.NAME] is attention.attention_forward
+    assert "redrafter.fast.kernels" not in sys.modules, "triton is imported where kernels run, and only there"
+
+
+@on_cpu
+def test_torch_compile_keeps_it_in_one_piece():
+    tree, length = random_tree(2, 6), torch.tensor([4, 2])
+    query, key, value = inputs(4, 2, 8, 8, 20, tree, length)
+    mask = packed(tree, length)
+
+    def twice(query):
+        return torch.ops.redrafter.tree_attention(query, key, value, mask, 0.3, None, None, None) * 2
+
+    compiled = torch.compile(twice, backend="aot_eager", fullgraph=True)
+    assert compiled(query).equal(reference(query, key, value, mask, scaling=0.3) * 2)
