@@ -183,7 +183,8 @@ def _dense(
     logits = (grouped @ key.to(wide)[:, :, None].mT).flatten(1, 2) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = torch.where(mask, logits, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    least = torch.finfo(wide).min  # finite, so that padding that sees nothing becomes no NaN
+    logits = torch.where(mask, logits, least) if mask.dtype == torch.bool else logits + mask
     if sinks is not None:
         extra = sinks.to(wide)[None, :, None, None].expand(batch, -1, nodes, 1)
         logits = torch.cat((logits, extra), dim=-1)

@@ -76,16 +76,16 @@ def _block(
     return acc, higher, total
 
 
-@triton.jit(do_not_specialize=["slots", "nodes"])
+@triton.jit(do_not_specialize=["stride_mb", "stride_mn", "slots", "nodes", "splits"])
 def _attend(
     query, key, value, mask, sinks, out, part, tops, totals,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_mb, stride_mn, slots, nodes, scale, softcap,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SPLITS: tl.constexpr,
+    stride_mb, stride_mn, slots, nodes, splits, scale, softcap,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, WHOLE: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one head of keys (row = node * GROUP + head in group) over one part of its keys."""
+    """The queries of one head of keys, row = node * GROUP + head in group, over a part of its keys, or all (WHOLE)."""
     split = tl.program_id(0)
     pair = tl.program_id(1)  # of row and head of keys
     b = (pair // HEADS).to(tl.int64)
@@ -113,8 +113,8 @@ def _attend(
         first = tl.maximum(length - (WINDOW - 1), 0)
     end = tl.minimum(length + nodes, slots)
     blocks = (end - first + BLOCK_N - 1) // BLOCK_N
-    begin = split * blocks // SPLITS
-    stop = (split + 1) * blocks // SPLITS
+    begin = split * blocks // splits
+    stop = (split + 1) * blocks // splits
     committed = (length - first) // BLOCK_N  # blocks that end before the tree begins
 
     acc = tl.full([BLOCK_M, BLOCK_DV], 0.0, tl.float32)
@@ -133,7 +133,7 @@ def _attend(
             True, WINDOW, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
-    if SPLITS == 1:
+    if WHOLE:
         if SINKS:
             sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
             higher = tl.maximum(top, sink)
@@ -142,7 +142,7 @@ def _attend(
         place = ((b * nodes + n) * HEADS * GROUP + head)[:, None] * DV + dv[None, :]
         tl.store(out + place, acc / total[:, None], mask=inside[:, None] & (dv < DV)[None, :])
     else:
-        place = (pair.to(tl.int64) * rows + row) * SPLITS + split
+        place = (pair.to(tl.int64) * rows + row) * splits + split
         tl.store(tops + place, top, mask=inside)
         tl.store(totals + place, total, mask=inside)
         if begin < stop:  # the merger reads no sums of an empty part
@@ -255,8 +255,8 @@ def launch(
     _attend[(splits, batch * kv_heads, tiles)](
         query, key, value, mask, sinks if sinks is not None else out, out, part, tops, totals,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], mask.stride(0), mask.stride(2),
-        slots, nodes, scale, cap,
-        WINDOW=window or 0, SOFTCAP=softcap is not None, SINKS=sinks is not None, SPLITS=splits,
+        slots, nodes, splits, scale, cap,
+        WINDOW=window or 0, SOFTCAP=softcap is not None, SINKS=sinks is not None, WHOLE=splits == 1,
         HEADS=kv_heads, GROUP=group, D=size, DV=value_size,
         BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_D=block_d, BLOCK_DV=block_dv,
         num_warps=tile.warps, num_stages=tile.stages,
