@@ -195,15 +195,6 @@ def prefilled(target: Target, prompts: list[list[int]], slots: int):
     return cache, length
 
 
-def by_packed_mask(target: Target, tree, length, cache, monkeypatch):
-    """`Target.forward`, its masks replaced by the packed one."""
-    mask = packed(tree, length)
-    masks = {kind: mask for kind in target._layer_types} if target._layer_types else mask
-    with monkeypatch.context() as patch:
-        patch.setattr(target, "_masks", lambda _: masks)
-        return target.forward(tree, length, cache)
-
-
 OWN_ATTENTION = {"falcon", "gptj", "codegen"}
 """Families whose attention transformers lets nobody replace."""
 FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "deepseek_v3"] if INTERPRETED else WORKS
@@ -212,28 +203,35 @@ FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "deepseek_v3"] if 
 @pytest.mark.filterwarnings("default")  # some families warn of themselves
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_take_the_packed_mask(family, monkeypatch):
-    attention.register()
     model = build(family, WORKS[family][1], "eager")
     target = Target(model)
+    monkeypatch.setattr(target, "packs", False)
     torch.manual_seed(2)
+    calls = []
+    forward = attention.tree_attention
+    monkeypatch.setattr(attention, "tree_attention", lambda *a, **k: calls.append(1) or forward(*a, **k))
     with torch.no_grad():
         cache, length = prefilled(target, [[9, 8, 7], list(range(3, 20))], slots=40)
         tree = random_tree(2, 12, padding=3)
         tree = DraftTree(torch.randint(3, 60, (2, 12)), tree.parents, tree.depth, tree.valid, tree.ancestors)
         states, logits = target.forward(tree, length, cache)
-        model.set_attn_implementation(attention.NAME)
-        assert (model.config._attn_implementation == attention.NAME) == (family not in OWN_ATTENTION)
+        assert not calls
+        attention.register()
+        monkeypatch.setattr(target, "packs", True)
         if family in OWN_ATTENTION:
             return
-        calls = []
-        forward = attention.tree_attention
-        monkeypatch.setattr(attention, "tree_attention", lambda *a, **k: calls.append(1) or forward(*a, **k))
-        cache, length = prefilled(target, [[9, 8, 7], list(range(3, 20))], slots=40)  # dense masks, this attention
-        assert not calls
-        again, logits_again = by_packed_mask(target, tree, length, cache, monkeypatch)
-        assert len(calls) == model.config.num_hidden_layers
+        again, logits_again = target.forward(tree, length, cache)
+    assert len(calls) == model.config.num_hidden_layers
+    assert model.config._attn_implementation == "eager"
     assert distance(again[tree.valid], states[tree.valid]) < 1e-4
     assert distance(logits_again[tree.valid], logits[tree.valid]) < 1e-4
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_target_finds_out_whether_the_kernels_serve(family, monkeypatch):
+    monkeypatch.setattr("redrafter.target.has_kernels", lambda *_: True)
+    assert Target(build(family, WORKS[family][1], "eager")).packs == (family not in OWN_ATTENTION)
 
 
 @on_cpu
