@@ -18,8 +18,8 @@ from redrafter.errors import RedrafterError
 class DecodingShape(BaseModel):
     """How to draft where `batch` rows or more are decoded together.
 
-    `beam_length` counts drafted tokens only; 0 decodes without drafting.  With a `node_budget` the so many most probable
-    nodes are drafted, the root counted, not whole beams.
+    `beam_length` counts drafted tokens only; 0 decodes without drafting.  With a `node_budget` the so many most
+    probable nodes are drafted, the root counted, not whole beams.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")

@@ -44,8 +44,8 @@ def milliseconds(function: Callable[[], object], device: torch.device, repeats: 
                     captured()
                     after.record()
                 torch.cuda.synchronize()
-            return statistics.median(before.elapsed_time(after) for before, after in events)
-        times = []
+            return float(statistics.median(before.elapsed_time(after) for before, after in events))
+        times: list[float] = []
         for _ in range(repeats):
             begin = time.perf_counter()
             captured()

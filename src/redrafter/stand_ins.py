@@ -46,7 +46,7 @@ def random_model(shape: str, *, dtype: torch.dtype, device: torch.device) -> Pre
         model = LlamaForCausalLM(config).to(dtype)
     model.to_empty(device=device)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)  # its tables are no weights
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its tables are no weights
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:

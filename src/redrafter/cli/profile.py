@@ -151,9 +151,8 @@ def _bench(
     if not depth:  # tuned not to draft
         width, depth, budget = drafter.config.drafting(0)
     texts = torch.randint(config.vocab_size, (batch, length)).tolist()
-    shape = {"beam_width": width, "beam_length": depth, "node_budget": budget}
-    asked = request(model, drafter, texts, do_sample=do_sample, **shape)
-    drafting = DecodingShape(**shape)
+    asked = request(model, drafter, texts, do_sample=do_sample, beam_width=width, beam_length=depth, node_budget=budget)
+    drafting = DecodingShape(beam_width=width, beam_length=depth, node_budget=budget)
     return Bench.of(asked, drafter, reach=max(reach, asked.size, depth + 1), repeats=repeats), drafting
 
 

@@ -1,4 +1,4 @@
-"""`redrafter tune`: the fastest shape of a draft for each batch size, measured here and kept in the drafter's folder."""
+"""`redrafter tune`: the fastest drafts for each batch size, measured here and kept in the drafter's folder."""
 
 from __future__ import annotations
 
