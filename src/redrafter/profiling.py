@@ -31,28 +31,38 @@ WARM_UP = 5
 
 
 def milliseconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of a call: on CUDA of a replay, between events; elsewhere as it is called, by the clock."""
+    """Median time of a call: on CUDA of a replay, between events; elsewhere as it is called, by the clock.
+
+    Raises RedrafterError for what cannot be replayed.
+    """
+    timed = _replays if device.type == "cuda" else _calls
     with torch.inference_mode():
+        return statistics.median(timed(function, device, repeats))
+
+
+def _replays(function: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    with torch.cuda.device(device):
         captured = Captured(function, device)
         for _ in range(WARM_UP):
             captured()
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-                for before, after in events:
-                    before.record()
-                    captured()
-                    after.record()
-                torch.cuda.synchronize()
-            return float(statistics.median(before.elapsed_time(after) for before, after in events))
-        times: list[float] = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for before, after in events:
+            before.record()
             captured()
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            times.append(1e3 * (time.perf_counter() - begin))
-        return statistics.median(times)
+            after.record()
+        torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in events]
+
+
+def _calls(function: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    times = []
+    for _ in range(WARM_UP + repeats):
+        begin = time.perf_counter()
+        function()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - begin))
+    return times[WARM_UP:]
 
 
 def bandwidth(device: torch.device, repeats: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,22 +146,30 @@ def reach(candidates: Sequence[DecodingShape]) -> int:
 def tune(bench: Bench, tokens_per_step: Mapping[DecodingShape, float]) -> Tuned:
     """The fastest of the shapes at a bench's batch, by what each writes in a step.
 
-    The parts of every shape's step are timed, and the whole step of those that promise the most.
+    The parts of every shape's step are timed, and the whole step of those that promise the most: so a part is measured
+    once for all shapes in which it differs little.
     """
-    verify: dict[int, float] = {}  # by nodes, which is all that it depends on
+    known: dict[tuple[Any, ...], float] = {}
+
+    def once(key: tuple[Any, ...], measure: Callable[[], float]) -> float:
+        if key not in known:
+            known[key] = measure()
+        return known[key]
+
+    def parts(shape: DecodingShape) -> float:
+        nodes, length, whole = bench.tree(shape).size, shape.beam_length, shape.node_budget is None
+        return (
+            once(("draft", shape.beam_width, length, whole), lambda: bench.draft_ms(shape))
+            + once(("verify", nodes), lambda: bench.verify_ms(nodes))
+            + once(("rest", nodes, length), lambda: bench.rest_ms(shape))
+        )
 
     def timed(shape: DecodingShape, milliseconds: float) -> Timed:
         own = shape.model_copy(update={"batch": bench.batch})
         return Timed(own, tokens_per_step.get(shape, 1.0), milliseconds)
 
-    promised = []
-    for shape in tokens_per_step:
-        nodes = bench.tree(shape).size
-        if nodes not in verify:
-            verify[nodes] = bench.verify_ms(nodes)
-        promised.append(timed(shape, bench.draft_ms(shape) + verify[nodes] + bench.rest_ms(shape)))
-    promised.sort(key=lambda one: -one.tokens_per_second)
-    finalists = [one.shape.model_copy(update={"batch": 1}) for one in promised[:FINALISTS]]
+    promised = {shape: timed(shape, parts(shape)).tokens_per_second for shape in tokens_per_step}
+    finalists = sorted(promised, key=lambda shape: -promised[shape])[:FINALISTS]
     alone = timed(DecodingShape(beam_width=1, beam_length=0), bench.step_ms())
     return Tuned(choose(alone, [timed(shape, bench.step_ms(shape)) for shape in finalists]), alone)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -64,9 +64,6 @@ def profile(
 
     target = load_model(model, dtype, device)[0] if model else _stand_in(str(shape), dtype, device)
     head = load_drafter(drafter, target) if drafter else random_drafter(target, exit_dim, draft_vocab)
-    console = Console(highlight=False, soft_wrap=True)
-    ceiling, where = bandwidth(target.device, repeats), device_name(target.device)
-    console.print(f"{where}: a large copy reads and writes {ceiling / 1e9:,.1f} GB/s")
     bench, drafting = _bench(
         target,
         head,
@@ -77,36 +74,22 @@ def profile(
         do_sample=do_sample,
         repeats=repeats,
     )
-    floor = 1e3 * (bench.weight_bytes + bench.cache_bytes) / ceiling
+    console = Console(highlight=False, soft_wrap=True)
+    ceiling, where = bandwidth(target.device, repeats), device_name(target.device)
+    console.print(f"{where}: a large copy reads and writes {ceiling / 1e9:,.1f} GB/s")
     console.print(
-        f"a step reads {bench.weight_bytes / 1e9:,.3f} GB of weights and {bench.cache_bytes / 1e9:,.3f} GB of keys and "
-        f"values ({batch} x {bench.context} tokens): at least {floor:.3f} ms"
+        f"a step reads {bench.weight_bytes / 1e6:,.1f} MB of weights and {bench.cache_bytes / 1e6:,.1f} MB of keys and "
+        f"values ({batch} x {bench.context:,} tokens): at least {_floor(bench, ceiling):.3f} ms"
     )
     found = list(pieces(bench, drafting, nodes=sizes, widths=[one for one in beams if one <= head.config.head_size]))
-    alone = found[0].milliseconds
     _table(console, found, drafting.in_words)
-    record = {
-        "target": model or shape,
-        "device": where,
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "batch": batch,
-        "context": bench.context,
-        "bytes_per_second": round(ceiling),
-        "weight_bytes": bench.weight_bytes,
-        "cache_bytes": bench.cache_bytes,
-        "floor_ms": round(floor, 5),
-        "shape": drafting.model_dump(exclude={"batch"}),
-        "pieces": [
-            {
-                "name": one.name,
-                "size": one.size,
-                "ms": round(one.milliseconds, 5),
-                "ratio": round(one.milliseconds / alone, 4),
-            }
-            for one in found
-        ],
-    }
-    typer.echo(json.dumps(record, ensure_ascii=False))
+    told = {"target": model or shape, "device": where, "shape": drafting.model_dump(exclude={"batch"})}
+    typer.echo(json.dumps(told | _plain(bench, ceiling, found), ensure_ascii=False))
+
+
+def _floor(bench: Bench, bytes_per_second: float) -> float:
+    """Milliseconds of a step that does nothing but read."""
+    return 1e3 * (bench.weight_bytes + bench.cache_bytes) / bytes_per_second
 
 
 def _stand_in(shape: str, dtype: str, device: str) -> PreTrainedModel:
@@ -154,6 +137,29 @@ def _bench(
     asked = request(model, drafter, texts, do_sample=do_sample, beam_width=width, beam_length=depth, node_budget=budget)
     drafting = DecodingShape(beam_width=width, beam_length=depth, node_budget=budget)
     return Bench.of(asked, drafter, reach=max(reach, asked.size, depth + 1), repeats=repeats), drafting
+
+
+def _plain(bench: Bench, ceiling: float, found: list[Piece]) -> dict[str, Any]:
+    """For JSON."""
+    alone = found[0].milliseconds
+    return {
+        "dtype": str(bench.target.dtype).removeprefix("torch."),
+        "batch": bench.batch,
+        "context": bench.context,
+        "bytes_per_second": round(ceiling),
+        "weight_bytes": bench.weight_bytes,
+        "cache_bytes": bench.cache_bytes,
+        "floor_ms": round(_floor(bench, ceiling), 5),
+        "pieces": [
+            {
+                "name": one.name,
+                "size": one.size,
+                "ms": round(one.milliseconds, 5),
+                "ratio": round(one.milliseconds / alone, 4),
+            }
+            for one in found
+        ],
+    }
 
 
 def _table(console: Console, found: list[Piece], drafted: str) -> None:

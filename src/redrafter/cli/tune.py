@@ -46,7 +46,7 @@ def tune(
     top_p: TopP = None,
     min_p: MinP = None,
     seed: Seed = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Times to measure each; the median counts.")] = 50,
+    repeats: Annotated[int, typer.Option(min=1, help="Times to measure each; the median counts.")] = 20,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is fastest, and write nothing.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
