@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from redrafter import RedrafterError, generate
 from redrafter.stand_ins import SHAPES, random_drafter, random_model
@@ -28,7 +28,7 @@ def test_a_random_model_is_a_sound_one_and_no_weight_is_left_as_it_was(dtype):
         assert weight.dtype == dtype
         assert weight.isfinite().all(), name
         assert weight.ndim == 1 or weight.count_nonzero() > 0.9 * weight.numel(), name
-    usual = LlamaForCausalLM(model.config).to(dtype).eval()
+    usual = AutoModelForCausalLM.from_config(model.config, dtype=dtype).eval()
     usual.load_state_dict(model.state_dict())
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():

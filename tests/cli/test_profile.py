@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from conftest import refusal
 from redrafter import profiling, tuning
@@ -21,7 +22,8 @@ def timed(monkeypatch):
 
     def run(function, device, repeats):
         nonlocal count
-        function()
+        with torch.inference_mode():
+            function()
         count += 1
         return count / 2
 

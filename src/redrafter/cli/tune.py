@@ -100,7 +100,7 @@ def _table(found: list[Tuned]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("batch", justify="right")
-    table.add_column("shape")
+    table.add_column("shape", no_wrap=True)
     for name in ("tokens/step", "ms/step", "tokens/s", "x autoregressive"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in found:
@@ -114,5 +114,5 @@ def _table(found: list[Tuned]) -> None:
             f"{one.speed_up:.2f}",
         )
     console = Console(highlight=False)
-    console.width = max(console.width, 110)  # a narrow terminal wraps lines rather than loses figures
+    console.width = max(console.width, 120)  # a narrow terminal wraps lines rather than loses figures
     console.print(table)
