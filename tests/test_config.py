@@ -7,6 +7,7 @@ import json
 import pytest
 
 from redrafter import DrafterConfig, RedrafterError
+from redrafter.config import DecodingShape
 
 APPLE = {  # as the released code writes it
     "model_type": "recurrent_drafting_drafter",
@@ -68,3 +69,61 @@ def test_a_bad_value_is_named_with_the_file(tmp_path, change, named):
 def test_what_is_no_config_is_refused(tmp_path, text):
     with pytest.raises(RedrafterError, match="does not describe a recurrent drafter"):
         read(tmp_path, text)
+
+
+TUNED = (
+    DecodingShape(batch=2, beam_width=3, beam_length=4, node_budget=9),
+    DecodingShape(batch=8, beam_width=2, beam_length=1),
+    DecodingShape(batch=32, beam_width=1, beam_length=0),
+)
+
+
+def test_tuned_shapes_come_back_and_are_left_out_where_there_are_none(tmp_path):
+    config = DrafterConfig(vocab_size=100, hidden_size=8, shapes=TUNED, tuned_on="a machine")
+    assert read(tmp_path, config.to_json()) == config
+    bare = json.loads(DrafterConfig(vocab_size=100, hidden_size=8).to_json())
+    assert not {"shapes", "tuned_on"} & bare.keys()
+
+
+@pytest.mark.parametrize(
+    ("batch", "told", "expected"),
+    [
+        (1, (), (5, 6, 21)),  # below all that was tuned: as it was made
+        (2, (), (3, 4, 9)),
+        (7, (), (3, 4, 9)),
+        (8, (), (2, 1, None)),  # whole beams, though the drafter was made for a budget
+        (31, (), (2, 1, None)),
+        (500, (), (1, 0, None)),
+        (8, (7,), (7, 6, 21)),
+        (8, (None, 2), (5, 2, 21)),
+        (8, (None, None, 40), (5, 6, 40)),
+        (8, (None, 0), (5, 0, 21)),
+        (8, (1, 2, 3), (1, 2, 3)),
+    ],
+)
+def test_a_batch_is_drafted_for_as_the_largest_tuned_one_below_it_unless_told(batch, told, expected):
+    made = {"vocab_size": 100, "hidden_size": 8, "beam_width": 5, "beam_length": 6, "node_budget": 21}
+    assert DrafterConfig(**made, shapes=TUNED).drafting(batch, *told) == expected
+    if told:
+        assert DrafterConfig(**made).drafting(batch, *told) == expected
+
+
+@pytest.mark.parametrize(
+    ("shapes", "named"),
+    [
+        ([{"batch": 0, "beam_width": 2, "beam_length": 2}], "shapes.0.batch"),
+        ([{"batch": 1, "beam_width": 2, "beam_length": -1}], "shapes.0.beam_length"),
+        ([{"batch": 1, "beam_width": 32001, "beam_length": 2}], "the shape of batch 1 cannot be drafted"),
+        ([{"batch": 4, "beam_width": 2, "beam_length": 4, "node_budget": 4}], "the shape of batch 4 cannot be drafted"),
+        ([{"batch": b, "beam_width": 2, "beam_length": 2} for b in (4, 1)], "different batches, rising"),
+        ([{"batch": 4, "beam_width": 2, "beam_length": 2}] * 2, "different batches, rising"),
+    ],
+)
+def test_a_bad_shape_is_named(tmp_path, shapes, named):
+    with pytest.raises(RedrafterError, match=rf"does not describe a recurrent drafter: .*{named}"):
+        read(tmp_path, json.dumps(APPLE | {"shapes": shapes}))
+
+
+def test_shapes_in_words():
+    words = ["3 beams of 4 tokens, the 9 most probable nodes", "2 beams of 1 tokens", "without drafting"]
+    assert [shape.in_words for shape in TUNED] == words

@@ -8,6 +8,7 @@ import transformers
 
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate, stream
+from redrafter.config import DecodingShape
 from redrafter.request import NEW_TOKENS, request
 
 MODEL = tiny_model()
@@ -124,3 +125,52 @@ def test_no_drafting_is_a_length_of_zero():
     assert request(MODEL, None, [[5]]).proposer is None
     out = generate(MODEL, drafter, [[5], [6]], beam_length=0, max_new_tokens=5)
     assert (out.stats.steps, out.stats.drafted, out.stats.accepted_by_position) == (10, 0, [])
+
+
+def tuned() -> RecurrentDrafter:
+    """A drafter tuned for batches of 2 and more, of 3 and more, and of 4 and more, where it is not to draft."""
+    torch.manual_seed(0)
+    drafter = RecurrentDrafter.for_target(MODEL, beam_width=5, beam_length=3, node_budget=8)
+    shapes = (
+        DecodingShape(batch=2, beam_width=4, beam_length=2),
+        DecodingShape(batch=3, beam_width=2, beam_length=4, node_budget=6),
+        DecodingShape(batch=4, beam_width=1, beam_length=0),
+    )
+    drafter.config = drafter.config.model_copy(update={"shapes": shapes, "tuned_on": "here"})
+    return drafter
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "told", "expected"),
+    [
+        (1, None, {}, (5, 3, 8)),
+        (2, None, {}, (4, 2, None)),
+        (3, None, {}, (2, 4, 6)),
+        (9, 3, {}, (2, 4, 6)),  # rows decoded together, not all of them
+        (2, 9, {}, (4, 2, None)),
+        (9, 1, {}, (5, 3, 8)),
+        (4, None, {}, None),
+        (4, None, {"beam_width": 6}, (6, 3, 8)),
+        (2, None, {"beam_length": 5}, (5, 5, 8)),
+        (2, None, {"node_budget": 9}, (5, 3, 9)),
+        (2, None, {"beam_length": 0}, None),
+    ],
+)
+def test_drafts_are_tuned_to_the_batch_unless_a_shape_is_told(rows, batch_size, told, expected):
+    proposer = request(MODEL, tuned(), [[5]] * rows, batch_size=batch_size, **told).proposer
+    assert (None if proposer is None else (proposer.width, proposer.length, proposer.budget)) == expected
+
+
+@pytest.mark.parametrize("law", [{}, {"do_sample": True, "seed": 3}])
+def test_no_text_depends_on_the_tuning(law):
+    untuned = tuned()
+    untuned.config = untuned.config.model_copy(update={"shapes": ()})
+    prompts = [[5, 9], [7], [11, 12, 13], [4], [6]]
+    steps = set()
+    for batch_size in (1, 2, 3, 4):
+        plain = generate(MODEL, untuned, prompts, batch_size=batch_size, max_new_tokens=12, **law)
+        out = generate(MODEL, tuned(), prompts, batch_size=batch_size, max_new_tokens=12, **law)
+        assert out.new_tokens == plain.new_tokens
+        assert (out.stats.drafted == 0) == (batch_size == 4)
+        steps.add(out.stats.drafted)
+    assert len(steps) > 2, "what drafts alike shows nothing"

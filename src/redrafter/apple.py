@@ -17,7 +17,7 @@ from redrafter.errors import RedrafterError
 SHAPE = ("model_type", "vocab_size", "hidden_size", "exit_dim", "num_draft_layers", "rnn")
 """What both configs say."""
 
-LEFT_OUT = ("target", "target_revision", "beam_width", "beam_length", "node_budget")
+LEFT_OUT = ("target", "target_revision", "beam_width", "beam_length", "node_budget", "shapes", "tuned_on")
 """What ours says and the weights do not depend on."""
 
 

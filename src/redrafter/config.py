@@ -10,9 +10,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from redrafter.errors import RedrafterError
+
+
+class DecodingShape(BaseModel):
+    """How to draft where `batch` rows or more are decoded together.
+
+    `beam_length` counts drafted tokens only; 0 decodes without drafting.  With a `node_budget` the so many most
+    probable nodes are drafted, the root counted, not whole beams.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    batch: PositiveInt = 1
+    beam_width: PositiveInt
+    beam_length: NonNegativeInt
+    node_budget: PositiveInt | None = None
+
+    @property
+    def in_words(self) -> str:
+        """Beams and budget."""
+        if not self.beam_length:
+            return "without drafting"
+        budget = f", the {self.node_budget} most probable nodes" if self.node_budget else ""
+        return f"{self.beam_width} beams of {self.beam_length} tokens{budget}"
 
 
 class DrafterConfig(BaseModel):
@@ -25,7 +48,8 @@ class DrafterConfig(BaseModel):
     last hidden state, `context_positions` the last positions at which it sees them.  `target` and `target_revision`
     name the model it was made for, `beam_length` is the draft length it was trained for (drafted tokens only, the
     guaranteed token not counted), and `beam_width` the width to decode with unless told otherwise; with a `node_budget`
-    drafts are the so many most probable nodes, the root counted, not whole beams.
+    drafts are the so many most probable nodes, the root counted, not whole beams.  `shapes`, by rising batch, are what
+    `redrafter tune` found to be fastest instead, and `tuned_on` says where.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -45,6 +69,8 @@ class DrafterConfig(BaseModel):
     beam_width: PositiveInt = 10
     beam_length: PositiveInt = 4
     node_budget: PositiveInt | None = None
+    shapes: tuple[DecodingShape, ...] = ()
+    tuned_on: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -64,12 +90,40 @@ class DrafterConfig(BaseModel):
             raise ValueError("a gate needs the recurrence")
         if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             raise ValueError("draft_vocab_size cannot exceed vocab_size")
+        batches = [shape.batch for shape in self.shapes]
+        if batches != sorted(set(batches)):
+            raise ValueError("shapes must be of different batches, rising")
+        for shape in self.shapes:
+            if shape.beam_width > self.head_size or (shape.node_budget or shape.beam_length + 1) <= shape.beam_length:
+                raise ValueError(f"the shape of batch {shape.batch} cannot be drafted")
         return self
 
     @property
     def head_size(self) -> int:
         """Number of tokens that the head scores."""
         return self.draft_vocab_size or self.vocab_size
+
+    @property
+    def default_shape(self) -> DecodingShape:
+        """What the drafter was made for."""
+        return DecodingShape(beam_width=self.beam_width, beam_length=self.beam_length, node_budget=self.node_budget)
+
+    def drafting(
+        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
+    ) -> tuple[int, int, int | None]:
+        """Beam width, beam length and node budget for `batch` rows decoded together.
+
+        Told none of them, as tuned: by the largest batch that is not above this one.  Told some, or where nothing was
+        tuned, the others are what the drafter was made for.
+        """
+        shape = self.default_shape
+        if width is None and length is None and budget is None:
+            shape = next((one for one in reversed(self.shapes) if one.batch <= batch), shape)
+        return (
+            shape.beam_width if width is None else width,
+            shape.beam_length if length is None else length,
+            shape.node_budget if budget is None else budget,
+        )
 
     @property
     def context_size(self) -> int:
@@ -102,6 +156,6 @@ class DrafterConfig(BaseModel):
 
     def to_json(self) -> str:
         """The text of `config.json`; what is not set is left out."""
-        published = {"gated": False, "context_layers": (), "context_positions": 1}  # the paper's form needs no words
+        published = {"gated": False, "context_layers": (), "context_positions": 1, "shapes": ()}  # the paper's form
         unset = {name for name, value in published.items() if getattr(self, name) == value}
         return self.model_dump_json(indent=2, exclude_none=True, exclude=unset) + "\n"

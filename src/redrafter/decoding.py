@@ -156,7 +156,8 @@ def stream(
     autoregressively.  `settings` are all that a `GenerationConfig` can say, and
 
     - `generation_config`: such a config; what is set nowhere is taken from the model's own, as in `model.generate`;
-    - `beam_width`, `beam_length` (drafted tokens only), `node_budget`: by default what the drafter was made for;
+    - `beam_width`, `beam_length` (drafted tokens only), `node_budget`: told none of them, what `redrafter tune`
+      found fastest for the batch, or else what the drafter was made for;
     - `batch_size`: rows decoded together at most (default: all); where one ends, the next one enters its slot;
     - `seed`: one for each row, or one from which row 0, 1, … get their own (default: torch's generator gives one).
       What is drawn at a position depends on the row's seed, the position and the model alone, never on the drafter

@@ -28,11 +28,16 @@ CUSTOM_GENERATE = {
 """What transformers looks for in a folder that it is to decode with."""
 
 
+def may_be_on_the_hub(path: str | Path) -> bool:
+    """Whether it is no local path but has the form OWNER/NAME."""
+    return not (Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")))
+
+
 def fetch(path: str | Path, *, revision: str | None = None) -> Path:
     """The local folder of a drafter; a hub id is downloaded first.  Raises RedrafterError where there is none."""
     folder = Path(path)
     if not folder.is_dir():
-        if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        if not may_be_on_the_hub(path):
             raise RedrafterError(f"There is no drafter folder at {path}.")
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

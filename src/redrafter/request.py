@@ -114,9 +114,12 @@ def request(
     config = resolve(target.model, generation_config, settings)
     if eos_token_id is not None:
         config.eos_token_id = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    proposer = _proposer(target, drafter, beam_width, beam_length, node_budget)
+    if batch_size is not None and batch_size < 1:
+        raise RedrafterError(f"batch_size must be at least 1, not {batch_size}.")
     prompts = _prompts(target, input_ids, attention_mask)
     prompts = [prompt for prompt in prompts for _ in range(config.num_return_sequences or 1)]
+    batch = min(batch_size or len(prompts), len(prompts))
+    proposer = _proposer(target, drafter, batch, beam_width, beam_length, node_budget)
     if seed is not None and not config.do_sample:
         raise RedrafterError("seed means nothing in greedy decoding: ask for do_sample, or leave it out.")
     seeds = row_seeds(seed, len(prompts)) if config.do_sample else [0] * len(prompts)
@@ -130,14 +133,12 @@ def request(
     if target.context_length is not None:  # the last token written is never read again, so it needs no position
         room = target.context_length + 1
         rows = [Row(r.number, r.prompt, r.seed, min(r.budget, room - len(r.prompt))) for r in rows]
-    if batch_size is not None and batch_size < 1:
-        raise RedrafterError(f"batch_size must be at least 1, not {batch_size}.")
     return Request(
         target,
         proposer,
         sampler,
         rows,
-        batch=min(batch_size or len(rows), len(rows)),
+        batch=batch,
         ends=ends_of(config),
         criteria=_criteria(config, tokenizer, stopping_criteria),
         tokenizer=tokenizer,
@@ -201,19 +202,22 @@ def _budget(config: GenerationConfig, row: int, prompt: list[int]) -> int:
 
 
 def _proposer(
-    target: Target, drafter: RecurrentDrafter | None, width: int | None, length: int | None, budget: int | None
+    target: Target,
+    drafter: RecurrentDrafter | None,
+    batch: int,
+    width: int | None,
+    length: int | None,
+    budget: int | None,
 ) -> RecurrentProposer | None:
     if drafter is None:
         return None
     config = drafter.config
     target.check_drafter(config)
-    width = config.beam_width if width is None else width
-    length = config.beam_length if length is None else length
+    width, length, budget = config.drafting(batch, width, length, budget)
     if length < 0:
         raise RedrafterError(f"beam_length must be at least 1, or 0 to decode without drafting, not {length}.")
     if not 1 <= width <= config.head_size:
         raise RedrafterError(f"beam_width must lie between 1 and the drafter's {config.head_size} tokens, not {width}.")
-    budget = config.node_budget if budget is None else budget
     if budget is not None and budget < length + 1:
         raise RedrafterError(f"node_budget must hold the root and {length} drafted tokens, not be {budget}.")
     if drafter.device != target.device:

@@ -23,7 +23,10 @@ def prompts(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "distill", "train", "data", "check", "eval", "info", "export"])
+COMMANDS = ("demo", "generate", "distill", "train", "data", "check", "eval", "profile", "tune", "info", "export")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_every_command_and_every_option(say, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")  # no line is broken
     status, out, _ = say("--help")

@@ -16,7 +16,9 @@ from redrafter.cli.eval import evaluate
 from redrafter.cli.export import export
 from redrafter.cli.generate import generate
 from redrafter.cli.info import info
+from redrafter.cli.profile import profile
 from redrafter.cli.train import train
+from redrafter.cli.tune import tune
 from redrafter.errors import RedrafterError
 
 app = typer.Typer(
@@ -26,7 +28,7 @@ app = typer.Typer(
     help="Exact, fast speculative decoding with a recurrent drafter: the model's own text, sooner. "
     "Start with `redrafter demo`.",
 )
-for command in (demo, generate, distill, train, data, check, info, export):
+for command in (demo, generate, distill, train, data, check, profile, tune, info, export):
     app.command()(command)
 app.command("eval")(evaluate)
 

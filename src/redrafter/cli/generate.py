@@ -88,7 +88,8 @@ def generate(
 
     if "stop_strings" in settings:
         settings["tokenizer"] = tokenizer
-    positions = 0 if head is None else beam_length or head.config.beam_length
+    shape = (beam_width, beam_length, node_budget)
+    positions = 0 if head is None else head.config.drafting(min(batch_size, len(ids)), *shape)[1]
     events = stream(
         target,
         head,

@@ -17,9 +17,6 @@ def info(path: Annotated[str, typer.Argument(help="A drafter's folder or hub id.
 
     drafter = RecurrentDrafter.from_pretrained(path)
     config = drafter.config
-    shape = f"{config.beam_width} beams of {config.beam_length} tokens"
-    if config.node_budget:
-        shape += f", the {config.node_budget} most probable nodes"
     table = Table(show_header=False, box=None)
     for name, value in {
         "drafter": path,
@@ -27,7 +24,9 @@ def info(path: Annotated[str, typer.Argument(help="A drafter's folder or hub id.
         "target's shape": f"vocabulary {config.vocab_size:,}, hidden size {config.hidden_size:,}",
         "head": config.head_in_words,
         "context": config.context_in_words,
-        "drafts by default": shape,
+        "drafts by default": config.default_shape.in_words,
+        **{f"from batch {shape.batch} on": shape.in_words for shape in config.shapes},
+        **({"tuned on": config.tuned_on} if config.tuned_on else {}),
         "parameters": f"{hub.count_parameters(drafter):,} in {str(drafter.dtype).removeprefix('torch.')}",
         "on disk": f"{hub.size_on_disk(hub.fetch(path)) / 1e6:.1f} MB",
     }.items():

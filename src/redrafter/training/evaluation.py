@@ -223,10 +223,7 @@ def _measured(asked: Request, written: Generation, batch_size: int) -> list[Meas
     """Holds what was written against drafts at every place of it."""
     assert asked.proposer is not None
     new = written.new_tokens
-    texts = [
-        Row(row.prompt + tokens, [False] * len(row.prompt) + [True] * len(tokens))
-        for row, tokens in zip(asked.rows, new, strict=True)
-    ]
+    texts = answered(asked, new)
     seeds = [row.seed for row in asked.rows]
     verdicts = drafted_everywhere(
         asked.target, asked.proposer, texts, sampler=asked.sampler, seeds=seeds, batch_size=batch_size
@@ -235,6 +232,14 @@ def _measured(asked: Request, written: Generation, batch_size: int) -> list[Meas
     return [
         Measured(len(tokens), _decoded(stats), Acceptance.of(walked(found), length), Acceptance.of(found, length))
         for tokens, stats, found in zip(new, written.stats.rows, verdicts, strict=True)
+    ]
+
+
+def answered(asked: Request, new: list[list[int]]) -> list[Row]:
+    """The rows of a call with what was written to them, the new tokens to be learnt."""
+    return [
+        Row(row.prompt + tokens, [False] * len(row.prompt) + [True] * len(tokens))
+        for row, tokens in zip(asked.rows, new, strict=True)
     ]
 
 

@@ -1,0 +1,214 @@
+"""Where the time of a step goes: the engine's own functions, timed one by one and whole.
+
+Promises medians of what decoding runs (`step`, `Target.forward`, `Proposer.propose`, the sampler, `walk`,
+`SlotCache.keep`), on rows that really stand at their context; on CUDA each replayed as a graph, so of the device alone.
+Does not know files, prompts or which shape is best.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from redrafter.config import DecodingShape
+from redrafter.decoding import State, prefill, step
+from redrafter.drafter import RecurrentDrafter
+from redrafter.fast.compiled import compiled
+from redrafter.fast.graph import Captured
+from redrafter.fast.merged import merged
+from redrafter.proposers import RecurrentProposer
+from redrafter.request import Request
+from redrafter.sampling import Draw, Sampler
+from redrafter.target import Target
+from redrafter.tree import DraftTree, chain
+from redrafter.verify import walk
+
+WARM_UP = 5
+"""Calls before the first that is timed."""
+
+
+def milliseconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of a call: on CUDA of a replay, between events; elsewhere as it is called, by the clock.
+
+    Raises RedrafterError for what cannot be replayed.
+    """
+    timed = _replays if device.type == "cuda" else _calls
+    with torch.inference_mode():
+        return statistics.median(timed(function, device, repeats))
+
+
+def _replays(function: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    with torch.cuda.device(device):
+        captured = Captured(function, device)
+        for _ in range(WARM_UP):
+            captured()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for before, after in events:
+            before.record()
+            captured()
+            after.record()
+        torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in events]
+
+
+def _calls(function: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    times = []
+    for _ in range(WARM_UP + repeats):
+        begin = time.perf_counter()
+        function()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - begin))
+    return times[WARM_UP:]
+
+
+def bandwidth(device: torch.device, repeats: int) -> float:
+    """Bytes a second, read and written, of one large copy: what no step can exceed."""
+    size = 2**28  # far beyond any cache
+    if device.type == "cuda":
+        size = min(2**30, torch.cuda.mem_get_info(device)[0] // 4)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    copy = torch.empty_like(source)
+    return 2 * size / milliseconds(lambda: copy.copy_(source), device, repeats) * 1e3
+
+
+def device_name(device: torch.device) -> str:
+    """What the figures were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return device.type
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Rows of one context, ready for a step; every measurement begins at the same place again."""
+
+    target: Target
+    drafter: RecurrentDrafter
+    sampler: Sampler
+    state: State
+    context: int
+    """Tokens of each row in the cache."""
+    repeats: int
+    compile: bool
+    """Whether the target's layers are compiled."""
+
+    @classmethod
+    def of(cls, asked: Request, drafter: RecurrentDrafter, *, reach: int, repeats: int, compile: bool = False) -> Bench:
+        """Runs the prompts of a call, which are of one length, with room for trees of `reach` nodes."""
+        target, rows = asked.target, asked.rows
+        sampler = Sampler(asked.sampler.do_sample, asked.sampler.processors[:1])
+        context = len(rows[0].prompt)
+        slots = context + 2 * reach  # a step writes the path's tokens where its nodes end
+        with target.evaluating(), torch.inference_mode():
+            cache = target.new_cache(batch=len(rows), slots=slots)
+            positions = drafter.config.context_positions
+            state, _ = prefill(target, sampler, rows, cache, slots=slots, positions=positions)
+            state.place.alive.zero_()  # so that no step leads on from where they stand
+        return cls(target, drafter, sampler, state, context, repeats, compile)
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return len(self.state.context)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights that a step reads; of an embedding that is not also the output head it reads a few rows."""
+        looked_up = self.target.embed.weight
+        read = [one for one in self.target.model.parameters() if one is not looked_up]
+        if looked_up is getattr(self.target.head, "weight", None):
+            read.append(looked_up)
+        return sum(one.nbytes for one in read)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values of the context."""
+        return sum(pool.nbytes // pool.shape[3] for pool in self.state.cache.pools) * self.context
+
+    def proposer(self, shape: DecodingShape) -> RecurrentProposer:
+        """What drafts in this shape."""
+        return RecurrentProposer(self.drafter, self.target, shape.beam_width, shape.beam_length, shape.node_budget)
+
+    def step_ms(self, shape: DecodingShape | None = None) -> float:
+        """A whole step; without a shape the autoregressive one."""
+        proposer = None if shape is None else self.proposer(shape)
+        return self._timed(
+            lambda: step(self.target, proposer, self.sampler, self.state), 1 if proposer is None else proposer.size
+        )
+
+    def verify_ms(self, nodes: int) -> float:
+        """The target's run over a chain of random tokens; what the tree looks like is the same work."""
+        place = self.state.place
+        tokens = torch.randint(self.target.vocab_size, (self.batch, nodes), device=self.target.device)
+        tree = chain(tokens)
+        return self._timed(lambda: self.target.forward(tree, place.length, self.state.cache), nodes)
+
+    def draft_ms(self, shape: DecodingShape) -> float:
+        """From the target's states to the tree."""
+        draw = self._draw(shape)
+        return self._timed(lambda: self._propose(shape, draw), 1)
+
+    def rest_ms(self, shape: DecodingShape) -> float:
+        """Noise and choices, the walk, and what is kept of the cache."""
+        place, cache = self.state.place, self.state.cache
+        tree = self.tree(shape)
+        size = (self.batch, tree.size, self.target.vocab_size)
+        logits = torch.randn(size, device=self.target.device).to(self.target.dtype)
+
+        def rest() -> None:
+            choice = self.sampler.choose(self._draw(shape), tree, logits, place)
+            path, _ = walk(tree, choice.tokens, length=shape.beam_length)
+            cache.keep(path, place.length)
+
+        return self._timed(rest, tree.size)
+
+    def tree(self, shape: DecodingShape) -> DraftTree:
+        """A draft as the target would be given it."""
+        with torch.inference_mode():
+            tree = self._propose(shape, self._draw(shape))
+        return tree.trimmed() if self.target.device.type == "cpu" else tree  # as `step` does
+
+    def _draw(self, shape: DecodingShape) -> Draw:
+        return self.sampler.draw(self.state.place, depths=shape.beam_length + 1, vocabulary=self.target.vocab_size)
+
+    def _propose(self, shape: DecodingShape, draw: Draw) -> DraftTree:
+        place = self.state.place
+        root = place.text.gather(1, place.length[:, None])[:, 0]
+        return self.proposer(shape).propose(self.state.context.flatten(1), root, draw)
+
+    def _timed(self, function: Callable[[], object], nodes: int) -> float:
+        self.state.cache.window.visible = self.context + nodes
+        cuda = self.target.device.type == "cuda"
+        layers = self.target.decoder_layers if self.compile else []
+        with self.target.evaluating(), merged(self.target.model) if cuda else nullcontext(), compiled(layers):
+            return milliseconds(function, self.target.device, self.repeats)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the step, the number that it was measured for, and its median time."""
+
+    name: str
+    size: int | None
+    milliseconds: float
+
+
+def pieces(bench: Bench, shape: DecodingShape, *, nodes: Sequence[int], widths: Sequence[int]) -> Iterator[Piece]:
+    """The autoregressive step first, then its parts and last the whole drafted step, each as it is measured."""
+    yield Piece("autoregressive step", None, bench.step_ms())
+    for count in nodes:
+        yield Piece("verify, nodes", count, bench.verify_ms(count))
+    for width in widths:
+        yield Piece("draft, beams", width, bench.draft_ms(shape.model_copy(update={"beam_width": width})))
+    yield Piece("rest", None, bench.rest_ms(shape))
+    yield Piece("drafted step", None, bench.step_ms(shape))

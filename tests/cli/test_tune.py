@@ -1,0 +1,135 @@
+"""`redrafter tune` as a user types it, with times of our own making."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import transformers
+
+from conftest import refusal
+from redrafter import RecurrentDrafter, generate
+from redrafter.profiling import Bench
+from redrafter.prompts import prompt_ids
+from redrafter.request import request
+
+
+@pytest.fixture
+def folder(drafter_folder, tmp_path):
+    return shutil.copytree(drafter_folder, tmp_path / "drafter")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in ("Once", "Twice", "Never", "Often")))
+    return path
+
+
+@pytest.fixture
+def command(model_folder, folder, prompts):
+    words = ["tune", "--model", model_folder, "--drafter", folder, "--prompts", prompts, "--device", "cpu"]
+    words += ["--batch-sizes", "1,4", "--widths", "2,40", "--lengths", "2,3", "--budgets", "4,90"]
+    return [*words, "--limit", 3, "--max-new-tokens", 20, "--repeats", 1]
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """Milliseconds by formula: to verify costs by node and row, so that a large batch does not pay."""
+
+    def step(bench, shape=None):
+        nodes = 1 if shape is None else bench.proposer(shape).size
+        return 10 + verify(bench, nodes)
+
+    def verify(bench, nodes):
+        return 0.001 * nodes * bench.batch**8
+
+    monkeypatch.setattr(Bench, "step_ms", step)
+    monkeypatch.setattr(Bench, "verify_ms", verify)
+    monkeypatch.setattr(Bench, "draft_ms", lambda bench, shape: 10.0)
+    monkeypatch.setattr(Bench, "rest_ms", lambda bench, shape: 0.0)
+
+
+@pytest.mark.parametrize("law", [(), ("--do-sample", "--temperature", 0.7, "--seed", 3)])
+def test_the_fastest_shapes_are_told_kept_and_taken(say, command, times, folder, model_folder, law):
+    status, out, err = say(*command, *law)
+    assert (status, err) == (0, "")
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    drafter = RecurrentDrafter.from_pretrained(folder, target=model)
+    one, four = drafter.config.shapes
+    assert (one.batch, one.beam_width) == (1, 40)  # so much is accepted that nothing else comes near
+    assert (four.batch, four.beam_length) == (4, 0)
+    assert f"Wrote the shapes into {folder}" in " ".join(out.split())
+    assert ("sampled" if law else "greedy") in drafter.config.tuned_on
+    assert "float32" in drafter.config.tuned_on
+    assert "of context" in drafter.config.tuned_on
+
+    ids = [prompt_ids({"prompt": text}, tokenizer, "here") for text in ("Once", "Twice", "Never")]
+    told = {"do_sample": True, "temperature": 0.7, "seed": 3} if law else {}
+    stats = generate(model, drafter, ids, batch_size=1, max_new_tokens=20, **told).stats
+    assert stats.accepted > 0
+    tokens = 1 + stats.accepted / (stats.steps - 3)
+    rows = [line.split() for line in out.splitlines()]
+    ms = 10 + 0.001 * request(model, drafter, ids[:1]).size
+    assert [
+        "1", *one.in_words.split(), f"{tokens:.2f}", f"{ms:.3f}", f"{1e3 * tokens / ms:,.0f}",
+        f"{tokens / ms * 10.001:.2f}",
+    ] in rows  # fmt: skip
+    assert ["4", "without", "drafting", "1.00", "75.536", "53", "1.00"] in rows
+    assert request(model, drafter, ids * 2).proposer is None
+    _, out, _ = say("info", folder)
+    for words in ("from batch 1 on", one.in_words, "from batch 4 on", "without"):
+        assert words in out
+    assert "tuned on" in out
+    status, _, _ = say("generate", "--model", model_folder, "--drafter", folder, "--prompt", "Once", "--json")
+    assert status == 0
+
+
+def test_a_dry_run_writes_nothing(say, command, times, folder):
+    before = (folder / "config.json").read_bytes()
+    status, out, _ = say(*command, "--dry-run")
+    assert status == 0
+    assert "nothing is written" in out
+    assert "40 beams of" in out
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_copy_can_be_tuned_instead(say, command, times, folder, tmp_path):
+    assert say(*command, "--output", tmp_path / "copy")[0] == 0
+    assert not RecurrentDrafter.from_pretrained(folder).config.shapes
+    assert len(RecurrentDrafter.from_pretrained(tmp_path / "copy").config.shapes) == 2
+    assert "already holds a drafter: give another --output" in refusal(say(*command, "--output", tmp_path / "copy"))
+    status, _, _ = say("export", tmp_path / "copy", "--output", tmp_path / "theirs", "--format", "apple")
+    assert status == 0  # their format has no place for shapes, and needs none
+    assert not RecurrentDrafter.from_pretrained(tmp_path / "theirs").config.shapes
+
+
+def test_times_of_this_machine_are_enough_for_a_choice(say, command, folder):
+    status, out, _ = say(*command, "--context", 9)
+    assert status == 0
+    assert [one.batch for one in RecurrentDrafter.from_pretrained(folder).config.shapes] == [1, 4]
+    assert "9 tokens of context" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--batch-sizes", "0"], "--batch-sizes takes whole numbers from 1, as 1,4,10, not '0'."),
+        (["--widths", "2,300"], "A width of 300 exceeds the drafter's 259 tokens."),
+        (["--lengths", "x"], "--lengths takes whole numbers"),
+        (["--budgets", ""], "--budgets takes whole numbers"),
+        (["--context", 129], "--context 129 exceeds the model's 128 positions."),
+        (["--drafter", "someone/drafter"], "someone/drafter is not a folder to write into: give an --output"),
+        (["--drafter", "/none/such"], "There is no drafter folder at /none/such."),
+        (["--temperature", 0.5], "temperature means nothing in greedy decoding"),
+    ],
+)
+def test_bad_input_is_one_sentence(say, command, words, sentence):
+    assert sentence in refusal(say(*command, *words))
+
+
+def test_a_file_without_prompts_is_named(say, command, prompts):
+    prompts.write_text("")
+    assert "prompts.jsonl holds no prompt" in refusal(say(*command))

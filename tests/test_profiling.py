@@ -1,0 +1,132 @@
+"""What is timed is what decoding runs, from the same place each time; no test depends on a time."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from conftest import greedy, tiny_model
+from redrafter import RecurrentDrafter, profiling
+from redrafter.config import DecodingShape
+from redrafter.profiling import Bench, milliseconds
+from redrafter.request import request
+
+MODEL = tiny_model()
+CPU = torch.device("cpu")
+SHAPE = DecodingShape(beam_width=3, beam_length=2, node_budget=6)
+TEXTS = [[5, 9, 12, 7], [8, 3, 30, 31]]
+
+
+def bench(model=MODEL, *, reach: int = 16, **settings) -> Bench:
+    torch.manual_seed(0)
+    drafter = RecurrentDrafter.for_target(model, context_positions=2)
+    return Bench.of(request(model, drafter, TEXTS, **settings), drafter, reach=reach, repeats=2)
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """What every timed function returned; each takes as many milliseconds as were timed before it."""
+    seen = []
+
+    def run(function, device, repeats):
+        with torch.inference_mode():
+            first, again = function(), function()
+        seen.append((first, again))
+        return float(len(seen))
+
+    monkeypatch.setattr(profiling, "milliseconds", run)
+    return seen
+
+
+def test_the_median_is_of_the_calls_after_the_warm_up(monkeypatch):
+    took = [9.0] * profiling.WARM_UP + [0.001, 0.004, 0.002]  # seconds of each call
+    ticks = itertools.chain.from_iterable((0.0, one) for one in took)
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: next(ticks))
+    calls = []
+    assert milliseconds(lambda: calls.append(torch.is_inference_mode_enabled()), CPU, 3) == pytest.approx(2.0)
+    assert calls == [True] * len(took)
+
+
+def test_the_ceiling_counts_what_is_read_and_written(monkeypatch):
+    monkeypatch.setattr(profiling, "milliseconds", lambda function, device, repeats: 50.0)
+    assert profiling.bandwidth(CPU, 1) == 2 * 2**28 / 0.05
+
+
+def test_what_a_step_must_read():
+    untied = bench()
+    looked_up = MODEL.get_input_embeddings().weight
+    total = sum(one.numel() for one in MODEL.parameters())
+    assert untied.weight_bytes == 4 * (total - looked_up.numel())
+    assert untied.cache_bytes == 4 * 2 * 2 * (2 * 4) * (8 + 8)  # bytes, layers, heads, rows x tokens, keys and values
+    tied = tiny_model(tie_word_embeddings=True)
+    assert bench(tied).weight_bytes == 4 * sum(one.numel() for one in tied.parameters())
+
+
+def test_the_steps_are_decodings_own(results):
+    own = bench()
+    expected = [greedy(MODEL, text, 4) for text in TEXTS]
+    for shape in (None, SHAPE, SHAPE.model_copy(update={"node_budget": None})):
+        own.step_ms(shape)
+        for state, emitted in results[-1]:  # the second call begins where the first did
+            assert state.context.shape == own.state.context.shape
+            for row, following in enumerate(expected):
+                count = int(emitted.accepted[row]) + 1
+                assert emitted.tokens[row, :count].tolist() == following[1 : 1 + count]
+            assert bool(emitted.drafted.sum()) == (shape is not None)
+
+
+def test_the_parts_are_of_the_sizes_asked_for(results):
+    own = bench(do_sample=True, temperature=0.7, seed=3)
+    own.verify_ms(16)
+    hidden, logits = results[-1][0]
+    assert hidden.shape[:2] == logits.shape[:2] == (2, 16)
+    assert own.state.cache.window.visible == 4 + 16
+    own.draft_ms(SHAPE)
+    tree = results[-1][0]
+    assert tree.size == 6
+    assert tree.tokens[:, 0].tolist() == [own.state.place.text[row, 4].item() for row in range(2)]
+    drafted = own.tree(SHAPE)
+    assert torch.equal(drafted.tokens, tree.tokens)
+    own.rest_ms(SHAPE)
+    assert len(results) == 3
+
+
+def test_the_rest_keeps_the_path_of_the_trees_that_are_drafted(results, monkeypatch):
+    own = bench()
+    kept = []
+    monkeypatch.setattr(own.state.cache, "keep", lambda path, length: kept.append((path.shape, length.tolist())))
+    own.rest_ms(SHAPE)
+    assert kept == [((2, 3), [4, 4])] * 2
+
+
+def test_a_sampled_draft_reckons_with_the_noise(results):
+    drafts = []
+    for seed in (1, 2):
+        bench(do_sample=True, seed=[seed, seed]).draft_ms(SHAPE)
+        drafts.append(results[-1][0].tokens.tolist())
+    assert drafts[0] != drafts[1]
+
+
+def test_pieces_are_told_in_order(results):
+    found = list(profiling.pieces(bench(), SHAPE, nodes=[1, 8], widths=[1, 3]))
+    assert [(one.name, one.size, one.milliseconds) for one in found] == [
+        ("autoregressive step", None, 1.0),
+        ("verify, nodes", 1, 2.0),
+        ("verify, nodes", 8, 3.0),
+        ("draft, beams", 1, 4.0),
+        ("draft, beams", 3, 5.0),
+        ("rest", None, 6.0),
+        ("drafted step", None, 7.0),
+    ]
+    assert results[3][0].depth.max() == 2
+    assert results[3][0].size == 3
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_piece_can_be_replayed():
+    model = tiny_model().cuda()
+    found = list(profiling.pieces(bench(model, do_sample=True, seed=3), SHAPE, nodes=[1, 8], widths=[1, 3]))
+    assert all(one.milliseconds > 0 for one in found)
+    assert profiling.bandwidth(model.device, 3) > 1e10
