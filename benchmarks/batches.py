@@ -51,7 +51,8 @@ def main() -> None:
     line = json.dumps(told | {"records": records, "failed": failed})
     if given.output:
         given.output.write_text(line + "\n")
-    print("\n" + line)
+    else:
+        print("\n" + line)
 
 
 if __name__ == "__main__":

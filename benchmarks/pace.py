@@ -69,6 +69,14 @@ class Run:
         return 1e3 * sum(self.times) / len(self.times)
 
 
+def pooled(runs: list[list[Run]]) -> list[Run]:
+    """One run for each round, of the steps of all jobs that were measured in it."""
+    return [
+        Run(times=[one for run in each for one in run.times], tokens=sum(run.tokens for run in each))
+        for each in zip(*runs, strict=False)
+    ]
+
+
 def timed(events: Iterator[Event], rows: int = 1) -> Run:
     """Follows a stream of so many rows together, each step an event a row.
 
@@ -125,7 +133,8 @@ def in_rounds(jobs: dict[Any, Callable[[], Run]], rounds: int, until: float) -> 
             try:
                 runs[name].append(run := job())
             except Exception as error:  # out of memory, say: the others are still wanted
-                traceback.print_exc()
+                if not isinstance(error, RedrafterError):
+                    traceback.print_exc()
                 failed[name] = f"{name}: {type(error).__name__}: {error}".splitlines()[0]
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -136,8 +145,10 @@ def in_rounds(jobs: dict[Any, Callable[[], Run]], rounds: int, until: float) -> 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown; what is nested is left to the JSON line."""
-    names = [name for name, value in (records[0] if records else {}).items() if not isinstance(value, dict)]
-    lines = [names, ["---"] * len(names), *([str(record[name]) for name in names] for record in records)]
+    if not records:
+        return "Nothing was measured."
+    names = [name for name, value in records[0].items() if not isinstance(value, dict)]
+    lines = [names, ["---"] * len(names), *([str(record.get(name, "")) for name in names] for record in records)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -164,5 +175,5 @@ def parser(described: str) -> argparse.ArgumentParser:
     options.add_argument("--new-tokens", type=int, default=128)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=float, default=300, help="after which nothing is begun")
-    options.add_argument("--output", type=Path, help="a file for the JSON line")
+    options.add_argument("--output", type=Path, help="a file for the JSON line, which is printed otherwise")
     return options

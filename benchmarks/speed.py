@@ -14,10 +14,11 @@ import json
 import statistics
 import time
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
-from benchmarks.pace import UNDRAFTED, UNTIMED, Run, Shape, about, in_rounds, parser, prompts_of, table, timed
+from benchmarks.pace import UNDRAFTED, UNTIMED, Run, Shape, about, in_rounds, parser, pooled, prompts_of, table, timed
 from recipes.target.measure import WAYS
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -139,6 +140,10 @@ def main() -> None:
         prompt_ms = round(1e3 * statistics.median(one for run in found for one in run.prompts), 1)
         told = {"category": category, "way": way, "width": name}
         records.append(told | ratios(base, found) | {"prompt ms": prompt_ms} | texts)
+    for way, shape in product(given.ways, given.widths):
+        plain_runs, drafted = (pooled([runs[c, way, name] for c in asked]) for name in (UNDRAFTED, shape.name))
+        if len(asked) > 1 and drafted:
+            records.append({"category": "all", "way": way, "width": shape.name} | ratios(plain_runs, drafted))
     print(table(records), flush=True)
     compiled = {}
     if given.transformers:
@@ -160,7 +165,8 @@ def main() -> None:
     line = json.dumps(told | {"records": records, TRANSFORMERS: compiled, "failed": failed})
     if given.output:
         given.output.write_text(line + "\n")
-    print("\n" + line)
+    else:
+        print("\n" + line)
 
 
 if __name__ == "__main__":
