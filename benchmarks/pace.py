@@ -136,6 +136,7 @@ def in_rounds(jobs: dict[Any, Callable[[], Run]], rounds: int, until: float) -> 
                 if not isinstance(error, RedrafterError):
                     traceback.print_exc()
                 failed[name] = f"{name}: {type(error).__name__}: {error}".splitlines()[0]
+                print(failed[name], file=sys.stderr, flush=True)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             else:
