@@ -46,7 +46,7 @@ class Plan:
     batch: int
     """Packed rows of 1,024 tokens in a step."""
     prompts: int
-    """Of each training file."""
+    """Of each training file, times its share."""
     held_out: int
     """Prompts of each category."""
     new_tokens: int
@@ -67,7 +67,15 @@ class Plan:
         return any(part in variant.name for part in self.only)
 
 
-def compare(corpus: Corpus, categories: dict[str, str], target: Path, output: Path, plan: Plan, begin: float) -> bool:
+def compare(
+    corpus: Corpus,
+    categories: dict[str, str],
+    shares: dict[str, float],
+    target: Path,
+    output: Path,
+    plan: Plan,
+    begin: float,
+) -> bool:
     """Trains this part's drafters that its results lack; False where one of them failed.
 
     `begin` is when the run began, by `time.monotonic`.
@@ -85,11 +93,12 @@ def compare(corpus: Corpus, categories: dict[str, str], target: Path, output: Pa
     def save() -> None:
         file.write_text(json.dumps(found, indent=1) + "\n")
 
-    asked = _asked(corpus, tokenizer, plan.prompts, output / "answers" / "asked.json")
+    counts_of = {name: round(plan.prompts * shares.get(name, 1.0)) for name in corpus.chat}
+    asked = _asked(corpus, tokenizer, counts_of, output / "answers" / "asked.json")
     _say(begin, f"{len(asked):,} prompts to learn from")
     own, texts = _written(corpus, categories, model, tokenizer, asked, output, plan, begin)
-    data: dict[str, list[Row]] = {"text": asked, "greedy": own["greedy"]}
-    data["mixed"] = own["greedy"][0::2] + own["sampled"][1::2]
+    data: dict[str, list[Row]] = {"text": asked, **own}
+    data["both"] = own["greedy"] + own["sampled"]
     found["data"] = {name: {"rows": len(r), "tokens": sum(one.learnt for one in r)} for name, r in data.items()}
     listed = variants(model.config)
     if plan.part == 0:
@@ -153,14 +162,14 @@ def _survived(make: Callable[[], Any]) -> Any:
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _asked(corpus: Corpus, tokenizer, prompts: int, file: Path) -> list[Row]:
+def _asked(corpus: Corpus, tokenizer, prompts: dict[str, int], file: Path) -> list[Row]:
     """Conversations of the training files that end in an answer, by length of the prompt; kept in a file."""
     if file.exists():
         return [answered(*pair) for pair in json.loads(file.read_text())]
     found = [
         row
-        for name in corpus.chat
-        for row in contexts(corpus, name, tokenizer, held_out=False, count=prompts)
+        for name, count in prompts.items()
+        for row in contexts(corpus, name, tokenizer, held_out=False, count=count)
         if row.learnt
     ]
     found.sort(key=lambda row: len(prompt_of(row)))

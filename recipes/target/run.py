@@ -63,7 +63,7 @@ def main() -> None:
         seconds=given.seconds,
         only=given.variants,
     )
-    if not drafters.compare(corpus, data.CATEGORIES, target, given.output, plan, begin):
+    if not drafters.compare(corpus, data.CATEGORIES, getattr(data, "SHARES", {}), target, given.output, plan, begin):
         raise SystemExit(f"Not every drafter could be trained: see results-{part}.json.")
 
 

@@ -11,6 +11,9 @@ PEAK_RATE = 1.2e-3
 CATEGORIES = {"dialogue": "sgd", "open questions": "alpaca_eval_prompts", "maths": "gsm8k_test"}
 """What is measured, and where its prompts come from: held-out rows of a training file, or an evaluation file."""
 
+SHARES = {"sgd": 3.0, "gpteacher": 0.5, "t0": 0.25}
+"""Prompts to learn from a file, beside those of a file that is not named: answers in dialogues are short."""
+
 
 def corpus(folder: Path) -> Corpus:
     """Conversations alone; small sets are seen more often."""

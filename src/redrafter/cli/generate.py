@@ -12,8 +12,10 @@ import typer
 
 from redrafter.cli.loading import (
     Budget,
+    Compile,
     Device,
     DoSample,
+    Fast,
     Dtype,
     Length,
     MinP,
@@ -52,6 +54,8 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Decode autoregressively, for comparison.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line for every prompt.")] = False,
+    fast: Fast = True,
+    compile: Compile = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -98,6 +102,8 @@ def generate(
         beam_width=beam_width,
         beam_length=beam_length,
         node_budget=node_budget,
+        fast=fast,
+        compile=compile,
         **settings,
     )
 
