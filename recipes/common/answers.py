@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from redrafter import generate
 from redrafter.training.data import Row
 
-TURNS = 4  # answers asked for in one dialogue
+TURNS = 2  # answers asked for in one dialogue
 PROMPT, ANSWER = 512, 160  # tokens at most
 SLOTS = 2**19  # of the cache of one call on a GPU: 20 GB for 12 layers of width 768 in bfloat16
 CPU_ROWS = 32  # decoded together

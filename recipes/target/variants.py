@@ -19,7 +19,7 @@ class Variant:
 
     name: str
     data: Literal["text", "continuations", "greedy", "sampled", "both"]
-    """As people wrote it; what the target adds at each place of that; its own answers, greedy, sampled or all of them."""
+    """As people wrote it; what the target adds at each place of that; its own answers, greedy, sampled or all."""
     objective: Objective = Objective()  # noqa: RUF009
     head: dict[str, Any] = field(default_factory=dict)
     """Arguments of `RecurrentDrafter.for_target`; none is the released head: exit width 2 H, two blocks."""
