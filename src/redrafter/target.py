@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from redrafter.cache import LayerShape, SlotCache
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
-from redrafter.fast.attention import NAME, has_kernels, packed, register
+from redrafter.fast import has_kernels
+from redrafter.fast.attention import NAME, packed, register
 from redrafter.tree import DraftTree, ancestors_of, chain
 
 PACKED_NODES = 256

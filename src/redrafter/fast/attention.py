@@ -8,9 +8,6 @@ graph can hold while rows grow.  Does not know models: after `register()` transf
 
 from __future__ import annotations
 
-import os
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from redrafter.errors import RedrafterError
+from redrafter.fast import has_kernels
 from redrafter.tree import DraftTree
 
 NAME = "redrafter"
@@ -158,18 +156,6 @@ def _operator(
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     batch, heads, nodes, _size = query.shape
     return query.new_empty((batch, nodes, heads, value.shape[-1]))
-
-
-def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels can run: where triton is, on a CUDA device, or anywhere under its interpreter."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return False
-    return (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _without(value: Float[Tensor, "B Hkv S Dv"], unwritten: Bool[Tensor, "B S"]) -> Float[Tensor, "B Hkv S Dv"]:
