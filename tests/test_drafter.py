@@ -70,6 +70,10 @@ def test_the_formulas_as_published(form):
     for i in range(blocks):
         x = x + silu(weights[f"lm_head.{i}.linear.weight"] @ x + weights[f"lm_head.{i}.linear.bias"])
     torch.testing.assert_close(drafter.logits(context, state), weights[f"lm_head.{blocks}.weight"] @ x)
+    for rows in (1, 2):
+        again = context.expand(rows, 1, -1)
+        found = drafter.logits(again.expand(-1, 3, -1), state.expand(rows, 3, -1), drafter.read(again))
+        torch.testing.assert_close(found, (weights[f"lm_head.{blocks}.weight"] @ x).expand(rows, 3, -1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

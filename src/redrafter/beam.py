@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from redrafter.drafter import RecurrentDrafter
+from redrafter.fast import has_kernels
+from redrafter.fast.top import WIDEST, Top, top
 
 
 class Level(NamedTuple):
@@ -24,6 +26,18 @@ class Level(NamedTuple):
     """The entry of the level before that each continues; 0 on the first level, which continues the root."""
     scores: Float[Tensor, "B C"]
     """Log-probability of the whole path."""
+
+
+class Grown(NamedTuple):
+    """Beams that are one token longer."""
+
+    level: Level
+    beams: Int[Tensor, "B W L"]
+    scores: Float[Tensor, "B W"]
+    above: Int[Tensor, "B W"]
+    """Each beam's entry in the level."""
+    parents: Int[Tensor, "B W"]
+    """The beam that each continues."""
 
 
 class Search(NamedTuple):
@@ -51,29 +65,67 @@ def beam_search(
     step grows one beam only; each later one takes the best `width` of every beam's own best.
     `adjust(logits, position)` changes the head's logits [B, beams, head] before they are made probabilities.
     """
-    best = min(width, drafter.config.head_size)
-    if best < width:
-        raise ValueError(f"width {width} exceeds the {best} tokens that the drafter scores")
+    if width > drafter.config.head_size:
+        raise ValueError(f"width {width} exceeds the {drafter.config.head_size} tokens that the drafter scores")
     state = drafter.step(None, embed(root))[:, None]  # [B, 1, H], then [B, W, H]
     context = drafter.context(context)[:, None]
+    read = drafter.read(context)
     beams = root.new_empty((root.shape[0], 1, 0))
     scores = context.new_zeros((root.shape[0], 1), dtype=torch.float32)
+    above = root.new_zeros((root.shape[0], 1))
     levels: list[Level] = []
-    above = root.new_zeros((root.shape[0], 1))  # each beam's entry in the level before
     for position in range(length):
-        logits = drafter.logits(context.expand_as(state), state).float()
+        logits = drafter.logits(context.expand_as(state), state, read)
         if adjust is not None:
-            logits = adjust(logits, position)
-        top, choice = logits.topk(width, dim=-1)
-        gain = top - logits.logsumexp(dim=-1, keepdim=True)  # [B, beams, W]
-        grown = scores[..., None] + gain.clamp(max=0)  # never above the parent, not by rounding either
-        drafted = drafter.to_target_ids(choice.flatten(1))
-        levels.append(Level(drafted, above.repeat_interleave(width, dim=1), grown.flatten(1)))
-        scores, above = grown.flatten(1).topk(width, dim=-1)
-        tokens = drafted.gather(1, above)
-        parent = above.div(width, rounding_mode="floor")[..., None]
-        beams = torch.cat((beams.gather(1, parent.expand(-1, -1, position)), tokens[..., None]), dim=-1)
+            logits = adjust(logits.float(), position)
+        best = top(logits.flatten(0, 1), width)
+        level, beams, scores, above, parents = grow(best, drafter.draft_vocabulary, beams, scores, above)
+        levels.append(level)
         if position + 1 < length:
-            carried = state.gather(1, parent.expand(-1, -1, state.shape[-1]))
-            state = drafter.step(carried, embed(tokens))
+            carried = state.gather(1, parents[..., None].expand(-1, -1, state.shape[-1]))
+            state = drafter.step(carried, embed(beams[..., -1]))
     return Search(beams, scores, levels)
+
+
+def grow(
+    best: Top,
+    names: Int[Tensor, " head"] | None,
+    beams: Int[Tensor, "B beams position"],
+    scores: Float[Tensor, "B beams"],
+    above: Int[Tensor, "B beams"],
+) -> Grown:
+    """The best tokens of every beam weighed, and the best `width` of all kept.
+
+    `best` has a row for each beam; `names` are the target's ids of the draft vocabulary, where it has its own;
+    `scores` are the beams' log-probabilities, `above` their entries in the level before.
+    """
+    width = best.values.shape[1]
+    if not has_kernels(best.values.device, best.values.dtype) or width > WIDEST:
+        return plain_grow(best, names, beams, scores, above)
+    from redrafter.fast.kernels import drafting
+
+    with torch.cuda.device_of(beams):
+        tokens, parents, weighed, *grown = drafting.grow(*best, names, beams, scores, above)
+    return Grown(Level(tokens, parents, weighed), *grown)
+
+
+def plain_grow(
+    best: Top,
+    names: Int[Tensor, " head"] | None,
+    beams: Int[Tensor, "B beams position"],
+    scores: Float[Tensor, "B beams"],
+    above: Int[Tensor, "B beams"],
+) -> Grown:
+    """As `grow`, on any device."""
+    batch, _, position = beams.shape
+    width = best.values.shape[1]
+    gain = best.values - best.logsumexp[:, None]  # [B·beams, W]
+    gain = gain.clamp(max=0)  # never above the parent, not by rounding either
+    grown = (scores[..., None] + gain.view(batch, -1, width)).flatten(1)
+    drafted = (best.ids if names is None else names[best.ids]).view(batch, -1)
+    level = Level(drafted, above.repeat_interleave(width, dim=1), grown)
+    scores, above = grown.topk(width, dim=-1)
+    parents = above.div(width, rounding_mode="floor")
+    begun = beams.gather(1, parents[..., None].expand(-1, -1, position))
+    beams = torch.cat((begun, drafted.gather(1, above)[..., None]), dim=-1)
+    return Grown(level, beams, scores, above, parents)

@@ -17,6 +17,20 @@ from torch import Tensor, nn
 from redrafter import hub
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
+from redrafter.fast import has_kernels
+
+
+def activated(x: Tensor, more: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    """`onto + SiLU(x + more)`, of equal shapes; where nothing is to be differentiated, in one launch on a GPU."""
+    given = [one for one in (x, more, onto) if one is not None]
+    alike = all((one.shape, one.dtype, one.device) == (x.shape, x.dtype, x.device) for one in given)
+    if alike and not torch.is_grad_enabled() and has_kernels(x.device, x.dtype):
+        from redrafter.fast.kernels import drafting
+
+        with torch.cuda.device_of(x):
+            return drafting.activated(x, more, onto)
+    silu = nn.functional.silu(x if more is None else x + more)
+    return silu if onto is None else onto + silu
 
 
 class ResidualBlock(nn.Module):
@@ -28,7 +42,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
         """Same shape out as in."""
-        return x + nn.functional.silu(self.linear(x))
+        return activated(self.linear(x), onto=x)
 
 
 class RecurrentDrafter(nn.Module):
@@ -149,7 +163,10 @@ class RecurrentDrafter(nn.Module):
         """
         if not self.config.rnn:
             return embedding if state is None else state + embedding
-        moved = nn.functional.silu(self.rnn_w(embedding) + (self.rnn_u.bias if state is None else self.rnn_u(state)))
+        if state is None:
+            moved = activated(nn.functional.linear(embedding, self.rnn_w.weight, self.rnn_u.bias))
+        else:
+            moved = activated(self.rnn_w(embedding), self.rnn_u(state))
         if not self.config.gated:
             return moved
         gate = torch.sigmoid(self.gate_w(embedding) + (self.gate_u.bias if state is None else self.gate_u(state)))
@@ -169,13 +186,44 @@ class RecurrentDrafter(nn.Module):
         return features[..., -size:] + self.fuse(alike)  # type: ignore[no-any-return]
 
     def logits(
-        self, context: Float[Tensor, "*batch hidden"], state: Float[Tensor, "*batch hidden"]
+        self,
+        context: Float[Tensor, "*batch hidden"],
+        state: Float[Tensor, "*batch hidden"],
+        read: Float[Tensor, "B 1 exit"] | None = None,
     ) -> Float[Tensor, "*batch head"]:
-        """Scores of the next token over the draft vocabulary, from `context` and the recurrent state."""
-        x = torch.cat((context, state), dim=-1)
+        """Scores of the next token over the draft vocabulary, from `context` and the recurrent state.
+
+        `read`: what `self.read(context)` gave, so that a context asked more than once is multiplied once.
+        """
+        layer = self._reader
+        if read is None or layer is None:
+            x = torch.cat((context, state), dim=-1)
+            return self.lm_head(self.input_proj(x) if hasattr(self, "input_proj") else x)  # type: ignore[no-any-return]
+        rest = layer.weight[:, self.config.hidden_size :]
+        if len(read) == 1:  # added by the product itself
+            x = nn.functional.linear(state, rest, read.flatten())
+        else:
+            x = nn.functional.linear(state, rest) + read
         if hasattr(self, "input_proj"):
-            x = self.input_proj(x)
-        return self.lm_head(x)  # type: ignore[no-any-return]
+            return self.lm_head(x)  # type: ignore[no-any-return]
+        x = activated(x, onto=torch.cat((context, state), dim=-1))
+        for module in list(self.lm_head)[1:]:
+            x = module(x)
+        return x
+
+    def read(self, context: Float[Tensor, "B 1 hidden"]) -> Float[Tensor, "B 1 exit"] | None:
+        """The context's half of the head's first product, and its bias; None where the head is that product alone."""
+        layer = self._reader
+        if layer is None:
+            return None
+        return nn.functional.linear(context, layer.weight[:, : self.config.hidden_size], layer.bias)
+
+    @property
+    def _reader(self) -> nn.Linear | None:
+        """The layer that reads context and state, where others follow."""
+        if hasattr(self, "input_proj"):
+            return self.input_proj
+        return self.lm_head[0].linear if self.config.num_draft_layers else None  # type: ignore[return-value]
 
     def to_target_ids(self, drafted: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
         """Draft-vocabulary ids as ids of the target's vocabulary."""

@@ -14,6 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redrafter.fast import has_kernels
+
+MOST_BEAMS, MOST_DEPTHS, MOST_CANDIDATES = 64, 16, 1 << 14
+"""The kernels' largest trees; larger ones are built the plain way."""
+
 
 @dataclass(frozen=True)
 class DraftTree:
@@ -65,6 +70,17 @@ def fold(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> DraftTree:
 
     Of all beams that agree up to a position the smallest owns the node there; nodes are numbered by depth, then beam.
     """
+    width, length = beams.shape[1:]
+    if not has_kernels(beams.device) or width > MOST_BEAMS or not 0 < length <= MOST_DEPTHS:
+        return plain_fold(root, beams)
+    from redrafter.fast.kernels import drafting
+
+    with torch.cuda.device_of(beams):
+        return DraftTree(*drafting.fold(root, beams))
+
+
+def plain_fold(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> DraftTree:
+    """As `fold`, on any device."""
     batch, width, length = beams.shape
     device = beams.device
     same = (beams[:, :, None] == beams[:, None]).cumprod(dim=-1).bool()  # [B, W, W, L]: prefixes agree
@@ -96,6 +112,27 @@ def most_probable(
     with different tokens.  A child's score is at most its parent's, so the best are closed under parents.  Candidates
     of no probability are left out, as padding.  Nodes are numbered by depth, then entry.
     """
+    counts = [level[0].shape[1] for level in levels]
+    size = min(size, 1 + sum(counts))
+    fits = size > 1 and sum(counts) <= MOST_CANDIDATES and len(counts) <= MOST_DEPTHS and len(set(counts[1:])) <= 1
+    if not has_kernels(root.device, levels[0][2].dtype) or not fits:
+        return plain_most_probable(root, levels, size=size)
+    from redrafter.fast.kernels import drafting
+
+    tokens, parents, scores = (torch.cat([level[i] for level in levels], dim=1) for i in range(3))
+    with torch.cuda.device_of(root):
+        return DraftTree(
+            *drafting.most_probable(root, (tokens, parents, scores), counts[0], counts[-1], len(counts), size)
+        )
+
+
+def plain_most_probable(
+    root: Int[Tensor, " B"],
+    levels: Sequence[tuple[Int[Tensor, "B _"], Int[Tensor, "B _"], Float[Tensor, "B _"]]],
+    *,
+    size: int,
+) -> DraftTree:
+    """As `most_probable`, on any device."""
     tokens, scores = (torch.cat([level[i] for level in levels], dim=1) for i in (0, 2))
     batch, count = tokens.shape
     starts = [sum(level[0].shape[1] for level in levels[:i]) for i in range(len(levels))]

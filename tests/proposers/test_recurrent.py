@@ -73,6 +73,6 @@ def test_a_drafter_that_knows_the_target_has_every_draft_accepted(monkeypatch, l
         layer.mlp.down_proj.weight.data.zero_()
     drafter = RecurrentDrafter.for_target(model, beam_length=3, beam_width=1)
     monkeypatch.setattr(RecurrentDrafter, "step", lambda self, state, embedding: model.model.norm(embedding))
-    monkeypatch.setattr(RecurrentDrafter, "logits", lambda self, context, state: model.lm_head(state))
+    monkeypatch.setattr(RecurrentDrafter, "logits", lambda self, context, state, read: model.lm_head(state))
     out = generate(model, drafter, [[5], [7, 8]], max_new_tokens=41, do_sample=True, seed=3, **law)
     assert out.stats.accepted_by_position == [20, 20, 20]  # two rows: one token, then ten steps of 3 + 1

@@ -178,7 +178,7 @@ def test_sampled_drafts_are_given_the_noise_of_their_rows():
         layer.mlp.down_proj.weight.data.zero_()
     drafter = RecurrentDrafter.for_target(model, beam_length=3, beam_width=1)
     drafter.step = lambda state, embedding: model.model.norm(embedding)
-    drafter.logits = lambda context, state: model.lm_head(state)
+    drafter.logits = lambda context, state, read: model.lm_head(state)
     prompts = [[5], [7, 8]]
     for text in evaluate(model, drafter, prompts, max_new_tokens=41, seed=3)["sampled"]:
         assert text.walked == text.decoding == Acceptance(10, 30, 30, [10, 10, 10])

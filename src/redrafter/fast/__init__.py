@@ -8,12 +8,13 @@ from importlib.util import find_spec
 
 import torch
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+"""What the kernels compute with."""
 
-def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether triton's kernels can run: on a CUDA device where triton is, or anywhere under its interpreter."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return False
-    return (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and _has_triton()
+
+def has_kernels(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the kernels can run: where triton is, on a CUDA device, or anywhere under its interpreter."""
+    return dtype in FLOATS and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and _has_triton()
 
 
 @cache

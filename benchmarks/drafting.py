@@ -1,0 +1,231 @@
+"""What one draft of a row costs on a GPU, replayed as a CUDA graph: the kernels of drafting and the plain ways.
+
+    python benchmarks/drafting.py [--only NAME] [--replays N] [--seconds S]
+
+Drafters with random weights in bfloat16, next to an embedding of the target's vocabulary; 4 tokens deep, 10 and 50
+beams wide.  Medians over replays, of the whole draft and of its pieces: the best tokens of the head's logits, a step of
+the beam search, folding, the most probable of 64 nodes, and the head's products.  Whether both ways give the same is
+said too: the same tree for the same beams, the same tokens where scores are not tied.  What fails is reported, and the
+rest is measured.  The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from redrafter.beam import Level, beam_search, grow
+from redrafter.config import DrafterConfig
+from redrafter.drafter import RecurrentDrafter
+from redrafter.fast.graph import Captured
+from redrafter.fast.top import Top, top
+from redrafter.proposers import RecurrentProposer
+from redrafter.sampling import Draw
+from redrafter.tree import fold, most_probable
+
+LENGTH, BUDGET = 4, 64
+SHAPES: dict[str, dict[str, Any]] = {
+    "7B, 32,000, 2H": {"hidden": 4096, "vocabulary": 32_000, "exit": 8192},
+    "7B, 32,000, H, 8,192": {"hidden": 4096, "vocabulary": 32_000, "exit": 4096, "draft": 8192},
+    "7B, 128,256, H, 8,192": {"hidden": 4096, "vocabulary": 128_256, "exit": 4096, "draft": 8192},
+    "7B, 128,256, H, 16,384": {"hidden": 4096, "vocabulary": 128_256, "exit": 4096, "draft": 16_384},
+    "110M, 16,000, 2H": {"hidden": 768, "vocabulary": 16_000, "exit": 1536},
+    "110M, 16,000, 4H, 3 blocks, 4,000": {
+        "hidden": 768, "vocabulary": 16_000, "exit": 3072, "draft": 4000, "blocks": 3,
+    },
+}  # fmt: skip
+PLACES = [f"redrafter.{name}.has_kernels" for name in ("beam", "drafter", "fast.top", "tree")]
+WAYS = {"plain": False, "fast": True}
+
+
+@contextlib.contextmanager
+def way(fast: bool) -> Iterator[None]:
+    """Without kernels, unless `fast`."""
+    with contextlib.ExitStack() as stack:
+        for place in [] if fast else PLACES:
+            stack.enter_context(mock.patch(place, return_value=False))
+        yield
+
+
+def timed(function: Callable[[], object], device: torch.device, replays: int) -> float:
+    """Median microseconds of a replay; NaN where nothing could be captured."""
+    captured = Captured(function, device)
+    for _ in range(4):
+        captured()
+    if captured.refused is not None:
+        print("   not captured:", captured.refused)
+        return float("nan")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
+    for start, end in events:
+        start.record()
+        captured()
+        end.record()
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def launches(function: Callable[[], object]) -> int:
+    """Kernels, copies and fills that the GPU ran for one call."""
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    found = (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not event.name.startswith(("cuda", "Activity Buffer")) for event in found)
+
+
+def drafter_of(shape: dict[str, Any], device: torch.device) -> tuple[RecurrentDrafter, torch.nn.Embedding]:
+    """A drafter and the target's embedding."""
+    hidden, vocabulary = shape["hidden"], shape["vocabulary"]
+    config = DrafterConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        exit_dim=shape["exit"],
+        num_draft_layers=shape.get("blocks", 2),
+        draft_vocab_size=shape.get("draft"),
+    )
+    with torch.device(device):
+        drafter = RecurrentDrafter(config).to(torch.bfloat16).eval()
+        embed = torch.nn.Embedding(vocabulary, hidden, dtype=torch.bfloat16)
+    return drafter, embed
+
+
+def same_trees(one: Any, other: Any) -> bool:
+    """Whether all fields are equal."""
+    return all(getattr(one, name).equal(getattr(other, name)) for name in vars(one))
+
+
+def agreement(pieces: dict[str, Callable[[], Any]]) -> dict[str, bool | float]:
+    """What the fast way gives next to the plain way."""
+    results = {}
+    for name, fast in WAYS.items():
+        with way(fast):
+            results[name] = {piece: call() for piece, call in pieces.items()}
+    plain, fast_one = results["plain"], results["fast"]
+    found: dict[str, bool | float] = {}
+    one, other = plain["top"], fast_one["top"]
+    close = torch.allclose(one.logsumexp, other.logsumexp, rtol=1e-4)
+    found["top"] = bool(one.values.equal(other.values) and close)
+    one, other = plain["grow"], fast_one["grow"]
+    found["grow"] = bool(torch.allclose(one.scores, other.scores, rtol=1e-5) and one.above.equal(other.above))
+    for piece in ("fold", "most probable"):
+        found[piece] = same_trees(plain[piece], fast_one[piece])
+    one, other = (set(map(tuple, result["search"].beams[0].tolist())) for result in (plain, fast_one))
+    found["share of beams alike"] = len(one & other) / len(one)
+    return found
+
+
+def measure(shape: dict[str, Any], width: int, device: torch.device, replays: int) -> dict[str, Any]:
+    """Times of both ways by piece, the number of launches of a draft, and whether they agree."""
+    drafter, embed = drafter_of(shape, device)
+    hidden, head = shape["hidden"], drafter.config.head_size
+    context = torch.randn(1, hidden, device=device, dtype=torch.bfloat16)
+    root = torch.tensor([5], device=device)
+    target: Any = SimpleNamespace(embed=embed)
+    proposer = RecurrentProposer(drafter, target, width, LENGTH)
+
+    state = torch.randn(1, width, hidden, device=device, dtype=torch.bfloat16)
+    rows = torch.stack([torch.randperm(head, device=device) for _ in range(width)])
+    logits = rows.to(torch.bfloat16)
+    best = Top(*(part.contiguous() for part in top(torch.randn(width, head, device=device), width)))
+    begun = torch.randint(0, 9, (1, width, 2), device=device)
+    scores = -torch.rand(1, width, device=device)
+    above = torch.arange(width, device=device)[None]
+    beams = torch.randint(0, 3, (1, width, LENGTH), device=device)
+    levels, reached = [], torch.zeros(1, 1, device=device)
+    for depth in range(LENGTH):
+        parents = torch.arange(min(width, reached.shape[1]), device=device).repeat_interleave(width)[None]
+        reached = reached.gather(1, parents) - torch.rand(parents.shape, device=device)
+        levels.append(Level(torch.randint(0, 99, parents.shape, device=device) + depth, parents, reached))
+    once = context[:, None]
+    read = drafter.read(once)
+
+    pieces: dict[str, Callable[[], Any]] = {
+        "propose": lambda: proposer.propose(context, root, Draw((), None)),
+        "search": lambda: beam_search(drafter, embed, context, root, width=width, length=LENGTH),
+        "top": lambda: top(logits, width),
+        "grow": lambda: grow(best, drafter.draft_vocabulary, begun, scores, above),
+        "fold": lambda: fold(root, beams),
+        "most probable": lambda: most_probable(root, levels, size=BUDGET),
+        "step": lambda: drafter.step(state, state),
+        "head": lambda: drafter.logits(once.expand_as(state), state, read),
+        "head without read": lambda: drafter.logits(once.expand_as(state), state),
+    }
+    out: dict[str, Any] = {"agreement": agreement(pieces)}
+    for name, fast in WAYS.items():
+        with way(fast):
+            out[name] = {piece: round(timed(call, device, replays), 1) for piece, call in pieces.items()}
+            out[name]["launches"] = launches(pieces["propose"])
+    return out
+
+
+def trials(device: torch.device, replays: int) -> dict[str, float]:
+    """Chunks of the search for the best tokens, at sizes of drafters."""
+    from redrafter.fast.kernels import drafting
+
+    found = {}
+    for rows, columns in ((10, 8192), (50, 8192), (10, 32_000), (50, 32_000)):
+        logits = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
+        for chunk in (256, 512, 1024, 2048):
+            if rows == 50 and chunk * 64 < columns:
+                continue
+            name = f"{rows}x{columns} chunk {chunk}"
+            try:
+                found[name] = round(timed(lambda x=logits, c=chunk: drafting.top(x, len(x), c), device, replays), 1)
+            except Exception as error:
+                print(name, type(error).__name__, str(error)[:300])
+    return found
+
+
+def main() -> int:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="shapes whose names hold this")
+    parser.add_argument("--replays", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=50, help="after which no other shape is begun")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("A CUDA device is needed.", file=sys.stderr)
+        return 2
+    device = torch.device("cuda")
+    begun = time.monotonic()
+    torch.manual_seed(0)
+    out: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    with torch.inference_mode():
+        for name, shape in SHAPES.items():
+            if given.only and given.only not in name:
+                continue
+            for width in (10, 50):
+                title = f"{name}, W {width}"
+                if time.monotonic() - begun > given.seconds:
+                    print(f"{title}: no time left")
+                    continue
+                try:
+                    out[title] = found = measure(shape, width, device, given.replays)
+                except Exception as error:
+                    traceback.print_exc(limit=4)
+                    out[title] = f"{type(error).__name__}: {str(error)[:300]}"
+                    continue
+                print(f"{title}  ({time.monotonic() - begun:.0f} s)  {found['agreement']}", flush=True)
+                for piece in found["plain"]:
+                    print(f"  {piece:18s} plain {found['plain'][piece]:8.1f}   fast {found['fast'][piece]:8.1f}")
+        if time.monotonic() - begun < given.seconds:
+            out["chunks"] = trials(device, given.replays)
+    print(json.dumps(out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

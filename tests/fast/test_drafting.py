@@ -1,0 +1,270 @@
+"""The kernels of drafting against their plain counterparts: the best of a row, beams, trees, activations, proposals.
+
+They run on a GPU (`-m gpu`) and, started once more by test_interpreted.py, under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreting import INTERPRETED, on_cpu, on_kernels
+
+from conftest import tiny_model
+from redrafter import RecurrentDrafter
+from redrafter.beam import beam_search, grow, plain_grow
+from redrafter.drafter import activated
+from redrafter.fast.top import Top, plain_top, top
+from redrafter.noise import gumbel
+from redrafter.proposers import RecurrentProposer
+from redrafter.sampling import Draw
+from redrafter.target import Target
+from redrafter.tree import fold, most_probable, plain_fold, plain_most_probable
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, of the interpreter
+FIELDS = ("tokens", "parents", "depth", "valid", "ancestors")
+
+if INTERPRETED:  # which takes seconds for each of triton's own sorts; one test below leaves that in place
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    SORT = tl.topk
+
+    def sorted_by_numpy(x, k):
+        kept = np.sort(x.handle.data)[::-1][: getattr(k, "value", k)].copy()
+        return tl.core.tensor(TensorHandle(kept, x.handle.dtype), tl.block_type(x.dtype, list(kept.shape)))
+
+    tl.topk = sorted_by_numpy
+
+
+@pytest.fixture(autouse=True)
+def kernels_alone(request, monkeypatch):
+    """Where kernels are tested the plain ways must not stand in for them; tests call those by their own names."""
+    if "device" in request.fixturenames:
+        for name in ("redrafter.beam.plain_grow", "redrafter.fast.top.plain_top"):
+            monkeypatch.setattr(name, None)
+        for name in ("redrafter.tree.plain_fold", "redrafter.tree.plain_most_probable"):
+            monkeypatch.setattr(name, None)
+
+
+def distinct(rows: int, columns: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Scores no two of which are equal in a row, of both signs."""
+    order = torch.stack([torch.randperm(columns) for _ in range(rows)]) - columns // 2
+    if dtype == torch.bfloat16 and columns > 256:  # too few numbers: distinct ones on top, ties below
+        order = torch.where(order > columns // 2 - 100, order - columns // 2 + 100, -1 - order.abs() % 50)
+    return (order / 8).to(device, dtype)
+
+
+SHAPES = [(1, 1, 1), (2, 2, 1), (3, 7, 7), (2, 64, 64), (2, 100, 10), (1, 1024, 16), (3, 1025, 50), (2, 5000, 33)]
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 40_000, 64)], ids=str)
+def test_the_best_of_a_row(shape, dtype, device):
+    torch.manual_seed(0)
+    rows, columns, width = shape
+    scores = distinct(rows, columns, dtype, device)
+    if dtype == torch.float16 and columns > 2048:
+        scores = scores.clamp(min=0).where(scores > columns / 16 - 100, -1)
+    wide = torch.cat((scores, scores + 1), dim=1)[:, :columns]  # rows that do not follow one another
+    for given in (scores, wide):
+        found, wanted = top(given, width), plain_top(scores, width)
+        assert found.values.equal(wanted.values)
+        assert scores.gather(1, found.ids).equal(wanted.values.to(dtype))
+        assert all(len(set(row)) == width for row in found.ids.tolist())
+        torch.testing.assert_close(found.logsumexp, wanted.logsumexp)
+    if dtype == torch.float32:
+        assert found.ids.equal(wanted.ids)
+
+
+@on_kernels
+def test_by_the_sort_of_triton(device, monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(tl, "topk", SORT)
+    scores = torch.randn(1, 70).to(device)
+    assert all(map(torch.equal, top(scores, 3)[:2], plain_top(scores, 3)[:2]))
+
+
+@on_kernels
+def test_of_equal_scores_the_smaller_id_comes_first(device):
+    scores = torch.zeros(2, 3000, device=device)
+    scores[0, ::2] = -0.0
+    scores[1, [2999, 1500, 20]] = 1
+    assert top(scores, 5).ids.tolist() == [[0, 1, 2, 3, 4], [20, 1500, 2999, 0, 1]]
+
+
+@on_kernels
+def test_scores_that_are_no_numbers_give_columns(device):
+    scores = torch.randn(6, 1500).to(device)
+    scores[0] = torch.nan
+    scores[1, 7] = torch.nan
+    scores[2] = -torch.inf
+    scores[3, :1490] = -torch.inf
+    scores[4, 1111] = torch.inf
+    scores[5] -= 1e6
+    found, wanted = top(scores, 20), plain_top(scores, 20)
+    assert ((found.ids >= 0) & (found.ids < 1500)).all()
+    assert all(len(set(row)) == 20 for row in found.ids.tolist())
+    assert found.values[3:].equal(wanted.values[3:])
+    assert found.ids[4, 0] == 1111
+    torch.testing.assert_close(found.logsumexp, wanted.logsumexp, equal_nan=True)
+
+
+@on_kernels
+def test_any_chunk_gives_the_same(device):
+    from redrafter.fast.kernels import drafting
+
+    scores = torch.randn(2, 3001).to(device)
+    for chunk in (64, 512, 4096):
+        assert all(map(torch.equal, drafting.top(scores, 20, chunk)[:2], plain_top(scores, 20)[:2]))
+
+
+@on_kernels
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 0), (2, 1, 10, 0), (3, 1, 64, 0), (2, 10, 10, 3), (1, 50, 50, 1)], ids=str)
+def test_beams_grow(shape, named, device):
+    torch.manual_seed(0)
+    batch, beams, width, position = shape
+    best = Top(*(part.to(device) for part in plain_top(torch.randn(batch * beams, 90), width)))
+    names = torch.randperm(500)[:90].to(device) if named else None
+    begun = torch.randint(0, 500, (batch, beams, position), device=device)
+    scores, above = -torch.rand(batch, beams).to(device), torch.randint(0, 99, (batch, beams), device=device)
+    found, wanted = (way(best, names, begun, scores, above) for way in (grow, plain_grow))
+    assert found.level.tokens.equal(wanted.level.tokens)
+    assert found.level.parents.equal(wanted.level.parents)
+    torch.testing.assert_close(found.level.scores, wanted.level.scores)
+    for name in ("beams", "above", "parents"):
+        assert getattr(found, name).equal(getattr(wanted, name)), name
+    torch.testing.assert_close(found.scores, wanted.scores)
+
+
+@on_kernels
+def test_beams_of_no_probability_are_still_beams(device):
+    """Where all is NaN or impossible, entries and tokens lie where they can be looked up."""
+    scores = torch.full((4, 30), -torch.inf)
+    scores[1] = torch.nan
+    scores[2, 5] = 1
+    best = top(scores.to(device), 4)
+    begun = torch.arange(4, device=device).view(2, 2, 1)
+    above = torch.tensor([[0, 3], [1, 2]], device=device)
+    grown = grow(best, None, begun, torch.tensor([[-1.0, -torch.inf], [-2.0, -3.0]], device=device), above)
+    for found, end in ((grown.beams, 30), (grown.above, 8), (grown.parents, 2), (grown.level.tokens, 30)):
+        assert ((found >= 0) & (found < end)).all()
+    assert grown.scores[1].tolist() == [-2.0, -torch.inf, -torch.inf, -torch.inf]
+    assert grown.beams[1, 0].tolist() == [2, 5]
+
+
+@on_kernels
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 10, 4), (2, 3, 7), (1, 50, 4), (1, 64, 3), (2, 1, 16)], ids=str)
+def test_folding(shape, device):
+    torch.manual_seed(0)
+    for kinds in (2, 4, 60_000):
+        beams, root = torch.randint(0, kinds, shape).to(device), torch.arange(5, 5 + shape[0]).to(device)
+        found, wanted = fold(root, beams), plain_fold(root, beams)
+        for name in FIELDS:
+            assert getattr(found, name).equal(getattr(wanted, name)), name
+
+
+@on_kernels
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 9), (2, 4, 4, 20), (1, 10, 4, 64), (2, 3, 2, 500), (1, 50, 2, 130)], ids=str
+)
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_most_probable(shape, ties, device):
+    torch.manual_seed(0)
+    batch, width, length, size = shape
+    levels, above = [], torch.zeros(batch, 1)
+    for _ in range(length):
+        parents = torch.stack([torch.randperm(above.shape[1])[:width] for _ in range(batch)])
+        parents = parents.repeat_interleave(width, dim=1)
+        gain = -torch.rand(parents.shape)
+        gain = gain.round() if ties else gain
+        gain[torch.rand(parents.shape) < 0.2] = -torch.inf
+        above = above.gather(1, parents) + gain
+        levels.append(tuple(part.to(device) for part in (torch.randint(0, 99, parents.shape), parents, above)))
+    root = torch.arange(5, 5 + batch).to(device)
+    found, wanted = (way(root, levels, size=size) for way in (most_probable, plain_most_probable))
+    assert found.size > 1
+    for name in FIELDS:
+        assert getattr(found, name).equal(getattr(wanted, name)), name
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_activations(dtype, device, monkeypatch):
+    x, more, onto = torch.randn(3, 2, 7, 301).mul(9).to(device, dtype).unbind()
+    cases = [
+        {},
+        {"more": more},
+        {"onto": onto},
+        {"more": more, "onto": onto.transpose(0, 1).contiguous().transpose(0, 1)},
+    ]
+    for given in cases:
+        wanted = activated(x.double(), **{name: one.double() for name, one in given.items()})
+        with torch.no_grad():
+            found = activated(x, **given)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted, rtol=8e-3 if dtype == torch.bfloat16 else 1e-3, atol=1e-4)
+
+
+FORMS = [{}, {"exit_dim": 20, "num_draft_layers": 3}, {"rnn": False}, {"gated": True, "exit_dim": 32}]
+
+
+@on_kernels
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("budget", [None, 23])
+@pytest.mark.parametrize("noisy", [False, True])
+@torch.no_grad()
+def test_proposals(form, budget, noisy, device, monkeypatch):
+    torch.manual_seed(0)
+    model = tiny_model().to(device)
+    with monkeypatch.context() as patch:
+        patch.setattr("redrafter.target.has_kernels", lambda *_: False)  # the target takes no part
+        drafter = RecurrentDrafter.for_target(model, draft_vocabulary=torch.arange(3, 50), **form)
+        for parameter in drafter.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        proposer = RecurrentProposer(drafter, Target(model), 6, 4, budget)
+    context, root = torch.randn(2, 32).to(device), torch.tensor([5, 9], device=device)
+    noise = gumbel(torch.tensor([3, 5]), torch.arange(5).expand(2, -1), 61).to(device) if noisy else None
+    told = (context, root, Draw((), noise))
+    found = proposer.propose(*told)
+    monkeypatch.undo()
+    for name in ("beam", "drafter", "fast.top", "tree"):
+        monkeypatch.setattr(f"redrafter.{name}.has_kernels", lambda *_: False)
+    wanted = proposer.propose(*told)
+    for name in FIELDS:
+        assert getattr(found, name).equal(getattr(wanted, name)), name
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_graph_holds_a_search():
+    torch.manual_seed(0)
+    model = tiny_model().cuda()
+    drafter = RecurrentDrafter.for_target(model)
+    context, root = torch.randn(2, 32, device="cuda"), torch.tensor([5, 9], device="cuda")
+
+    def search():
+        found = beam_search(drafter, model.get_input_embeddings(), context, root, width=7, length=3)
+        return fold(root, found.beams), most_probable(root, found.levels, size=40)
+
+    search()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = search()
+    for _ in range(3):
+        context.normal_()
+        root.add_(1)
+        graph.replay()
+        for found, wanted in zip(held, search(), strict=True):
+            for name in FIELDS:
+                assert getattr(found, name).equal(getattr(wanted, name)), name
+
+
+@on_cpu
+def test_no_kernel_takes_part_where_gradients_are_asked(monkeypatch):
+    x = torch.randn(4, 5, requires_grad=True)
+    monkeypatch.setattr("redrafter.drafter.has_kernels", lambda *_: pytest.fail("it was asked"))
+    activated(x, onto=x).sum().backward()
+    assert x.grad is not None
