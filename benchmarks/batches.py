@@ -34,7 +34,13 @@ def main() -> None:
     asked = list(islice(cycle([prompt for prompt in mixed if prompt is not None]), max(given.rows)))
 
     def run(rows: int, drafter: RecurrentDrafter | None, shape: Shape) -> Run:
-        told = {"max_new_tokens": given.new_tokens, "eos_token_id": (), **WAYS[given.way], **shape.settings}
+        told = {
+            "compile": given.compile,
+            "max_new_tokens": given.new_tokens,
+            "eos_token_id": (),
+            **WAYS[given.way],
+            **shape.settings,
+        }
         return timed(stream(model, drafter, asked[:rows], **told), rows)
 
     engines = [(Shape(UNDRAFTED, {}), None), *((shape, drafter) for shape in given.widths)]

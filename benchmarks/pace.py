@@ -172,6 +172,7 @@ def parser(described: str) -> argparse.ArgumentParser:
     options.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16, float32")
     options.add_argument("--device", default="auto")
     options.add_argument("--widths", type=Shape.read, nargs="+", default=[Shape("10", {"beam_width": 10})])
+    options.add_argument("--compile", action="store_true", help="the target's layers, both ways")
     options.add_argument("--prompts", type=int, default=8, help="of each category")
     options.add_argument("--new-tokens", type=int, default=128)
     options.add_argument("--rounds", type=int, default=3)

@@ -115,7 +115,13 @@ def main() -> None:
     asked = prompts_of(given.data, tokenizer, given.prompts)
 
     def run(prompts: list[list[int]], way: str, drafter: RecurrentDrafter | None, shape: Shape) -> Run:
-        told = {"batch_size": 1, "max_new_tokens": given.new_tokens, **WAYS[way], **shape.settings}
+        told = {
+            "compile": given.compile,
+            "batch_size": 1,
+            "max_new_tokens": given.new_tokens,
+            **WAYS[way],
+            **shape.settings,
+        }
         return timed(stream(model, drafter, prompts, **told))
 
     plain = Shape(UNDRAFTED, {})

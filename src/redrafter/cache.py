@@ -35,8 +35,8 @@ class Window:
 
     slots: Int[Tensor, "B Q"]
     """Where the new keys and values go."""
-    visible: int
-    """Slots that attention sees, from the first."""
+    visible: int | None
+    """Slots that attention sees, from the first; None is all, for attention that knows each row's length."""
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -49,14 +49,17 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes the new states [B, heads, Q, size] at the window's slots; returns all visible slots."""
-        slots, visible = self.window.slots.to(self.keys.device), self.window.visible
+        slots = self.window.slots.to(self.keys.device)
         write = store if self.quick else scatter
         write(self.keys, self.values, slots, key_states, value_states)
+        if self.window.visible is None:
+            return self.keys, self.values
+        visible = self.window.visible
         return self.keys[:, :, :visible], self.values[:, :, :visible]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Visible slots, no offset.  Only consulted where a model ignores the mask it is given."""
-        return self.window.visible, 0
+        return self.window.visible or self.keys.shape[2], 0
 
     def get_seq_length(self) -> int:
         """Always 0: rows differ, and positions are always passed."""
@@ -78,6 +81,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def __init__(self, shapes: list[LayerShape], *, batch: int, slots: int):
         self.window = Window(torch.zeros((batch, 0), dtype=torch.long), slots)
+        self.slots = slots
         self.pools: list[Tensor] = []
         layers: dict[int, SlotLayer] = {}
         for shape in dict.fromkeys(shapes):
@@ -89,6 +93,11 @@ class SlotCache(Cache):  # type: ignore[misc]
             self.pools += [keys, values]
             layers |= {member: SlotLayer(self.window, keys[i], values[i]) for i, member in enumerate(members)}
         super().__init__(layers=[layers[i] for i in range(len(shapes))])
+
+    @property
+    def visible(self) -> int:
+        """Slots that the next update hands to attention."""
+        return self.window.visible or self.slots
 
     def keep(self, path: Int[Tensor, "B K"], length: Int[Tensor, " B"]) -> None:
         """Moves the tree nodes `path`, which sit at slots `length + path`, to slots `length … length + K - 1`."""

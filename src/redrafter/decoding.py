@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from redrafter.cache import SlotCache
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
-from redrafter.fast.compiled import compiled
+from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
 from redrafter.fast.merged import merged
 from redrafter.proposers import Proposer
@@ -238,6 +238,8 @@ def _events(asked: Request) -> Iterator[Event]:
         with compiled(layers):
             return step(target, asked.proposer, sampler, state)
 
+    if layers:
+        of_any_length(state.cache)
     advance = Captured(plain, target.device, wanted=asked.fast)
     quick = merged(target.model) if advance.refused is None else nullcontext()
     with target.evaluating(), quick:

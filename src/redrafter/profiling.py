@@ -19,7 +19,7 @@ import torch
 from redrafter.config import DecodingShape
 from redrafter.decoding import Emission, State, prefill, step
 from redrafter.drafter import RecurrentDrafter
-from redrafter.fast.compiled import compiled
+from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
 from redrafter.fast.merged import merged
 from redrafter.proposers import RecurrentProposer
@@ -194,6 +194,8 @@ class Bench:
         self.state.cache.window.visible = self.context + nodes
         cuda = self.target.device.type == "cuda"
         layers = self.target.decoder_layers if self.compile else []
+        if layers:
+            of_any_length(self.state.cache)
         with self.target.evaluating(), merged(self.target.model) if cuda else nullcontext(), compiled(layers):
             return milliseconds(function, self.target.device, self.repeats)
 

@@ -124,11 +124,12 @@ class Target:
         slots = length[:, None] + torch.arange(tree.size, device=length.device)
         position = length[:, None] + tree.depth
         if self.packs and tree.size <= PACKED_NODES:
+            cache.window.visible = None
             mask = packed(tree, length)
             masks = mask if self._layer_types is None else dict.fromkeys(self._layer_types, mask)
             with self._attending(NAME):
                 return self._run(tree.tokens, position, slots, masks, cache, select)
-        visible = partial(tree_mask, tree, length, slots=cache.window.visible)
+        visible = partial(tree_mask, tree, length, slots=cache.visible)
         return self.run(tree.tokens, position, slots, visible, cache, select)
 
     def run(
@@ -142,7 +143,7 @@ class Target:
     ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B M V"]]:
         """One run of the model over tokens that go to the given slots of their rows and see what `visible` says.
 
-        `visible(window=...)` gives a bool mask [B, N, cache.window.visible].  Returns as `forward` does.
+        `visible(window=...)` gives a bool mask [B, N, cache.visible].  Returns as `forward` does.
         """
         return self._run(tokens, position, slots, self._masks(visible), cache, select)
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from redrafter.cache import SlotCache
+
 VERSIONS = 4096
 """Of one layer's code that torch keeps: every layer and every shape is one."""
 
@@ -31,6 +33,13 @@ def compiled(layers: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for layer in ours:
             del layer.forward
+
+
+def of_any_length(cache: SlotCache) -> None:
+    """Code compiled for one number of slots serves every other."""
+    for layer in cache.layers:
+        for buffer in (layer.keys, layer.values):
+            torch._dynamo.maybe_mark_dynamic(buffer, 2)
 
 
 @cache
