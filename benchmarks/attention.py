@@ -67,7 +67,7 @@ class Case:
 
     def ours(self, layer: int, **trial: Any) -> Tensor:
         """The kernels, as `tree_attention` launches them."""
-        from redrafter.fast import kernels
+        from redrafter.fast.kernels import attention as kernels
 
         return kernels.launch(
             self.query, self.keys[layer], self.values[layer], self.mask, SIZE**-0.5, None, None, None, **trial
@@ -147,7 +147,7 @@ def tilings(rows: int) -> list[tuple[int, int, int, int]]:
 
 def compiled(shape: str, nodes: int, tiling: tuple[int, int, int, int]) -> None:
     """Leaves the kernels of these block sizes in Triton's cache of compiled code; run in a process of its own."""
-    from redrafter.fast import kernels
+    from redrafter.fast.kernels import attention as kernels
 
     length, slots = CONTEXTS[0]
     case = Case(shape, nodes, length, slots, layers=1)
@@ -159,7 +159,7 @@ def compiled(shape: str, nodes: int, tiling: tuple[int, int, int, int]) -> None:
 
 def sweep(given: argparse.Namespace, until: float) -> list[dict[str, Any]]:
     """The best block sizes and numbers of parts of every shape, as far as time allows."""
-    from redrafter.fast import kernels
+    from redrafter.fast.kernels import attention as kernels
 
     trials = {
         (shape, nodes): tilings(nodes * HEADS[shape][0] // HEADS[shape][1])
