@@ -10,9 +10,10 @@ import torch
 from interpreting import INTERPRETED, on_cpu, on_kernels
 
 from conftest import tiny_model
-from redrafter import RecurrentDrafter
+from redrafter import RecurrentDrafter, fast
 from redrafter.beam import beam_search, grow, plain_grow
 from redrafter.drafter import activated
+from redrafter.fast import has_kernels
 from redrafter.fast.top import Top, plain_top, top
 from redrafter.noise import gumbel
 from redrafter.proposers import RecurrentProposer
@@ -192,7 +193,7 @@ def test_the_most_probable(shape, ties, device):
 
 @on_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_activations(dtype, device, monkeypatch):
+def test_activations(dtype, device):
     x, more, onto = torch.randn(3, 2, 7, 301).mul(9).to(device, dtype).unbind()
     cases = [
         {},
@@ -235,6 +236,21 @@ def test_proposals(form, budget, noisy, device, monkeypatch):
     wanted = proposer.propose(*told)
     for name in FIELDS:
         assert getattr(found, name).equal(getattr(wanted, name)), name
+
+
+@on_kernels
+def test_where_triton_does_not_work_the_plain_ways_stand_in(device, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("Failed to find C compiler.\nPlease say where it is.")
+
+    place = torch.device(device)
+    assert has_kernels(place)
+    monkeypatch.setattr("redrafter.fast.drafting.activated", broken)
+    fast._works.cache_clear()
+    with pytest.warns(UserWarning, match=r"without them: Failed to find C compiler\.$"):
+        assert not has_kernels(place)
+    assert not has_kernels(place, torch.bfloat16)
+    fast._works.cache_clear()
 
 
 @pytest.mark.gpu

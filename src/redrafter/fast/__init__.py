@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache
 from importlib.util import find_spec
 
@@ -13,10 +14,24 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the kernels can run: where triton is, on a CUDA device, or anywhere under its interpreter."""
-    return dtype in FLOATS and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and _has_triton()
+    """Whether the kernels can run: where triton works, on a CUDA device, or anywhere under its interpreter."""
+    wanted = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return wanted and dtype in FLOATS and _works(device)
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _works(device: torch.device) -> bool:
+    """Whether triton is there and one small kernel runs, which takes a C compiler and a GPU that triton knows."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        from redrafter.fast import drafting
+
+        x = torch.zeros(1, device=device)
+        with torch.cuda.device_of(x):
+            drafting.activated(x, None, None)
+    except Exception as error:  # whatever it is, the plain ways stand in
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        warnings.warn(f"Triton's kernels do not run here, so decoding goes on without them: {reason}", stacklevel=3)
+        return False
+    return True
