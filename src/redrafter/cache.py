@@ -73,6 +73,19 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         """Nothing to do: allocated by the cache."""
 
 
+class OneLayer(Cache):  # type: ignore[misc]
+    """A cache as one layer of the model sees it: no index is asked for, so compiled code serves every layer."""
+
+    def __init__(self, layer: SlotLayer):
+        super().__init__(layers=[layer])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As its layer's."""
+        return self.layers[0].update(key_states, value_states)  # type: ignore[no-any-return]
+
+
 class SlotCache(Cache):  # type: ignore[misc]
     """All layers' keys and values, each kind of layer in one tensor [layers, B, heads, S, size].
 
@@ -93,6 +106,8 @@ class SlotCache(Cache):  # type: ignore[misc]
             self.pools += [keys, values]
             layers |= {member: SlotLayer(self.window, keys[i], values[i]) for i, member in enumerate(members)}
         super().__init__(layers=[layers[i] for i in range(len(shapes))])
+        self.alone = [OneLayer(layer) for layer in self.layers]
+        """Each layer's own view."""
 
     @property
     def visible(self) -> int:

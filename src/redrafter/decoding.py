@@ -166,7 +166,8 @@ def stream(
     - `presence_penalty`, `frequency_penalty`: of the tokens written, as OpenAI defines them;
     - `tokenizer`: puts text into the events; `stop_strings` need it;
     - `fast=False`: no CUDA graph of a step, nor any other means of `docs/speed.md`; the text is the same;
-    - `compile=True`: the target's layers through torch.compile too, which takes a while, once.
+    - `compile=True`: where the kernels for trees run, the target's layers through torch.compile too, whose first
+      step of a shape takes seconds, which the logger "redrafter" is told.
 
     A row ends at an end token or with a stop string, which are kept, by a criterion, after `max_new_tokens`, or
     where the model's context is full.  `docs/settings.md` lists every setting.

@@ -114,7 +114,7 @@ class Bench:
             positions = drafter.config.context_positions
             state, _ = prefill(target, sampler, rows, cache, slots=slots, positions=positions)
             state.place.alive.zero_()  # so that no step leads on from where they stand
-        return cls(target, drafter, sampler, state, context, repeats, compile)
+        return cls(target, drafter, sampler, state, context, repeats, compile and target.packs)
 
     @property
     def batch(self) -> int:

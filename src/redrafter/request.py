@@ -146,7 +146,7 @@ def request(
         output_scores=bool(config.output_scores),
         output_logits=bool(config.output_logits),
         fast=fast and not sampler.lazy,
-        compile=fast and compile,
+        compile=fast and compile and target.packs,  # a mask as wide as the text is long needs code for every length
     )
 
 

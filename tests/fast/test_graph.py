@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jaxtyping
 import pytest
 import torch
 
@@ -70,8 +71,9 @@ def test_replayed_text_is_plain_text(family, drafting, law, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("default")  # torch's own, of its compiler
-def test_compiled_text_is_plain_text():
+@pytest.mark.filterwarnings("default", "error:Decoding goes on without torch.compile")  # torch has warnings of its own
+def test_compiled_text_is_plain_text(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # torch does not see through its checks
     model = tiny_model().cuda()
     drafter = RecurrentDrafter.for_target(model, beam_width=4, beam_length=3)
     plain = generate(model, drafter, PROMPTS, max_new_tokens=20, fast=False)

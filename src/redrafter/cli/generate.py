@@ -65,11 +65,13 @@ def generate(
     if drafter is None and not no_drafter:
         raise RedrafterError("Give a --drafter, or --no-drafter to decode without one.")
 
-    from redrafter.cli.loading import load_drafter, load_model, read_settings
+    from redrafter.cli.loading import load_drafter, load_model, read_settings, show_log
     from redrafter.decoding import stream
     from redrafter.prompts import conversation, prompt_ids, read_prompts
     from redrafter.results import finished
 
+    if compile:
+        show_log()
     settings = read_settings(
         more,
         do_sample=do_sample,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ Budget = Annotated[
 Fast = Annotated[bool, typer.Option(help="Replay a step as one CUDA graph; the text is the same.")]
 Compile = Annotated[
     bool,
-    typer.Option("--compile", help="Compile the model's layers first, for CUDA: seconds once, faster steps after."),
+    typer.Option("--compile", help="Compile the model's layers first, on CUDA: seconds once, faster steps after."),
 ]
 DoSample = Annotated[
     bool, typer.Option("--do-sample", help="Draw tokens by the model's law instead of taking the best.")
@@ -68,6 +69,19 @@ Template = Annotated[
 ]
 BadRows = Annotated[str, typer.Option(help="stop at the first row that cannot be read, or skip and count them.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
+
+
+class _Echo(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
+
+
+def show_log() -> None:
+    """What the library tells its logger goes to stderr too."""
+    log = logging.getLogger("redrafter")
+    log.setLevel(logging.INFO)
+    if not any(isinstance(one, _Echo) for one in log.handlers):
+        log.addHandler(_Echo())
 
 
 def read_settings(more: list[str] | None, **told: Any) -> dict[str, Any]:

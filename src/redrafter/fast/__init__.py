@@ -19,6 +19,11 @@ def has_kernels(device: torch.device, dtype: torch.dtype = torch.float32) -> boo
     return wanted and dtype in FLOATS and _works(device)
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, or else its name."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 @cache
 def _works(device: torch.device) -> bool:
     """Whether triton is there and one small kernel runs, which takes a C compiler and a GPU that triton knows."""
@@ -31,7 +36,7 @@ def _works(device: torch.device) -> bool:
         with torch.cuda.device_of(x):
             drafting.activated(x, None, None)
     except Exception as error:  # whatever it is, the plain ways stand in
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        warnings.warn(f"Triton's kernels do not run here, so decoding goes on without them: {reason}", stacklevel=3)
+        told = f"Triton's kernels do not run here, so decoding goes on without them: {first_line(error)}"
+        warnings.warn(told, stacklevel=3)
         return False
     return True

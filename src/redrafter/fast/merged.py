@@ -11,7 +11,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ def _parts(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
 
 
 def _group(parts: list[nn.Linear]) -> _Group:
-    """The layers' group; the same one each time, for torch.compile tells layers apart by what they call."""
+    """The layers' group; the same one each time, so that a CUDA graph or compiled code finds its weights again."""
     group = _groups.get(parts[0])
     if group is None or any(one() is not part for one, part in zip(group.parts, parts, strict=True)):
         group = _groups[parts[0]] = _Group(parts)
@@ -56,7 +55,6 @@ class _Group:
     def __init__(self, parts: list[nn.Linear]):
         self.parts = [weakref.ref(part) for part in parts]
         self.sizes = [part.out_features for part in parts]
-        self.forwards = [partial(self.output, place) for place in range(len(parts))]
         self.weight: Tensor
         self.bias: Tensor | None = None
         self.read: Tensor | None = None
@@ -70,16 +68,18 @@ class _Group:
 
     def enter(self) -> None:
         """The layers give what `output` says."""
-        for one, forward in zip(self.parts, self.forwards, strict=True):
+        for place, one in enumerate(self.parts):
             if (part := one()) is not None:
-                part.forward = forward  # type: ignore[method-assign]
+                part.__class__ = _Part
+                vars(part).update(group=self, place=place)
 
     def leave(self) -> None:
         """The layers compute by themselves again."""
         self.read, self.outputs = None, ()
         for one in self.parts:
             if (part := one()) is not None:
-                del part.forward
+                part.__class__ = nn.Linear
+                del part.group, part.place
 
     def output(self, place: int, input: Tensor) -> Tensor:
         """What the layer in this place gives; the first one that is asked computes for all."""
@@ -90,6 +90,16 @@ class _Group:
         if place == len(self.parts) - 1:
             self.read, self.outputs = None, ()
         return found
+
+
+class _Part(nn.Linear):
+    """A layer in its group.  A class, for torch.compile takes layers with functions of their own for different code."""
+
+    group: _Group
+    place: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.group.output(self.place, input)
 
 
 _groups: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()

@@ -1,0 +1,189 @@
+"""One compiled code serves all layers that are alike, gives the plain text and leaves the model as it was.
+
+The step of a CUDA device is imitated on a CPU: packed masks, the operators that stand for kernels, trees of one size.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import jaxtyping
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+
+from conftest import tiny_model
+from redrafter import RecurrentDrafter, decoding, generate
+from redrafter.fast import compiled as module
+from redrafter.fast.compiled import compiled
+from redrafter.tree import DraftTree
+
+PROMPTS = [[5, 9, 12], [7, 3]]
+
+
+class Uncaptured:
+    """A step as CUDA runs it, but for the graph."""
+
+    refused = None
+
+    def __init__(self, function, device, **told):
+        self._function = function
+
+    def __call__(self):
+        return self._function()
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Imitates CUDA; what is called sets the function that compiles a graph."""
+    for name in ("target", "cache"):
+        monkeypatch.setattr(f"redrafter.{name}.has_kernels", lambda *_: True)
+    monkeypatch.setattr(DraftTree, "trimmed", lambda tree: tree)
+    monkeypatch.setattr(decoding, "Captured", Uncaptured)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # torch does not see through its checks
+    module._compiled.cache_clear()
+    torch._dynamo.reset()
+    yield lambda one: monkeypatch.setattr(module, "BACKEND", one)
+    module._compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs(backend):
+    """Those compiled so far."""
+    found = []
+
+    def kept(graph, inputs):
+        found.append(graph)
+        return aot_eager(graph, inputs)
+
+    backend(kept)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds", "changes"),
+    [
+        ("llama", 1, {}),
+        ("qwen3", 1, {"head_dim": 8}),
+        ("mistral", 1, {"sliding_window": 6}),
+        ("gpt2", 1, {"n_layer": 4}),  # hands the cache on by its place
+        ("gemma2", 2, {"sliding_window": 8, "head_dim": 8}),
+        ("gpt_oss", 2, {"sliding_window": 8, "head_dim": 8, "num_local_experts": 4}),
+    ],
+)
+def test_layers_that_are_alike_are_compiled_once_for_a_shape(family, kinds, changes, graphs):
+    deep = {} if family == "gpt2" else {"num_hidden_layers": 4}
+    model = tiny_model(family, **deep, **changes)
+    drafter = RecurrentDrafter.for_target(model, beam_width=3, beam_length=2)
+    for count in (8, 19):  # another number of slots
+        plain = generate(model, None, PROMPTS, max_new_tokens=count, fast=False)
+        for drafting, shapes in ((None, 1), (drafter, 2)):
+            got = generate(model, drafting, PROMPTS, max_new_tokens=count, compile=True)
+            assert got.new_tokens == plain.new_tokens
+            assert len(graphs) == kinds * (shapes if count == 8 else 2)
+
+
+def test_another_model_of_the_same_shape_needs_no_compilation(graphs):
+    for seed in (0, 1):
+        model = tiny_model(seed=seed)
+        plain = generate(model, None, PROMPTS, max_new_tokens=8, fast=False)
+        assert generate(model, None, PROMPTS, max_new_tokens=8, compile=True).new_tokens == plain.new_tokens
+    assert len(graphs) == 1
+
+
+def test_the_model_is_as_before_also_between_events(graphs):
+    model = tiny_model()
+    kinds = [type(part) for part in model.modules()]
+    names = [set(vars(part)) for part in model.modules()]
+    events = decoding.stream(model, None, PROMPTS, max_new_tokens=8, compile=True)
+    for _ in range(5):
+        next(events)
+    assert graphs
+    assert not any("forward" in vars(part) for part in model.modules())
+    events.close()
+    assert [type(part) for part in model.modules()] == kinds
+    assert [set(vars(part)) for part in model.modules()] == names
+
+
+def test_a_layer_whose_forward_is_replaced_is_left_alone(graphs):
+    model = tiny_model()
+    layers = model.model.layers
+    replaced = layers[0].forward
+    layers[0].forward = lambda *args, **kwargs: replaced(*args, **kwargs)  # as accelerate does
+    with compiled(layers):
+        assert "forward" in vars(layers[1])
+    assert "forward" in vars(layers[0])
+    assert "forward" not in vars(layers[1])
+
+
+def test_a_layer_that_shares_the_cache_of_another_sees_all_of_it():
+    """The view of one layer would give it the wrong keys."""
+
+    class Layer(nn.Module):
+        def __init__(self, *indices: int):
+            super().__init__()
+            for index in indices:
+                part = nn.Identity()
+                part.layer_idx = index
+                self.add_module(str(index), part)
+
+    assert module._index(Layer(3)) == 3
+    assert module._index(Layer()) is None
+    assert module._index(Layer(2, 3)) is None
+
+
+def test_where_torch_cannot_compile_decoding_goes_on_and_says_it_once(backend):
+    def broken(graph, inputs):
+        raise RuntimeError("No working C++ compiler found.\nSee the manual.")
+
+    backend(broken)
+    model = tiny_model()
+    plain = generate(model, None, PROMPTS, max_new_tokens=8, fast=False)
+    with pytest.warns(UserWarning, match=r"without torch\.compile: No working C\+\+ compiler found\.$") as told:
+        got = generate(model, None, PROMPTS, max_new_tokens=8, compile=True)
+    assert got.new_tokens == plain.new_tokens
+    assert len(told) == 1
+    assert generate(model, None, PROMPTS, max_new_tokens=8, compile=True).new_tokens == plain.new_tokens
+    assert not any("forward" in vars(part) for part in model.modules())
+
+
+def test_a_layers_own_error_is_raised(graphs):
+    class Layer(nn.Module):
+        def forward(self, x):
+            return x @ torch.ones(3, 3)
+
+    layer = Layer()
+    with compiled([layer]), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(torch.ones(2, 2))
+
+
+def test_seconds_are_logged_once_for_a_shape(graphs, caplog):
+    caplog.set_level(logging.INFO, logger="redrafter")
+    for _ in range(2):
+        generate(tiny_model(), None, PROMPTS, max_new_tokens=8, compile=True)
+    (line,) = caplog.messages
+    assert line.startswith("compiled LlamaDecoderLayer in ")
+    assert 0 < float(line.split()[-2]) < 60
+
+
+def test_the_command_says_how_long_it_compiled(model_folder, say, graphs):
+    words = ("generate", "--model", model_folder, "--no-drafter", "--prompt", "ab", "--max-new-tokens", 4)
+    status, plain, err = say(*words, "--no-fast")
+    assert status == 0, err
+    assert "compiled" not in err
+    status, out, err = say(*words, "--compile")
+    assert status == 0, err
+    assert out == plain
+    assert [line.split(" in ")[0] for line in err.splitlines()][:-1] == ["compiled LlamaDecoderLayer"]
+
+
+@pytest.mark.parametrize("told", [{"fast": False}, {}])
+def test_nothing_is_compiled_where_the_kernels_do_not_run(told, graphs, monkeypatch):
+    if not told:
+        for name in ("target", "cache"):
+            monkeypatch.setattr(f"redrafter.{name}.has_kernels", lambda *_: False)
+    model = tiny_model()
+    generate(model, None, PROMPTS, max_new_tokens=4, compile=True, **told)
+    assert not graphs
