@@ -226,8 +226,19 @@ def generate(
 
 
 def _stream(asked: Request) -> Iterator[Event]:
-    events = _events(asked)
+    events = _within_memory(asked)
     return events if asked.tokenizer is None else with_text(events, asked.tokenizer)
+
+
+def _within_memory(asked: Request) -> Iterator[Event]:
+    """The events; memory that runs out is told with what to lower."""
+    try:
+        yield from _events(asked)
+    except torch.OutOfMemoryError as error:
+        raise RedrafterError(
+            f"The memory of {asked.target.device} is full: lower batch_size (now {asked.batch}), max_new_tokens or the "
+            "beams that are drafted."
+        ) from error
 
 
 def _fed(streamer: BaseStreamer, asked: Request) -> Iterator[Event]:
@@ -284,7 +295,7 @@ def _events(asked: Request) -> Iterator[Event]:
 def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
     """The step of a call, made as fast as it was asked to be; the model is as it was when this is left.
 
-    Raises RedrafterError where memory runs out or somebody moves the model meanwhile.
+    Raises RedrafterError where somebody moves the model meanwhile.
     """
     target = asked.target
     layers = target.decoder_layers if asked.compile else []
@@ -301,14 +312,8 @@ def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
 
     advance = Captured(plain, target.device, wanted=asked.fast, valid=unmoved)
     quick = merged(target.model) if advance.refused is None else nullcontext()
-    try:
-        with target.evaluating(), quick:
-            yield advance
-    except torch.OutOfMemoryError as error:
-        raise RedrafterError(
-            f"The memory of {target.device} is full: lower batch_size (now {asked.batch}), max_new_tokens or the "
-            "beams that are drafted."
-        ) from error
+    with target.evaluating(), quick:
+        yield advance
 
 
 @dataclass

@@ -38,11 +38,10 @@ class Captured(Generic[T]):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: T
         self._calls = 0
-        self.refused: str | None
-        self.refused = None if wanted else "it was not asked for"
+        self.refused: str | None = None if wanted else "it was not asked for"
+        """Why nothing is captured."""
         if device.type != "cuda":
             self.refused = f"graphs are CUDA's, and this is {device.type}"
-        """Why nothing is captured."""
 
     def __call__(self) -> T:
         """The function's result."""
