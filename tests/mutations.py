@@ -65,7 +65,7 @@ MUTATIONS = {
         "target.py", "distance[:, None] < window", "distance[:, None] <= window",
     ),
     "mask: positions by the node's number, not its depth": (
-        "target.py", "length[:, None] + tree.depth, slots,", "slots, slots,",
+        "target.py", "position = length[:, None] + tree.depth", "position = slots",
     ),
     "tree: a node's parent is no ancestor": (
         "tree.py", "for _ in range(max_depth):\n        node", "for _ in range(max_depth - 1):\n        node",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,6 +177,21 @@ def stream(
     return _stream(request(model, drafter, input_ids, attention_mask, **settings))
 
 
+def path_of(model: nn.Module) -> dict[str, str]:
+    """How a model's steps are decoded on its device, in words, found out by taking a few of them."""
+    asked = request(model, None, [[0]], max_new_tokens=6)
+    state = _empty(asked.target, asked.target.new_cache(batch=1, slots=16), 1, 16, 1)
+    with _stepping(asked, state) as advance, torch.inference_mode():
+        admit(asked.target, asked.sampler, state, [0], asked.rows)
+        for _ in range(4):
+            state.cache.window.visible = 16
+            advance()
+    return {
+        "a step": "one CUDA graph" if advance.refused is None else f"call by call, for {advance.refused}",
+        "attention": "kernels for trees" if asked.target.packs else "the model's own, with a mask",
+    }
+
+
 def generate(
     model: nn.Module,
     drafter: RecurrentDrafter | None,
@@ -212,8 +227,19 @@ def generate(
 
 
 def _stream(asked: Request) -> Iterator[Event]:
-    events = _events(asked)
+    events = _within_memory(asked)
     return events if asked.tokenizer is None else with_text(events, asked.tokenizer)
+
+
+def _within_memory(asked: Request) -> Iterator[Event]:
+    """The events; memory that runs out is told with what to lower."""
+    try:
+        yield from _events(asked)
+    except torch.OutOfMemoryError as error:
+        raise RedrafterError(
+            f"The memory of {asked.target.device} is full: lower batch_size (now {asked.batch}), max_new_tokens or the "
+            "beams that are drafted."
+        ) from error
 
 
 def _fed(streamer: BaseStreamer, asked: Request) -> Iterator[Event]:
@@ -233,17 +259,7 @@ def _events(asked: Request) -> Iterator[Event]:
     state = _empty(target, target.new_cache(batch=asked.batch, slots=slots), asked.batch, slots, asked.positions)
     waiting = iter(asked.rows)
     taken: dict[int, _Writing] = {}
-    layers = target.decoder_layers if asked.compile else []
-
-    def plain() -> Emission:
-        with compiled(layers):
-            return step(target, asked.proposer, sampler, state)
-
-    if layers:
-        of_any_length(state.cache)
-    advance = Captured(plain, target.device, wanted=asked.fast)
-    quick = merged(target.model) if advance.refused is None else nullcontext()
-    with target.evaluating(), quick:
+    with _stepping(asked, state) as advance:
         while True:
             entering = dict(zip((slot for slot in range(asked.batch) if slot not in taken), waiting, strict=False))
             if entering:
@@ -274,6 +290,31 @@ def _events(asked: Request) -> Iterator[Event]:
                 events.append(event)
             del emitted  # its logits are not kept while the caller looks at the events
             yield from events
+
+
+@contextmanager
+def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
+    """The step of a call, made as fast as it was asked to be; the model is as it was when this is left.
+
+    Raises RedrafterError where somebody moves the model meanwhile.
+    """
+    target = asked.target
+    layers = target.decoder_layers if asked.compile else []
+    weight = target.embed.weight.data_ptr()
+    if layers:
+        of_any_length(state.cache)
+
+    def plain() -> Emission:
+        with compiled(layers):
+            return step(target, asked.proposer, asked.sampler, state)
+
+    def unmoved() -> bool:
+        return target.embed.weight.data_ptr() == weight
+
+    advance = Captured(plain, target.device, wanted=asked.fast, valid=unmoved)
+    quick = merged(target.model) if advance.refused is None else nullcontext()
+    with target.evaluating(), quick:
+        yield advance
 
 
 @dataclass

@@ -50,6 +50,8 @@ def custom_generate(
     beam_length: int | None = None,
     node_budget: int | None = None,
     seed: int | Sequence[int] | None = None,
+    fast: bool = True,
+    compile: bool = False,
     text_streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -85,6 +87,8 @@ def custom_generate(
         beam_length=beam_length,
         node_budget=node_budget,
         seed=seed,
+        fast=fast,
+        compile=compile,
         logits_processor=_users(model, config, logits_processor),
         prefix_allowed_tokens_fn=_allowed(logits_processor),
         stopping_criteria=[one for one in stopping_criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)],

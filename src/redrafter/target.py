@@ -106,7 +106,18 @@ class Target:
         return _decoder_layers(self.model, self.config)
 
     def new_cache(self, *, batch: int, slots: int) -> SlotCache:
-        """Memory for `batch` rows of `slots` positions each."""
+        """Memory for `batch` rows of `slots` positions each, all of it at once.
+
+        Raises RedrafterError, with the arithmetic, where a CUDA device has not so much left.
+        """
+        rows = sum(one.heads * (one.key_size + one.value_size) * one.dtype.itemsize for one in self._shapes)
+        needed, left = batch * slots * rows, _memory_left(self.device)
+        if left is not None and needed > left:
+            raise RedrafterError(
+                f"Keys and values of {batch} x {slots:,} tokens take {needed / 2**30:.2f} GiB, {rows / 2**10:,.1f} KiB "
+                f"a token in {len(self._shapes)} layers, and {left / 2**30:.2f} GiB are left on {self.device}: lower "
+                "batch_size or max_new_tokens."
+            )
         return SlotCache(self._shapes, batch=batch, slots=slots)
 
     def forward(
@@ -353,6 +364,14 @@ def _unwrapped(model: Any) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise RedrafterError(f"{type(model).__name__} is not a model of transformers.")
     return model
+
+
+def _memory_left(device: torch.device) -> int | None:
+    """Bytes that torch could still give out; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _refuse_by_structure(model: PreTrainedModel, config: Any) -> None:

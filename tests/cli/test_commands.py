@@ -147,6 +147,10 @@ def test_what_generate_writes_can_be_trained_on_and_the_drafter_checked(say, mod
     assert status == 0
     assert "tiny" in out
     assert "10 beams of 4 tokens" in out
+    status, out, _ = say("info", "--model", model_folder)
+    assert status == 0
+    assert "call by call, for graphs are CUDA's" in " ".join(out.split())
+    assert "Name a drafter, or a model by --model" in refusal(say("info"))
     assert "already holds a drafter: pass --overwrite" in refusal(say(*train))
     assert say(*train, "--overwrite")[0] == 0
 

@@ -39,7 +39,7 @@ def profile(say, *words) -> tuple[list[str], dict]:
 
 def test_a_shape_needs_no_model(say, timed):
     lines, record = profile(say, "--shape", "tiny", "--batch", 2, "--context", 30, "--do-sample")
-    assert "1,073.7 GB/s" in lines[0]  # the copy is the first that is timed
+    assert "1,073.7 GB/s" in lines[0]  # that is the first that is timed
     assert record["bytes_per_second"] == 2 * 2**28 / 0.0005
     assert (record["target"], record["batch"], record["context"]) == ("tiny", 2, 30)
     assert record["dtype"] == "float32"

@@ -245,7 +245,7 @@ def test_where_triton_does_not_work_the_plain_ways_stand_in(device, monkeypatch)
 
     place = torch.device(device)
     assert has_kernels(place)
-    monkeypatch.setattr("redrafter.fast.drafting.activated", broken)
+    monkeypatch.setattr("redrafter.fast.kernels.drafting.activated", broken)
     fast._works.cache_clear()
     with pytest.warns(UserWarning, match=r"without them: Failed to find C compiler\.$"):
         assert not has_kernels(place)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jaxtyping
 import pytest
 import torch
 
 from conftest import tiny_model
-from redrafter import RecurrentDrafter, decoding, generate
+from redrafter import RecurrentDrafter, RedrafterError, decoding, generate
 from redrafter.fast.graph import Captured
 
 LAWS = {"greedy": {}, "sampled": {"do_sample": True, "top_p": 0.9, "seed": 7}}
@@ -94,3 +96,45 @@ def test_the_graph_is_freed_with_the_last_event():
         next(events)
     events.close()
     assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+def test_a_model_that_is_moved_meanwhile_is_not_replayed():
+    model = tiny_model()
+    events = decoding.stream(model, None, PROMPTS, max_new_tokens=9)
+    next(events)
+    events_of_another = decoding.stream(tiny_model(), None, PROMPTS, max_new_tokens=9)
+    next(events_of_another)
+    model.double()
+    with pytest.raises(RedrafterError, match="moved or converted while it was writing"):
+        list(events)
+    assert len(list(events_of_another)) == len(PROMPTS) * 8 + 4
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_streams_side_by_side_do_not_heed_each_other(device):
+    """Of one model with and without a drafter, and of another model with its own."""
+    model, other = tiny_model().to(device), tiny_model(seed=1).to(device)
+    drafters = [RecurrentDrafter.for_target(one, beam_width=2, beam_length=2) for one in (model, other)]
+    pairs = [(model, drafters[0]), (model, None), (other, drafters[1])]
+    expected = [generate(one, None, PROMPTS, max_new_tokens=9).new_tokens for one, _ in pairs]
+    found = [[[] for _ in PROMPTS] for _ in pairs]
+    streams = [decoding.stream(*pair, PROMPTS, max_new_tokens=9) for pair in pairs]
+    for events in itertools.zip_longest(*streams):
+        for texts, event in zip(found, events, strict=True):
+            if event is not None:
+                texts[event.row] += event.tokens
+    assert found == expected
+
+
+def test_full_memory_is_told_in_a_sentence_and_the_model_goes_on(monkeypatch):
+    model = tiny_model()
+    plain = generate(model, None, PROMPTS, max_new_tokens=6).new_tokens
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "step", full)
+        with pytest.raises(RedrafterError, match=r"memory of cpu is full: lower batch_size \(now 5\)"):
+            generate(model, None, PROMPTS, max_new_tokens=6)
+    assert generate(model, None, PROMPTS, max_new_tokens=6).new_tokens == plain

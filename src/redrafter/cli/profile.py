@@ -78,7 +78,7 @@ def profile(
     )
     console = Console(highlight=False, soft_wrap=True)
     ceiling, where = bandwidth(target.device, repeats), device_name(target.device)
-    console.print(f"{where}: a large copy reads and writes {ceiling / 1e9:,.1f} GB/s")
+    console.print(f"{where}: one pass over a large array reads and writes {ceiling / 1e9:,.1f} GB/s")
     console.print(
         f"a step reads {bench.weight_bytes / 1e6:,.1f} MB of weights and {bench.cache_bytes / 1e6:,.1f} MB of keys and "
         f"values ({batch} x {bench.context:,} tokens): at least {_floor(bench, ceiling):.3f} ms"

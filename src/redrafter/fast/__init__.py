@@ -30,7 +30,7 @@ def _works(device: torch.device) -> bool:
     if find_spec("triton") is None:
         return False
     try:
-        from redrafter.fast import drafting
+        from redrafter.fast.kernels import drafting
 
         x = torch.zeros(1, device=device)
         with torch.cuda.device_of(x):

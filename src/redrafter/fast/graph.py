@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from redrafter.errors import RedrafterError
+
 T = TypeVar("T")
 
 
@@ -19,19 +21,32 @@ class Captured(Generic[T]):
     """Calls a function of no arguments, which works on fixed tensors; on CUDA its third call is captured and replayed.
 
     The calls before that build what is built on first use.  Every replay writes into the tensors that the captured
-    call returned.  `wanted=False`, and any other device, calls it as it is.
+    call returned.  `wanted=False`, and any other device, calls it as it is.  `valid` says whether what was captured is
+    still where it was: a graph would read memory that others have by now, so RedrafterError is raised instead.
     """
 
-    def __init__(self, function: Callable[[], T], device: torch.device, *, wanted: bool = True):
+    def __init__(
+        self,
+        function: Callable[[], T],
+        device: torch.device,
+        *,
+        wanted: bool = True,
+        valid: Callable[[], bool] = lambda: True,
+    ):
         self._function = function
+        self._valid = valid
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: T
         self._calls = 0
-        self.refused: str | None = None if wanted and device.type == "cuda" else "it was not asked for"
+        self.refused: str | None = None if wanted else "it was not asked for"
         """Why nothing is captured."""
+        if device.type != "cuda":
+            self.refused = f"graphs are CUDA's, and this is {device.type}"
 
     def __call__(self) -> T:
         """The function's result."""
+        if not self._valid():
+            raise RedrafterError("The model was moved or converted while it was writing; start again.")
         if self._graph is not None:
             self._graph.replay()
             return self._result

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS_PER_PROCESSOR = 2
+PROGRAMS_PER_PROCESSOR = 1  # that the keys are cut for
+RESIDENT = 2  # programs whose blocks fit a processor's shared memory
 MAX_SPLITS = 32
-KEYS, STAGES = 64, 3  # of a block; the number of blocks in flight
+KEYS, STAGES = 32, 3  # of a block; the number of blocks in flight
 ROWS = 128  # queries of a block, at most
 SHARED_MEMORY = 96 << 10  # bytes of a processor where it does not tell
 
@@ -193,7 +194,7 @@ def splits_for(programs: int, slots: int, processors: int, keys: int = KEYS) -> 
 def tiling_for(rows: int, sizes: int, bytes_each: int, shared_memory: int = SHARED_MEMORY) -> Tiling:
     """Block sizes for that many queries of a head of keys, and `sizes` numbers in a key and a value together.
 
-    So chosen that PROGRAMS_PER_PROCESSOR of them fit a processor's shared memory.
+    So chosen that RESIDENT of them fit a processor's shared memory.
     """
     most = (ROWS if sizes <= 256 else ROWS // 2) if bytes_each < 4 else 16  # without tensor cores, registers run short
     tile = Tiling(max(16, min(most, triton.next_power_of_2(rows))), KEYS if bytes_each < 4 else KEYS // 4, 4, STAGES)
@@ -202,7 +203,7 @@ def tiling_for(rows: int, sizes: int, bytes_each: int, shared_memory: int = SHAR
 
     def too_much(tile: Tiling) -> bool:
         blocks = tile.stages + (tile.rows >= 64)  # one more is kept where Hopper's products run on their own
-        return PROGRAMS_PER_PROCESSOR * (tile.rows // 2 + blocks * tile.keys) * sizes * bytes_each > shared_memory
+        return RESIDENT * (tile.rows // 2 + blocks * tile.keys) * sizes * bytes_each > shared_memory
 
     while too_much(tile) and (tile.stages > 2 or tile.keys > 16):
         tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(keys=tile.keys // 2)
