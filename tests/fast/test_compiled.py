@@ -15,6 +15,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, decoding, generate
+from redrafter.cache import LayerShape, SlotCache
 from redrafter.fast import compiled as module
 from redrafter.fast.compiled import compiled
 from redrafter.tree import DraftTree
@@ -118,9 +119,30 @@ def test_a_layer_whose_forward_is_replaced_is_left_alone(graphs):
     assert "forward" not in vars(layers[1])
 
 
-def test_a_layer_that_shares_the_cache_of_another_sees_all_of_it():
-    """The view of one layer would give it the wrong keys."""
+class Shifted(nn.Module):
+    """Writes to a place that is its own at that time."""
 
+    def __init__(self):
+        super().__init__()
+        self.layer_idx = 0
+
+    def forward(self, states, past_key_values, turn):
+        return past_key_values.update(states, states, self.layer_idx + turn)[0]
+
+
+def test_layers_that_run_twice_with_one_place_for_each_time_see_the_whole_cache(graphs):
+    shape = LayerShape(1, 2, 2, torch.float32, torch.device("cpu"))
+    cache = SlotCache([shape, shape], batch=1, slots=1)
+    cache.window.slots = torch.zeros((1, 1), dtype=torch.long)
+    layer = Shifted()
+    with compiled([layer]):
+        for turn in (0, 1):
+            layer(torch.full((1, 1, 1, 2), 3.0 + turn), past_key_values=cache, turn=turn)
+    assert [float(one.keys.max()) for one in cache.layers] == [3, 4]
+    assert len(graphs) == 2
+
+
+def test_a_layer_of_several_indices_sees_the_whole_cache():
     class Layer(nn.Module):
         def __init__(self, *indices: int):
             super().__init__()

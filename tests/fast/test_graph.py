@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 import jaxtyping
 import pytest
@@ -74,12 +75,15 @@ def test_replayed_text_is_plain_text(family, drafting, law, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default", "error:Decoding goes on without torch.compile")  # torch has warnings of its own
-def test_compiled_text_is_plain_text(monkeypatch):
+def test_compiled_text_is_plain_text_by_one_code_for_all_layers(monkeypatch, caplog):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # torch does not see through its checks
+    caplog.set_level(logging.INFO, logger="redrafter")
+    torch._dynamo.reset()
     model = tiny_model().cuda()
     drafter = RecurrentDrafter.for_target(model, beam_width=4, beam_length=3)
     plain = generate(model, drafter, PROMPTS, max_new_tokens=20, fast=False)
     assert generate(model, drafter, PROMPTS, max_new_tokens=20, compile=True).new_tokens == plain.new_tokens
+    assert [one.name for one in caplog.records].count("redrafter") == 1
     assert not any("forward" in vars(module) for module in model.modules())
 
 

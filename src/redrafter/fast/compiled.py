@@ -39,7 +39,8 @@ def compiled(layers: Sequence[nn.Module]) -> Iterator[None]:
     """
     ours = [layer for layer in layers if "forward" not in vars(layer)]
     for layer in ours:
-        layer.forward = partial(_compiled(type(layer).forward), layer, _index(layer))  # type: ignore[method-assign]
+        run = partial(_compiled(type(layer).forward), layer, _index(layer), len(layers))
+        layer.forward = run  # type: ignore[method-assign]
     try:
         with torch._dynamo.config.patch(recompile_limit=VERSIONS, accumulated_recompile_limit=VERSIONS):
             yield
@@ -63,13 +64,17 @@ class _Compiled:
         self._quick = torch.compile(forward, dynamic=False, backend=BACKEND)
         self._refused = False
 
-    def __call__(self, layer: nn.Module, index: int | None, *args: Any, **kwargs: Any) -> Any:
-        """What the layer gives; `index` is its own in a cache, where it is known."""
+    def __call__(self, layer: nn.Module, index: int | None, count: int, *args: Any, **kwargs: Any) -> Any:
+        """What the layer gives.
+
+        Of a cache with one layer for each of the `count` of the model it sees its own, where its `index` is known.
+        """
         if self._refused:
             return self._plain(layer, *args, **kwargs)
 
         def told(one: Any) -> Any:
-            return one.alone[index] if index is not None and isinstance(one, SlotCache) else one
+            own = index is not None and isinstance(one, SlotCache) and len(one.alone) == count
+            return one.alone[index] if own else one
 
         begin, before = time.perf_counter(), _graphs()
         try:
