@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from redrafter.errors import RedrafterError
 from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
 from redrafter.fast.merged import merged
+from redrafter.fast.packed import packed
 from redrafter.proposers import Proposer
 from redrafter.request import Request, Row, request
 from redrafter.results import Event, FinishReason, Generation, Stats, finished
@@ -240,8 +241,14 @@ def _events(asked: Request) -> Iterator[Event]:
 
     if layers:
         of_any_length(state.cache)
-    advance = Captured(plain, target.device, wanted=asked.fast)
-    quick = merged(target.model) if advance.refused is None else nullcontext()
+    advance = Captured(plain, target.device, wanted=asked.fast and not asked.sampler.lazy)
+    quick: AbstractContextManager[object]
+    if advance.refused is None:
+        quick = merged(target.model)
+    elif asked.fast and not layers:
+        quick = packed(target.model, *(asked.proposer.modules if asked.proposer else ()))
+    else:
+        quick = nullcontext()
     with target.evaluating(), quick:
         while True:
             entering = dict(zip((slot for slot in range(asked.batch) if slot not in taken), waiting, strict=False))
