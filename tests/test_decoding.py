@@ -27,6 +27,8 @@ class Oracle:
     It finds its place by the context, which it looks up among the states of the finished texts.
     """
 
+    modules = ()
+
     def __init__(self, model, texts: list[list[int]], *, width: int, length: int, spoil: float = 0.0, seed: int = 0):
         self.width, self.length, self.size, self.positions = width, length, 1 + width * length, 1
         self.spoil, self.generator, self.vocabulary = (

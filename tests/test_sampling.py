@@ -126,7 +126,7 @@ def test_rows_that_have_ended_call_no_processor():
 class Least:
     """Proposes the tokens that the drafter thinks least likely."""
 
-    length, size, positions = 2, 5, 1
+    length, size, positions, modules = 2, 5, 1, ()
 
     def propose(self, context, root, draw):
         return fold(root, torch.tensor([[[7, 6], [6, 7]]]).expand(len(root), 2, 2))

@@ -11,7 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from redrafter.drafter import RecurrentDrafter
 from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
 from redrafter.fast.merged import merged
+from redrafter.fast.packed import packed
 from redrafter.proposers import RecurrentProposer
 from redrafter.request import Request
 from redrafter.sampling import Draw, Sampler
@@ -199,7 +200,12 @@ class Bench:
         layers = self.target.decoder_layers if self.compile else []
         if layers:
             of_any_length(self.state.cache)
-        with self.target.evaluating(), merged(self.target.model) if cuda else nullcontext(), compiled(layers):
+        quick: AbstractContextManager[object]
+        if cuda:
+            quick = merged(self.target.model)
+        else:
+            quick = nullcontext() if layers else packed(self.target.model, self.drafter)
+        with self.target.evaluating(), quick, compiled(layers):
             return milliseconds(function, self.target.device, self.repeats)
 
 

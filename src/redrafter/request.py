@@ -63,7 +63,7 @@ class Request:
     output_scores: bool
     output_logits: bool
     fast: bool
-    """Whether a step is to be captured, where it can be."""
+    """Whether a step is to be captured, where it can be, and weights merged or packed."""
     compile: bool
     """Whether the target's layers are to be compiled."""
 
@@ -145,7 +145,7 @@ def request(
         pad=config.pad_token_id or 0,
         output_scores=bool(config.output_scores),
         output_logits=bool(config.output_logits),
-        fast=fast and not sampler.lazy,
+        fast=fast,
         compile=fast and compile and target.packs,  # a mask as wide as the text is long needs code for every length
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,13 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 @contextmanager
 def merged(model: nn.Module) -> Iterator[int]:
     """Yields the number of groups that are computed as one until it is left."""
-    groups = [_group(parts) for module in list(model.modules()) for names in GROUPS if (parts := _parts(module, names))]
+    with entered([Group.of(parts) for parts in together(model)]) as count:
+        yield count
+
+
+@contextmanager
+def entered(groups: Sequence[Group]) -> Iterator[int]:
+    """The groups compute for their layers until it is left; yields their number."""
     for group in groups:
         group.enter()
     try:
@@ -32,25 +39,37 @@ def merged(model: nn.Module) -> Iterator[int]:
             group.leave()
 
 
+def together(model: nn.Module) -> list[list[nn.Linear]]:
+    """The model's layers that read one input."""
+    found = (_parts(module, names) for module in list(model.modules()) for names in GROUPS)
+    return [parts for parts in found if parts]
+
+
 def _parts(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
     """The named layers of the module, or none where they are not all plain ones of one kind."""
-    parts = [child for name in names if type(child := getattr(module, name, None)) is nn.Linear]
+    parts = [child for name in names if plain(child := getattr(module, name, None))]
     kinds = {(p.in_features, p.weight.dtype, p.weight.device, p.bias is None) for p in parts}
-    plain = len(parts) == len(names) and len(kinds) == 1 and not any("forward" in vars(part) for part in parts)
-    return parts if plain and parts[0].weight.device.type != "meta" else []
+    return parts if len(parts) == len(names) and len(kinds) == 1 else []
 
 
-def _group(parts: list[nn.Linear]) -> _Group:
-    """The layers' group; the same one each time, so that a CUDA graph or compiled code finds its weights again."""
-    group = _groups.get(parts[0])
-    if group is None or any(one() is not part for one, part in zip(group.parts, parts, strict=True)):
-        group = _groups[parts[0]] = _Group(parts)
-    group.join(parts)
-    return group
+def plain(layer: object) -> TypeGuard[nn.Linear]:
+    """Whether it is a linear layer that nobody has changed: neither quantised nor adapted nor offloaded."""
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and layer.weight.device.type != "meta"
 
 
-class _Group:
+class Group:
     """Layers whose weights lie one after another.  Does not keep them alive."""
+
+    known: ClassVar[weakref.WeakKeyDictionary[nn.Module, Self]] = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, parts: list[nn.Linear]) -> Self:
+        """The layers' group; the same one each time, so that a CUDA graph or compiled code finds its weights again."""
+        group = cls.known.get(parts[0])
+        if group is None or [one() for one in group.parts] != parts:
+            group = cls.known[parts[0]] = cls(parts)
+        group.join(parts)
+        return group
 
     def __init__(self, parts: list[nn.Linear]):
         self.parts = [weakref.ref(part) for part in parts]
@@ -63,8 +82,7 @@ class _Group:
     def join(self, parts: list[nn.Linear]) -> None:
         """Takes the weights as they are now."""
         self.weight = _joined([part.weight for part in parts])
-        biases = [part.bias.detach() for part in parts if part.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
+        self.bias = joined_bias(parts)
 
     def enter(self) -> None:
         """The layers give what `output` says."""
@@ -81,11 +99,15 @@ class _Group:
                 part.__class__ = nn.Linear
                 del part.group, part.place
 
+    def product(self, input: Tensor) -> Tensor:
+        """What all layers give, one after another."""
+        return nn.functional.linear(input, self.weight, self.bias)
+
     def output(self, place: int, input: Tensor) -> Tensor:
         """What the layer in this place gives; the first one that is asked computes for all."""
         if self.read is not input:
             self.read = input
-            self.outputs = nn.functional.linear(input, self.weight, self.bias).split(self.sizes, dim=-1)
+            self.outputs = self.product(input).split(self.sizes, dim=-1)
         found = self.outputs[place]
         if place == len(self.parts) - 1:
             self.read, self.outputs = None, ()
@@ -95,14 +117,17 @@ class _Group:
 class _Part(nn.Linear):
     """A layer in its group.  A class, for torch.compile takes layers with functions of their own for different code."""
 
-    group: _Group
+    group: Group
     place: int
 
     def forward(self, input: Tensor) -> Tensor:
         return self.group.output(self.place, input)
 
 
-_groups: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
+def joined_bias(parts: Sequence[nn.Linear]) -> Tensor | None:
+    """The layers' biases, one after another."""
+    biases = [part.bias.detach() for part in parts if part.bias is not None]
+    return torch.cat(biases) if biases else None
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from redrafter.sampling import Draw
 from redrafter.tree import DraftTree
@@ -27,6 +28,11 @@ class Proposer(Protocol):
     @property
     def positions(self) -> int:
         """Last positions whose hidden states a draft is made from."""
+        ...
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """Whose layers a draft runs, the target's aside."""
         ...
 
     def propose(self, context: Tensor, root: Tensor, draw: Draw) -> DraftTree:

@@ -39,6 +39,11 @@ class RecurrentProposer:
         """As the drafter was trained."""
         return self.drafter.config.context_positions
 
+    @property
+    def modules(self) -> tuple[RecurrentDrafter]:
+        """The drafter."""
+        return (self.drafter,)
+
     def propose(self, context: Float[Tensor, "B features"], root: Int[Tensor, " B"], draw: Draw) -> DraftTree:
         """Trees below `root`; the drafter computes in its own dtype.
 
