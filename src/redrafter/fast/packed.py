@@ -44,8 +44,9 @@ def _packable(layer: nn.Linear) -> bool:
 
 
 def _works() -> bool:
-    """Whether torch was built with oneDNN, for the processors where this was measured."""
-    return torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+    """Whether torch was built with oneDNN and has what is used of it, for the processors where this was measured."""
+    known = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    return known and torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
 class _Packed(Group):
