@@ -73,7 +73,8 @@ def compare(
     if request(model, None, prompts, **settings).sampler.do_sample:  # both ways must draw alike
         settings["seed"] = row_seeds(settings.get("seed"), len(prompts))
     plain = generate(model, None, prompts, **settings)
-    shape: dict[str, Any] = {"beam_width": beam_width, "beam_length": beam_length, "node_budget": node_budget}
+    batch = min(batch_size, len(prompts))
+    shape: dict[str, Any] = drafter.config.measured(batch, beam_width, beam_length, node_budget)
     drafted = generate(model, drafter, prompts, **shape, **settings)
     partings = [
         _parting(model, prompts, row, one, other, settings)

@@ -133,13 +133,13 @@ def _bench(
     check_context(context, model)
     config = model.config.get_text_config()
     length = context or min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
-    width, depth, budget = drafter.config.drafting(batch, *told)
-    if not depth:  # tuned not to draft
-        width, depth, budget = drafter.config.drafting(0)
+    shape = drafter.config.measured(batch, *told)
     texts = torch.randint(config.vocab_size, (batch, length)).tolist()
-    asked = request(model, drafter, texts, do_sample=do_sample, beam_width=width, beam_length=depth, node_budget=budget)
+    asked = request(model, drafter, texts, do_sample=do_sample, **shape)
+    width, depth, budget = drafter.config.drafting(batch, *shape.values())
     drafting = DecodingShape(beam_width=width, beam_length=depth, node_budget=budget)
-    return Bench.of(asked, drafter, reach=max(reach, asked.size, depth + 1), repeats=repeats, compile=compile), drafting
+    reach = max(reach, asked.size, asked.length + 1)
+    return Bench.of(asked, drafter, reach=reach, repeats=repeats, compile=compile), drafting
 
 
 def _plain(bench: Bench, ceiling: float, found: list[Piece]) -> dict[str, Any]:

@@ -208,7 +208,8 @@ def evaluate(
     Other settings are the model's own, as in `generate`.  Raises RedrafterError for bad prompts and settings.
     """
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    common |= {"beam_width": beam_width, "beam_length": beam_length, "node_budget": node_budget}
+    batch = min(batch_size, len(prompts))
+    common |= drafter.config.measured(batch, beam_width, beam_length, node_budget)
     ways: dict[str, dict[str, Any]] = {
         "greedy": common | {"do_sample": False},
         "sampled": common | {"do_sample": True, "temperature": temperature, "seed": seed},
