@@ -8,12 +8,11 @@ and steps count while all of them are alive.  The categories' prompts are mixed,
 
 from __future__ import annotations
 
-import json
 import time
 from functools import partial
 from itertools import chain, cycle, islice, zip_longest
 
-from benchmarks.pace import UNDRAFTED, Run, Shape, about, in_rounds, parser, prompts_of, table, timed
+from benchmarks.pace import UNDRAFTED, Run, Shape, about, in_rounds, parser, prompts_of, put, table, timed
 from benchmarks.speed import ratios
 from recipes.target.measure import WAYS
 
@@ -54,11 +53,7 @@ def main() -> None:
     ]
     print(table(records))
     told = about(model) | {"way": given.way, "new tokens": given.new_tokens}
-    line = json.dumps(told | {"records": records, "failed": failed})
-    if given.output:
-        given.output.write_text(line + "\n")
-    else:
-        print("\n" + line)
+    put(told | {"records": records, "failed": failed}, given.output)
 
 
 if __name__ == "__main__":

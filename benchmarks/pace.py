@@ -7,6 +7,7 @@ is built and a GPU's graph is captured, are left out.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 import traceback
@@ -179,3 +180,12 @@ def parser(described: str) -> argparse.ArgumentParser:
     options.add_argument("--seconds", type=float, default=300, help="after which nothing is begun")
     options.add_argument("--output", type=Path, help="a file for the JSON line, which is printed otherwise")
     return options
+
+
+def put(record: dict[str, Any], output: Path | None) -> None:
+    """One JSON line, into a file where there is one to be."""
+    line = json.dumps(record)
+    if output:
+        output.write_text(line + "\n")
+    else:
+        print("\n" + line)

@@ -10,7 +10,6 @@ of the rounds, ratios of runs in one round.  A Markdown table, then one JSON lin
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from functools import partial
@@ -18,13 +17,26 @@ from itertools import product
 from typing import Any
 
 import torch
-from benchmarks.pace import UNDRAFTED, UNTIMED, Run, Shape, about, in_rounds, parser, pooled, prompts_of, table, timed
+from benchmarks.pace import (
+    UNDRAFTED,
+    UNTIMED,
+    Run,
+    Shape,
+    about,
+    in_rounds,
+    parser,
+    pooled,
+    prompts_of,
+    put,
+    table,
+    timed,
+)
 from recipes.target.measure import WAYS
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from redrafter import RecurrentDrafter, stream
-from redrafter.checking import _parting
+from redrafter.checking import parting
 from redrafter.cli.loading import load_drafter, load_model
 
 TRANSFORMERS = "transformers, compiled"
@@ -56,7 +68,7 @@ def partings(
 ) -> dict[str, Any]:
     """How many texts are equal, and of the others whether the margin where they part is one of rounding."""
     found = [
-        _parting(model, prompts, row, text, drafted.texts[row], settings)
+        parting(model, prompts, row, text, drafted.texts[row], settings)
         for row, text in plain.texts.items()
         if text != drafted.texts[row]
     ]
@@ -168,11 +180,7 @@ def main() -> None:
         }
         print(f"\n{TRANSFORMERS}, tokens/s: {compiled}")
     told = about(model) | {"new tokens": given.new_tokens, "prompts": {name: len(own) for name, own in asked.items()}}
-    line = json.dumps(told | {"records": records, TRANSFORMERS: compiled, "failed": failed})
-    if given.output:
-        given.output.write_text(line + "\n")
-    else:
-        print("\n" + line)
+    put(told | {"records": records, TRANSFORMERS: compiled, "failed": failed}, given.output)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ the time of a draft alone.  Does not know how the drafters were trained.
 from __future__ import annotations
 
 import statistics
-import time
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from redrafter import RecurrentDrafter, generate
+from redrafter.profiling import milliseconds
 from redrafter.proposers import Proposer
 from redrafter.request import request
 from redrafter.sampling import Draw
@@ -27,6 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "temperature": 1.0, "seed": 1},
 }
+REPEATS = 100  # of a draft that is timed
 TOGETHER = 32  # rows that the target reads at once
 
 Texts = dict[str, list[Row]]
@@ -118,7 +119,6 @@ class _Recorded:
         return self.proposer.propose(context, root, draw)
 
 
-@torch.no_grad()
 def draft_ms(model: PreTrainedModel, drafter: RecurrentDrafter, width: int) -> float:
     """Milliseconds of one greedy draft for one row, from the target's state to the tree; the median of many.
 
@@ -132,30 +132,4 @@ def draft_ms(model: PreTrainedModel, drafter: RecurrentDrafter, width: int) -> f
     def draft() -> None:
         recorded.proposer.propose(*recorded.asked)
 
-    if model.device.type != "cuda":
-        times = []
-        for _ in range(12):
-            begin = time.perf_counter()
-            draft()
-            times.append(1e3 * (time.perf_counter() - begin))
-        return statistics.median(times[2:])
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        draft()
-        torch.cuda.set_sync_debug_mode("error")  # what asks the device a question cannot be captured: know it before,
-        try:  # for a capture that fails leaves torch's generator unfit for use
-            draft()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        draft()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(120)]
-    for before, after in events:
-        before.record()
-        graph.replay()
-        after.record()
-    torch.cuda.synchronize()
-    return statistics.median(before.elapsed_time(after) for before, after in events[20:])
+    return milliseconds(draft, model.device, REPEATS)

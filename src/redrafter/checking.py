@@ -77,14 +77,14 @@ def compare(
     shape: dict[str, Any] = drafter.config.measured(batch, beam_width, beam_length, node_budget)
     drafted = generate(model, drafter, prompts, **shape, **settings)
     partings = [
-        _parting(model, prompts, row, one, other, settings)
+        parting(model, prompts, row, one, other, settings)
         for row, (one, other) in enumerate(zip(plain.new_tokens, drafted.new_tokens, strict=True))
         if one != other
     ]
     return Report(partings, drafted.stats.tokens, drafted.stats.tokens_per_step)
 
 
-def _parting(
+def parting(
     model: nn.Module,
     prompts: list[list[int]],
     row: int,
@@ -92,6 +92,7 @@ def _parting(
     other: list[int],
     settings: dict[str, Any],
 ) -> Parting:
+    """Where two texts of the prompt `row` part, the margin of the model's logits there, and what rounding reaches."""
     shorter = min(len(one), len(other))
     position = next((i for i in range(shorter) if one[i] != other[i]), shorter)
     asked = request(model, None, prompts, **settings)

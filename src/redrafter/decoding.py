@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +25,7 @@ from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
-from redrafter.fast.merged import merged
-from redrafter.fast.packed import packed
+from redrafter.fast.packed import quicker
 from redrafter.proposers import Proposer
 from redrafter.request import Request, Row, request
 from redrafter.results import Event, FinishReason, Generation, Stats, finished
@@ -313,12 +312,9 @@ def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
         return target.embed.weight.data_ptr() == weight
 
     advance = Captured(plain, target.device, wanted=asked.fast and not asked.sampler.lazy, valid=unmoved)
-    quick: AbstractContextManager[object] = nullcontext()
-    if advance.refused is None:
-        quick = merged(target.model)
-    elif asked.fast:
-        quick = packed(target.model, *(asked.proposer.modules if asked.proposer else ()))
-    with target.evaluating(), quick:
+    drafters = asked.proposer.modules if asked.proposer else ()
+    captured = advance.refused is None
+    with target.evaluating(), quicker(target.model, *drafters, captured=captured) if asked.fast else nullcontext():
         yield advance
 
 

@@ -22,13 +22,13 @@ from redrafter.fast import has_kernels
 
 def activated(x: Tensor, more: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
     """`onto + SiLU(x + more)`, of equal shapes; where nothing is to be differentiated, in one launch on a GPU."""
-    given = [one for one in (x, more, onto) if one is not None]
-    alike = all((one.shape, one.dtype, one.device) == (x.shape, x.dtype, x.device) for one in given)
-    if alike and not torch.is_grad_enabled() and has_kernels(x.device, x.dtype):
-        from redrafter.fast.kernels import drafting
+    if not torch.is_grad_enabled() and has_kernels(x.device, x.dtype):
+        given = [one for one in (x, more, onto) if one is not None]
+        if all((one.shape, one.dtype, one.device) == (x.shape, x.dtype, x.device) for one in given):
+            from redrafter.fast.kernels import drafting
 
-        with torch.cuda.device_of(x):
-            return drafting.activated(x, more, onto)
+            with torch.cuda.device_of(x):
+                return drafting.activated(x, more, onto)
     silu = nn.functional.silu(x if more is None else x + more)
     return silu if onto is None else onto + silu
 

@@ -11,7 +11,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +18,10 @@ import torch
 from redrafter.config import DecodingShape
 from redrafter.decoding import Emission, State, prefill, step
 from redrafter.drafter import RecurrentDrafter
+from redrafter.errors import RedrafterError
 from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
-from redrafter.fast.merged import merged
-from redrafter.fast.packed import packed
+from redrafter.fast.packed import quicker
 from redrafter.proposers import RecurrentProposer
 from redrafter.request import Request
 from redrafter.sampling import Draw, Sampler
@@ -49,6 +48,8 @@ def _replays(function: Callable[[], object], device: torch.device, repeats: int)
         captured = Captured(function, device)
         for _ in range(WARM_UP):
             captured()
+        if captured.refused is not None:
+            raise RedrafterError(f"Nothing can be timed as a CUDA graph: {captured.refused}.")
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for before, after in events:
             before.record()
@@ -196,15 +197,11 @@ class Bench:
 
     def _timed(self, function: Callable[[], object], nodes: int) -> float:
         self.state.cache.window.visible = self.context + nodes
-        cuda = self.target.device.type == "cuda"
         layers = self.target.decoder_layers if self.compile else []
         if layers:
             of_any_length(self.state.cache)
-        quick: AbstractContextManager[object]
-        if cuda:
-            quick = merged(self.target.model)
-        else:
-            quick = nullcontext() if layers else packed(self.target.model, self.drafter)
+        captured = self.target.device.type == "cuda"
+        quick = quicker(self.target.model, self.drafter, captured=captured)
         with self.target.evaluating(), quick, compiled(layers):
             return milliseconds(function, self.target.device, self.repeats)
 

@@ -229,7 +229,7 @@ taken from the model's own `generation_config`, as in `model.generate`; what is 
 | `seed` | one for each row, or one from which row 0, 1, … get their own |
 | `batch_size` | rows decoded together at most; where one ends, the next one enters its slot |
 | `beam_width`, `beam_length` | the shape of a draft; `beam_length=0` decodes without drafting |
-| `fast` | `False`: no CUDA graph, no merged products ([speed.md](speed.md)); the text is the same |
+| `fast` | `False`: no CUDA graph, no merged or packed products ([speed.md](speed.md)); the text is the same |
 | `compile` | `True`: the target's layers through torch.compile, where kernels for trees run ([speed.md](speed.md)) |
 | `node_budget` | of all that the beam search weighs, draft the so many most probable nodes, the root counted |
 

@@ -23,6 +23,7 @@ from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.profiling import Bench
 from redrafter.proposers import RecurrentProposer
+from redrafter.proposers.recurrent import size_of, weighed
 from redrafter.request import Request, request
 from redrafter.training.data import Row
 from redrafter.training.evaluation import Acceptance, answered, drafted_everywhere, walked
@@ -77,9 +78,8 @@ def shapes(
         raise RedrafterError(f"A width of {max(widths)} exceeds the drafter's {head_size} tokens.")
     found = []
     for width, length in itertools.product(widths, lengths):
-        weighed = 1 + width + (length - 1) * width**2
         for budget in (None, *budgets):
-            if budget is None or length < budget < weighed:
+            if budget is None or length < budget < weighed(width, length):
                 found.append(DecodingShape(beam_width=width, beam_length=length, node_budget=budget))
     return found
 
@@ -140,7 +140,7 @@ class Texts:
 
 def reach(candidates: Sequence[DecodingShape]) -> int:
     """Nodes that the largest of their trees has room for."""
-    return max(one.node_budget or 1 + one.beam_width * one.beam_length for one in candidates)
+    return max(size_of(one.beam_width, one.beam_length, one.node_budget) for one in candidates)
 
 
 def tune(bench: Bench, tokens_per_step: Mapping[DecodingShape, float]) -> Tuned:

@@ -40,7 +40,9 @@ Budget = Annotated[
         "\\[default: as the drafter's folder says]",
     ),
 ]
-Fast = Annotated[bool, typer.Option(help="Replay a step as one CUDA graph; the text is the same.")]
+Fast = Annotated[
+    bool, typer.Option(help="Replay a step as one CUDA graph, pack weights on a CPU; the text is the same.")
+]
 Compile = Annotated[
     bool,
     typer.Option("--compile", help="Compile the model's layers first, on CUDA: seconds once, faster steps after."),

@@ -1,4 +1,4 @@
-"""What makes a decode step fast on a GPU, each part beside its plain way and none of it needed to be right."""
+"""What makes a decode step fast, mostly on a GPU, each part beside its plain way and none of it needed to be right."""
 
 from __future__ import annotations
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import platform
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from redrafter.fast.merged import Group, entered, joined_bias, plain, together
+from redrafter.fast.merged import Group, entered, joined_bias, merged, plain, together
 
 LARGEST = 2**30
 """Bytes of weights at most that are kept once more."""
@@ -47,6 +47,11 @@ def _works() -> bool:
     """Whether torch was built with oneDNN and has what is used of it, for the processors where this was measured."""
     known = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     return known and torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+
+
+def quicker(target: nn.Module, *drafters: nn.Module, captured: bool) -> AbstractContextManager[int]:
+    """The products of a call: merged where its step is captured, packed where it is called."""
+    return merged(target) if captured else packed(target, *drafters)
 
 
 class _Packed(Group):

@@ -15,6 +15,16 @@ from redrafter.target import Target
 from redrafter.tree import DraftTree, fold, most_probable
 
 
+def weighed(width: int, length: int) -> int:
+    """Nodes that a beam search looks at, the root counted."""
+    return 1 + width + (length - 1) * width**2
+
+
+def size_of(width: int, length: int, budget: int | None) -> int:
+    """Nodes of a draft's tree."""
+    return min(budget, weighed(width, length)) if budget else 1 + width * length
+
+
 @dataclass(frozen=True)
 class RecurrentProposer:
     """Drafts `width` beams of `length` tokens and folds them into one tree a row.
@@ -31,8 +41,7 @@ class RecurrentProposer:
     @property
     def size(self) -> int:
         """The budget; without one, nodes where no two beams share a prefix."""
-        weighed = 1 + self.width + (self.length - 1) * self.width**2
-        return min(self.budget, weighed) if self.budget else 1 + self.width * self.length
+        return size_of(self.width, self.length, self.budget)
 
     @property
     def positions(self) -> int:
