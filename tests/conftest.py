@@ -36,6 +36,7 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
         "request",
         "results",
         "sampling",
+        "step",
         "target",
         "training",
         "tree",

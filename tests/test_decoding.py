@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from conftest import greedy, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, decoding, generate, stream
 from redrafter import request as requests
+from redrafter import step as stepping
 from redrafter.request import request
 from redrafter.target import Target
 from redrafter.tree import fold
@@ -188,7 +189,7 @@ def test_prefill_in_chunks_gives_the_same_text(monkeypatch):
     drafter = RecurrentDrafter.for_target(MODEL)
     expected = generate(MODEL, drafter, prompts, max_new_tokens=8).new_tokens
     for chunk in (1, 4, 11, 27):
-        monkeypatch.setattr(decoding, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(stepping, "PREFILL_CHUNK", chunk)
         assert generate(MODEL, drafter, prompts, max_new_tokens=8).new_tokens == expected
 
 
@@ -312,13 +313,13 @@ def test_a_step_asks_the_device_nothing(drafting, sampling):
     target, proposer, sampler = asked.target, asked.proposer, asked.sampler
     with torch.inference_mode():
         cache = target.new_cache(batch=2, slots=64)
-        state, _ = decoding.prefill(target, sampler, asked.rows, cache, slots=64)
+        state, _ = stepping.prefill(target, sampler, asked.rows, cache, slots=64)
         cache.window.visible = 64
-        decoding.step(target, proposer, sampler, state)  # what is built on first use may ask
+        stepping.step(target, proposer, sampler, state)  # what is built on first use may ask
         torch.cuda.synchronize()
         try:
             torch.cuda.set_sync_debug_mode("error")
-            decoding.step(target, proposer, sampler, state)
+            stepping.step(target, proposer, sampler, state)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -450,7 +451,7 @@ def test_logits_that_are_no_numbers_are_named_by_row_and_position(bad, drafting,
 @pytest.mark.parametrize("chunk", [2, 512])
 def test_the_drafter_is_given_the_states_of_the_last_positions(monkeypatch, chunk):
     """Of layers and positions as it asks for, wherever its row stands: after chunks of a prompt, a draft, a new row."""
-    monkeypatch.setattr(decoding, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(stepping, "PREFILL_CHUNK", chunk)
     model = tiny_model(num_hidden_layers=3, vocab_size=9).double()
     torch.manual_seed(0)
     drafter = RecurrentDrafter.for_target(

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from redrafter.config import DecodingShape
-from redrafter.decoding import Emission, State, prefill, step
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.fast.compiled import compiled, of_any_length
@@ -25,6 +24,7 @@ from redrafter.fast.packed import quicker
 from redrafter.proposers import RecurrentProposer
 from redrafter.request import Request
 from redrafter.sampling import Draw, Sampler
+from redrafter.step import Emission, State, prefill, step
 from redrafter.target import Target
 from redrafter.tree import DraftTree, chain
 from redrafter.verify import walk
