@@ -132,6 +132,29 @@ def refusal(answer: tuple[int, str, str]) -> str:
     return err
 
 
+class Given:
+    """A method of drafting whose proposer is there already."""
+
+    layers = ()
+
+    def __init__(self, proposer):
+        self.given = proposer
+
+    def drafting(self, batch, width=None, length=None, budget=None):
+        return 1, self.given.length, None
+
+    def proposer(self, target, width, length, budget):
+        return self.given
+
+
+def rooted(root: torch.Tensor):
+    """Where drafts begin that ask for nothing of the text but its last token."""
+    from redrafter.sampling import Place
+
+    none = torch.zeros_like(root)
+    return Place(none, none, root[:, None], length=none, alive=none + 1)
+
+
 def greedy(model, prompt: list[int], count: int) -> list[int]:
     """What transformers' own greedy generation adds to a prompt."""
     ids = torch.tensor([prompt])

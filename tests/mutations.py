@@ -41,7 +41,7 @@ MUTATIONS = {
         "draw.noise[rows, torch.arange(tree.size) % draw.noise.shape[1]]",
     ),
     "noise: drafts have that of the position before": (
-        "proposers/recurrent.py", "draw.noise[:, position]", "draw.noise[:, position - 1]",
+        "sampling.py", "self.noise[:, position]", "self.noise[:, position - 1]",
     ),
     "noise: by the row's place in the batch": (
         "sampling.py", "gumbel(place.seed, pos", "gumbel(place.seed + torch.arange(len(place.seed)), pos",

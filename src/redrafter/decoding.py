@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
 from redrafter.fast.packed import quicker
+from redrafter.proposers import Method
 from redrafter.request import Request, Row, request
 from redrafter.results import Event, FinishReason, Generation, Stats, finished
 from redrafter.step import Emission, State, admit, empty, step
@@ -31,7 +31,7 @@ from redrafter.text import with_text
 
 def stream(
     model: nn.Module,
-    drafter: RecurrentDrafter | None,
+    drafter: Method | None,
     input_ids: Tensor | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
     **settings: Any,
@@ -67,11 +67,11 @@ def stream(
 def path_of(model: nn.Module) -> dict[str, str]:
     """How a model's steps are decoded on its device, in words, found out by taking a few of them."""
     asked = request(model, None, [[0]], max_new_tokens=6)
-    state = empty(asked.target, asked.target.new_cache(batch=1, slots=16), 1, 16, 1)
+    state = empty(asked.target, None, batch=1, slots=16)
     with _stepping(asked, state) as advance, torch.inference_mode():
-        admit(asked.target, asked.sampler, state, [0], asked.rows)
+        admit(asked.target, None, asked.sampler, state, [0], asked.rows)
         for _ in range(4):
-            state.cache.window.visible = 16
+            state.see(16)
             advance()
     return {
         "a step": "one CUDA graph" if advance.refused is None else f"call by call, for {advance.refused}",
@@ -81,7 +81,7 @@ def path_of(model: nn.Module) -> dict[str, str]:
 
 def generate(
     model: nn.Module,
-    drafter: RecurrentDrafter | None,
+    drafter: Method | None,
     input_ids: Tensor | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
     *,
@@ -140,10 +140,10 @@ def _fed(streamer: BaseStreamer, asked: Request) -> Iterator[Event]:
 
 def _events(asked: Request) -> Iterator[Event]:
     """The loop: rows enter free slots; one step, one small read, one event for each row that is still alive."""
-    target, sampler, size = asked.target, asked.sampler, asked.size
+    target, proposer, sampler, size = asked.target, asked.proposer, asked.sampler, asked.size
     reach = max(len(row.prompt) + row.budget for row in asked.rows)
     slots = reach + asked.length + size  # a last step may accept more than the row may still write
-    state = empty(target, target.new_cache(batch=asked.batch, slots=slots), asked.batch, slots, asked.positions)
+    state = empty(target, proposer, batch=asked.batch, slots=slots)
     waiting = iter(asked.rows)
     taken: dict[int, _Writing] = {}
     with _stepping(asked, state) as advance:
@@ -153,14 +153,14 @@ def _events(asked: Request) -> Iterator[Event]:
                 taken |= {slot: _Writing(row, slot, row.budget, len(row.prompt)) for slot, row in entering.items()}
                 places = {slot: place for place, slot in enumerate(entering)}
                 with torch.inference_mode():
-                    emitted = admit(target, sampler, state, list(entering), list(entering.values()))
+                    emitted = admit(target, proposer, sampler, state, list(entering), list(entering.values()))
                     reports = emitted.report.tolist()
             elif taken:
                 places = {slot: slot for slot in taken}
                 with torch.inference_mode():
                     captured = advance.refused is None  # then what it sees cannot grow with the text
                     seen = slots if captured else max(one.committed for one in taken.values()) + size
-                    state.cache.window.visible = seen
+                    state.see(seen)
                     emitted = advance()
                     reports = emitted.report.tolist()
                 for slot, one in taken.items():

@@ -7,7 +7,7 @@ around it, nor where rows end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +34,25 @@ class State:
     context: Float[Tensor, "B positions state"]
     """The target's hidden states at the last positions, the last of which is the one that it chose the root from."""
     cache: SlotCache
+    memory: SlotCache | None
+    """The proposer's own, with as many slots more than the cache as its drafts need."""
+
+    def see(self, slots: int) -> None:
+        """Attention need not look beyond the first `slots` of the cache from now on."""
+        self.cache.window.visible = slots
+        if self.memory is not None:
+            self.memory.window.visible = slots + self.memory.slots - self.cache.slots
+
+    def adopt(self, slots: list[int], other: State) -> None:
+        """Takes over the rows of a state, which has no more slots of text than this one, as the given rows."""
+        self.cache.adopt(slots, other.cache)
+        if self.memory is not None and other.memory is not None:
+            self.memory.adopt(slots, other.memory)
+        rows = torch.tensor(slots, device=self.context.device)
+        self.context.index_copy_(0, rows, other.context)
+        for name, own in vars(self.place).items():
+            new = getattr(other.place, name)
+            (own[:, : new.shape[1]] if new.ndim == 2 else own).index_copy_(0, rows, new)
 
 
 @dataclass(frozen=True)
@@ -55,10 +74,12 @@ def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: Sta
     """Draft, verify, keep: one run of the target over one tree a row.  Advances the state in place."""
     length = 0 if proposer is None else proposer.length
     place = state.place
-    root = place.text.gather(1, place.length[:, None])[:, 0]
     draw = sampler.draw(place, depths=length + 1, vocabulary=target.vocab_size)
-    tree = chain(root[:, None]) if proposer is None else proposer.propose(state.context.flatten(1), root, draw)
-    if root.device.type == "cpu":
+    if proposer is None:
+        tree = chain(place.root[:, None])
+    else:
+        tree = proposer.propose(state.memory, place, state.context, draw)
+    if target.device.type == "cpu":
         tree = tree.trimmed()
     hidden, logits = target.forward(tree, place.length, state.cache)
     choice = sampler.choose(draw, tree, logits, place)
@@ -74,58 +95,66 @@ def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: Sta
     return emitted
 
 
-def prefill(
-    target: Target, sampler: Sampler, rows: list[Row], cache: SlotCache, *, slots: int, positions: int = 1
-) -> tuple[State, Emission]:
-    """Runs the rows' prompts, chunk by chunk as chains, and chooses the first token of each.
-
-    `slots` hold a row's text; the state keeps what the target knows at the last `positions`.
+def prefill(target: Target, proposer: Proposer | None, sampler: Sampler, rows: list[Row], state: State) -> Emission:
+    """Rows enter all slots of a state, in place: runs their prompts, chunk by chunk as chains, and chooses the first
+    token of each.
     """
-    device = target.device
+    place, device = state.place, target.device
     lengths = torch.tensor([len(row.prompt) for row in rows], device=device)
     prompts = [torch.tensor(row.prompt) for row in rows]
     padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
-    context = torch.zeros((len(rows), positions, target.state_size), dtype=target.dtype, device=device)
+    place.row.copy_(torch.tensor([row.number for row in rows]))
+    place.seed.copy_(torch.tensor([row.seed for row in rows]))
+    place.text[:, : padded.shape[1]] = padded
+    place.length.copy_(lengths - 1)
+    place.alive.fill_(1)
+    state.context.zero_()
     logits: Tensor | None = None
     for start in range(0, padded.shape[1], PREFILL_CHUNK):
         tokens = padded[:, start : start + PREFILL_CHUNK]
         last = lengths - 1 - start
         select = last.clamp(0, tokens.shape[1] - 1)
-        cache.window.visible = start + tokens.shape[1]
-        hidden, found = target.forward(chain(tokens), torch.full_like(lengths, start), cache, select)
+        state.see(start + tokens.shape[1])
+        hidden, found = target.forward(chain(tokens), torch.full_like(lengths, start), state.cache, select)
+        if proposer is not None:
+            proposer.read(state.memory, place, hidden, start)
         here = (last >= 0)[:, None, None]  # rows whose prompt has not ended before this chunk
-        context = torch.where(here, _latest(context, hidden, select), context)
+        state.context.copy_(torch.where(here, _latest(state.context, hidden, select), state.context))
         logits = found if logits is None else torch.where(here, found, logits)
     assert logits is not None
-    place = Place(
-        row=torch.tensor([row.number for row in rows], device=device),
-        seed=torch.tensor([row.seed for row in rows], device=device),
-        text=torch.nn.functional.pad(padded, (0, slots - padded.shape[1])),
-        length=lengths - 1,
-        alive=torch.ones_like(lengths),
-    )
-    end = chain(place.text.gather(1, place.length[:, None]))
-    choice = sampler.choose(sampler.draw(place, depths=1, vocabulary=target.vocab_size), end, logits, place)
+    draw = sampler.draw(place, depths=1, vocabulary=target.vocab_size)
+    choice = sampler.choose(draw, chain(place.root[:, None]), logits, place)
     place.text.scatter_(1, lengths[:, None], choice.tokens)
+    place.length.add_(1)
     none = torch.zeros_like(lengths)
-    emitted = _emission(none, none, none[:, None], choice, logits)
-    return State(replace(place, length=lengths), context, cache), emitted
+    return _emission(none, none, none[:, None], choice, logits)
 
 
-def admit(target: Target, sampler: Sampler, state: State, slots: list[int], rows: list[Row]) -> Emission:
+def admit(
+    target: Target, proposer: Proposer | None, sampler: Sampler, state: State, slots: list[int], rows: list[Row]
+) -> Emission:
     """Rows enter the given slots of a running batch, in place; its other rows do not notice."""
-    every = len(slots) == len(state.context)
+    if len(slots) == len(state.context):
+        return prefill(target, proposer, sampler, rows, state)
     longest = max(len(row.prompt) for row in rows)
-    cache = state.cache if every else target.new_cache(batch=len(slots), slots=longest)
-    slots_of_text, positions = state.place.text.shape[1], state.context.shape[1]
-    entered, emitted = prefill(target, sampler, rows, cache, slots=slots_of_text, positions=positions)
-    if not every:
-        state.cache.adopt(slots, cache)
-    places = torch.tensor(slots, device=state.context.device)
-    state.context.index_copy_(0, places, entered.context)
-    for name, old in vars(state.place).items():
-        old.index_copy_(0, places, getattr(entered.place, name))
+    entered = empty(target, proposer, batch=len(slots), slots=longest + 1)
+    emitted = prefill(target, proposer, sampler, rows, entered)
+    state.adopt(slots, entered)
     return emitted
+
+
+def empty(target: Target, proposer: Proposer | None, *, batch: int, slots: int) -> State:
+    """A state of `batch` free slots for texts of `slots` positions each."""
+
+    def none() -> Tensor:
+        return torch.zeros(batch, dtype=torch.long, device=target.device)
+
+    positions = 1 if proposer is None else proposer.positions
+    text = torch.zeros((batch, slots), dtype=torch.long, device=target.device)
+    context = torch.zeros((batch, positions, target.state_size), dtype=target.dtype, device=target.device)
+    cache = target.new_cache(batch=batch, slots=slots)
+    memory = None if proposer is None else proposer.memory(batch=batch, slots=slots)
+    return State(Place(none(), none(), text, none(), none()), context, cache, memory)
 
 
 def _latest(
@@ -134,17 +163,6 @@ def _latest(
     """The states of as many positions as before, up to each row's `end` in those that follow."""
     index = end[:, None] + 1 + torch.arange(before.shape[1], device=end.device)
     return torch.cat((before, after), dim=1).gather(1, index[..., None].expand(-1, -1, before.shape[-1]))
-
-
-def empty(target: Target, cache: SlotCache, batch: int, slots: int, positions: int) -> State:
-    """A state whose slots are all free."""
-
-    def none() -> Tensor:
-        return torch.zeros(batch, dtype=torch.long, device=target.device)
-
-    text = torch.zeros((batch, slots), dtype=torch.long, device=target.device)
-    context = torch.zeros((batch, positions, target.state_size), dtype=target.dtype, device=target.device)
-    return State(Place(none(), none(), text, none(), none()), context, cache)
 
 
 def _emission(
