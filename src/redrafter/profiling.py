@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from redrafter.config import DecodingShape
-from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
 from redrafter.fast.packed import quicker
-from redrafter.proposers import RecurrentProposer
+from redrafter.proposers import Method, Proposer
 from redrafter.request import Request
 from redrafter.sampling import Draw, Sampler
 from redrafter.step import Emission, State, empty, prefill, step
@@ -98,7 +98,10 @@ class Bench:
     """Rows of one context, ready for a step; every measurement begins at the same place again."""
 
     target: Target
-    drafter: RecurrentDrafter
+    drafter: Method | None
+    """None for autoregressive steps alone."""
+    modules: Sequence[nn.Module]
+    """Whose layers a draft runs, the target's aside."""
     sampler: Sampler
     state: State
     context: int
@@ -108,18 +111,25 @@ class Bench:
     """Whether the target's layers are compiled."""
 
     @classmethod
-    def of(cls, asked: Request, drafter: RecurrentDrafter, *, reach: int, repeats: int, compile: bool = False) -> Bench:
-        """Runs the prompts of a call, which are of one length, with room for trees of `reach` nodes."""
+    def of(cls, asked: Request, drafter: Method | None, *, reach: int, repeats: int, compile: bool = False) -> Bench:
+        """Runs the prompts of a call, which are of one length, with room for trees of `reach` nodes.
+
+        A method with a memory has that of the call's own shape, or else of what it was made for; drafts of another
+        shape may not fit into it.
+        """
         target, rows = asked.target, asked.rows
         sampler = Sampler(asked.sampler.do_sample, asked.sampler.processors[:1])
         context = len(rows[0].prompt)
         slots = context + 2 * reach  # a step writes the path's tokens where its nodes end
         with target.evaluating(), torch.inference_mode():
-            proposer = drafter.proposer(target, *drafter.drafting(0))
+            proposer = asked.proposer
+            if proposer is None and drafter is not None:
+                proposer = drafter.proposer(target, *drafter.drafting(0))
             state = empty(target, proposer, batch=len(rows), slots=slots)
             prefill(target, proposer, sampler, rows, state)
             state.place.alive.zero_()  # so that no step leads on from where they stand
-        return cls(target, drafter, sampler, state, context, repeats, compile and target.packs)
+        modules = proposer.modules if proposer else ()
+        return cls(target, drafter, modules, sampler, state, context, repeats, compile and target.packs)
 
     @property
     def batch(self) -> int:
@@ -140,9 +150,13 @@ class Bench:
         """Of the keys and values of the context."""
         return sum(pool.nbytes // pool.shape[3] for pool in self.state.cache.pools) * self.context
 
-    def proposer(self, shape: DecodingShape) -> RecurrentProposer:
-        """What drafts in this shape."""
-        return RecurrentProposer(self.drafter, self.target, shape.beam_width, shape.beam_length, shape.node_budget)
+    def proposer(self, shape: DecodingShape) -> Proposer:
+        """What drafts in this shape.  Raises RedrafterError where the method cannot."""
+        told = (shape.beam_width, shape.beam_length, shape.node_budget)
+        found = None if self.drafter is None else self.drafter.proposer(self.target, *told)
+        if found is None:
+            raise RedrafterError("A length of 0 drafts nothing that could be timed.")
+        return found
 
     def step_ms(self, shape: DecodingShape | None = None) -> float:
         """A whole step; without a shape the autoregressive one."""
@@ -164,8 +178,8 @@ class Bench:
 
     def draft_ms(self, shape: DecodingShape) -> float:
         """From the target's states to the tree."""
-        draw = self._draw(shape)
-        return self._timed(lambda: self._propose(shape, draw), 1)
+        draw, proposer, state = self._draw(shape), self.proposer(shape), self.state
+        return self._timed(lambda: proposer.propose(state.memory, state.place, state.context, draw), 1)
 
     def rest_ms(self, shape: DecodingShape) -> float:
         """Noise and choices, the walk, and what is kept of the cache."""
@@ -183,16 +197,13 @@ class Bench:
 
     def tree(self, shape: DecodingShape) -> DraftTree:
         """A draft as the target would be given it."""
+        state = self.state
         with torch.inference_mode():
-            tree = self._propose(shape, self._draw(shape))
+            tree = self.proposer(shape).propose(state.memory, state.place, state.context, self._draw(shape))
         return tree.trimmed() if self.target.device.type == "cpu" else tree  # as `step` does
 
     def _draw(self, shape: DecodingShape) -> Draw:
         return self.sampler.draw(self.state.place, depths=shape.beam_length + 1, vocabulary=self.target.vocab_size)
-
-    def _propose(self, shape: DecodingShape, draw: Draw) -> DraftTree:
-        state = self.state
-        return self.proposer(shape).propose(None, state.place, state.context, draw)
 
     def _timed(self, function: Callable[[], object], nodes: int) -> float:
         self.state.see(self.context + nodes)
@@ -200,7 +211,7 @@ class Bench:
         if layers:
             of_any_length(self.state.cache)
         captured = self.target.device.type == "cuda"
-        quick = quicker(self.target.model, self.drafter, captured=captured)
+        quick = quicker(self.target.model, *self.modules, captured=captured)
         with self.target.evaluating(), quick, compiled(layers):
             return milliseconds(function, self.target.device, self.repeats)
 

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from redrafter import __version__
+from redrafter.cli.bench import bench, sweep
 from redrafter.cli.check import check
 from redrafter.cli.data import data
 from redrafter.cli.demo import demo
@@ -28,7 +29,7 @@ app = typer.Typer(
     help="Exact, fast speculative decoding with a recurrent drafter: the model's own text, sooner. "
     "Start with `redrafter demo`.",
 )
-for command in (demo, generate, distill, train, data, check, profile, tune, info, export):
+for command in (demo, generate, distill, train, data, check, profile, tune, bench, sweep, info, export):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -185,6 +185,17 @@ def whole_numbers(told: str, option: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
+def numbers(told: str, option: str) -> list[float]:
+    """What an option lists, as 0,0.7,1.  Raises RedrafterError for what is not a list of numbers from 0."""
+    try:
+        found = [float(word) for word in told.replace(",", " ").split()]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= one < float("inf") for one in found):
+        raise RedrafterError(f"{option} takes numbers from 0, as 0,0.7,1, not {told!r}.")
+    return sorted(set(found))
+
+
 def load_model(
     path: str, dtype: str = "auto", device: str = "auto", *, divided: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,0 +1,210 @@
+"""What is measured side by side: decoding without a drafter, transformers' own, and methods in some shape.
+
+Promises that what cannot be drafted is refused before anything is measured.  Does not know how time is taken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from redrafter.cache import SlotCache
+from redrafter.config import DecodingShape
+from redrafter.errors import RedrafterError
+from redrafter.proposers import Method, Proposer
+from redrafter.proposers.base import measured
+from redrafter.proposers.loading import load_method
+from redrafter.sampling import Draw, Place
+from redrafter.target import Target
+from redrafter.tree import DraftTree
+
+ALONE = "autoregressive"
+THEIRS = "transformers"
+
+_SHAPE = re.compile(r"(\d+)?(?:x(\d+))?(?::(\d+))?")
+_SHAPED = re.compile(r"[\dx:]+")
+
+
+@dataclass(frozen=True)
+class Told:
+    """A method as a user names it: `LABEL=PATH@WIDTHxLENGTH:NODES`, of which the path alone must be there."""
+
+    label: str
+    path: str
+    width: int | None = None
+    length: int | None = None
+    budget: int | None = None
+
+    @classmethod
+    def read(cls, text: str) -> Told:
+        """`ours=folder`, `folder@10x4:32`, `lookup=prompt-lookup@1x10`.  Raises RedrafterError for what is not that."""
+        label, equals, rest = text.partition("=")
+        label, rest = (label.strip(), rest.strip()) if equals else ("", text.strip())
+        path, at, shape = rest.rpartition("@")
+        if not (at and _SHAPED.fullmatch(shape)):
+            path, shape = rest, ""
+        found = _SHAPE.fullmatch(shape)
+        numbers = [None if one is None else int(one) for one in found.groups()] if found else []
+        if found is None or 0 in numbers or not path or (equals and not label):
+            raise RedrafterError(
+                f"--method takes NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES, as ours=folder@10x4:32, not {text!r}."
+            )
+        name = Path(path).name or path
+        return cls(label or (f"{name} {shape}" if shape else name), path, *numbers)
+
+    @property
+    def shown(self) -> str:
+        """The path and the shape, as they were told."""
+        beams = "" if self.width is None else str(self.width)
+        beams += "" if self.length is None else f"x{self.length}"
+        beams += "" if self.budget is None else f":{self.budget}"
+        return f"{self.path}@{beams}" if beams else self.path
+
+    def shaped(self, method: Method) -> Method:
+        """The method in this shape: whole beams unless nodes are told; what else is not told is as it was made for."""
+        if (self.width, self.length, self.budget) == (None, None, None):
+            return method
+        width, length, _ = method.drafting(0)
+        return Variant(method, (self.width or width, self.length or length, self.budget))
+
+
+def read_methods(texts: Sequence[str]) -> list[Told]:
+    """All methods of a command.  Raises RedrafterError where two have one name, or one that is taken."""
+    found = [Told.read(text) for text in texts]
+    labels = [ALONE, THEIRS, *(one.label for one in found)]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise RedrafterError(f"--method {label}: the name is taken; give every method one of its own.")
+    return found
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of what is measured, under its label.  Without a method it decodes autoregressively."""
+
+    label: str
+    path: str = ""
+    method: Method | None = None
+
+    def settings(self, batch: int) -> dict[str, Any]:
+        """What to tell `generate` beside the drafter, for so many rows together."""
+        return {} if self.method is None else measured(self.method, batch)
+
+    def shape(self, batch: int) -> DecodingShape | None:
+        """What that comes to; None without a method."""
+        if self.method is None:
+            return None
+        width, length, budget = self.method.drafting(batch, *self.settings(batch).values())
+        return DecodingShape(batch=batch, beam_width=width, beam_length=length, node_budget=budget)
+
+    def proposer(self, target: Target, batch: int) -> Proposer | None:
+        """What drafts, for rows together.  Raises RedrafterError where the method cannot draft in this shape."""
+        shape = self.shape(batch)
+        if shape is None or self.method is None:
+            return None
+        return self.method.proposer(target, shape.beam_width, shape.beam_length, shape.node_budget)
+
+    def parameters(self, target: Target) -> int:
+        """Weights that drafting reads beside the target's own."""
+        return sum(one.numel() for one in self._weights(target))
+
+    def bytes(self, target: Target) -> int:
+        """Memory of those weights."""
+        return sum(one.nbytes for one in self._weights(target))
+
+    def _weights(self, target: Target) -> list[nn.Parameter]:
+        proposer = self.proposer(target, 1)
+        own = {id(one) for one in target.model.parameters()}
+        found = {id(one): one for module in (proposer.modules if proposer else ()) for one in module.parameters()}
+        return [one for key, one in found.items() if key not in own]
+
+
+def load(told: Sequence[Told], model: PreTrainedModel, batches: Sequence[int]) -> list[Contender]:
+    """The methods, each folder loaded once.
+
+    Raises RedrafterError where one cannot be loaded, or cannot draft as told for that many rows together.
+    """
+    methods: dict[str, Method] = {}
+    found = []
+    for one in told:
+        if one.path not in methods:
+            methods[one.path] = load_method(one.path, model)
+        target = Target(model, methods[one.path].layers)
+        made = Contender(one.label, one.path, one.shaped(methods[one.path]))
+        for batch in batches:
+            try:
+                if made.proposer(target, batch) is None:
+                    raise RedrafterError("a length of 0 drafts nothing.")
+            except RedrafterError as error:
+                raise RedrafterError(f"--method {one.label}: {error}") from None
+        found.append(made)
+    return found
+
+
+def in_words(shape: DecodingShape | None) -> str:
+    """A shape for a reader."""
+    if shape is None:
+        return "no drafts"
+    words = shape.in_words.replace("1 beams", "one beam") if shape.beam_width == 1 else shape.in_words
+    return words.replace("of 1 tokens", "of 1 token")
+
+
+@dataclass(frozen=True)
+class _Blind(Draw):
+    """The draws of a step, of which a drafter is not shown the noise."""
+
+    def coupled(
+        self, logits: Float[Tensor, "B beams head"], position: int, names: Int[Tensor, " head"] | None = None
+    ) -> Float[Tensor, "B beams head"]:
+        """The logits after the warpers alone."""
+        return self.warp(logits)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method that always drafts in one shape, or is not shown the noise of the target's draws, or both."""
+
+    method: Method
+    shape: tuple[int, int, int | None] | None = None
+    coupled: bool = True
+    """Whether it may rank by the noise that the target is about to draw with, where it would."""
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """As the method's."""
+        return self.method.layers
+
+    def drafting(
+        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
+    ) -> tuple[int, int, int | None]:
+        """The shape, whatever is told; without one as the method's."""
+        return self.shape or self.method.drafting(batch, width, length, budget)
+
+    def proposer(self, target: Target, width: int, length: int, budget: int | None) -> Proposer | None:
+        """The method's own."""
+        found = self.method.proposer(target, width, length, budget)
+        return found if found is None or self.coupled else _Blindfolded(found)
+
+
+class _Blindfolded:
+    """A proposer that is not shown the noise."""
+
+    def __init__(self, proposer: Proposer):
+        self._proposer = proposer
+        self.length, self.size, self.positions = proposer.length, proposer.size, proposer.positions
+        self.modules = proposer.modules
+        self.memory, self.read = proposer.memory, proposer.read
+
+    def propose(
+        self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
+    ) -> DraftTree:
+        """As the proposer's."""
+        blind = draw if draw.noise is None else _Blind(draw.warpers, draw.noise)
+        return self._proposer.propose(memory, place, context, blind)

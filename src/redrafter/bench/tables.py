@@ -1,0 +1,164 @@
+"""Tables of results, as text in cells; how a page shows them is the report's matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redrafter.bench.contenders import ALONE, THEIRS
+from redrafter.bench.tasks import ALL
+
+Results = dict[str, Any]
+
+NO_NOISE = "without the draws' noise"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells under a head; the first column holds names, the others figures."""
+
+    head: list[str]
+    rows: list[list[str]]
+    title: str = ""
+    names: int = 1
+    """Columns at the left that hold names."""
+
+    @property
+    def markdown(self) -> str:
+        """As it is written in Markdown."""
+        ruler = ["---" if place < self.names else "---:" for place in range(len(self.head))]
+        lines = [self.head, ruler, *([cell.replace("|", r"\|") for cell in row] for row in self.rows)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def law(temperature: float) -> str:
+    """How tokens are chosen, for a reader."""
+    return f"temperature {temperature:g}" if temperature else "greedy"
+
+
+def temperatures(entries: Iterable[dict[str, Any]]) -> list[float]:
+    """Those of entries, rising."""
+    return sorted({one["temperature"] for one in entries})
+
+
+def overall(speed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries over all prompts: those of all categories together, or of the only one."""
+    together = [one for one in speed if one["category"] == ALL]
+    return together or list(speed)
+
+
+def times(found: dict[str, float] | None) -> str:
+    """A median with its spread; `least` and `most` are left out where they say nothing."""
+    if found is None:
+        return ""
+    middle, least, most = (f"{found[name]:.2f}" for name in ("median", "least", "most"))
+    return middle if least == most else f"{middle} ({least} to {most})"
+
+
+def speed(results: Results, temperature: float) -> Table:
+    """Every method on every category at one temperature."""
+    entries = [one for one in results["speed"] if one["temperature"] == temperature]
+    names = {one["method"]: place for place, one in enumerate(results["methods"])}
+    categories = list(dict.fromkeys(one["category"] for one in entries))
+    entries.sort(key=lambda one: (categories.index(one["category"]), names.get(one["method"], 0)))
+    columns = {
+        "prompts": lambda one: one["category"],
+        "method": lambda one: one["method"],
+        "tokens/s": lambda one: f"{one['tokens_per_second']['median']:,.1f}",
+        "x autoregressive": lambda one: times(one.get("speed_up")),
+        "x transformers": lambda one: times(one.get("speed_up_over_transformers")),
+        "tokens per step": lambda one: f"{one['tokens_per_step']:.2f}" if "tokens_per_step" in one else "",
+        "nodes a draft": lambda one: f"{one['nodes_per_draft']:.1f}" if one.get("nodes_per_draft") else "",
+        "step, ms": lambda one: f"{one['step_ms']:.2f}",
+        "first token, ms": lambda one: f"{one['first_token_ms']:.1f}",
+        "peak memory, MB": lambda one: f"{one['peak_memory_bytes'] / 1e6:,.0f}" if "peak_memory_bytes" in one else "",
+        "equal texts": equal,
+    }
+    rows = [[write(one) for write in columns.values()] for one in entries]
+    there = [place for place in range(len(columns)) if any(row[place] for row in rows)]
+    head = [list(columns)[place] for place in there]
+    return Table(head, [[row[place] for place in there] for row in rows], law(temperature).capitalize(), names=2)
+
+
+def equal(one: dict[str, Any]) -> str:
+    """Texts that are what is written without a drafter, and whether rounding explains the others."""
+    if "texts" not in one:
+        return ""
+    odd = one["texts_parted_without_reason"]
+    return f"{one['texts_equal']} of {one['texts']}" + (f", {odd} unexplained" if odd else "")
+
+
+def acceptance(results: Results) -> Table | None:
+    """Shares accepted at each position, over all prompts."""
+    found = [one for one in overall(results["speed"]) if one.get("acceptance_by_position")]
+    if not found:
+        return None
+    deepest = max(len(one["acceptance_by_position"]) for one in found)
+    rows = []
+    for one in sorted(found, key=lambda one: one["temperature"]):
+        shares = [f"{rate:.0%}" for rate in one["acceptance_by_position"]]
+        step = f"{one['tokens_per_step']:.2f}"
+        rows.append([one["method"], law(one["temperature"]), step, *shares, *[""] * (deepest - len(shares))])
+    return Table(["method", "decoding", "tokens per step", *map(str, range(1, deepest + 1))], rows, names=2)
+
+
+def parts(results: Results) -> Table | None:
+    """Milliseconds of a step and of its parts."""
+    rows = [
+        [one["method"], law(one["temperature"]), str(one["nodes"])]
+        + [f"{one[name]:.3f}" for name in ("draft_ms", "verify_ms", "rest_ms", "step_ms")]
+        + [f"{one['draft_ms'] / one['step_ms']:.0%}"]
+        for one in results["parts"]
+    ]
+    head = ["method", "decoding", "nodes verified", "draft", "verify", "the rest", "whole step", "draft's share"]
+    return Table(head, rows, names=2) if rows else None
+
+
+def batches(results: Results) -> Table | None:
+    """Tokens a second by the rows that are decoded together."""
+    found = results["batches"]
+    sizes = sorted({one["batch"] for one in found})
+    if not sizes:
+        return None
+    rows = []
+    for temperature in temperatures(found):
+        for name in dict.fromkeys(one["method"] for one in found):
+            own = {o["batch"]: o for o in found if (o["method"], o["temperature"]) == (name, temperature)}
+            speeds = [f"{own[b]['tokens_per_second']['median']:,.0f}" if b in own else "" for b in sizes]
+            rows.append([name, law(temperature), "tokens/s", *speeds])
+            if name not in (ALONE, THEIRS):
+                ups = [times(own[b].get("speed_up")).split(" ")[0] if b in own else "" for b in sizes]
+                rows.append([name, law(temperature), "x autoregressive", *ups])
+    return Table(["method", "decoding", "rows together", *map(str, sizes)], rows, names=3)
+
+
+def grid(results: Results, title: str, name: str, form: str) -> Table:
+    """Width × length, one figure a cell."""
+    found = results["sweep"]["grid"]
+    widths, lengths = (sorted({one["shape"][side] for one in found}) for side in ("width", "length"))
+    cells = {(one["shape"]["width"], one["shape"]["length"]): one[name] for one in found}
+    cells = {place: value["median"] if isinstance(value, dict) else value for place, value in cells.items()}
+    rows = [
+        [str(width), *(format(cells[width, n], form) if (width, n) in cells else "" for n in lengths)]
+        for width in widths
+    ]
+    return Table(["width", *(f"length {one}" for one in lengths)], rows, title)
+
+
+def points(results: Results, axis: str) -> Table | None:
+    """The budgets or the temperatures of a sweep, one a row."""
+    found = results["sweep"][axis]
+    if not found:
+        return None
+    rows = []
+    for one in found:
+        kind = law(one["temperature"]) if axis == "temperatures" else str(one["shape"]["budget"])
+        known = "" if axis == "budgets" else "as the method drafts" if one["coupled"] else NO_NOISE
+        figures = [f"{one['tokens_per_second']['median']:,.1f}", times(one.get("speed_up"))]
+        rows.append([kind, known, *figures, f"{one['tokens_per_step']:.2f}", f"{one['nodes_per_draft']:.1f}"])
+    head = ["decoding" if axis == "temperatures" else "nodes", "drafts", "tokens/s", "x autoregressive"]
+    table = Table([*head, "tokens per step", "nodes a draft"], rows, names=2)
+    if axis == "budgets":
+        return Table([table.head[0], *table.head[2:]], [[row[0], *row[2:]] for row in rows])
+    return table

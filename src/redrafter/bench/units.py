@@ -1,0 +1,254 @@
+"""What is measured, one unit after another: in turn, round by round, each kept the moment it is there.
+
+Promises that methods that are compared are measured next to each other, in an order that turns from round to round, and
+that a run that was killed goes on with the first unit that is missing.  Does not know what becomes of the figures.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from redrafter.bench.clock import Run, by_transformers, follow
+from redrafter.bench.contenders import THEIRS, Contender
+from redrafter.bench.tasks import ALL, Tasks
+from redrafter.checking import parting
+from redrafter.decoding import stream
+from redrafter.errors import RedrafterError
+from redrafter.profiling import Bench
+from redrafter.request import request
+from redrafter.training.journal import Journal
+
+Kind = Literal["decode", "together", "parts", "texts"]
+Record = dict[str, Any]
+
+WARM_UP = 16
+"""New tokens of the call that nobody counts."""
+
+REPEATS = 20
+"""Times that a part of a step is timed."""
+
+
+class Unit(NamedTuple):
+    """One thing to measure; `decode` and `together` once a round, the others once.
+
+    `decode`: a category's prompts are written, rows enter and leave; `together`: so many rows that do not end;
+    `parts`: a step, piece by piece; `texts`: what was written, held against what was written without a drafter.
+    """
+
+    kind: Kind
+    method: str
+    category: str
+    temperature: float
+    batch: int
+    round: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What all units of a run have in common."""
+
+    max_new_tokens: int
+    seed: int
+    compile: bool
+
+    def law(self, temperature: float) -> dict[str, Any]:
+        """How tokens are chosen at a temperature, of which 0 is greedy decoding."""
+        if not temperature:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": temperature, "seed": self.seed}
+
+
+def turned(contenders: Sequence[str], number: int) -> list[str]:
+    """Their order in a round: each comes first once in so many rounds."""
+    first = number % len(contenders)
+    return [*contenders[first:], *contenders[:first]]
+
+
+def of_bench(
+    contenders: Sequence[str],
+    categories: Sequence[str],
+    temperatures: Sequence[float],
+    *,
+    batch: int,
+    batches: Sequence[int],
+    rounds: int,
+) -> list[Unit]:
+    """The units of a comparison, in order; the first of the contenders is the one without a drafter."""
+    found = []
+    for number in range(rounds):
+        order = turned(contenders, number)
+        for temperature, category in itertools.product(temperatures, categories):
+            found += [Unit("decode", name, category, temperature, batch, number) for name in order]
+        for temperature, rows in itertools.product(temperatures, batches):
+            found += [Unit("together", name, ALL, temperature, rows, number) for name in order]
+    for temperature in temperatures:
+        own = [name for name in contenders if name != THEIRS]
+        found += [Unit("parts", name, ALL, temperature, batch, 0) for name in own]
+        for category in categories:
+            found += [Unit("texts", name, category, temperature, batch, 0) for name in own[1:]]
+    return found
+
+
+@dataclass
+class Runner:
+    """Measures units of one model; `contenders` and `prompts` by their names."""
+
+    model: PreTrainedModel
+    contenders: Mapping[str, Contender]
+    tasks: Tasks
+    asked: Asked
+    texts: dict[tuple[str, str, float, int], list[list[int]]] = field(default_factory=dict)
+    """What was written in the first round, by method, category, temperature and batch."""
+    _warm: set[tuple[str, float, int, bool]] = field(default_factory=set)
+
+    def measure(self, unit: Unit) -> Record:
+        """The figures of a unit.  Raises RedrafterError where it cannot be measured."""
+        if unit.kind == "parts":
+            return self._parts(unit)
+        if unit.kind == "texts":
+            return self._held(unit)
+        together = unit.kind == "together"
+        prompts = self.tasks.repeated(unit.batch) if together else self._prompts(unit.category)
+        warm = (unit.method, unit.temperature, unit.batch, together)
+        if warm not in self._warm:
+            longest = sorted(prompts, key=len)[-unit.batch :]
+            self._run(unit, longest, min(WARM_UP, self.asked.max_new_tokens))
+            self._warm.add(warm)
+        run, memory = self._with_memory(unit, prompts)
+        found = run.told | ({"peak_memory_bytes": memory} if memory else {})
+        if not unit.round and not together:
+            found["texts"] = [run.texts[row] for row in range(len(prompts))]
+        return found
+
+    def remember(self, unit: Unit, found: Record) -> None:
+        """Keeps what later units need of one that is measured."""
+        if "texts" in found:
+            self.texts[unit.method, unit.category, unit.temperature, unit.batch] = found["texts"]
+
+    def _prompts(self, category: str) -> list[list[int]]:
+        return self.tasks.mixed if category == ALL else self.tasks.prompts[category]
+
+    def _run(self, unit: Unit, prompts: list[list[int]], new_tokens: int) -> Run:
+        law, together = self.asked.law(unit.temperature), unit.kind == "together"
+        one = self.contenders[unit.method]
+        if one.label == THEIRS:
+            ends = request(self.model, None, prompts, **law).ends
+            how: dict[str, Any] = {
+                "batch": unit.batch,
+                "ends": ends,
+                "together": together,
+                "max_new_tokens": new_tokens,
+            }
+            return by_transformers(self.model, prompts, **how, **law)
+        shape = one.shape(unit.batch)
+        settings = one.settings(unit.batch) | law | ({"eos_token_id": ()} if together else {})
+        events = stream(
+            self.model,
+            one.method,
+            prompts,
+            batch_size=unit.batch,
+            max_new_tokens=new_tokens,
+            compile=self.asked.compile,
+            **settings,
+        )
+        return follow(events, positions=shape.beam_length if shape else 0, together=together)
+
+    def _with_memory(self, unit: Unit, prompts: list[list[int]]) -> tuple[Run, int | None]:
+        """A run, and on CUDA the memory that it needed, with the weights of the model and of this method alone."""
+        device, one = self.model.device, self.contenders[unit.method]
+        if device.type != "cuda":
+            return self._run(unit, prompts, self.asked.max_new_tokens), None
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run = self._run(unit, prompts, self.asked.max_new_tokens)
+        target = request(self.model, one.method, prompts[:1], **one.settings(unit.batch)).target
+        weights = sum(one.nbytes for one in self.model.parameters()) + one.bytes(target)
+        return run, torch.cuda.max_memory_allocated(device) - before + weights
+
+    def _parts(self, unit: Unit) -> Record:
+        """Milliseconds of a step and of its parts, on rows as long as the texts are on average."""
+        one, shape = self.contenders[unit.method], self.contenders[unit.method].shape(unit.batch)
+        law = self.asked.law(unit.temperature)
+        written = [prompt + text for prompt, text in self._undrafted(unit)]
+        if not written:
+            raise RedrafterError("there are no texts to stand at.")
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        mean = sum(map(len, written)) // len(written)
+        context = min(mean, limit or mean)
+        tokens = itertools.cycle(itertools.chain.from_iterable(written))
+        rows = [list(itertools.islice(tokens, context)) for _ in range(unit.batch)]
+        asked = request(self.model, one.method, rows, **one.settings(unit.batch), **law)
+        reach = max(asked.size, asked.length + 1)
+        bench = Bench.of(asked, one.method, reach=reach, repeats=REPEATS, compile=self.asked.compile)
+        found: Record = {"context": context, "step_ms": bench.step_ms(shape), "draft_ms": 0.0, "nodes": 1}
+        if shape is not None:
+            found |= {"nodes": bench.tree(shape).size, "draft_ms": bench.draft_ms(shape)}
+        return found | {"verify_ms": bench.verify_ms(found["nodes"])}
+
+    def _undrafted(self, unit: Unit) -> Iterator[tuple[list[int], list[int]]]:
+        """Prompts with what was written to them without a drafter."""
+        alone = next(iter(self.contenders))
+        for (method, category, temperature, batch), texts in self.texts.items():
+            if (method, temperature, batch) == (alone, unit.temperature, unit.batch):
+                yield from zip(self._prompts(category), texts, strict=True)
+
+    def _held(self, unit: Unit) -> Record:
+        """How many texts are equal, and where and by what margin the others part."""
+        place = (unit.category, unit.temperature, unit.batch)
+        plain, drafted = (self.texts.get((name, *place)) for name in (next(iter(self.contenders)), unit.method))
+        if plain is None or drafted is None:
+            raise RedrafterError("there are no texts to compare.")
+        settings = self.asked.law(unit.temperature) | {"max_new_tokens": self.asked.max_new_tokens}
+        prompts = self._prompts(unit.category)
+        found = [
+            parting(self.model, prompts, row, one, other, settings)
+            for row, (one, other) in enumerate(zip(plain, drafted, strict=True))
+            if one != other
+        ]
+        return {
+            "texts_compared": len(plain),
+            "parted": [asdict(one) | {"explained": one.explained} for one in found],
+        }
+
+
+def run(
+    units: Iterable[Unit], runner: Runner, journal: Journal, tell: Callable[[Unit], None]
+) -> tuple[list[Record], list[str]]:
+    """All units measured or read from the journal, and what failed, of which nothing more is tried.
+
+    `tell` hears of every unit before it is measured.  Raises RedrafterError where the journal cannot be
+    written.
+    """
+    journal.open()
+    with journal.path.open(encoding="utf-8") as lines:
+        there = [json.loads(line) for line in lines]
+    known = {Unit(**{name: one[name] for name in Unit._fields}): one for one in there}
+    records: list[Record] = []
+    failed: dict[tuple[Any, ...], str] = {}
+    for unit in units:
+        found = known.get(unit)
+        tell(unit)
+        if found is None:
+            alike = unit[:-1]  # the same in another round
+            if alike in failed:
+                continue
+            try:
+                found = unit._asdict() | runner.measure(unit)
+            except RedrafterError as error:  # the others are still wanted
+                where = "" if unit.category == ALL else f" on {unit.category}"
+                failed[alike] = f"{unit.method}{where}, temperature {unit.temperature:g}, {unit.batch} rows: {error}"
+                continue
+            journal.checkpoint([found], done=journal.done + 1, source="", counts=Counter())
+        runner.remember(unit, found)
+        records.append(found)
+    journal.close()
+    return records, list(failed.values())

@@ -1,0 +1,290 @@
+"""`redrafter bench` and `redrafter sweep`: ways to draft side by side, and one of them in many shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from redrafter.cli.demo import PROMPTS
+from redrafter.cli.loading import Compile, Device, Dtype, NewTokens, Sources
+from redrafter.errors import RedrafterError
+
+if TYPE_CHECKING:
+    from redrafter.bench.comparing import Setting, Tell
+    from redrafter.bench.contenders import Contender, Told
+    from redrafter.bench.tables import Results
+    from redrafter.bench.units import Unit
+
+TASKS = ("dialogue", "dialogue", "dialogue", "dialogue", "maths", "code", "code", "open question")
+"""Of the demo's prompts."""
+
+Target = Annotated[
+    str | None, typer.Option("--model", help="The target: a folder or hub id of a Hugging Face causal language model.")
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(help=f"Rows of `prompt`, `messages` or `turns`, once or more. {Sources}"),
+]
+Output = Annotated[Path, typer.Option(help="A folder for measurements.jsonl, results.json, report.md and report.html.")]
+By = Annotated[str, typer.Option(metavar="KEY", help="The rows' key that names their category.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Times that everything is measured, in turn; medians are shown.")]
+SeedOfAll = Annotated[int, typer.Option(min=0, help="Of all draws.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Throw away what the folder's measurements.jsonl holds, and begin anew.")
+]
+Demo = Annotated[bool, typer.Option("--demo", help="Measure the bundled pair on its eight prompts.")]
+MethodHelp = (
+    "NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES: what to call it, where it lies, and perhaps how it drafts: "
+    "@10x4 is 10 whole beams of 4 tokens, @10x4:32 the 32 most probable nodes of what they weigh, @:32 the same with "
+    "the folder's own beams."
+)
+
+
+def bench(
+    output: Output,
+    model: Target = None,
+    method: Annotated[list[str] | None, typer.Option(metavar="METHOD", help=f"Once or more: {MethodHelp}")] = None,
+    data: Data = None,
+    by: By = "category",
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Of each category, evenly spaced in its rows.  \\[default: all]")
+    ] = None,
+    max_new_tokens: NewTokens = 128,
+    temperatures: Annotated[str, typer.Option(help="0 is greedy decoding.")] = "0,1",
+    rounds: Rounds = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
+    batches: Annotated[
+        str | None, typer.Option(help="Also throughput against latency with so many rows together, as 1,2,4,8.")
+    ] = None,
+    transformers: Annotated[
+        bool, typer.Option("--transformers", help="Also measure transformers' own generate, without a drafter.")
+    ] = False,
+    seed: SeedOfAll = 0,
+    compile: Compile = False,
+    overwrite: Overwrite = False,
+    demo: Demo = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Compare ways to draft: speed, acceptance and equality of texts by task, in one report.
+
+    Run again with the same arguments, it goes on where it was stopped.
+    """
+    from redrafter.bench import plots
+    from redrafter.bench.contenders import read_methods
+    from redrafter.cli.loading import numbers, whole_numbers
+
+    kinds = numbers(temperatures, "--temperatures")
+    together = [] if batches is None else whole_numbers(batches, "--batches")
+    told = read_methods([*_demo_method(demo, model), *(method or [])])
+    plots.required()
+    asked = {
+        "command": "bench",
+        "batch_size": batch_size,
+        "batches": together,
+        "transformers": transformers,
+        "temperatures": kinds,
+        "rounds": rounds,
+    }
+    sizes = [batch_size, *together]
+    setting, methods = _setting(
+        asked,
+        told,
+        output,
+        model,
+        data,
+        by,
+        prompts,
+        max_new_tokens,
+        seed,
+        compile,
+        overwrite,
+        demo,
+        dtype,
+        device,
+        sizes,
+    )
+    from redrafter.bench.comparing import compare
+
+    with _telling() as tell:
+        found = compare(
+            setting,
+            methods,
+            transformers=transformers,
+            temperatures=kinds,
+            batch=batch_size,
+            batches=together,
+            rounds=rounds,
+            tell=tell,
+        )
+    _written(found, output)
+
+
+def sweep(
+    output: Output,
+    model: Target = None,
+    method: Annotated[str | None, typer.Option(metavar="METHOD", help=MethodHelp)] = None,
+    data: Data = None,
+    by: By = "category",
+    prompts: Annotated[int, typer.Option(min=1, help="Of each category, evenly spaced in its rows.")] = 2,
+    max_new_tokens: NewTokens = 64,
+    widths: Annotated[str, typer.Option(help="Beams to draft.")] = "1,2,4,8,16,32,64",
+    lengths: Annotated[str, typer.Option(help="Tokens of a beam.")] = "1,2,3,4,5,6,7,8",
+    budgets: Annotated[str, typer.Option(help="Most probable nodes, of the method's own beams.")] = "4,8,16,32,64",
+    batches: Annotated[
+        str, typer.Option(help="Rows decoded together, in the method's own shape.")
+    ] = "1,2,4,8,16,32,64",
+    temperatures: Annotated[
+        str, typer.Option(help="Of the method's own shape, coupled to the draws' noise and not; 0 is greedy.")
+    ] = "0,0.3,0.7,1",
+    temperature: Annotated[float, typer.Option(min=0.0, help="At which all other axes are measured.")] = 0.0,
+    rounds: Rounds = 3,
+    seed: SeedOfAll = 0,
+    compile: Compile = False,
+    overwrite: Overwrite = False,
+    demo: Demo = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Measure one way to draft in many shapes, batches and temperatures: heat maps and curves in one report.
+
+    Run again with the same arguments, it goes on where it was stopped.
+    """
+    from redrafter.bench import plots
+    from redrafter.bench.contenders import read_methods
+    from redrafter.cli.loading import numbers, whole_numbers
+
+    lists = {"--widths": widths, "--lengths": lengths, "--budgets": budgets, "--batches": batches}
+    beams, depths, nodes, together = (whole_numbers(value, option) for option, value in lists.items())
+    kinds = numbers(temperatures, "--temperatures")
+    told = read_methods([*_demo_method(demo, model), *([method] if method else [])])
+    if len(told) > 1:
+        raise RedrafterError("--demo brings its own method: leave --method out.")
+    plots.required()
+    asked = {
+        "command": "sweep",
+        "batch_size": 1,
+        "axes": {"widths": beams, "lengths": depths, "budgets": nodes, "batches": together},
+        "temperature": temperature,
+        "temperatures": kinds,
+        "rounds": rounds,
+    }
+    setting, methods = _setting(
+        asked, told, output, model, data, by, prompts, max_new_tokens, seed, compile, overwrite, demo, dtype, device,
+        [1, *together],
+    )  # fmt: skip
+    from redrafter.bench.comparing import Axes
+    from redrafter.bench.comparing import sweep as measure
+
+    axes = Axes(beams, depths, nodes, together, kinds)
+    with _telling() as tell:
+        found = measure(setting, methods[0], axes, temperature=temperature, rounds=rounds, tell=tell)
+    _written(found, output)
+
+
+def _demo_method(demo: bool, model: str | None) -> list[str]:
+    from redrafter.cli.loading import demo_folder
+
+    if demo and model is not None:
+        raise RedrafterError("--demo brings its own model: leave --model out.")
+    return [f"recurrent={demo_folder() / 'drafter'}"] if demo else []
+
+
+def _setting(
+    asked: dict[str, Any],
+    told: list[Told],
+    output: Path,
+    model: str | None,
+    data: list[str] | None,
+    by: str,
+    prompts: int | None,
+    max_new_tokens: int,
+    seed: int,
+    compile: bool,
+    overwrite: bool,
+    demo: bool,
+    dtype: str,
+    device: str,
+    batches: list[int],
+) -> tuple[Setting, list[Contender]]:
+    """Everything loaded and checked; nothing is measured or written yet."""
+    if model is None and not demo:
+        raise RedrafterError("Give a --model, or --demo for the bundled pair.")
+    if not told:
+        raise RedrafterError("Give a --method, as ours=drafter_folder.")
+    if not data and not demo:
+        raise RedrafterError("Give --data: rows of prompts.")
+    path = str(model)
+    if demo:
+        from redrafter.cli.loading import demo_folder
+
+        path = str(demo_folder() / "redrafter-demo-12m")
+
+    from redrafter.bench.comparing import Setting
+    from redrafter.bench.contenders import load
+    from redrafter.bench.tasks import by_category, file_names
+    from redrafter.bench.units import Asked
+    from redrafter.cli.loading import load_model
+    from redrafter.prompts import read_prompts
+
+    rows = [("--demo", {"messages": [{"role": "user", "content": text}], by: task}) for text, task in _demo_rows()]
+    records = read_prompts(*data) if data else rows
+    target, tokenizer = load_model(path, dtype, device)
+    limit = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    room = None if limit is None else limit - max_new_tokens
+    tasks = by_category(records, tokenizer, key=by, count=prompts, room=room)
+    methods = load(told, target, batches)
+    arguments = asked | {
+        "model": "the bundled pair's" if demo else path,
+        "methods": {one.label: one.shown if not (demo and one is told[0]) else "the bundled pair's" for one in told},
+        "data": file_names(data) if data else ["the demo's prompts"],
+        "by": by,
+        "prompts": prompts,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "compile": compile,
+    }
+    common = Asked(max_new_tokens, seed, compile)
+    return Setting(target, tasks, common, arguments, output, overwrite), methods
+
+
+def _demo_rows() -> Iterator[tuple[str, str]]:
+    yield from zip(PROMPTS, TASKS, strict=True)
+
+
+@contextmanager
+def _telling() -> Iterator[Tell]:
+    """A bar on stderr that says what is being measured."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from redrafter.bench.tables import law
+
+    columns = [BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")]
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        job = bar.add_task("", total=None)
+
+        def tell(unit: Unit, number: int, of: int) -> None:
+            rows = f", {unit.batch} rows" if unit.batch > 1 else ""
+            words = f"{unit.method}: {unit.category}, {law(unit.temperature)}{rows}"
+            bar.update(job, description=words, completed=number, total=of)
+
+        yield tell
+        task = bar.tasks[0]
+        bar.update(job, description="measured", completed=task.total)
+
+
+def _written(found: Results, output: Path) -> None:
+    """Writes the report and says what came of it, and what failed."""
+    from redrafter.bench.report import lead, write
+
+    files = write(found, output)
+    for sentence in lead(found):
+        typer.echo(sentence)
+    for sentence in found["failed"]:
+        typer.echo(f"not measured: {sentence}", err=True)
+    typer.echo(f"Wrote {', '.join(str(one) for one in files)}.")
