@@ -39,6 +39,17 @@ class Run:
     tokens: int = 0
     """That those steps wrote, of all rows."""
 
+    @classmethod
+    def joined(cls, runs: Sequence[Run]) -> Run:
+        """Several calls as one, their rows numbered on."""
+        found = cls(stats=Stats.total([run.stats for run in runs], seconds=0.0))
+        for run in runs:
+            found.texts |= {len(found.texts) + row: text for row, text in sorted(run.texts.items())}
+            found.first += run.first
+            found.times += run.times
+            found.tokens += run.tokens
+        return found
+
     @property
     def told(self) -> dict[str, Any]:
         """For a line of JSON, the texts aside.  Raises RedrafterError where no step counts."""
@@ -59,7 +70,7 @@ class Run:
 def follow(events: Iterator[Event], *, positions: int, together: bool = False) -> Run:
     """Follows a stream whose drafts have so many `positions`.
 
-    `together`: only until the first row ends, so that all steps are of as many rows; its last step is left out.
+    `together`: only until the first row ends, so that all steps are of as many rows; that last step is not timed.
     """
     run, steps = Run(stats=Stats(accepted_by_position=[0] * positions)), 0
     for took, turn in _turns(events):

@@ -114,8 +114,9 @@ def _speed(results: Results) -> Figure | None:
         axis.axhline(1, color="#555555", linewidth=1, linestyle="--")
         turn: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(categories) > 4 else {}
         axis.set_xticks(range(len(categories)), categories, **turn)
-        axis.set(title=law(temperature), ylabel="times as fast as without a drafter")
+        axis.set(title=law(temperature), ylabel="times as fast")
         axis.grid(axis="x", visible=False)
+        axis.set_ylim(0, 1.05 * max(one["speed_up"]["most"] for one in speed))
     _legend(figure, axes[0])
     return figure
 
@@ -194,8 +195,8 @@ def _batches(results: Results) -> Figure | None:
             for one, x, y in zip(own, wait, speed, strict=True):
                 axis.annotate(str(one["batch"]), (x, y), (4, 4), textcoords="offset points", fontsize=8)
         axis.set(title=law(temperature), xlabel="milliseconds a token, of one row", ylabel="tokens/s, of all rows")
-        axis.set(xlim=(0, None), ylim=(0, None))
         axis.margins(0.12)
+        axis.set(xlim=(0, None), ylim=(0, None))
     _legend(figure, axes[0])
     return figure
 
@@ -262,7 +263,9 @@ def _curves(label: str, lines: Sequence[tuple[str, Sequence[tuple[float, dict[st
         left.errorbar([x for x, _ in ups], middle, reach, capsize=2, **told)
         right.plot(at, [one["tokens_per_step"] for _, one in points], **told)
     left.axhline(1, color="#555555", linewidth=1, linestyle="--")
-    left.set(xlabel=label, ylabel="times as fast as without")
+    for axis in (left, right):
+        axis.margins(y=0.12)
+    left.set(xlabel=label, ylabel="times as fast")
     right.set(xlabel=label, ylabel="tokens per step", ylim=(1, None))
     left.set_ylim(bottom=0)
     _legend(figure, left)
@@ -270,24 +273,21 @@ def _curves(label: str, lines: Sequence[tuple[str, Sequence[tuple[float, dict[st
 
 
 def _folding(results: Results) -> Figure | None:
-    """Nodes that are left when beams with one beginning share it, against those of beams apart."""
+    """The share of nodes that is left when beams with one beginning share it."""
     grid = [one for one in results.get("sweep", {}).get("grid", []) if one["shape"]["width"] > 1]
     if not grid:
         return None
     figure, (axis,) = _panels(1, width=5.6, height=3.6)
-    lengths = sorted({one["shape"]["length"] for one in grid})
-    for place, length in enumerate(lengths):
+    for place, length in enumerate(sorted({one["shape"]["length"] for one in grid})):
         own = sorted((one for one in grid if one["shape"]["length"] == length), key=lambda one: one["shape"]["width"])
-        apart = [one["shape"]["width"] * length for one in own]
-        kept = [one["nodes_per_draft"] for one in own]
-        colour = COLOURS[place % len(COLOURS)]
+        at = [one["shape"]["width"] for one in own]
+        kept = [100 * one["nodes_per_draft"] / (one["shape"]["width"] * length) for one in own]
         line = "-" if place < len(COLOURS) else "--"
-        axis.plot(apart, kept, line, marker="o", markersize=4, color=colour, label=f"length {length}")
-    top = max(one["shape"]["width"] * one["shape"]["length"] for one in grid)
-    axis.plot([1, top], [1, top], color="#555555", linewidth=1, linestyle=":", label="nothing shared")
-    axis.set(xscale="log", yscale="log", xlabel="width x length, nodes of beams apart", ylabel="nodes after folding")
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_formatter(lambda value, _: f"{value:g}")
-        side.set_minor_formatter(lambda value, _: "")
+        colour = COLOURS[place % len(COLOURS)]
+        axis.plot(at, kept, line, marker="o", markersize=4, color=colour, label=f"length {length}")
+    widths = sorted({one["shape"]["width"] for one in grid})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(widths, [str(one) for one in widths])
+    axis.set(xlabel="width, beams", ylabel="nodes after folding, %", ylim=(0, 105))
     _legend(figure, axis)
     return figure

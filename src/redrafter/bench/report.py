@@ -101,8 +101,9 @@ def sections(results: Results) -> list[Section]:
         found += _swept(results)
     if results["batches"]:
         told = (
-            "Each point is a number of rows decoded together, which stands beside it; no row ends before the others. "
-            "To the left a row waits less for each of its tokens, upwards more is written in all."
+            "Each point is a number of rows decoded together, which stands beside it. No row ends before the others: "
+            "some write on where their text would have ended. To the left a row waits less for each of its tokens, "
+            "upwards more is written in all."
         )
         picture = ("batches", "Tokens a second of all rows against milliseconds that one row waits for a token.")
         found.append(Section("Rows together", [told], picture, [tables.batches(results)]))
@@ -172,9 +173,12 @@ def _swept(results: Results) -> list[Section]:
         found.append(Section("Width and length", [told], picture, maps))
         told = (
             "Beams that begin alike are folded into one tree, so that fewer nodes are verified than width x length; "
-            "the dotted line is where nothing is shared."
+            "the curves say what share of them is left."
         )
-        picture = ("folding", "Nodes after folding against width times length, one line for each length.")
+        picture = (
+            "folding",
+            "Nodes after folding in per cent of width times length, by width, a line for each length.",
+        )
         nodes = tables.grid(results, "Nodes of a draft", "nodes_per_draft", ".1f")
         wide = any(one["shape"]["width"] > 1 for one in sweep["grid"])
         found.append(Section("What folding saves", [told], picture if wide else None, [nodes]))

@@ -32,6 +32,9 @@ Record = dict[str, Any]
 WARM_UP = 16
 """New tokens of the call that nobody counts."""
 
+GROUPS = 4
+"""Calls of rows together at most, each with other prompts while there are some."""
+
 REPEATS = 20
 """Times that a part of a step is timed."""
 
@@ -116,7 +119,7 @@ class Runner:
         if unit.kind == "texts":
             return self._held(unit)
         together = unit.kind == "together"
-        prompts = self.tasks.repeated(unit.batch) if together else self._prompts(unit.category)
+        prompts = self._groups(unit.batch) if together else self._prompts(unit.category)
         warm = (unit.method, unit.temperature, unit.batch, together)
         if warm not in self._warm:
             longest = sorted(prompts, key=len)[-unit.batch :]
@@ -133,6 +136,11 @@ class Runner:
         if "texts" in found:
             self.texts[unit.method, unit.category, unit.temperature, unit.batch] = found["texts"]
 
+    def _groups(self, rows: int) -> list[list[int]]:
+        """Prompts of whole groups of so many rows."""
+        groups = max(1, min(GROUPS, len(self.tasks.mixed) // rows))
+        return self.tasks.repeated(groups * rows)
+
     def _prompts(self, category: str) -> list[list[int]]:
         return self.tasks.mixed if category == ALL else self.tasks.prompts[category]
 
@@ -141,15 +149,17 @@ class Runner:
         one = self.contenders[unit.method]
         if one.label == THEIRS:
             ends = request(self.model, None, prompts, **law).ends
-            how: dict[str, Any] = {
-                "batch": unit.batch,
-                "ends": ends,
-                "together": together,
-                "max_new_tokens": new_tokens,
-            }
-            return by_transformers(self.model, prompts, **how, **law)
+            how: dict[str, Any] = {"batch": unit.batch, "ends": ends, "together": together}
+            return by_transformers(self.model, prompts, max_new_tokens=new_tokens, **how, **law)
+        if together:  # a call for each group
+            groups = [prompts[begin : begin + unit.batch] for begin in range(0, len(prompts), unit.batch)]
+            return Run.joined([self._streamed(unit, group, new_tokens, eos_token_id=()) for group in groups])
+        return self._streamed(unit, prompts, new_tokens)
+
+    def _streamed(self, unit: Unit, prompts: list[list[int]], new_tokens: int, **more: Any) -> Run:
+        one = self.contenders[unit.method]
         shape = one.shape(unit.batch)
-        settings = one.settings(unit.batch) | law | ({"eos_token_id": ()} if together else {})
+        settings = one.settings(unit.batch) | self.asked.law(unit.temperature) | more
         events = stream(
             self.model,
             one.method,
@@ -159,7 +169,7 @@ class Runner:
             compile=self.asked.compile,
             **settings,
         )
-        return follow(events, positions=shape.beam_length if shape else 0, together=together)
+        return follow(events, positions=shape.beam_length if shape else 0, together=unit.kind == "together")
 
     def _with_memory(self, unit: Unit, prompts: list[list[int]]) -> tuple[Run, int | None]:
         """A run, and on CUDA the memory that it needed, with the weights of the model and of this method alone."""
