@@ -23,7 +23,21 @@ def prompts(tmp_path):
     return path
 
 
-COMMANDS = ("demo", "generate", "distill", "train", "data", "check", "eval", "profile", "tune", "info", "export")
+COMMANDS = (
+    "demo",
+    "generate",
+    "distill",
+    "train",
+    "data",
+    "check",
+    "eval",
+    "profile",
+    "tune",
+    "bench",
+    "sweep",
+    "info",
+    "export",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

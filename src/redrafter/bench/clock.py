@@ -1,7 +1,7 @@
 """Decoding followed with a clock: what a call wrote, and the time of its steps.
 
-Promises that prompts' own runs and the first steps of a call, in which what is built on first use is built and a GPU's
-graph is captured, are not in the time of the steps.  Does not know who drafts.
+Promises that prompts' own runs are not in the time of the steps, nor, on CUDA, the first steps of a call, in which a
+graph is captured or code compiled.  Does not know who drafts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 from redrafter.errors import RedrafterError
 from redrafter.results import Event, Stats
 
-UNTIMED = 3
+CAPTURING = 3
 """Steps of a call until a graph is captured."""
 
 TOO_SHORT = "The texts end before a step can be timed: let more tokens be written."
@@ -67,8 +67,13 @@ class Run:
         }
 
 
-def follow(events: Iterator[Event], *, positions: int, together: bool = False) -> Run:
-    """Follows a stream whose drafts have so many `positions`.
+def untimed(device: torch.device) -> int:
+    """First steps of a call that do not count."""
+    return CAPTURING if device.type == "cuda" else 0
+
+
+def follow(events: Iterator[Event], *, positions: int, skip: int = 0, together: bool = False) -> Run:
+    """Follows a stream whose drafts have so many `positions`; the first `skip` steps do not count.
 
     `together`: only until the first row ends, so that all steps are of as many rows; that last step is not timed.
     """
@@ -84,7 +89,7 @@ def follow(events: Iterator[Event], *, positions: int, together: bool = False) -
         if together and any(event.finish_reason for event in turn):
             break
         steps += 1
-        if steps > UNTIMED:
+        if steps > skip:
             run.times.append(took)
             run.tokens += sum(len(event.tokens) for event in turn)
     return run
@@ -131,13 +136,14 @@ def by_transformers(
     batch: int,
     ends: frozenset[int],
     together: bool = False,
+    skip: int = 0,
     seed: int = 0,
     **settings: Any,
 ) -> Run:
     """transformers' own `generate`, with a static cache on CUDA, whose steps it compiles.
 
-    `ends`: end tokens, after which a row's tokens are not counted; `together`: rows do not end.  Raises RedrafterError
-    where transformers cannot.
+    `ends`: end tokens, after which a row's tokens are not counted; `together`: rows do not end; `skip`: first steps of
+    each call that do not count.  Raises RedrafterError where transformers cannot.
     """
     run = Run(stats=Stats())
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # a longer one later is compiled anew
@@ -158,8 +164,8 @@ def by_transformers(
             run.texts |= dict(zip(rows, texts, strict=True))
             took = [after - before for before, after in zip(steps.times, steps.times[1:], strict=False)]
             run.first += took[:1] * len(rows)
-            run.times += took[1 + UNTIMED :]
-            run.tokens += sum(max(0, len(text) - 1 - UNTIMED) for text in texts)
+            run.times += took[1 + skip :]
+            run.tokens += sum(max(0, len(text) - 1 - skip) for text in texts)
             run.stats.tokens += sum(map(len, texts))
             run.stats.steps += sum(map(len, texts))
     return run

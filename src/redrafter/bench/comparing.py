@@ -56,6 +56,8 @@ class Setting:
         runner = Runner(self.model, {one.label: one for one in contenders}, self.tasks, self.asked)
         numbers = itertools.count()
         records, failed = run(units, runner, journal, lambda unit: tell(unit, next(numbers), len(units)))
+        if not records:
+            raise RedrafterError(f"Nothing could be measured: {failed[0]}")
         kinds = {name: {"prompts": len(own), "of": self.tasks.of[name]} for name, own in self.tasks.prompts.items()}
         data = {"files": self.told["data"], "categories": kinds, "too_long": self.tasks.too_long}
         return records, {"about": about, "asked": self.told, "data": data, "failed": failed}

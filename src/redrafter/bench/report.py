@@ -199,8 +199,8 @@ def _swept(results: Results) -> list[Section]:
 def _terms(results: Results) -> Section:
     terms = {
         ALONE: "Decoding without a drafter, one token a step, by the same engine: what speed-ups are measured against.",
-        "tokens/s": "Tokens written by decoding steps over the time of those steps. The prompts' own runs, and the "
-        "first steps of a call, in which a GPU's graph is captured, are left out.",
+        "tokens/s": "Tokens written by decoding steps over the time of those steps. The prompts' own runs are "
+        "left out, and on CUDA the first steps of a call, in which a graph is captured.",
         "tokens per step": "Also mean acceptance length: the drafted tokens that are kept and one that the model adds.",
         "nodes a draft": "Drafted tokens that the model verifies in one step, without the root.",
         "step, ms": "All that decoding does from one step to the next.",

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from redrafter.bench.clock import Run, by_transformers, follow
+from redrafter.bench.clock import Run, by_transformers, follow, untimed
 from redrafter.bench.contenders import THEIRS, Contender
 from redrafter.bench.tasks import ALL, Tasks
 from redrafter.checking import parting
@@ -149,7 +149,8 @@ class Runner:
         one = self.contenders[unit.method]
         if one.label == THEIRS:
             ends = request(self.model, None, prompts, **law).ends
-            how: dict[str, Any] = {"batch": unit.batch, "ends": ends, "together": together}
+            skip = untimed(self.model.device)
+            how: dict[str, Any] = {"batch": unit.batch, "ends": ends, "together": together, "skip": skip}
             return by_transformers(self.model, prompts, max_new_tokens=new_tokens, **how, **law)
         if together:  # a call for each group
             groups = [prompts[begin : begin + unit.batch] for begin in range(0, len(prompts), unit.batch)]
@@ -169,7 +170,12 @@ class Runner:
             compile=self.asked.compile,
             **settings,
         )
-        return follow(events, positions=shape.beam_length if shape else 0, together=unit.kind == "together")
+        return follow(
+            events,
+            positions=shape.beam_length if shape else 0,
+            skip=untimed(self.model.device),
+            together=unit.kind == "together",
+        )
 
     def _with_memory(self, unit: Unit, prompts: list[list[int]]) -> tuple[Run, int | None]:
         """A run, and on CUDA the memory that it needed, with the weights of the model and of this method alone."""

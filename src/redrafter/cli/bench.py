@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -265,17 +265,19 @@ def _telling() -> Iterator[Tell]:
     from redrafter.bench.tables import law
 
     columns = [BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")]
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with ExitStack() as until:
+        bar = Progress(*columns, console=Console(stderr=True))
         job = bar.add_task("", total=None)
 
         def tell(unit: Unit, number: int, of: int) -> None:
+            if not number:  # whatever is refused is refused before
+                until.enter_context(bar)
             rows = f", {unit.batch} rows" if unit.batch > 1 else ""
             words = f"{unit.method}: {unit.category}, {law(unit.temperature)}{rows}"
             bar.update(job, description=words, completed=number, total=of)
 
         yield tell
-        task = bar.tasks[0]
-        bar.update(job, description="measured", completed=task.total)
+        bar.update(job, description="measured", completed=bar.tasks[0].total)
 
 
 def _written(found: Results, output: Path) -> None:

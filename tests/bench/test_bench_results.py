@@ -1,0 +1,76 @@
+"""Figures from units written by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from redrafter.bench.contenders import ALONE, THEIRS
+from redrafter.bench.results import parts, speeds
+
+
+def decoded(method: str, category: str, number: int, tokens: int, seconds: float, **more):
+    told = {"kind": "decode", "method": method, "category": category, "temperature": 0.0, "batch": 1, "round": number}
+    counts = {"tokens": tokens, "seconds": seconds, "steps": 10, "drafts": 10, "drafted": 0, "accepted": 0}
+    return told | counts | {"accepted_by_position": [], "first_token_seconds": [0.02, 0.04]} | more
+
+
+OURS = {"drafted": 80, "accepted": 15, "accepted_by_position": [9, 6]}
+RECORDS = [
+    decoded(ALONE, "a", 0, 10, 1.0), decoded("ours", "a", 0, 30, 1.5, **OURS), decoded(THEIRS, "a", 0, 10, 2.0),
+    decoded(ALONE, "a", 1, 10, 2.0), decoded("ours", "a", 1, 30, 2.0, **OURS), decoded(THEIRS, "a", 1, 10, 2.0),
+    decoded(ALONE, "a", 2, 10, 1.0), decoded("ours", "a", 2, 30, 1.0, **OURS),
+    decoded(ALONE, "b", 0, 20, 1.0), decoded("ours", "b", 0, 10, 0.5, **OURS, peak_memory_bytes=7),
+    {"kind": "texts", "method": "ours", "category": "a", "temperature": 0.0, "batch": 1, "round": 0,
+     "texts_compared": 4, "parted": [{"margin": 1.0, "rounding": 2.0, "explained": True}]},
+    {"kind": "texts", "method": "ours", "category": "b", "temperature": 0.0, "batch": 1, "round": 0,
+     "texts_compared": 2, "parted": [{"margin": 9.0, "rounding": 2.0, "explained": False}]},
+]  # fmt: skip
+
+
+def cell(method: str, category: str):
+    (found,) = (one for one in speeds(RECORDS) if (one["method"], one["category"]) == (method, category))
+    return found
+
+
+def test_medians_are_of_rounds_and_ratios_of_one_round():
+    ours = cell("ours", "a")
+    assert ours["rounds"] == 3
+    assert ours["tokens_per_second"] == {"median": 20.0, "least": 15.0, "most": 30.0}
+    assert ours["speed_up"] == {"median": 3.0, "least": 2.0, "most": 3.0}  # 20/10, 15/5, 30/10
+    assert ours["speed_up_over_transformers"] == {"median": 3.5, "least": 3.0, "most": 4.0}  # where it was measured
+    assert ours["tokens_per_step"] == 2.5
+    assert ours["acceptance_by_position"] == [0.9, 0.6]
+    assert ours["nodes_per_draft"] == 8.0
+    assert ours["step_ms"] == 150.0
+    assert ours["first_token_ms"] == pytest.approx(30.0)
+    alone = cell(ALONE, "a")
+    assert "speed_up" not in alone
+    assert alone["speed_up_over_transformers"]["median"] == 1.5  # 10/5 and 5/5
+    assert "tokens_per_step" not in cell(THEIRS, "a")
+    assert cell(THEIRS, "a")["speed_up"]["most"] == 1.0
+
+
+def test_all_categories_are_summed_in_the_rounds_that_are_whole():
+    ours = cell("ours", "all")
+    assert ours["rounds"] == 1
+    assert ours["tokens_per_second"]["median"] == 20.0  # 40 tokens in 2 seconds
+    assert ours["speed_up"]["median"] == pytest.approx(20 / 15, rel=1e-4)
+    assert ours["tokens_per_step"] == 2.5
+    assert ours["peak_memory_bytes"] == 7
+    assert not any((one["method"], one["category"]) == (THEIRS, "all") for one in speeds(RECORDS))
+
+
+def test_equal_texts_and_those_that_part():
+    assert cell("ours", "a")["texts_equal"] == 3
+    assert cell("ours", "a")["texts_parted_without_reason"] == 0
+    whole = cell("ours", "all")
+    assert (whole["texts"], whole["texts_equal"], whole["texts_parted_without_reason"]) == (6, 4, 1)
+    assert whole["largest_margin_in_roundings"] == 4.5
+
+
+def test_the_rest_of_a_step_is_what_its_parts_leave():
+    told = {"kind": "parts", "method": "ours", "category": "all", "temperature": 0.0, "batch": 1, "round": 0}
+    one = told | {"context": 30, "nodes": 21, "step_ms": 10.0, "draft_ms": 2.0, "verify_ms": 7.0}
+    found = parts([one, one | {"verify_ms": 9.0}])
+    assert [part["rest_ms"] for part in found] == [1.0, 0.0]
+    assert found[0]["nodes"] == 21

@@ -1,0 +1,224 @@
+"""A page that stands alone: parsed as a browser would, its pictures as XML, its figures as they were given."""
+
+from __future__ import annotations
+
+import base64
+import builtins
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from test_bench_results import RECORDS
+
+from redrafter import RedrafterError
+from redrafter.bench import plots, readme, report
+from redrafter.bench.contenders import ALONE, THEIRS
+from redrafter.bench.results import parts, speeds
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = 'ours, <32> & $5$ | "q"'
+
+
+def results(records=RECORDS):
+    """A comparison of one method, whose name is as awkward as a user may make it."""
+    part = {"kind": "parts", "method": "ours", "category": "all", "temperature": 0.0, "batch": 1, "round": 0}
+    part |= {"context": 30, "nodes": 21, "step_ms": 10.0, "draft_ms": 2.0, "verify_ms": 7.0}
+    together = [one | {"kind": "together", "category": "all"} for one in records if one.get("category") == "a"]
+    together = [one for one in together if "tokens" in one]
+    found = {
+        "about": {
+            "model": "tiny", "parameters": 12_000_000, "dtype": "float32", "device": "a device", "system": "Linux",
+            "cuda": None, "versions": {"redrafter": "0.1", "torch": "2", "transformers": "5"},
+            "path": {"a step": "one CUDA graph", "attention": "kernels for trees"},
+        },
+        "asked": {"batch_size": 1, "max_new_tokens": 16, "temperatures": [0.0], "rounds": 3},
+        "data": {"files": ["x.jsonl"], "too_long": 2,
+                 "categories": {"a": {"prompts": 4, "of": 9}, "b": {"prompts": 2, "of": 2}}},
+        "methods": [{"method": ALONE}, {"method": THEIRS},
+                    {"method": "ours", "path": "drafter", "shape": "4 beams of 2 tokens", "parameters": 1_970_000}],
+        "speed": speeds(records), "batches": speeds(together, "together"), "parts": parts([part]), "failed": [],
+    }  # fmt: skip
+    return json.loads(json.dumps(found).replace('"ours"', json.dumps(NAME)))
+
+
+def swept():
+    """A sweep over two widths, two lengths, two budgets and two temperatures."""
+    found = results()
+    one = next(o for o in found["speed"] if o["method"] == NAME and o["category"] == "a")
+    grid = [one | {"shape": {"width": w, "length": n, "budget": None}} for w in (1, 4) for n in (1, 2)]
+    budgets = [one | {"shape": {"width": 4, "length": 2, "budget": budget}} for budget in (4, 8)]
+    kinds = [one | {"temperature": t, "coupled": known} for t, known in ((0.0, True), (1.0, True), (1.0, False))]
+    found["sweep"] = {"grid": grid, "budgets": budgets, "temperatures": kinds, "all": [one, *grid]}
+    return found | {"speed": [], "methods": [found["methods"][0], found["methods"][2]]}
+
+
+class Page(HTMLParser):
+    """What is on a page: headings, images, words, tables' rows, and whatever it refers to."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.words, self.sources, self.headings, self.open = [], [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        if tag == "img":
+            assert dict(attrs)["alt"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+@pytest.mark.parametrize(
+    ("given", "headings"),
+    [
+        (
+            results,
+            ["What was measured", "Speed by task", "Acceptance by position", "Where the time of a step goes",
+             "Rows together", "What the words mean"],
+        ),
+        (
+            swept,
+            ["What was measured", "Where the time of a step goes", "Width and length", "What folding saves", "Nodes",
+             "Temperature", "Rows together", "What the words mean"],
+        ),
+    ],
+)  # fmt: skip
+def test_the_page_is_whole_in_itself(given, headings):
+    text = report.page(given())
+    page = Page(text)
+    assert page.open == []
+    assert page.headings == headings
+    assert len(page.sources) == len(headings) - 2  # a picture in every section but the first and the last
+    for source in page.sources:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/svg+xml;base64"
+        picture = ElementTree.fromstring(base64.b64decode(data))
+        assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+        assert len(list(picture.iter())) > 50
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"@import|url\(|https?://", text)
+    assert NAME in page.words, "a name is shown as it was given"
+    for cell in ("4 beams of 2 tokens", "1.97 M"):
+        assert cell in page.words
+
+
+def test_what_was_not_measured_has_no_section_and_what_failed_is_told():
+    found = results() | {"parts": [], "batches": [], "failed": ["ours on a: No memory."]}
+    page = Page(report.page(found))
+    assert page.headings[-2:] == ["Not measured", "What the words mean"]
+    assert "ours on a: No memory." in page.words
+    assert not {"Rows together", "Where the time of a step goes"} & set(page.headings)
+
+
+def test_the_lead_says_what_is_fastest_and_whether_texts_are_equal():
+    told = " ".join(report.lead(results()))
+    assert f"In greedy decoding {NAME} is the fastest: 20 tokens a second, 1.33 times as fast" in told
+    assert "4 of 6 drafted texts" in told
+    assert "1 part where rounding does not explain it, which is a fault" in told
+    honest = [one for one in RECORDS if one["category"] != "b"]
+    told = " ".join(report.lead(results(honest)))
+    assert "3.00 (2.00 to 3.00) times as fast as without a drafter and 3.50 (3.00 to 4.00) times as fast as" in told
+    assert "3 of 4 drafted texts are, token for token, what is written without a drafter; the others part where" in told
+
+
+def test_markdown_holds_the_same_figures():
+    text = report.markdown(results())
+    cells = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line[:1] == "|"
+    ]
+    assert all(len(row) == len(cells[i - 1]) or set(cells[i + 1][0]) <= {"-", ":"} for i, row in enumerate(cells) if i)
+    name = NAME.replace("|", r"\|")
+    told = [
+        "a",
+        name,
+        "20.0",
+        "3.00 (2.00 to 3.00)",
+        "3.50 (3.00 to 4.00)",
+        "2.50",
+        "8.0",
+        "150.00",
+        "30.0",
+        "",
+        "3 of 4",
+    ]
+    assert told in cells
+    assert [name, "greedy", "2.50", "90%", "60%"] in cells
+    assert [name, "greedy", "21", "2.000", "7.000", "1.000", "10.000", "20%"] in cells
+    assert "dialogue" not in text
+    assert "2 prompts were left out" in text
+    assert "a 4 of 9; b 2 of 2" in text
+    text = report.markdown(swept())
+    assert "| width | length 1 | length 2 |" in text
+    assert "| temperature 1 | without the draws' noise | 20.0 |" in text
+
+
+def test_pictures_are_the_same_for_the_same_results():
+    assert plots.drawn(results()) == plots.drawn(results())
+
+
+def test_a_colour_belongs_to_a_method():
+    found = results()
+    assert plots.colours(found)[NAME] == plots.COLOURS[0]
+    many = found | {"methods": [{"method": str(number)} for number in range(9)]}
+    assert len(plots.colours(many)) == 9 + 2
+
+
+def test_without_matplotlib_one_sentence_says_what_to_install(monkeypatch):
+    original = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(RedrafterError, match=re.escape('pip install "redrafter[bench]"')):
+        plots.required()
+
+
+def test_all_files_are_written(tmp_path):
+    found = results()
+    files = report.write(found, tmp_path / "new" / "folder")
+    assert [file.name for file in files] == ["results.json", "report.md", "report.html"]
+    assert json.loads(files[0].read_text()) == found
+    assert files[1].read_text() == report.markdown(found)
+    assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == sorted(file.name for file in files)
+
+
+def test_the_readmes_block_is_put_between_its_markers():
+    page = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    new = readme.put(page, results())
+    assert new.startswith(
+        f"before\n{readme.BEGIN}\n\ntiny (12 M, float32) on a device, torch 2, transformers 5: 6 prompts"
+    )
+    assert new.endswith(f"\n\n{readme.END}\nafter\n")
+    assert "old" not in new
+    assert "| 4 beams of 2 tokens | greedy | 2.50 | 20 | 1.33 | 4 of 6, 1 unexplained |" in new
+    assert readme.put(new, results()) == new
+    slower = copy.deepcopy(results())
+    slower["speed"][-1]["tokens_per_second"]["median"] = 7.0
+    assert readme.put(new, slower) != new
+    for bad in ("none", f"{readme.END}{readme.BEGIN}", page + page):
+        with pytest.raises(RedrafterError, match="The README needs one"):
+            readme.put(bad, results())
+
+
+def test_the_readme_shows_the_committed_results():
+    """Nothing to hold against each other until both are there."""
+    committed, page = ROOT / "docs" / "bench" / "results.json", (ROOT / "README.md").read_text()
+    if committed.exists() and readme.BEGIN in page:
+        assert readme.put(page, json.loads(committed.read_text())) == page
