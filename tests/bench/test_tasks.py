@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from redrafter import RedrafterError
-from redrafter.bench.tasks import by_category
+from redrafter.bench.tasks import by_category, read
 
 
 @pytest.fixture
@@ -39,8 +39,14 @@ def test_chats_are_asked_by_their_first_turn(tokenizer):
     assert texts(tasks, tokenizer, "chat")[0].endswith("u:hi</s><s>a:")
 
 
-def test_rows_without_categories_are_one(tokenizer):
-    assert list(by_category([("line 1", {"prompt": "x"})], tokenizer).prompts) == ["prompts"]
+def test_a_file_without_categories_is_one(tmp_path):
+    plain, told = tmp_path / "plain.jsonl", tmp_path / "told.jsonl"
+    plain.write_text('{"prompt": "x"}\n')
+    told.write_text('{"prompt": "y", "kind": "z"}\n{"prompt": "w"}\n')
+    (where, first), *others = read([plain, told], "kind")
+    assert first == {"prompt": "x", "kind": "plain"}
+    assert where.endswith("plain.jsonl line 1")
+    assert [record.get("kind") for _, record in others] == ["z", None]
 
 
 def test_prompts_that_do_not_fit_are_left_out_before_the_sample(tokenizer):
@@ -58,4 +64,4 @@ def test_bad_rows_are_named(tokenizer):
     with pytest.raises(RedrafterError, match='line 1: the category "all" stands for all'):
         by_category(rows(all=1), tokenizer)
     with pytest.raises(RedrafterError, match="line 1: a row needs"):
-        by_category([("line 1", {})], tokenizer)
+        by_category([("line 1", {"category": "a"})], tokenizer)

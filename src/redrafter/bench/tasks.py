@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from redrafter.errors import RedrafterError
-from redrafter.prompts import prompt_ids
+from redrafter.prompts import prompt_ids, read_prompts
 
 ALL = "all"
 """The name of all categories together."""
@@ -48,6 +48,21 @@ class Tasks:
         return hashlib.sha256(json.dumps(dict(self.prompts)).encode()).hexdigest()[:16]
 
 
+def read(sources: Sequence[str | Path], key: str) -> list[tuple[str, dict[str, Any]]]:
+    """All rows with their places; where no row of a file has the `key`, its name is their category.
+
+    Raises RedrafterError where a file has no row.
+    """
+    found = []
+    for source in sources:
+        own = read_prompts(source)
+        if not any(key in record for _, record in own):
+            name = Path(source).name.split(".")[0]
+            own = [(where, record | {key: name}) for where, record in own]
+        found += own
+    return found
+
+
 def by_category(
     records: Sequence[tuple[str, dict[str, Any]]],
     tokenizer: PreTrainedTokenizerBase,
@@ -58,16 +73,15 @@ def by_category(
 ) -> Tasks:
     """Prompts of rows by the value of their `key`; `count` of each at most, evenly spaced over the category's rows.
 
-    Rows without that key, where none has it, are one category.  `room`: tokens that a prompt may have.  Raises
-    RedrafterError for a row that has no prompt, for one without the key where others have it, and where none is left.
+    `room`: tokens that a prompt may have.  Raises RedrafterError for a row that has no prompt or no such key, and where
+    no row is left.
     """
-    having = [key in record for _, record in records]
-    if any(having) and not all(having):
-        raise RedrafterError(f'{records[having.index(False)][0]}: the row has no "{key}", which others have.')
     found: dict[str, list[list[int]]] = {}
     too_long = 0
     for where, record in records:
-        name = str(record[key]) if any(having) else "prompts"
+        if key not in record:
+            raise RedrafterError(f'{where}: the row has no "{key}", which others have.')
+        name = str(record[key])
         if name == ALL:
             raise RedrafterError(f'{where}: the {key} "{ALL}" stands for all of them together; name it otherwise.')
         ids = prompt_ids(record, tokenizer, where)

@@ -30,7 +30,9 @@ Data = Annotated[
     typer.Option(help=f"Rows of `prompt`, `messages` or `turns`, once or more. {Sources}"),
 ]
 Output = Annotated[Path, typer.Option(help="A folder for measurements.jsonl, results.json, report.md and report.html.")]
-By = Annotated[str, typer.Option(metavar="KEY", help="The rows' key that names their category.")]
+By = Annotated[
+    str, typer.Option(metavar="KEY", help="The rows' key that names their category; without it a file is one.")
+]
 Rounds = Annotated[int, typer.Option(min=1, help="Times that everything is measured, in turn; medians are shown.")]
 SeedOfAll = Annotated[int, typer.Option(min=0, help="Of all draws.")]
 Overwrite = Annotated[
@@ -226,13 +228,12 @@ def _setting(
 
     from redrafter.bench.comparing import Setting
     from redrafter.bench.contenders import load
-    from redrafter.bench.tasks import by_category, file_names
+    from redrafter.bench.tasks import by_category, file_names, read
     from redrafter.bench.units import Asked
     from redrafter.cli.loading import load_model
-    from redrafter.prompts import read_prompts
 
     rows = [("--demo", {"messages": [{"role": "user", "content": text}], by: task}) for text, task in _demo_rows()]
-    records = read_prompts(*data) if data else rows
+    records = read(data, by) if data else rows
     target, tokenizer = load_model(path, dtype, device)
     limit = getattr(target.config.get_text_config(), "max_position_embeddings", None)
     room = None if limit is None else limit - max_new_tokens

@@ -1,0 +1,49 @@
+"""The held-out prompts of the three categories as JSON lines, for `redrafter bench --data`.
+
+    python -m recipes.target.prompts --target OUT/target --data DATA --output prompts.jsonl [--count 12]
+
+Promises the very tokens that the recipe measures on, or no row at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from recipes.common.answers import contexts, prompt_of
+from recipes.common.corpus import Corpus
+from recipes.target.shape import CATEGORIES, corpus
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from redrafter.prompts import prompt_ids
+
+
+def rows(data: Corpus, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, str]]:
+    """So many prompts of each category as text; those that would be read as other tokens are left out."""
+    found = []
+    for category, name in CATEGORIES.items():
+        held_out = True if name in data.chat else None  # the other files are there to be evaluated on
+        own = (prompt_of(row) for row in contexts(data, name, tokenizer, held_out=held_out, count=count))
+        for ids in own:
+            row = {"category": category, "prompt": tokenizer.decode(ids)}
+            if prompt_ids(row, tokenizer, category) == ids:
+                found.append(row)
+    return found
+
+
+def main() -> None:
+    """Parses the command line and writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=12, help="of each category")
+    given = parser.parse_args()
+    found = rows(corpus(given.data), AutoTokenizer.from_pretrained(given.target), given.count)
+    given.output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+    print(f"{len(found)} prompts in {given.output}")
+
+
+if __name__ == "__main__":
+    main()
