@@ -1,9 +1,9 @@
 """A trial: products of a few rows in Triton, weights of 16 or 8 bits, next to torch's, replayed as CUDA graphs.
 
-    python benchmarks/products.py [--replays N]
+    python benchmarks/products.py [--sizes 4096x8192 …] [--rows 1 64] [--bits 16 8] [--replays N]
 
-`onto + SiLU(x W' + b)` in one launch, of 10 and 50 rows and the sizes of a drafter's head; each product reads its own
-weights out of a ring that no cache holds.  Microseconds a product, and the distance to the exact result.  The last line
+`onto + SiLU(x W' + b)` in one launch, by default of 10 and 50 rows and the sizes of a drafter's head; each product
+reads its own weights out of a ring that no cache holds.  Microseconds a product, and the distance to the exact result.  The last line
 is JSON.
 """
 
@@ -29,8 +29,8 @@ RING = 512 << 20  # bytes of weights, many times the second cache
 
 @triton.jit
 def product(
-    x, weight, scale, bias, onto, out, rows,
-    N: tl.constexpr, K: tl.constexpr, ACTIVATED: tl.constexpr, EIGHT: tl.constexpr,
+    x, weight, scale, bias, onto, out, rows, N, K,
+    ACTIVATED: tl.constexpr, EIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All rows of one block of columns."""
@@ -81,24 +81,29 @@ def launch(told: Told, x: Any, weight: Any, scale: Any, bias: Any, onto: Any, re
     bits, block_n, block_k, stages, warps = told
     columns, inner = weight.shape
     product[(columns // block_n,)](
-        x, weight, scale, bias, onto, result, len(x),
-        N=columns, K=inner, ACTIVATED=True, EIGHT=bits == 8, BLOCK_M=max(16, triton.next_power_of_2(len(x))),
+        x, weight, scale, bias, onto, result, len(x), columns, inner,
+        ACTIVATED=True, EIGHT=bits == 8, BLOCK_M=max(16, triton.next_power_of_2(len(x))),
         BLOCK_N=block_n, BLOCK_K=block_k, STAGES=stages, num_warps=warps,
     )  # fmt: skip
 
 
-def settings(rows: int, columns: int) -> list[Told]:
+def settings(rows: int, columns: int, inner: int, widths: list[int]) -> list[Told]:
     """Bits, blocks, stages and warps worth a trial: two programs fit a processor, and enough bytes are on their way."""
     found = []
-    for told in itertools.product((16, 8), (16, 32, 64), (128, 256, 512), (4,), (4, 8)):
+    for told in itertools.product(widths, (16, 32, 64), (128, 256, 512), (3, 4), (4, 8)):
         bits, block_n, block_k, stages, warps = told
         memory = stages * (block_n * bits // 8 + max(16, triton.next_power_of_2(rows)) * 2) * block_k
-        if columns % block_n == 0 and 30_000 < memory < 110_000 and (warps == 8) == (block_n * block_k > 8192):
+        if (
+            columns % block_n == 0
+            and inner % block_k == 0
+            and 30_000 < memory < 110_000
+            and (warps == 8) == (block_n * block_k > 8192)
+        ):
             found.append(told)
     return found
 
 
-def measure(columns: int, inner: int, rows: int, replays: int) -> dict[str, float]:
+def measure(columns: int, inner: int, rows: int, widths: list[int], replays: int) -> dict[str, float]:
     """Microseconds of a product by way."""
     device = torch.device("cuda")
     count = max(2, RING // (columns * inner * 2))
@@ -112,7 +117,7 @@ def measure(columns: int, inner: int, rows: int, replays: int) -> dict[str, floa
     exact = onto.float() + torch.nn.functional.silu(x.float() @ weights[0].float().T + bias.float())
     by_torch = [partial(torch.nn.functional.linear, x, weight, bias) for weight in weights]
     found = {"torch, product alone": median(by_torch, replays)}
-    for told in settings(rows, columns):
+    for told in settings(rows, columns, inner, widths):
         label = "{} bits, {} x {}, {} stages, {} warps".format(*told)
         ring = eight if told[0] == 8 else weights
         calls = [partial(launch, told, x, ring[i], scales[i], bias, onto, result) for i in range(count)]
@@ -128,9 +133,18 @@ def measure(columns: int, inner: int, rows: int, replays: int) -> dict[str, floa
     return found
 
 
+def size(told: str) -> tuple[int, int]:
+    """Of a weight, from OUTxIN."""
+    columns, inner = told.split("x")
+    return int(columns), int(inner)
+
+
 def main() -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", type=size, default=SIZES, help="OUTxIN of weights")
+    parser.add_argument("--rows", nargs="+", type=int, default=[10, 50])
+    parser.add_argument("--bits", nargs="+", type=int, choices=(16, 8), default=[16, 8], help="of a weight")
     parser.add_argument("--replays", type=int, default=20)
     given = parser.parse_args()
     if not torch.cuda.is_available():
@@ -138,14 +152,14 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     out: dict[str, Any] = {"device": torch.cuda.get_device_name()}
-    for (columns, inner), rows in itertools.product(SIZES, (10, 50)):
+    for (columns, inner), rows in itertools.product(given.sizes, given.rows):
         name = f"{rows} x {inner} -> {columns}"
-        found = measure(columns, inner, rows, given.replays)
+        found = measure(columns, inner, rows, given.bits, given.replays)
         torch.cuda.empty_cache()
         for way in ("torch", "16", "8"):
             for us, label in sorted((us, label) for label, us in found.items() if label.startswith(way))[:3]:
-                size = columns * inner * (1 if way == "8" else 2)
-                print(f"{name:24s} {us:7.1f} us {size / us / 1e6:5.2f} TB/s  {label}", flush=True)
+                read = columns * inner * (1 if way == "8" else 2)
+                print(f"{name:24s} {us:7.1f} us {read / us / 1e6:5.2f} TB/s  {label}", flush=True)
                 out.setdefault(name, {})[label] = round(us, 1)
     print(json.dumps(out))
     return 0

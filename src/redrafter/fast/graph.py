@@ -60,8 +60,10 @@ class Captured(Generic[T]):
     def _watched(self) -> T:
         """A plain call that learns whether the function asks the device a question, which no capture survives."""
         mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings():  # torch calls this mode a prototype
+                warnings.filterwarnings("ignore", "Synchronization debug mode")
+                torch.cuda.set_sync_debug_mode("error")
             return self._function()
         except RuntimeError as error:
             if "synchroniz" not in str(error):
