@@ -29,8 +29,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from redrafter.fast.attention import packed, reference
-from redrafter.target import tree_mask
-from redrafter.tree import DraftTree, ancestors_of
+from redrafter.tree import DraftTree, ancestors_of, tree_mask
 
 HEADS = {"7b": (32, 32), "8b": (32, 8)}
 SIZE = 128

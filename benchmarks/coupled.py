@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from redrafter import RecurrentDrafter, generate
 from redrafter.cli.loading import demo_folder, load_drafter, load_model
 from redrafter.prompts import prompt_ids, read_prompts
-from redrafter.proposers import RecurrentProposer
 from redrafter.sampling import Draw
 
 WAYS = [(1, 0.25), (1, 0.5), (1, 0.7), (1, 1), (1, 1.5), (0.6, 0.5), (1.3, 0.5)]
@@ -53,19 +52,19 @@ def main() -> None:
         print(json.dumps({"way": way, **measure(model, drafter, prompts, seeds)}), flush=True)
 
     show("greedy", None)
-    as_drawn = RecurrentProposer._as_drawn
+    coupled = Draw.coupled
 
-    def uncoupled(self: RecurrentProposer, draw: Draw, logits: Tensor, position: int) -> Tensor:
-        return draw.warp(logits)
+    def uncoupled(self: Draw, logits: Tensor, position: int, names: Tensor | None = None) -> Tensor:
+        return self.warp(logits)
 
-    RecurrentProposer._as_drawn = uncoupled
+    Draw.coupled = uncoupled
     show("sampled, without the noise", given.seeds)
     for alpha, tau in WAYS:
 
-        def scaled(self: RecurrentProposer, draw: Draw, logits: Tensor, position: int, a=alpha, t=tau) -> Tensor:
-            return as_drawn(self, draw, logits * a, position) / t
+        def scaled(self: Draw, logits: Tensor, position: int, names: Tensor | None = None, a=alpha, t=tau) -> Tensor:
+            return coupled(self, logits * a, position, names) / t
 
-        RecurrentProposer._as_drawn = scaled
+        Draw.coupled = scaled
         show(f"sampled, alpha {alpha}, tau {tau}", given.seeds)
 
 

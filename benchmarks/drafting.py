@@ -31,7 +31,7 @@ from redrafter.drafter import RecurrentDrafter
 from redrafter.fast.graph import Captured
 from redrafter.fast.top import Top, top
 from redrafter.proposers import RecurrentProposer
-from redrafter.sampling import Draw
+from redrafter.sampling import Draw, Place
 from redrafter.tree import fold, most_probable
 
 LENGTH, BUDGET = 4, 64
@@ -133,6 +133,7 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
     hidden, head = shape["hidden"], drafter.config.head_size
     context = torch.randn(1, hidden, device=device, dtype=torch.bfloat16)
     root = torch.tensor([5], device=device)
+    here = Place(root, root, text=root[:, None], length=torch.zeros_like(root), alive=root)
     target: Any = SimpleNamespace(embed=embed)
     proposer = RecurrentProposer(drafter, target, width, LENGTH)
 
@@ -153,7 +154,7 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
     read = drafter.read(once)
 
     pieces: dict[str, Callable[[], Any]] = {
-        "propose": lambda: proposer.propose(context, root, Draw((), None)),
+        "propose": lambda: proposer.propose(None, here, context[:, None], Draw((), None)),
         "search": lambda: beam_search(drafter, embed, context, root, width=width, length=LENGTH),
         "top": lambda: top(logits, width),
         "grow": lambda: grow(best, drafter.draft_vocabulary, begun, scores, above),

@@ -36,6 +36,7 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
         "request",
         "results",
         "sampling",
+        "step",
         "target",
         "training",
         "tree",
@@ -129,6 +130,29 @@ def refusal(answer: tuple[int, str, str]) -> str:
     assert err.count("\n") == 1
     assert "Traceback" not in err
     return err
+
+
+class Given:
+    """A method of drafting whose proposer is there already."""
+
+    layers = ()
+
+    def __init__(self, proposer):
+        self.given = proposer
+
+    def drafting(self, batch, width=None, length=None, budget=None):
+        return 1, self.given.length, None
+
+    def proposer(self, target, width, length, budget):
+        return self.given
+
+
+def rooted(root: torch.Tensor):
+    """Where drafts begin that ask for nothing of the text but its last token."""
+    from redrafter.sampling import Place
+
+    none = torch.zeros_like(root)
+    return Place(none, none, root[:, None], length=none, alive=none + 1)
 
 
 def greedy(model, prompt: list[int], count: int) -> list[int]:

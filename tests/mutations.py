@@ -41,7 +41,7 @@ MUTATIONS = {
         "draw.noise[rows, torch.arange(tree.size) % draw.noise.shape[1]]",
     ),
     "noise: drafts have that of the position before": (
-        "proposers/recurrent.py", "draw.noise[:, position]", "draw.noise[:, position - 1]",
+        "sampling.py", "self.noise[:, position]", "self.noise[:, position - 1]",
     ),
     "noise: by the row's place in the batch": (
         "sampling.py", "gumbel(place.seed, pos", "gumbel(place.seed + torch.arange(len(place.seed)), pos",
@@ -56,13 +56,13 @@ MUTATIONS = {
         "sampling.py", "+ 1 + torch.arange(depths", "+ 1 + (depths > 1) + torch.arange(depths",
     ),
     "mask: nodes see their siblings": (
-        "target.py", "mask = own | (index < 0)[:, None]", "mask = (own | in_tree[:, None]) | (index < 0)[:, None]",
+        "tree.py", "mask = own | (index < 0)[:, None]", "mask = (own | in_tree[:, None]) | (index < 0)[:, None]",
     ),
     "mask: nodes do not see the slot before the root": (
-        "target.py", "mask = own | (index < 0)[:, None]", "mask = own | (index < -1)[:, None]",
+        "tree.py", "mask = own | (index < 0)[:, None]", "mask = own | (index < -1)[:, None]",
     ),
     "mask: the window is one slot longer": (
-        "target.py", "distance[:, None] < window", "distance[:, None] <= window",
+        "tree.py", "distance[:, None] < window", "distance[:, None] <= window",
     ),
     "mask: positions by the node's number, not its depth": (
         "target.py", "position = length[:, None] + tree.depth", "position = slots",
@@ -71,7 +71,7 @@ MUTATIONS = {
         "tree.py", "for _ in range(max_depth):\n        node", "for _ in range(max_depth - 1):\n        node",
     ),
     "cache: nothing is moved": (
-        "decoding.py", "if length:  #", "if False:  #",
+        "step.py", "if length:  #", "if False:  #",
     ),
     "cache: moved one slot too far": (
         "cache.py", "target = (length[:, None] + torch", "target = (1 + length[:, None] + torch",
@@ -83,13 +83,13 @@ MUTATIONS = {
         "cache.py", "source = (length[:, None] + path)", "source = (length[:, None] + path[:1])",
     ),
     "keep: a row that has ended goes on": (
-        "decoding.py", "place.length.add_(place.alive * (accepted + 1))", "place.length.add_(accepted + 1)",
+        "step.py", "place.length.add_(place.alive * (accepted + 1))", "place.length.add_(accepted + 1)",
     ),
     "keep: the drafter is given the root's state, not the last node's": (
-        "decoding.py", "_latest(state.context, along, accepted)", "_latest(state.context, along, 0 * accepted)",
+        "step.py", "_latest(state.context, along, accepted)", "_latest(state.context, along, 0 * accepted)",
     ),
     "keep: the drafter is given positions of which one is missing": (
-        "decoding.py", "index = end[:, None] + 1 +", "index = end[:, None] +",
+        "step.py", "index = end[:, None] + 1 +", "index = end[:, None] +",
     ),
 }  # fmt: skip
 """What is broken: file, expression, and what stands there instead."""

@@ -127,13 +127,3 @@ def test_a_bad_shape_is_named(tmp_path, shapes, named):
 def test_shapes_in_words():
     words = ["3 beams of 4 tokens, the 9 most probable nodes", "2 beams of 1 tokens", "without drafting"]
     assert [shape.in_words for shape in TUNED] == words
-
-
-def test_what_is_tuned_not_to_draft_is_measured_as_it_was_made():
-    off = DecodingShape(batch=4, beam_width=1, beam_length=0)
-    config = DrafterConfig(vocab_size=100, hidden_size=8, beam_width=6, beam_length=3, shapes=(TUNED[0], off))
-    assert config.drafting(4)[1] == 0
-    assert config.measured(4) == {"beam_width": 6, "beam_length": 3, "node_budget": None}
-    assert set(config.measured(TUNED[0].batch).values()) == {None}, "then generate takes what is tuned"
-    assert config.measured(4, length=0)["beam_length"] == 0
-    assert config.measured(4, width=7) == {"beam_width": 7, "beam_length": None, "node_budget": None}

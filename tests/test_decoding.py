@@ -11,9 +11,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import greedy, tiny_model
+from conftest import Given, greedy, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, decoding, generate, stream
-from redrafter import request as requests
+from redrafter import step as stepping
+from redrafter.proposers import Memoryless
 from redrafter.request import request
 from redrafter.target import Target
 from redrafter.tree import fold
@@ -21,7 +22,7 @@ from redrafter.tree import fold
 MODEL = tiny_model()
 
 
-class Oracle:
+class Oracle(Memoryless):
     """Proposes what the model will write, spoilt at random places, so that acceptance takes every value.
 
     It finds its place by the context, which it looks up among the states of the finished texts.
@@ -43,22 +44,14 @@ class Oracle:
                 [target.hidden_states(torch.tensor([t]), torch.ones(1, len(t), dtype=torch.long))[0] for t in texts]
             )
 
-    def propose(self, context, root, draw):
-        beams = torch.zeros(len(root), self.width, self.length, dtype=torch.long)
-        for row, place in enumerate(torch.cdist(context, self.states).argmin(dim=1).tolist()):
-            text, position = self.places[place]
+    def propose(self, memory, place, context, draw):
+        beams = torch.zeros(len(context), self.width, self.length, dtype=torch.long)
+        for row, found in enumerate(torch.cdist(context[:, -1], self.states).argmin(dim=1).tolist()):
+            text, position = self.places[found]
             following = torch.tensor(text[position + 2 : position + 2 + self.length])
             beams[row, :, : len(following)] = following
         spoilt = torch.rand(beams.shape, generator=self.generator) < self.spoil
-        return fold(root, torch.where(spoilt, (beams + 1) % self.vocabulary, beams))
-
-
-def drafted_by(monkeypatch, proposer, prompts, **settings):
-    """`generate` with another proposer; the drafter only carries the sizes."""
-    with monkeypatch.context() as patched:
-        patched.setattr(requests, "_proposer", lambda *_: proposer)
-        drafter = RecurrentDrafter.for_target(MODEL, beam_length=proposer.length)
-        return generate(MODEL, drafter, prompts, **settings)
+        return fold(place.root, torch.where(spoilt, (beams + 1) % self.vocabulary, beams))
 
 
 prompts_strategy = st.lists(st.lists(st.integers(3, 60), min_size=1, max_size=12), min_size=1, max_size=4)
@@ -72,7 +65,7 @@ def test_any_draft_gives_the_text_of_transformers(prompts, count, width, length,
     expected = [greedy(MODEL, prompt, count) for prompt in prompts]
     texts = [prompt + new for prompt, new in zip(prompts, expected, strict=True)]
     oracle = Oracle(MODEL, texts, width=width, length=length, spoil=spoil, seed=seed)
-    drafted = drafted_by(pytest.MonkeyPatch(), oracle, prompts, max_new_tokens=count)
+    drafted = generate(MODEL, Given(oracle), prompts, max_new_tokens=count)
     assert drafted.new_tokens == expected
     assert generate(MODEL, None, prompts, max_new_tokens=count).new_tokens == expected
 
@@ -99,11 +92,11 @@ def test_families_past_their_windows(family):
     assert generate(model, None, prompts, max_new_tokens=16).new_tokens == expected
 
 
-def test_counts_of_a_perfect_drafter(monkeypatch):
+def test_counts_of_a_perfect_drafter():
     prompt = [5, 9, 12]
     new = greedy(MODEL, prompt, 40)
     oracle = Oracle(MODEL, [prompt + new], width=1, length=3)
-    out = drafted_by(monkeypatch, oracle, [prompt], max_new_tokens=13)
+    out = generate(MODEL, Given(oracle), [prompt], max_new_tokens=13)
     assert out.new_tokens == [new[:13]]
     stats = out.stats
     assert (stats.steps, stats.tokens, stats.drafted, stats.accepted) == (4, 13, 9, 9)  # 1, then three times 3 + 1
@@ -114,10 +107,11 @@ def test_counts_of_a_perfect_drafter(monkeypatch):
 
 
 @pytest.mark.parametrize("count", range(1, 10))
-def test_the_budget_cuts_a_step_that_accepts_more(monkeypatch, count):
+def test_the_budget_cuts_a_step_that_accepts_more(count):
     prompt = [5, 9, 12]
     new = greedy(MODEL, prompt, 40)
-    out = drafted_by(monkeypatch, Oracle(MODEL, [prompt + new], width=2, length=4), [prompt], max_new_tokens=count)
+    oracle = Oracle(MODEL, [prompt + new], width=2, length=4)
+    out = generate(MODEL, Given(oracle), [prompt], max_new_tokens=count)
     assert out.new_tokens == [new[:count]]
     assert out.finish_reasons == ["length"]
     assert out.stats.tokens == count
@@ -140,7 +134,7 @@ def test_each_row_ends_at_its_own_end_token(place, spoil, seed):
     oracle = Oracle(
         MODEL, [p + n for p, n in zip(prompts, plain, strict=True)], width=2, length=3, spoil=spoil, seed=seed
     )
-    out = drafted_by(pytest.MonkeyPatch(), oracle, prompts, max_new_tokens=20, eos_token_id=end)
+    out = generate(MODEL, Given(oracle), prompts, max_new_tokens=20, eos_token_id=end)
     for new, reason, full in zip(out.new_tokens, out.finish_reasons, plain, strict=True):
         stop = full.index(end) + 1 if end in full else 20
         assert new == full[:stop]
@@ -188,7 +182,7 @@ def test_prefill_in_chunks_gives_the_same_text(monkeypatch):
     drafter = RecurrentDrafter.for_target(MODEL)
     expected = generate(MODEL, drafter, prompts, max_new_tokens=8).new_tokens
     for chunk in (1, 4, 11, 27):
-        monkeypatch.setattr(decoding, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(stepping, "PREFILL_CHUNK", chunk)
         assert generate(MODEL, drafter, prompts, max_new_tokens=8).new_tokens == expected
 
 
@@ -228,7 +222,6 @@ def test_a_stop_string_ends_a_row_where_it_ends_it_without_drafting(model_folder
     prompt, count = [40, 41, 42], 60
     written = greedy(model, prompt, count)
     oracle = Oracle(model, [prompt + written], width=2, length=5, spoil=0.1)
-    drafter = RecurrentDrafter.for_target(model, beam_length=5)
     lengths = set()
     for cut in range(count - 2):
         string = tokenizer.decode(written[cut : cut + 2])
@@ -237,9 +230,7 @@ def test_a_stop_string_ends_a_row_where_it_ends_it_without_drafting(model_folder
         told = {"max_new_tokens": count, "stop_strings": [string, "never"], "tokenizer": tokenizer}
         ids = torch.tensor([prompt])
         expected = model.generate(ids, attention_mask=ids * 0 + 1, do_sample=False, pad_token_id=0, **told)
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(requests, "_proposer", lambda *_: oracle)
-            out = generate(model, drafter, [prompt, [50]], **told)
+        out = generate(model, Given(oracle), [prompt, [50]], **told)
         assert out.new_tokens[0] == expected[0, 3:].tolist()
         assert out.finish_reasons[0] == "stop"
         assert string in out.texts[0]
@@ -311,14 +302,14 @@ def test_a_step_asks_the_device_nothing(drafting, sampling):
     asked = request(model, drafter, [[5, 9, 12], [7]], **told)
     target, proposer, sampler = asked.target, asked.proposer, asked.sampler
     with torch.inference_mode():
-        cache = target.new_cache(batch=2, slots=64)
-        state, _ = decoding.prefill(target, sampler, asked.rows, cache, slots=64)
-        cache.window.visible = 64
-        decoding.step(target, proposer, sampler, state)  # what is built on first use may ask
+        state = stepping.empty(target, proposer, batch=2, slots=64)
+        stepping.prefill(target, proposer, sampler, asked.rows, state)
+        state.see(64)
+        stepping.step(target, proposer, sampler, state)  # what is built on first use may ask
         torch.cuda.synchronize()
         try:
             torch.cuda.set_sync_debug_mode("error")
-            decoding.step(target, proposer, sampler, state)
+            stepping.step(target, proposer, sampler, state)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -367,9 +358,9 @@ def test_no_slot_idles_while_a_prompt_waits(monkeypatch):
         alive.append((int(state.place.alive.sum()), len(entered)))
         return step(target, proposer, sampler, state)
 
-    def watched_admit(target, sampler, state, slots, rows):
+    def watched_admit(target, proposer, sampler, state, slots, rows):
         entered.extend(slots)
-        return admit(target, sampler, state, slots, rows)
+        return admit(target, proposer, sampler, state, slots, rows)
 
     monkeypatch.setattr(decoding, "step", watched_step)
     monkeypatch.setattr(decoding, "admit", watched_admit)
@@ -389,7 +380,7 @@ def test_any_draft_gives_the_text_that_is_sampled_without(prompts, width, length
     expected = generate(MODEL, None, prompts, max_new_tokens=12, seed=seed, **LAW).new_tokens
     texts = [prompt + new for prompt, new in zip(prompts, expected, strict=True)]
     oracle = Oracle(MODEL, texts, width=width, length=length, spoil=spoil, seed=seed)
-    drafted = drafted_by(pytest.MonkeyPatch(), oracle, prompts, max_new_tokens=12, seed=seed, **LAW)
+    drafted = generate(MODEL, Given(oracle), prompts, max_new_tokens=12, seed=seed, **LAW)
     assert drafted.new_tokens == expected
     if spoil == 0 and length == 4:
         assert drafted.stats.steps < 12 * len(prompts), "it was drafted"
@@ -450,7 +441,7 @@ def test_logits_that_are_no_numbers_are_named_by_row_and_position(bad, drafting,
 @pytest.mark.parametrize("chunk", [2, 512])
 def test_the_drafter_is_given_the_states_of_the_last_positions(monkeypatch, chunk):
     """Of layers and positions as it asks for, wherever its row stands: after chunks of a prompt, a draft, a new row."""
-    monkeypatch.setattr(decoding, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(stepping, "PREFILL_CHUNK", chunk)
     model = tiny_model(num_hidden_layers=3, vocab_size=9).double()
     torch.manual_seed(0)
     drafter = RecurrentDrafter.for_target(

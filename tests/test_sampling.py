@@ -11,9 +11,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny_model
+from conftest import Given, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate
-from redrafter import request as requests
+from redrafter.proposers import Memoryless
 from redrafter.request import request
 from redrafter.sampling import Place, Sampler
 from redrafter.target import Target
@@ -123,13 +123,13 @@ def test_rows_that_have_ended_call_no_processor():
     assert called == [[[7]]]
 
 
-class Least:
+class Least(Memoryless):
     """Proposes the tokens that the drafter thinks least likely."""
 
     length, size, positions, modules = 2, 5, 1, ()
 
-    def propose(self, context, root, draw):
-        return fold(root, torch.tensor([[[7, 6], [6, 7]]]).expand(len(root), 2, 2))
+    def propose(self, memory, place, context, draw):
+        return fold(place.root, torch.tensor([[[7, 6], [6, 7]]]).expand(len(context), 2, 2))
 
 
 def trained(model, drafter: RecurrentDrafter) -> RecurrentDrafter:
@@ -149,7 +149,7 @@ def trained(model, drafter: RecurrentDrafter) -> RecurrentDrafter:
 
 
 @pytest.mark.parametrize("drafting", ["none", "untrained", "trained", "adversarial"])
-def test_the_joint_law_of_three_tokens(monkeypatch, drafting):
+def test_the_joint_law_of_three_tokens(drafting):
     """Total variation from the enumerated law, within five deviations of what exact sampling shows: odds below 1e-5."""
     model = tiny_model(vocab_size=8, spread=0.2)
     prompt, n = [3, 5], 4000
@@ -163,7 +163,7 @@ def test_the_joint_law_of_three_tokens(monkeypatch, drafting):
     if drafting == "trained":
         drafter = trained(model, drafter)
     if drafting == "adversarial":
-        monkeypatch.setattr(requests, "_proposer", lambda *_: Least())
+        drafter = Given(Least())
     width = {"beam_width": 3} if drafting in ("untrained", "trained") else {}
     out = generate(model, drafter, [prompt] * n, max_new_tokens=3, do_sample=True, seed=11, eos_token_id=(), **width)
     counts = np.zeros(512)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from conftest import tiny_model
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
-from redrafter.target import Target, _base_name, _public_name, tree_mask
+from redrafter.target import Target, _base_name, _public_name
 from redrafter.tree import chain, fold
+from test_tree import path_to
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2", "gpt_neox", "phi", "olmo2"]
 
@@ -24,31 +23,6 @@ def model_of(family: str, **changes):
     if family == "gpt_neox":
         changes |= {"rotary_pct": 0.5}
     return tiny_model(family, **changes)
-
-
-def path_to(tree, row: int, node: int) -> list[int]:
-    nodes = [node]
-    while nodes[0] != 0:
-        nodes.insert(0, int(tree.parents[row, nodes[0]]))
-    return nodes
-
-
-@given(st.integers(0, 2**31), st.sampled_from([None, 1, 2, 4]))
-def test_tree_mask_agrees_with_its_definition(seed, window):
-    generator = torch.Generator().manual_seed(seed)
-    tree = fold(torch.zeros(2, dtype=torch.long), torch.randint(0, 3, (2, 3, 3), generator=generator))
-    length = torch.randint(0, 6, (2,), generator=generator)
-    mask = tree_mask(tree, length, slots=18, window=window)
-    for row in range(2):
-        for node in range(tree.size):
-            above = path_to(tree, row, node)
-            for slot in range(18):
-                at = slot - int(length[row])
-                committed, ancestor = at < 0, at in above
-                position = slot if committed else int(length[row]) + (int(tree.depth[row, at]) if ancestor else 0)
-                distance = int(length[row]) + int(tree.depth[row, node]) - position
-                near = window is None or distance < window
-                assert bool(mask[row, node, slot]) == ((committed or ancestor) and near), (row, node, slot)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

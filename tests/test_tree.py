@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redrafter.tree import ancestors_of, chain, fold, most_probable
+from redrafter.tree import ancestors_of, chain, fold, most_probable, tree_mask
 
 
 def paths_of_trie(beams: list[list[int]]) -> set[tuple[int, ...]]:
@@ -21,6 +21,13 @@ def path_of(tree, row: int, node: int) -> tuple[int, ...]:
         tokens.insert(0, int(tree.tokens[row, node]))
         node = int(tree.parents[row, node])
     return tuple(tokens)
+
+
+def path_to(tree, row: int, node: int) -> list[int]:
+    nodes = [node]
+    while nodes[0] != 0:
+        nodes.insert(0, int(tree.parents[row, nodes[0]]))
+    return nodes
 
 
 beams_strategy = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**31)).map(
@@ -120,3 +127,21 @@ def test_the_most_probable_nodes_agree_with_a_sorted_list(batch, width, length, 
             assert tree.depth[row, node] == len(path_of(tree, row, node))
             assert tree.parents[row, node] < node
         assert not tree.depth[row][~tree.valid[row]].any()
+
+
+@given(st.integers(0, 2**31), st.sampled_from([None, 1, 2, 4]))
+def test_tree_mask_agrees_with_its_definition(seed, window):
+    generator = torch.Generator().manual_seed(seed)
+    tree = fold(torch.zeros(2, dtype=torch.long), torch.randint(0, 3, (2, 3, 3), generator=generator))
+    length = torch.randint(0, 6, (2,), generator=generator)
+    mask = tree_mask(tree, length, slots=18, window=window)
+    for row in range(2):
+        for node in range(tree.size):
+            above = path_to(tree, row, node)
+            for slot in range(18):
+                at = slot - int(length[row])
+                committed, ancestor = at < 0, at in above
+                position = slot if committed else int(length[row]) + (int(tree.depth[row, at]) if ancestor else 0)
+                distance = int(length[row]) + int(tree.depth[row, node]) - position
+                near = window is None or distance < window
+                assert bool(mask[row, node, slot]) == ((committed or ancestor) and near), (row, node, slot)

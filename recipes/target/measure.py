@@ -18,7 +18,7 @@ from redrafter import RecurrentDrafter, generate
 from redrafter.profiling import milliseconds
 from redrafter.proposers import Proposer
 from redrafter.request import request
-from redrafter.sampling import Draw
+from redrafter.sampling import Draw, Place
 from redrafter.target import Target
 from redrafter.training.data import Row, collate
 from redrafter.training.evaluation import drafted_everywhere, walked
@@ -105,7 +105,7 @@ def quality(model: PreTrainedModel, tokenizer, rows: list[Row]) -> dict[str, Any
 class _Recorded:
     """A proposer that remembers what it was asked last."""
 
-    asked: tuple[Tensor, Tensor, Draw]
+    asked: tuple[Place, Tensor, Draw]
 
     def __init__(self, proposer: Proposer):
         self.proposer = proposer
@@ -113,10 +113,10 @@ class _Recorded:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.proposer, name)
 
-    def propose(self, context: Tensor, root: Tensor, draw: Draw) -> Any:
+    def propose(self, memory: None, place: Place, context: Tensor, draw: Draw) -> Any:
         """As the proposer's."""
-        self.asked = context, root, draw
-        return self.proposer.propose(context, root, draw)
+        self.asked = place, context, draw
+        return self.proposer.propose(memory, place, context, draw)
 
 
 def draft_ms(model: PreTrainedModel, drafter: RecurrentDrafter, width: int) -> float:
@@ -130,6 +130,6 @@ def draft_ms(model: PreTrainedModel, drafter: RecurrentDrafter, width: int) -> f
     drafted_everywhere(asked.target, recorded, [answered([2, 3], [4, 5])])  # one draft, whose context is kept
 
     def draft() -> None:
-        recorded.proposer.propose(*recorded.asked)
+        recorded.proposer.propose(None, *recorded.asked)
 
     return milliseconds(draft, model.device, REPEATS)

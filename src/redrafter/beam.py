@@ -1,4 +1,4 @@
-"""Beam search with the recurrent drafter (arXiv 2403.09919, section 3.2).
+"""Beam search, with the recurrent drafter (arXiv 2403.09919, section 3.2) or whatever else scores what may follow.
 
 Promises the `width` most probable continuations that a beam search of that width finds, best first, and all that it
 weighed on the way; nothing of vocabulary size is kept.  Does not know trees or the target's forward pass.
@@ -70,20 +70,44 @@ def beam_search(
     state = drafter.step(None, embed(root))[:, None]  # [B, 1, H], then [B, W, H]
     context = drafter.context(context)[:, None]
     read = drafter.read(context)
+
+    def following(beams: Tensor, parents: Tensor) -> Tensor:
+        nonlocal state
+        if beams.shape[2]:
+            carried = state.gather(1, parents[..., None].expand(-1, -1, state.shape[-1]))
+            state = drafter.step(carried, embed(beams[..., -1]))
+        return drafter.logits(context.expand_as(state), state, read)
+
+    return search(following, root, width=width, length=length, adjust=adjust, names=drafter.draft_vocabulary)
+
+
+def search(
+    following: Callable[[Tensor, Tensor], Tensor],
+    root: Int[Tensor, " B"],
+    *,
+    width: int,
+    length: int,
+    adjust: Callable[[Tensor, int], Tensor] | None = None,
+    names: Int[Tensor, " head"] | None = None,
+) -> Search:
+    """Continuations of `root`, and their log-probabilities.
+
+    `following(beams, parents)` gives the logits [B, beams, head] of what follows each of the beams [B, beams, position]
+    so far, of which there is one at first, and `parents` [B, beams] says which of its last beams each continues.
+    `adjust(logits, position)` changes them before they are made probabilities; `names` are the target's ids of the
+    draft vocabulary, where it has its own.
+    """
     beams = root.new_empty((root.shape[0], 1, 0))
-    scores = context.new_zeros((root.shape[0], 1), dtype=torch.float32)
-    above = root.new_zeros((root.shape[0], 1))
+    scores = torch.zeros((root.shape[0], 1), dtype=torch.float32, device=root.device)
+    parents = above = torch.zeros_like(root)[:, None]
     levels: list[Level] = []
     for position in range(length):
-        logits = drafter.logits(context.expand_as(state), state, read)
+        logits = following(beams, parents)
         if adjust is not None:
             logits = adjust(logits.float(), position)
         best = top(logits.flatten(0, 1), width)
-        level, beams, scores, above, parents = grow(best, drafter.draft_vocabulary, beams, scores, above)
+        level, beams, scores, above, parents = grow(best, names, beams, scores, above)
         levels.append(level)
-        if position + 1 < length:
-            carried = state.gather(1, parents[..., None].expand(-1, -1, state.shape[-1]))
-            state = drafter.step(carried, embed(beams[..., -1]))
     return Search(beams, scores, levels)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from redrafter.decoding import generate
-from redrafter.drafter import RecurrentDrafter
 from redrafter.noise import row_seeds
+from redrafter.proposers import Method
+from redrafter.proposers.base import measured
 from redrafter.request import request
 from redrafter.sampling import Place
 from redrafter.tree import chain
@@ -55,7 +56,7 @@ class Report:
 
 def compare(
     model: nn.Module,
-    drafter: RecurrentDrafter,
+    drafter: Method,
     prompts: list[list[int]],
     *,
     max_new_tokens: int = 128,
@@ -74,7 +75,7 @@ def compare(
         settings["seed"] = row_seeds(settings.get("seed"), len(prompts))
     plain = generate(model, None, prompts, **settings)
     batch = min(batch_size, len(prompts))
-    shape: dict[str, Any] = drafter.config.measured(batch, beam_width, beam_length, node_budget)
+    shape = measured(drafter, batch, beam_width, beam_length, node_budget)
     drafted = generate(model, drafter, prompts, **shape, **settings)
     partings = [
         parting(model, prompts, row, one, other, settings)

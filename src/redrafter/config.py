@@ -125,15 +125,6 @@ class DrafterConfig(BaseModel):
             shape.node_budget if budget is None else budget,
         )
 
-    def measured(
-        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
-    ) -> dict[str, Any]:
-        """What to tell `generate` so that it drafts: as told, but as made for where it is tuned not to."""
-        told = (width, length, budget)
-        if length is None and self.drafting(batch, *told)[1] == 0:
-            told = self.drafting(0)
-        return dict(zip(("beam_width", "beam_length", "node_budget"), told, strict=True))
-
     @property
     def context_size(self) -> int:
         """Numbers that the target hands over for a draft: hidden states of layers and positions."""

@@ -1,9 +1,7 @@
 """Decoding: generate ⊃ stream ⊃ step.
 
-Promises the target's own text: drafted and undrafted decoding are the same loop over the same step, and without a
-proposer the step is autoregressive decoding.  `step` is a function of fixed-shape tensors that asks the device no
-question unless a processor must see the text; the loop around it makes one small read a step.  Does not know files,
-prompts as text or commands.
+Promises the target's own text: drafted and undrafted decoding are the same loop over the same step.  The loop makes
+one small read of the device a step.  Does not know files, prompts as text or commands.
 """
 
 from __future__ import annotations
@@ -11,140 +9,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from redrafter.cache import SlotCache
-from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
 from redrafter.fast.packed import quicker
-from redrafter.proposers import Proposer
+from redrafter.proposers import Method
 from redrafter.request import Request, Row, request
 from redrafter.results import Event, FinishReason, Generation, Stats, finished
-from redrafter.sampling import Choice, Place, Sampler
-from redrafter.target import Target
+from redrafter.step import Emission, State, admit, empty, step
 from redrafter.text import with_text
-from redrafter.tree import chain
-from redrafter.verify import walk
-
-PREFILL_CHUNK = 512
-"""Prompt tokens that one run of the target takes in; bounds the memory of masks and activations."""
-
-
-@dataclass(frozen=True)
-class State:
-    """All that one step hands to the next, in tensors that it writes in place; rows are independent."""
-
-    place: Place
-    """Where each row's text stands; its last token, the root, was chosen by the target and is not yet in the cache."""
-    context: Float[Tensor, "B positions state"]
-    """The target's hidden states at the last positions, the last of which is the one that it chose the root from."""
-    cache: SlotCache
-
-
-@dataclass(frozen=True)
-class Emission:
-    """What one step wrote."""
-
-    report: Int[Tensor, "B report"]
-    """All that the host reads of a step: for each row the numbers of drafted tokens accepted and of those
-    drafted, `following`, and whether each of those is sound."""
-    following: Int[Tensor, "B path"]
-    """Accepted drafted tokens, then the target's own next one; what comes after it is not defined."""
-    path: Int[Tensor, "B path"]
-    """The node after which each token was chosen."""
-    choice: Choice
-    logits: Float[Tensor, "B N V"]
-
-
-def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: State) -> Emission:
-    """Draft, verify, keep: one run of the target over one tree a row.  Advances the state in place."""
-    length = 0 if proposer is None else proposer.length
-    place = state.place
-    root = place.text.gather(1, place.length[:, None])[:, 0]
-    draw = sampler.draw(place, depths=length + 1, vocabulary=target.vocab_size)
-    tree = chain(root[:, None]) if proposer is None else proposer.propose(state.context.flatten(1), root, draw)
-    if root.device.type == "cpu":
-        tree = tree.trimmed()
-    hidden, logits = target.forward(tree, place.length, state.cache)
-    choice = sampler.choose(draw, tree, logits, place)
-    path, accepted = walk(tree, choice.tokens, length=length)
-    if length:  # a path of the root alone already sits where it belongs
-        state.cache.keep(path, place.length)
-    emitted = _emission(accepted, tree.valid.sum(dim=1) - 1, path, choice, logits)
-    index = torch.arange(length + 1, device=path.device)
-    place.text.scatter_(1, place.length[:, None] + 1 + index, emitted.following)
-    along = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
-    state.context.copy_(_latest(state.context, along, accepted))
-    place.length.add_(place.alive * (accepted + 1))
-    return emitted
-
-
-def prefill(
-    target: Target, sampler: Sampler, rows: list[Row], cache: SlotCache, *, slots: int, positions: int = 1
-) -> tuple[State, Emission]:
-    """Runs the rows' prompts, chunk by chunk as chains, and chooses the first token of each.
-
-    `slots` hold a row's text; the state keeps what the target knows at the last `positions`.
-    """
-    device = target.device
-    lengths = torch.tensor([len(row.prompt) for row in rows], device=device)
-    prompts = [torch.tensor(row.prompt) for row in rows]
-    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
-    context = torch.zeros((len(rows), positions, target.state_size), dtype=target.dtype, device=device)
-    logits: Tensor | None = None
-    for start in range(0, padded.shape[1], PREFILL_CHUNK):
-        tokens = padded[:, start : start + PREFILL_CHUNK]
-        last = lengths - 1 - start
-        select = last.clamp(0, tokens.shape[1] - 1)
-        cache.window.visible = start + tokens.shape[1]
-        hidden, found = target.forward(chain(tokens), torch.full_like(lengths, start), cache, select)
-        here = (last >= 0)[:, None, None]  # rows whose prompt has not ended before this chunk
-        context = torch.where(here, _latest(context, hidden, select), context)
-        logits = found if logits is None else torch.where(here, found, logits)
-    assert logits is not None
-    place = Place(
-        row=torch.tensor([row.number for row in rows], device=device),
-        seed=torch.tensor([row.seed for row in rows], device=device),
-        text=torch.nn.functional.pad(padded, (0, slots - padded.shape[1])),
-        length=lengths - 1,
-        alive=torch.ones_like(lengths),
-    )
-    end = chain(place.text.gather(1, place.length[:, None]))
-    choice = sampler.choose(sampler.draw(place, depths=1, vocabulary=target.vocab_size), end, logits, place)
-    place.text.scatter_(1, lengths[:, None], choice.tokens)
-    none = torch.zeros_like(lengths)
-    emitted = _emission(none, none, none[:, None], choice, logits)
-    return State(replace(place, length=lengths), context, cache), emitted
-
-
-def admit(target: Target, sampler: Sampler, state: State, slots: list[int], rows: list[Row]) -> Emission:
-    """Rows enter the given slots of a running batch, in place; its other rows do not notice."""
-    every = len(slots) == len(state.context)
-    longest = max(len(row.prompt) for row in rows)
-    cache = state.cache if every else target.new_cache(batch=len(slots), slots=longest)
-    slots_of_text, positions = state.place.text.shape[1], state.context.shape[1]
-    entered, emitted = prefill(target, sampler, rows, cache, slots=slots_of_text, positions=positions)
-    if not every:
-        state.cache.adopt(slots, cache)
-    places = torch.tensor(slots, device=state.context.device)
-    state.context.index_copy_(0, places, entered.context)
-    for name, old in vars(state.place).items():
-        old.index_copy_(0, places, getattr(entered.place, name))
-    return emitted
 
 
 def stream(
     model: nn.Module,
-    drafter: RecurrentDrafter | None,
+    drafter: Method | None,
     input_ids: Tensor | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
     **settings: Any,
@@ -180,11 +67,11 @@ def stream(
 def path_of(model: nn.Module) -> dict[str, str]:
     """How a model's steps are decoded on its device, in words, found out by taking a few of them."""
     asked = request(model, None, [[0]], max_new_tokens=6)
-    state = _empty(asked.target, asked.target.new_cache(batch=1, slots=16), 1, 16, 1)
+    state = empty(asked.target, None, batch=1, slots=16)
     with _stepping(asked, state) as advance, torch.inference_mode():
-        admit(asked.target, asked.sampler, state, [0], asked.rows)
+        admit(asked.target, None, asked.sampler, state, [0], asked.rows)
         for _ in range(4):
-            state.cache.window.visible = 16
+            state.see(16)
             advance()
     return {
         "a step": "one CUDA graph" if advance.refused is None else f"call by call, for {advance.refused}",
@@ -194,7 +81,7 @@ def path_of(model: nn.Module) -> dict[str, str]:
 
 def generate(
     model: nn.Module,
-    drafter: RecurrentDrafter | None,
+    drafter: Method | None,
     input_ids: Tensor | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
     *,
@@ -253,10 +140,10 @@ def _fed(streamer: BaseStreamer, asked: Request) -> Iterator[Event]:
 
 def _events(asked: Request) -> Iterator[Event]:
     """The loop: rows enter free slots; one step, one small read, one event for each row that is still alive."""
-    target, sampler, size = asked.target, asked.sampler, asked.size
+    target, proposer, sampler, size = asked.target, asked.proposer, asked.sampler, asked.size
     reach = max(len(row.prompt) + row.budget for row in asked.rows)
     slots = reach + asked.length + size  # a last step may accept more than the row may still write
-    state = _empty(target, target.new_cache(batch=asked.batch, slots=slots), asked.batch, slots, asked.positions)
+    state = empty(target, proposer, batch=asked.batch, slots=slots)
     waiting = iter(asked.rows)
     taken: dict[int, _Writing] = {}
     with _stepping(asked, state) as advance:
@@ -266,14 +153,14 @@ def _events(asked: Request) -> Iterator[Event]:
                 taken |= {slot: _Writing(row, slot, row.budget, len(row.prompt)) for slot, row in entering.items()}
                 places = {slot: place for place, slot in enumerate(entering)}
                 with torch.inference_mode():
-                    emitted = admit(target, sampler, state, list(entering), list(entering.values()))
+                    emitted = admit(target, proposer, sampler, state, list(entering), list(entering.values()))
                     reports = emitted.report.tolist()
             elif taken:
                 places = {slot: slot for slot in taken}
                 with torch.inference_mode():
                     captured = advance.refused is None  # then what it sees cannot grow with the text
                     seen = slots if captured else max(one.committed for one in taken.values()) + size
-                    state.cache.window.visible = seen
+                    state.see(seen)
                     emitted = advance()
                     reports = emitted.report.tolist()
                 for slot, one in taken.items():
@@ -367,35 +254,3 @@ class _Writing:
 
 def _stops(criteria: list[StoppingCriteria], text: Int[Tensor, "1 T"]) -> bool:
     return any(bool(criterion(text, None).all()) for criterion in criteria)
-
-
-def _latest(
-    before: Float[Tensor, "B positions state"], after: Float[Tensor, "B M state"], end: Int[Tensor, " B"]
-) -> Float[Tensor, "B positions state"]:
-    """The states of as many positions as before, up to each row's `end` in those that follow."""
-    index = end[:, None] + 1 + torch.arange(before.shape[1], device=end.device)
-    return torch.cat((before, after), dim=1).gather(1, index[..., None].expand(-1, -1, before.shape[-1]))
-
-
-def _empty(target: Target, cache: SlotCache, batch: int, slots: int, positions: int) -> State:
-    """A state whose slots are all free."""
-
-    def none() -> Tensor:
-        return torch.zeros(batch, dtype=torch.long, device=target.device)
-
-    text = torch.zeros((batch, slots), dtype=torch.long, device=target.device)
-    context = torch.zeros((batch, positions, target.state_size), dtype=target.dtype, device=target.device)
-    return State(Place(none(), none(), text, none(), none()), context, cache)
-
-
-def _emission(
-    accepted: Int[Tensor, " B"],
-    drafted: Int[Tensor, " B"],
-    path: Int[Tensor, "B path"],
-    choice: Choice,
-    logits: Float[Tensor, "B N V"],
-) -> Emission:
-    """The choice after each node of the path is the next node's token."""
-    following = choice.tokens.gather(1, path)
-    report = torch.cat((accepted[:, None], drafted[:, None], following, choice.sound.gather(1, path)), dim=1)
-    return Emission(report, following, path, choice, logits)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,10 @@ from redrafter import hub
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
 from redrafter.fast import has_kernels
+
+if TYPE_CHECKING:
+    from redrafter.proposers import RecurrentProposer
+    from redrafter.target import Target
 
 
 def activated(x: Tensor, more: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
@@ -152,6 +157,31 @@ class RecurrentDrafter(nn.Module):
     def save_pretrained(self, path: str | Path, *, card: str | None = None) -> None:
         """Writes `config.json`, `model.safetensors` and, where given, the card as `README.md`, each whole or not."""
         hub.save_folder(Path(path), self.config.to_json(), self.state_dict(), card)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the target's layers that it sees beside the last hidden state."""
+        return self.config.context_layers
+
+    def drafting(
+        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
+    ) -> tuple[int, int, int | None]:
+        """Beam width, beam length and node budget, as the config has it."""
+        return self.config.drafting(batch, width, length, budget)
+
+    def proposer(self, target: Target, width: int, length: int, budget: int | None) -> RecurrentProposer | None:
+        """What drafts so for a target; None for a length of 0.
+
+        Raises RedrafterError where the drafter was made for another model, is elsewhere or cannot draft so.
+        """
+        from redrafter.proposers.beams import check_shape
+        from redrafter.proposers.recurrent import RecurrentProposer
+
+        target.check_drafter(self.config)
+        check_shape(width, length, budget, tokens=self.config.head_size)
+        if self.device != target.device:
+            raise RedrafterError(f"The drafter is on {self.device}, the model on {target.device}; move one of them.")
+        return RecurrentProposer(self, target, width, length, budget) if length else None
 
     def step(
         self, state: Float[Tensor, "*batch hidden"] | None, embedding: Float[Tensor, "*batch hidden"]

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from redrafter.config import DecodingShape
-from redrafter.decoding import Emission, State, prefill, step
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.fast.compiled import compiled, of_any_length
@@ -25,6 +24,7 @@ from redrafter.fast.packed import quicker
 from redrafter.proposers import RecurrentProposer
 from redrafter.request import Request
 from redrafter.sampling import Draw, Sampler
+from redrafter.step import Emission, State, empty, prefill, step
 from redrafter.target import Target
 from redrafter.tree import DraftTree, chain
 from redrafter.verify import walk
@@ -115,9 +115,9 @@ class Bench:
         context = len(rows[0].prompt)
         slots = context + 2 * reach  # a step writes the path's tokens where its nodes end
         with target.evaluating(), torch.inference_mode():
-            cache = target.new_cache(batch=len(rows), slots=slots)
-            positions = drafter.config.context_positions
-            state, _ = prefill(target, sampler, rows, cache, slots=slots, positions=positions)
+            proposer = drafter.proposer(target, *drafter.drafting(0))
+            state = empty(target, proposer, batch=len(rows), slots=slots)
+            prefill(target, proposer, sampler, rows, state)
             state.place.alive.zero_()  # so that no step leads on from where they stand
         return cls(target, drafter, sampler, state, context, repeats, compile and target.packs)
 
@@ -191,12 +191,11 @@ class Bench:
         return self.sampler.draw(self.state.place, depths=shape.beam_length + 1, vocabulary=self.target.vocab_size)
 
     def _propose(self, shape: DecodingShape, draw: Draw) -> DraftTree:
-        place = self.state.place
-        root = place.text.gather(1, place.length[:, None])[:, 0]
-        return self.proposer(shape).propose(self.state.context.flatten(1), root, draw)
+        state = self.state
+        return self.proposer(shape).propose(None, state.place, state.context, draw)
 
     def _timed(self, function: Callable[[], object], nodes: int) -> float:
-        self.state.cache.window.visible = self.context + nodes
+        self.state.see(self.context + nodes)
         layers = self.target.decoder_layers if self.compile else []
         if layers:
             of_any_length(self.state.cache)

@@ -21,11 +21,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.noise import row_seeds
 from redrafter.processors import Nucleus, OccurrencePenalty
-from redrafter.proposers import Proposer, RecurrentProposer
+from redrafter.proposers import Method, Proposer
 from redrafter.sampling import Sampler
 from redrafter.settings import resolve
 from redrafter.target import Target
@@ -73,11 +72,6 @@ class Request:
         return 0 if self.proposer is None else self.proposer.length
 
     @property
-    def positions(self) -> int:
-        """Positions whose hidden states a draft is made from."""
-        return 1 if self.proposer is None else self.proposer.positions
-
-    @property
     def size(self) -> int:
         """N, nodes of a tree."""
         return 1 if self.proposer is None else self.proposer.size
@@ -85,7 +79,7 @@ class Request:
 
 def request(
     model: nn.Module,
-    drafter: RecurrentDrafter | None,
+    drafter: Method | None,
     input_ids: Tensor | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
     *,
@@ -110,7 +104,7 @@ def request(
 
     Raises RedrafterError.
     """
-    target = Target(model, () if drafter is None else drafter.config.context_layers)
+    target = Target(model, () if drafter is None else drafter.layers)
     config = resolve(target.model, generation_config, settings)
     if eos_token_id is not None:
         config.eos_token_id = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
@@ -119,7 +113,9 @@ def request(
     prompts = _prompts(target, input_ids, attention_mask)
     prompts = [prompt for prompt in prompts for _ in range(config.num_return_sequences or 1)]
     batch = min(batch_size or len(prompts), len(prompts))
-    proposer = _proposer(target, drafter, batch, beam_width, beam_length, node_budget)
+    proposer = None
+    if drafter is not None:
+        proposer = drafter.proposer(target, *drafter.drafting(batch, beam_width, beam_length, node_budget))
     if seed is not None and not config.do_sample:
         raise RedrafterError("seed means nothing in greedy decoding: ask for do_sample, or leave it out.")
     seeds = row_seeds(seed, len(prompts)) if config.do_sample else [0] * len(prompts)
@@ -199,30 +195,6 @@ def _budget(config: GenerationConfig, row: int, prompt: list[int]) -> int:
     if len(prompt) >= config.max_length:
         raise RedrafterError(f"The prompt of row {row} has {len(prompt)} tokens, max_length is {config.max_length}.")
     return int(config.max_length) - len(prompt)
-
-
-def _proposer(
-    target: Target,
-    drafter: RecurrentDrafter | None,
-    batch: int,
-    width: int | None,
-    length: int | None,
-    budget: int | None,
-) -> RecurrentProposer | None:
-    if drafter is None:
-        return None
-    config = drafter.config
-    target.check_drafter(config)
-    width, length, budget = config.drafting(batch, width, length, budget)
-    if length < 0:
-        raise RedrafterError(f"beam_length must be at least 1, or 0 to decode without drafting, not {length}.")
-    if not 1 <= width <= config.head_size:
-        raise RedrafterError(f"beam_width must lie between 1 and the drafter's {config.head_size} tokens, not {width}.")
-    if budget is not None and budget < length + 1:
-        raise RedrafterError(f"node_budget must hold the root and {length} drafted tokens, not be {budget}.")
-    if drafter.device != target.device:
-        raise RedrafterError(f"The drafter is on {drafter.device}, the model on {target.device}; move one of them.")
-    return RecurrentProposer(drafter, target, width, length, budget) if length else None
 
 
 def ends_of(config: GenerationConfig) -> frozenset[int]:

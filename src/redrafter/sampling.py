@@ -60,6 +60,18 @@ class Draw:
             scores = warper(None, scores)
         return scores.view(logits.shape)
 
+    def coupled(
+        self, logits: Float[Tensor, "B beams head"], position: int, names: Int[Tensor, " head"] | None = None
+    ) -> Float[Tensor, "B beams head"]:
+        """A drafter's logits after nodes of depth `position`, with the warpers and the noise that the target will draw.
+
+        So they rank first what it is about to draw.  `names`: the target's ids of the draft vocabulary, where it has
+        its own.
+        """
+        assert self.noise is not None
+        noise = self.noise[:, position]
+        return self.warp(logits) + (noise if names is None else noise[:, names])[:, None]
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -85,6 +97,11 @@ class Place:
     length: Int[Tensor, " B"]
     """Position of the root."""
     alive: Int[Tensor, " B"]
+
+    @property
+    def root(self) -> Int[Tensor, " B"]:
+        """The last token, which the target chose and has not yet taken in."""
+        return self.text.gather(1, self.length[:, None])[:, 0]
 
 
 @dataclass(frozen=True)

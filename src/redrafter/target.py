@@ -25,32 +25,13 @@ from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
 from redrafter.fast import has_kernels
 from redrafter.fast.attention import NAME, packed, register
-from redrafter.tree import DraftTree, ancestors_of, chain
+from redrafter.tree import DraftTree, ancestors_of, chain, tree_mask
 
 PACKED_NODES = 256
 """Nodes of a tree that the kernels of `fast.attention` verify at once; longer chunks of a prompt see a dense mask."""
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _probed: weakref.WeakKeyDictionary[nn.Module, tuple[list[LayerShape], bool, bool]] = weakref.WeakKeyDictionary()
-
-
-def tree_mask(
-    tree: DraftTree, length: Int[Tensor, " B"], *, slots: int, window: int | None = None
-) -> Bool[Tensor, "B N slots"]:
-    """Which slots each node attends to: the committed ones (below `length`) and its ancestors, at `length` + node.
-
-    With `window` only those at most `window - 1` positions back; a slot below `length` is its own position, a node's
-    position is `length` + depth.
-    """
-    index = torch.arange(slots, device=length.device) - length[:, None]  # [B, S]: the node in each slot
-    node = index.clamp(0, tree.size - 1)
-    in_tree = (index >= 0) & (index < tree.size)
-    own = tree.ancestors.gather(2, node[:, None].expand(-1, tree.size, -1)) & in_tree[:, None]
-    mask = own | (index < 0)[:, None]
-    if window is not None:
-        distance = torch.where(in_tree, tree.depth.gather(1, node), index)  # of the slot's position from `length`
-        mask = mask & (tree.depth[:, :, None] - distance[:, None] < window)
-    return mask
 
 
 def packed_mask(

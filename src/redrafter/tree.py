@@ -171,3 +171,22 @@ def ancestors_of(parents: Int[Tensor, "B N"], *, max_depth: int) -> Bool[Tensor,
         node = parents.gather(1, node)
         found.scatter_(2, node[..., None], True)
     return found
+
+
+def tree_mask(
+    tree: DraftTree, length: Int[Tensor, " B"], *, slots: int, window: int | None = None
+) -> Bool[Tensor, "B N slots"]:
+    """Which slots each node attends to: the committed ones (below `length`) and its ancestors, at `length` + node.
+
+    With `window` only those at most `window - 1` positions back; a slot below `length` is its own position, a node's
+    position is `length` + depth.
+    """
+    index = torch.arange(slots, device=length.device) - length[:, None]  # [B, S]: the node in each slot
+    node = index.clamp(0, tree.size - 1)
+    in_tree = (index >= 0) & (index < tree.size)
+    own = tree.ancestors.gather(2, node[:, None].expand(-1, tree.size, -1)) & in_tree[:, None]
+    mask = own | (index < 0)[:, None]
+    if window is not None:
+        distance = torch.where(in_tree, tree.depth.gather(1, node), index)  # of the slot's position from `length`
+        mask = mask & (tree.depth[:, :, None] - distance[:, None] < window)
+    return mask

@@ -23,7 +23,7 @@ from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.profiling import Bench
 from redrafter.proposers import RecurrentProposer
-from redrafter.proposers.recurrent import size_of, weighed
+from redrafter.proposers.beams import size_of, weighed
 from redrafter.request import Request, request
 from redrafter.training.data import Row
 from redrafter.training.evaluation import Acceptance, answered, drafted_everywhere, walked

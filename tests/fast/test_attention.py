@@ -16,8 +16,8 @@ from conftest import greedy
 from redrafter import RedrafterError
 from redrafter.fast import attention
 from redrafter.fast.attention import packed, reference, tree_attention, unpacked
-from redrafter.target import Target, tree_mask
-from redrafter.tree import DraftTree, ancestors_of, chain
+from redrafter.target import Target
+from redrafter.tree import DraftTree, ancestors_of, chain, tree_mask
 from test_families import WORKS, build
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from interpreting import INTERPRETED, on_cpu, on_kernels
 
-from conftest import tiny_model
+from conftest import rooted, tiny_model
 from redrafter import RecurrentDrafter, fast
 from redrafter.beam import beam_search, grow, plain_grow
 from redrafter.drafter import activated
@@ -228,7 +228,7 @@ def test_proposals(form, budget, noisy, device, monkeypatch):
         proposer = RecurrentProposer(drafter, Target(model), 6, 4, budget)
     context, root = torch.randn(2, 32).to(device), torch.tensor([5, 9], device=device)
     noise = gumbel(torch.tensor([3, 5]), torch.arange(5).expand(2, -1), 61).to(device) if noisy else None
-    told = (context, root, Draw((), noise))
+    told = (None, rooted(root), context[:, None], Draw((), noise))
     found = proposer.propose(*told)
     monkeypatch.undo()
     for name in ("beam", "drafter", "fast.top", "tree"):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny_model
+from conftest import rooted, tiny_model
 from redrafter import RecurrentDrafter, generate
 from redrafter.noise import gumbel
 from redrafter.proposers import RecurrentProposer
@@ -42,7 +42,7 @@ def test_beams_are_those_that_the_noise_puts_first(seed, width, length, less, bu
     warpers = tuple(MODEL._get_logits_processor(config, input_ids_seq_length=1, device="cpu"))
     draw = Draw(warpers, gumbel(torch.tensor([seed, 5]), torch.arange(4, 4 + length + 1).expand(2, -1), 61))
     context, root = torch.randn(2, 32), torch.tensor([5, 9])
-    tree = proposer.propose(context, root, draw)
+    tree = proposer.propose(None, rooted(root), context[:, None], draw)
     for row in range(2):
         found = set(paths(tree, row).values())
         noise = draw.noise[row]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny_model
+from conftest import rooted, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, stream
 from redrafter.noise import gumbel
 from redrafter.proposers import RecurrentProposer
@@ -59,7 +59,7 @@ def one_by_one(model, proposer, rows: list[Row], law, seeds: list[int]) -> list[
             if law is not None:
                 positions = torch.arange(t + 2, t + 3 + proposer.length)[None]
                 draw = Draw(law, gumbel(torch.tensor([seed]), positions, model.config.vocab_size))
-            tree = proposer.propose(states[:, -1], torch.tensor([ids[t + 1]]), draw)
+            tree = proposer.propose(None, rooted(torch.tensor([ids[t + 1]])), states[:, -1:], draw)
             own.append((followed(tree, known), int(tree.valid.sum()) - 1))
         found.append(own)
     return found
@@ -193,7 +193,7 @@ def test_rows_with_continuations_are_held_against_those():
     drafts = []
     for t in (0, 1, 3):  # after 2 there is no token to draft, after 4 and 5 none is trained
         states = FEW(input_ids=torch.tensor([row.input_ids[: t + 1]]), output_hidden_states=True).hidden_states[-1]
-        tree = proposer.propose(states[:, -1], torch.tensor([after[t][0]]), Draw((), None))
+        tree = proposer.propose(None, rooted(torch.tensor([after[t][0]])), states[:, -1:], Draw((), None))
         drafts.append((followed(tree, [token for token in after[t][1:] if token >= 0]), int(tree.valid.sum()) - 1))
     (found,) = drafted_everywhere(Target(FEW), proposer, [row])
     assert [tuple(pair) for pair in found.tolist()] == drafts

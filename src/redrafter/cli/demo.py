@@ -56,7 +56,7 @@ def demo(
         "beam_length": beam_length,
         "node_budget": node_budget,
     }
-    rows, by_position = [], [0] * drafter.config.drafting(1, beam_width, beam_length, node_budget)[1]
+    rows, by_position = [], [0] * drafter.drafting(1, beam_width, beam_length, node_budget)[1]
     for text in prompt or PROMPTS:
         ids = prompt_ids({"messages": [{"role": "user", "content": text}]}, tokenizer, "--prompt")
         if not as_json:

@@ -95,7 +95,7 @@ def generate(
     if "stop_strings" in settings:
         settings["tokenizer"] = tokenizer
     shape = (beam_width, beam_length, node_budget)
-    positions = 0 if head is None else head.config.drafting(min(batch_size, len(ids)), *shape)[1]
+    positions = 0 if head is None else head.drafting(min(batch_size, len(ids)), *shape)[1]
     events = stream(
         target,
         head,

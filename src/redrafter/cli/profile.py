@@ -128,15 +128,16 @@ def _bench(
     from redrafter.cli.loading import check_context
     from redrafter.config import DecodingShape
     from redrafter.profiling import Bench
+    from redrafter.proposers.base import measured
     from redrafter.request import request
 
     check_context(context, model)
     config = model.config.get_text_config()
     length = context or min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
-    shape = drafter.config.measured(batch, *told)
+    shape = measured(drafter, batch, *told)
     texts = torch.randint(config.vocab_size, (batch, length)).tolist()
     asked = request(model, drafter, texts, do_sample=do_sample, **shape)
-    width, depth, budget = drafter.config.drafting(batch, *shape.values())
+    width, depth, budget = drafter.drafting(batch, *shape.values())
     drafting = DecodingShape(beam_width=width, beam_length=depth, node_budget=budget)
     reach = max(reach, asked.size, asked.length + 1)
     return Bench.of(asked, drafter, reach=reach, repeats=repeats, compile=compile), drafting

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from redrafter.errors import RedrafterError
 from redrafter.fast import has_kernels
-from redrafter.tree import DraftTree
+from redrafter.tree import DraftTree, tree_mask
 
 NAME = "redrafter"
 """What transformers knows this attention by, once registered."""
@@ -83,8 +83,6 @@ def reference(
     sinks: Float[Tensor, " Hq"] | None = None,
 ) -> Float[Tensor, "B N Hq Dv"]:
     """As `tree_attention`, by the dense mask."""
-    from redrafter.target import tree_mask  # the target may import this module
-
     tree, length = unpacked(mask)
     visible = tree_mask(tree, length, slots=key.shape[2], window=window)
     written = torch.arange(key.shape[2], device=length.device) < length[:, None] + tree.size

@@ -1,19 +1,31 @@
-"""What a drafting method must offer."""
+"""What a method of drafting must offer: to a caller a `Method`, to the decode step a `Proposer`.
+
+A new method is a `Proposer` and the `Method` that makes it for a target; heads that live in folders are told from one
+another by `redrafter.proposers.loading`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from redrafter.sampling import Draw
+from redrafter.cache import SlotCache
+from redrafter.sampling import Draw, Place
+from redrafter.target import Target
 from redrafter.tree import DraftTree
 
 
 @runtime_checkable
 class Proposer(Protocol):
-    """Proposes trees of a fixed shape.  Decoding is exact whatever they hold."""
+    """Proposes trees of a fixed shape.  Decoding is exact whatever they hold.
+
+    `propose` works on tensors of fixed shapes, asks the device nothing and draws no randomness of its own, so that a
+    step can be captured as a CUDA graph, and it lets no row depend on another.  All that it knows between steps is the
+    text and what it wrote into its memory.
+    """
 
     @property
     def length(self) -> int:
@@ -35,10 +47,71 @@ class Proposer(Protocol):
         """Whose layers a draft runs, the target's aside."""
         ...
 
-    def propose(self, context: Tensor, root: Tensor, draw: Draw) -> DraftTree:
-        """Trees [B, N] below the guaranteed tokens `root` [B]; `context` [B, positions x state]: what the target
-        knows at the last positions, the last of which is where it chose them.
+    def memory(self, *, batch: int, slots: int) -> SlotCache | None:
+        """What is kept between steps for texts of `slots` positions, allocated once for a call.
 
-        `draw` is how the target will choose after nodes of depth 0 to L; a proposer may use it, or not.
+        It may have more slots than asked for, where drafting runs more nodes than the tree has that it proposes.
         """
         ...
+
+    def read(self, memory: SlotCache | None, place: Place, states: Float[Tensor, "B P state"], start: int) -> None:
+        """The target has taken in positions `start … start + P - 1` of the prompts in `place.text`, with these states.
+
+        `place.length` is each prompt's last position; what follows it is padding.
+        """
+        ...
+
+    def propose(
+        self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
+    ) -> DraftTree:
+        """Trees [B, N] below the guaranteed tokens, `place.root`.
+
+        `context`: the target's states at the last positions before the root's, the last of which is where it chose it;
+        zeros before a text begins.  `draw`: how the target will choose after nodes of depth 0 to L; a proposer may use
+        it, or not.  Since the last draft up to L + 1 tokens have joined the text: a proposer with a memory runs the
+        last L + 1 again, each into the slot of its position, and has nothing else to keep or to roll back.
+        """
+        ...
+
+
+class Memoryless:
+    """What a proposer says that keeps nothing between steps."""
+
+    def memory(self, *, batch: int, slots: int) -> None:
+        """Nothing."""
+
+    def read(self, memory: SlotCache | None, place: Place, states: Tensor, start: int) -> None:
+        """Prompts leave nothing behind."""
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What a caller passes as `drafter`: a way to draft for a target."""
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """Numbers, from 1, of the target's layers whose states it reads beside the last."""
+        ...
+
+    def drafting(
+        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
+    ) -> tuple[int, int, int | None]:
+        """Beam width, beam length and node budget for `batch` rows decoded together, as told or by default.
+
+        `batch` 0 asks for what the method was made for, whatever it was tuned to.
+        """
+        ...
+
+    def proposer(self, target: Target, width: int, length: int, budget: int | None) -> Proposer | None:
+        """What drafts in that shape; None for a length of 0.  Raises RedrafterError where that cannot be."""
+        ...
+
+
+def measured(
+    method: Method, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
+) -> dict[str, Any]:
+    """What to tell `generate` so that it drafts: as told, but as made for where the method is tuned not to."""
+    told = (width, length, budget)
+    if length is None and method.drafting(batch, *told)[1] == 0:
+        told = method.drafting(0)
+    return dict(zip(("beam_width", "beam_length", "node_budget"), told, strict=True))

@@ -291,7 +291,7 @@ def _answered(
     prompts = [one.texts[-1].input_ids for one in dialogues]
     told = [settings.get(name) for name in ("beam_width", "beam_length", "node_budget")]
     batch = min(settings.get("batch_size") or len(prompts), len(prompts))
-    positions = 0 if drafter is None else drafter.config.drafting(batch, *told)[1]
+    positions = 0 if drafter is None else drafter.drafting(batch, *told)[1]
     events = tally.watch(stream(model, drafter, prompts, **settings))
     for one in finished(events, rows=len(dialogues), positions=positions):
         dialogues[one.row].answer(one.new_tokens, one.finish_reason, tokenizer, limit)

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from redrafter.decoding import generate
-from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
-from redrafter.proposers import Proposer
+from redrafter.proposers import Method, Proposer
+from redrafter.proposers.base import measured
 from redrafter.request import Request, request
 from redrafter.results import Generation, Stats
 from redrafter.sampling import Place, Sampler
@@ -138,7 +138,15 @@ def drafted_everywhere(
     batch_size: int = 8,
     chunk: int | None = None,
 ) -> list[Tensor]:
-    """Accepted and drafted tokens at every window, [M, 2] for each row, by position; arguments as for `acceptance`."""
+    """Accepted and drafted tokens at every window, [M, 2] for each row, by position; arguments as for `acceptance`.
+
+    Raises RedrafterError for a proposer that keeps a memory, which would be that of one place alone.
+    """
+    if proposer.memory(batch=1, slots=1) is not None:
+        raise RedrafterError(
+            "Drafts that are made from a memory of the text cannot be measured at every place of it: count those of "
+            "decoding instead, as `redrafter generate --json` does."
+        )
     chunk = chunk or min(CHUNK, max(1, SCORES // target.vocab_size))
     verdicts: list[Tensor] = []
     with target.evaluating():
@@ -154,8 +162,9 @@ def drafted_everywhere(
             if len(row):  # no draft begins at a row's last token, for which the model may have no position left
                 hidden = target.hidden_states(ids[:, :-1], batch["segments"][:, :-1])
                 for at, t, text, wanted in zip(*(x.split(chunk) for x in (row, position, tokens, known)), strict=True):
-                    context = context_at(hidden, at, t, proposer.positions)
-                    place = Place(at, seed[at], ids[at], length=t + 1, alive=torch.ones_like(at))
+                    context = context_at(hidden, at, t, proposer.positions).unflatten(1, (proposer.positions, -1))
+                    texts = ids[at].scatter(1, t[:, None] + 1, text[:, :1])  # a continuation has its own
+                    place = Place(at, seed[at], texts, length=t + 1, alive=torch.ones_like(at))
                     found.append(_verdicts(target, proposer, sampler, place, context, text, wanted))
             counts = row.bincount(minlength=len(ids)).tolist()
             verdicts += torch.cat(found).cpu().split(counts)
@@ -167,13 +176,13 @@ def _verdicts(
     proposer: Proposer,
     sampler: Sampler,
     place: Place,
-    context: Float[Tensor, "C features"],
+    context: Float[Tensor, "C positions state"],
     tokens: Int[Tensor, "C length1"],
     wanted: Bool[Tensor, "C length"],
 ) -> Int[Tensor, "C 2"]:
     """Accepted and drafted tokens; `tokens` are the root and what follows it, of which `wanted` is known."""
     draw = sampler.draw(place, depths=proposer.length + 1, vocabulary=target.vocab_size)
-    tree = proposer.propose(context, tokens[:, 0], draw)
+    tree = proposer.propose(None, place, context, draw)
     following = tokens[:, 1:].masked_fill(~wanted, -1)
     following = torch.nn.functional.pad(following, (0, 1), value=-1)  # nothing is drafted after the deepest nodes
     _, accepted = walk(tree, following.gather(1, tree.depth), length=proposer.length)
@@ -192,7 +201,7 @@ def walked(verdicts: Int[Tensor, "M 2"]) -> Int[Tensor, "D 2"]:
 
 def evaluate(
     model: nn.Module,
-    drafter: RecurrentDrafter,
+    drafter: Method,
     prompts: list[list[int]],
     *,
     max_new_tokens: int = 128,
@@ -209,7 +218,7 @@ def evaluate(
     """
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     batch = min(batch_size, len(prompts))
-    common |= drafter.config.measured(batch, beam_width, beam_length, node_budget)
+    common |= measured(drafter, batch, beam_width, beam_length, node_budget)
     ways: dict[str, dict[str, Any]] = {
         "greedy": common | {"do_sample": False},
         "sampled": common | {"do_sample": True, "temperature": temperature, "seed": seed},
