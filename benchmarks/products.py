@@ -3,8 +3,8 @@
     python benchmarks/products.py [--sizes 4096x8192 …] [--rows 1 64] [--bits 16 8] [--replays N]
 
 `onto + SiLU(x W' + b)` in one launch, by default of 10 and 50 rows and the sizes of a drafter's head; each product
-reads its own weights out of a ring that no cache holds.  Microseconds a product, and the distance to the exact result.  The last line
-is JSON.
+reads its own weights out of a ring that no cache holds.  Microseconds a product, and the distance to the exact result.
+The last line is JSON.
 """
 
 from __future__ import annotations

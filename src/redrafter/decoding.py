@@ -185,7 +185,10 @@ def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
 
     Raises RedrafterError where somebody moves the model meanwhile.
     """
-    target = asked.target
+    target, proposer = asked.target, asked.proposer
+    drafters = proposer.modules if proposer else ()
+    if proposer is not None and asked.fast:
+        proposer = proposer.quickened()
     layers = target.decoder_layers if asked.compile else []
     weight = target.embed.weight.data_ptr()
     if layers:
@@ -193,13 +196,12 @@ def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
 
     def plain() -> Emission:
         with compiled(layers):
-            return step(target, asked.proposer, asked.sampler, state)
+            return step(target, proposer, asked.sampler, state)
 
     def unmoved() -> bool:
         return target.embed.weight.data_ptr() == weight
 
     advance = Captured(plain, target.device, wanted=asked.fast and not asked.sampler.lazy, valid=unmoved)
-    drafters = asked.proposer.modules if asked.proposer else ()
     captured = advance.refused is None
     with target.evaluating(), quicker(target.model, *drafters, captured=captured) if asked.fast else nullcontext():
         yield advance

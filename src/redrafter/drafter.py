@@ -225,31 +225,40 @@ class RecurrentDrafter(nn.Module):
 
         `read`: what `self.read(context)` gave, so that a context asked more than once is multiplied once.
         """
-        layer = self._reader
+        layer = self.reader
         if read is None or layer is None:
             x = torch.cat((context, state), dim=-1)
             return self.lm_head(self.input_proj(x) if hasattr(self, "input_proj") else x)  # type: ignore[no-any-return]
         rest = layer.weight[:, self.config.hidden_size :]
         if len(read) == 1:  # added by the product itself
-            x = nn.functional.linear(state, rest, read.flatten())
+            first = nn.functional.linear(state, rest, read.flatten())
         else:
-            x = nn.functional.linear(state, rest) + read
+            first = nn.functional.linear(state, rest) + read
+        return self.scores(first, context, state)
+
+    def scores(
+        self,
+        first: Float[Tensor, "*batch exit"],
+        context: Float[Tensor, "*batch hidden"],
+        state: Float[Tensor, "*batch hidden"],
+    ) -> Float[Tensor, "*batch head"]:
+        """As `logits`, from what `reader` gave for `context` and `state`."""
         if hasattr(self, "input_proj"):
-            return self.lm_head(x)  # type: ignore[no-any-return]
-        x = activated(x, onto=torch.cat((context, state), dim=-1))
+            return self.lm_head(first)  # type: ignore[no-any-return]
+        x = activated(first, onto=torch.cat((context, state), dim=-1))
         for module in list(self.lm_head)[1:]:
             x = module(x)
         return x
 
     def read(self, context: Float[Tensor, "B 1 hidden"]) -> Float[Tensor, "B 1 exit"] | None:
         """The context's half of the head's first product, and its bias; None where the head is that product alone."""
-        layer = self._reader
+        layer = self.reader
         if layer is None:
             return None
         return nn.functional.linear(context, layer.weight[:, : self.config.hidden_size], layer.bias)
 
     @property
-    def _reader(self) -> nn.Linear | None:
+    def reader(self) -> nn.Linear | None:
         """The layer that reads context and state, where others follow."""
         if hasattr(self, "input_proj"):
             return self.input_proj

@@ -1,8 +1,9 @@
 """Kernels of drafting in Triton: the best scores, a step of the beam search, trees, and the drafter's activations.
 
 Promises what the plain counterparts give, up to rounding: `redrafter.fast.top.plain_top`, `redrafter.beam.plain_grow`,
-`redrafter.tree.plain_fold` and `plain_most_probable`, `redrafter.drafter.activated`.  Imports triton, so it is imported
-on first use.  Everything works on the current device and asks it nothing.
+`redrafter.tree.plain_fold` and `plain_most_probable`, `redrafter.drafter.activated`, and `plain_moved` of
+`redrafter.fast.joined`.  Imports triton, so it is imported on first use.  Everything works on the current device and
+asks it nothing.
 
 What is ranked is packed into one number of 64 bits: the score's bits in an order that integers have, then the place,
 the smaller the better.  So ties are decided, and one bitonic sort carries both.
@@ -319,23 +320,67 @@ def most_probable(
 
 
 @triton.jit
-def _activated(x, more, onto, out, count, MORE: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < count
-    value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+def _activated(
+    x, more, onto, out, columns, stride_x, stride_m, stride_o,
+    MORE: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < columns
+    value = tl.load(x + row * stride_x + at, mask=there, other=0.0).to(tl.float32)
     if MORE:
-        value += tl.load(more + at, mask=there, other=0.0).to(tl.float32)
+        value += tl.load(more + row * stride_m + at, mask=there, other=0.0).to(tl.float32)
     value = value / (1.0 + tl.exp(-value))
     if ONTO:
-        value += tl.load(onto + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + at, value, mask=there)
+        value += tl.load(onto + row * stride_o + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row * columns + at, value, mask=there)
 
 
 def activated(x: Tensor, more: Tensor | None, onto: Tensor | None) -> Tensor:
     """`onto + SiLU(x + more)` of equal shapes, in one launch."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    inputs = [x if one is None else one.contiguous() for one in (x, more, onto)]
-    _activated[(triton.cdiv(x.numel(), ELEMENTS),)](
-        *inputs, out, x.numel(), MORE=more is not None, ONTO=onto is not None, BLOCK=ELEMENTS, num_warps=4
-    )
+    rows = [_rows(x if one is None else one) for one in (x, more, onto)]
+    count, columns = rows[0].shape
+    _activated[(triton.cdiv(columns, ELEMENTS), count)](
+        *rows, out, columns, *(one.stride(0) for one in rows),
+        MORE=more is not None, ONTO=onto is not None, BLOCK=ELEMENTS, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As rows of numbers that lie one after another; copied only where they do not."""
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@triton.jit(do_not_specialize=["beams", "stride_tb", "stride_tw"])
+def _moved(
+    table, rows, tokens, parents, carried, out, beams, columns, stride_tb, stride_tw, stride_b, stride,
+    NAMED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    beam = tl.program_id(1)
+    b, w = (beam // beams).to(tl.int64), beam % beams
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < columns
+    place = tl.load(tokens + b * stride_tb + w * stride_tw)
+    parent = tl.load(parents + beam)
+    if NAMED:
+        place = tl.load(rows + place)
+    value = tl.load(table + place * columns + at, mask=there, other=0.0).to(tl.float32)
+    value += tl.load(carried + b * stride_b + parent * stride + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + beam.to(tl.int64) * columns + at, value / (1.0 + tl.exp(-value)), mask=there)
+
+
+def moved(table: Tensor, rows: Tensor | None, tokens: Tensor, parents: Tensor, carried: Tensor) -> Tensor:
+    """As `redrafter.fast.joined.Joined.plain_moved`, in one launch."""
+    batch, beams = tokens.shape
+    columns = carried.shape[2]
+    carried = carried if carried.stride(2) == 1 else carried.contiguous()
+    out = torch.empty((batch, beams, columns), dtype=carried.dtype, device=carried.device)
+    _moved[(triton.cdiv(columns, ELEMENTS), batch * beams)](
+        table, table if rows is None else rows, tokens, parents.contiguous(), carried, out,
+        beams, columns, *tokens.stride(), carried.stride(0), carried.stride(1),
+        NAMED=rows is not None, BLOCK=ELEMENTS, num_warps=4,
+    )  # fmt: skip
     return out
