@@ -55,6 +55,12 @@ MUTATIONS = {
     "noise: one position late after a step": (
         "sampling.py", "+ 1 + torch.arange(depths", "+ 1 + (depths > 1) + torch.arange(depths",
     ),
+    "ahead: a row that has ended writes on": (
+        "decoding.py", "if taken.get(one.slot) is not one:", "if one.slot not in taken:",
+    ),
+    "ahead: what is not yet read is not seen": (
+        "decoding.py", "unread = len(flying) * (asked.length + 1)", "unread = 0 * len(flying) * (asked.length + 1)",
+    ),
     "mask: nodes see their siblings": (
         "tree.py", "mask = own | (index < 0)[:, None]", "mask = (own | in_tree[:, None]) | (index < 0)[:, None]",
     ),

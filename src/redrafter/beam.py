@@ -73,6 +73,7 @@ def beam_search(
     state = drafter.step(None, embed(root))[:, None]  # [B, 1, H], then [B, W, H]
     context = drafter.context(context)[:, None]
     read = drafter.read(context)
+    added = joined.added(read) if joined is not None and read is not None else None
     carried: Tensor | None = None  # what the next step needs of a state: itself, or U s where products are joined
 
     def following(beams: Tensor, parents: Tensor) -> Tensor:
@@ -83,9 +84,10 @@ def beam_search(
         elif carried is not None:
             begun = carried.gather(1, parents[..., None].expand(-1, -1, carried.shape[-1]))
             state = drafter.step(begun, embed(beams[..., -1]))
-        if joined is not None and read is not None and position < length - 1:
-            carried, first = joined.products(state, read)
-            return drafter.scores(first, context.expand_as(state), state)
+        if joined is not None and added is not None and position < length - 1:
+            carried, first = joined.products(state, added)
+            rows = [one.flatten(0, 1) for one in (first, context.expand_as(state), state)]  # products copy 3-D slices
+            return drafter.scores(*rows).unflatten(0, state.shape[:2])
         carried = state
         return drafter.logits(context.expand_as(state), state, read)
 

@@ -31,7 +31,7 @@ def test_what_is_joined_gives_what_the_drafter_gives(form, batch):
     state, context = torch.randn(2, batch, 5, 32, dtype=torch.double).unbind()
     context = context[:, :1]
     read = drafter.read(context)
-    carried, first = found.products(state, read)
+    carried, first = found.products(state, found.added(read))
     wanted = drafter.logits(context.expand_as(state), state)
     torch.testing.assert_close(drafter.scores(first, context.expand_as(state), state), wanted)
 

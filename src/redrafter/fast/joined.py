@@ -53,17 +53,18 @@ class Joined:
         rows = torch.zeros(config.vocab_size, dtype=torch.long, device=names.device)
         return cls(weight, table, rows.index_copy_(0, names, torch.arange(len(names), device=names.device)))
 
+    def added(self, read: Float[Tensor, "B 1 exit"]) -> Tensor:
+        """What every product of a draft adds: `read`, as `drafter.read` gives it; of one row as a bias."""
+        return nn.functional.pad(read.flatten(), (len(self.weight) - read.shape[-1], 0)) if len(read) == 1 else read
+
     def products(
-        self, state: Float[Tensor, "B beams hidden"], read: Float[Tensor, "B 1 exit"]
+        self, state: Float[Tensor, "B beams hidden"], added: Tensor
     ) -> tuple[Float[Tensor, "B beams hidden"], Float[Tensor, "B beams exit"]]:
-        """`U s` for the next step, without bias, and what the head's first layer gives; `read` as `drafter.read`."""
+        """`U s` for the next step, without bias, and what the head's first layer gives."""
         hidden = state.shape[-1]
-        if len(read) > 1:
-            carried, first = nn.functional.linear(state, self.weight).tensor_split((hidden,), dim=-1)
-            return carried, first + read
-        bias = nn.functional.pad(read.flatten(), (hidden, 0))  # added by the product itself
-        carried, first = nn.functional.linear(state, self.weight, bias).tensor_split((hidden,), dim=-1)
-        return carried, first
+        both = nn.functional.linear(state, self.weight, added if added.ndim == 1 else None)
+        carried, first = both[..., :hidden], both[..., hidden:]
+        return carried, first if added.ndim == 1 else first + added
 
     def moved(
         self,
