@@ -87,7 +87,7 @@ def beam_search(
         if joined is not None and added is not None and position < length - 1:
             carried, first = joined.products(state, added)
             rows = [one.flatten(0, 1) for one in (first, context.expand_as(state), state)]  # products copy 3-D slices
-            return drafter.scores(*rows).unflatten(0, state.shape[:2])
+            return drafter.scores(*rows).unflatten(0, state.shape[:2])  # type: ignore[no-any-return]
         carried = state
         return drafter.logits(context.expand_as(state), state, read)
 
