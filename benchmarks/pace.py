@@ -35,7 +35,9 @@ class Shape(NamedTuple):
 
     @classmethod
     def read(cls, text: str) -> Shape:
-        """`10`: a beam width; `10:21`: and a node budget; `10:21:5`: and a length."""
+        """`10`: a beam width; `10:21`: and a node budget; `10:21:5`: and a length; `tuned`: what the folder says."""
+        if text == "tuned":
+            return cls(text, {})
         names = ("beam_width", "node_budget", "beam_length")
         return cls(text, dict(zip(names, map(int, text.split(":")), strict=False)))
 
@@ -53,6 +55,8 @@ class Run:
     """That those wrote."""
     rows: int = 1
     """Decoded together."""
+    memory: int = 0
+    """Bytes of a GPU that torch held at most."""
 
     @property
     def speed(self) -> float:
@@ -84,6 +88,8 @@ def timed(events: Iterator[Event], rows: int = 1) -> Run:
     One row after another (`rows=1`) to the end of all; several until the first of them ends, its last step left out.
     Raises RedrafterError where there is no step to time.
     """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     run, steps, last = Run(rows=rows), 0, time.perf_counter()
     for step in zip(*[events] * rows, strict=False):
         took = time.perf_counter() - last
@@ -100,6 +106,8 @@ def timed(events: Iterator[Event], rows: int = 1) -> Run:
             run.texts.setdefault(event.row, []).extend(event.tokens)
         last = time.perf_counter()
     events.close()  # type: ignore[attr-defined]
+    if torch.cuda.is_available():
+        run.memory = torch.cuda.max_memory_allocated()
     if not run.times:
         raise RedrafterError("The texts end before a step can be timed: let more tokens be written.")
     return run

@@ -60,6 +60,7 @@ def ratios(plain: list[Run], drafted: list[Run]) -> dict[str, Any]:
         "step ms": median([run.step_ms for run in drafted], 3),
         "undrafted step ms": median([run.step_ms for run in plain], 3),
         "rounds": len(gains),
+        "MB more": round(median([two.memory - one.memory for one, two in zip(plain, drafted, strict=False)], 0) / 1e6),
     }
 
 

@@ -18,6 +18,7 @@ CHUNK = 1024  # columns of a program, at least
 CANDIDATES = 4096  # of a row, at most, that its chunks hand on; more columns make larger chunks
 LOWEST = tl.constexpr(-(1 << 63))  # ranks below every score
 ELEMENTS = 1024  # of a program
+OWN, OTHERS = 32, 256  # entries of a beam search that a program ranks, and that it compares with at once
 
 
 def _power(number: int) -> int:
@@ -113,23 +114,29 @@ def top(scores: Tensor, width: int, chunk: int | None = None) -> tuple[Tensor, T
     return values, ids, logsumexp
 
 
+@triton.jit
+def _path_score(values, logsumexp, scores, row, entry, entries, beams_above, width):
+    """Of an entry: its beam's score and what its token adds."""
+    there = entry < entries
+    beam = row * beams_above + tl.where(there, entry // width, 0)
+    gain = tl.load(values + row * entries + entry, mask=there, other=0.0) - tl.load(logsumexp + beam)
+    return tl.load(scores + beam) + tl.where(gain > 0, 0.0, gain)  # never above the parent, not by rounding either
+
+
 @triton.jit(do_not_specialize=["beams_above", "width", "position"])
 def _grow(
     values, ids, logsumexp, names, beams, scores, above,
     level_tokens, level_parents, level_scores, new_beams, new_scores, new_above, parents,
     beams_above, width, position,
-    NAMED: tl.constexpr, ENTRIES: tl.constexpr, K: tl.constexpr, BLOCK_L: tl.constexpr,
+    NAMED: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """A row's beams, each grown by its best tokens: all of these, and the best of them."""
-    row = tl.program_id(0).to(tl.int64)
+    """OWN entries of a row, which grow its beams: each that fewer than `width` others surpass is a beam from now on."""
+    row = tl.program_id(1).to(tl.int64)
     entries = beams_above * width
-    entry = tl.arange(0, ENTRIES)
+    entry = tl.program_id(0) * OWN + tl.arange(0, OWN)
     there = entry < entries
     beam = tl.where(there, entry // width, 0)
-    gain = tl.load(values + row * entries + entry, mask=there, other=0.0)
-    gain -= tl.load(logsumexp + row * beams_above + beam)
-    gain = tl.where(gain > 0, 0.0, gain)  # never above the parent, not by rounding either
-    score = tl.load(scores + row * beams_above + beam) + gain
+    score = _path_score(values, logsumexp, scores, row, entry, entries, beams_above, width)
     token = tl.load(ids + row * entries + entry, mask=there, other=0)
     if NAMED:
         token = tl.load(names + token)
@@ -137,22 +144,21 @@ def _grow(
     tl.store(level_parents + row * entries + entry, tl.load(above + row * beams_above + beam), mask=there)
     tl.store(level_scores + row * entries + entry, score, mask=there)
 
-    best = tl.topk(tl.where(there, _ranked(score, entry), LOWEST), K)
-    k = tl.arange(0, K)
-    kept = k < width
-    at = tl.where(kept, _place_of(best), 0)
-    parent = at // width
-    token = tl.load(ids + row * entries + at)
-    if NAMED:
-        token = tl.load(names + token)
-    out = row * width + k
-    tl.store(new_scores + out, _score_of(best), mask=kept)
-    tl.store(new_above + out, at.to(tl.int64), mask=kept)
-    tl.store(parents + out, parent.to(tl.int64), mask=kept)
+    rank = _ranked(score, entry)
+    place = tl.zeros([OWN], tl.int32)
+    for start in range(0, entries, OTHERS):
+        other = start + tl.arange(0, OTHERS)
+        theirs = _ranked(_path_score(values, logsumexp, scores, row, other, entries, beams_above, width), other)
+        surpasses = (other < entries)[None, :] & (theirs[None, :] > rank[:, None])
+        place += tl.sum(surpasses.to(tl.int32), 1)
+    kept = there & (place < width)
+    out = row * width + place
+    tl.store(new_scores + out, _score_of(rank), mask=kept)
+    tl.store(new_above + out, entry.to(tl.int64), mask=kept)
+    tl.store(parents + out, beam.to(tl.int64), mask=kept)
     step = tl.arange(0, BLOCK_L)
-    old = (step < position)[None, :] & kept[:, None]
-    read = (row * beams_above + parent)[:, None] * position + step[None, :]
-    begun = tl.load(beams + read, mask=old, other=0)
+    read = (row * beams_above + beam)[:, None] * position + step[None, :]
+    begun = tl.load(beams + read, mask=(step < position)[None, :] & kept[:, None], other=0)
     write = out[:, None] * (position + 1) + step[None, :]
     tokens = tl.where((step == position)[None, :], token[:, None], begun)
     tl.store(new_beams + write, tokens, mask=(step <= position)[None, :] & kept[:, None])
@@ -180,13 +186,12 @@ def grow(
     new_beams = torch.empty((batch, width, position + 1), dtype=torch.int64, device=device)
     new_scores = torch.empty((batch, width), dtype=torch.float32, device=device)
     new_above, parents = torch.empty((2, batch, width), dtype=torch.int64, device=device)
-    block = _power(entries)
-    _grow[(batch,)](
+    _grow[(triton.cdiv(entries, OWN), batch)](
         values, ids, logsumexp, ids if names is None else names,
         beams if position else ids, scores.contiguous(), above.contiguous(),
         level_tokens, level_parents, level_scores, new_beams, new_scores, new_above, parents,
         beams_above, width, position,
-        NAMED=names is not None, ENTRIES=block, K=_power(width), BLOCK_L=_power(position + 1), num_warps=_warps(block),
+        NAMED=names is not None, OWN=OWN, OTHERS=min(OTHERS, _power(entries)), BLOCK_L=_power(position + 1),
     )  # fmt: skip
     return level_tokens, level_parents, level_scores, new_beams, new_scores, new_above, parents
 
