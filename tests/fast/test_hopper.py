@@ -44,14 +44,14 @@ def compiled(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("size", "nodes", "told"),
+    ("dtype", "size", "nodes", "told"),
     [
-        (128, 1, (None, None)),
-        (64, 64, (100, None)),
-        (256, 33, (None, 30.0)),
+        (torch.bfloat16, 128, 1, (None, None)),
+        (torch.float16, 64, 64, (100, None)),
+        (torch.float32, 256, 33, (None, 30.0)),
     ],
+    ids=str,
 )
 def test_attention(dtype, size, nodes, told, compiled):
     query, key = torch.randn(1, 8, nodes, size, dtype=dtype), torch.randn(1, 4, 2048, size, dtype=dtype)
