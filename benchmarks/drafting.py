@@ -2,11 +2,11 @@
 
     python benchmarks/drafting.py [--only NAME] [--replays N] [--seconds S]
 
-Drafters with random weights in bfloat16, of one the head in 8 bits, next to an embedding of the target's vocabulary; 4 tokens deep, 10 and 50
-beams wide.  Medians over replays, of the whole draft and of its pieces: the best tokens of the head's logits, a step of
-the beam search, folding, the most probable of 64 nodes, and the head's products.  Whether both ways give the same is
-said too: the same tree for the same beams, the same tokens where scores are not tied.  What fails is reported, and the
-rest is measured.  The last line is JSON.
+Drafters with random weights in bfloat16, the head of one in 8 bits, next to an embedding of the target's vocabulary;
+4 tokens deep, 10 and 50 beams wide.  Medians over replays, of the whole draft and of its pieces: the best tokens of the
+head's logits, a step of the beam search, folding, the most probable of 64 nodes, and the head's products.  Whether both
+ways give the same is said too: the same tree for the same beams, the same tokens where scores are not tied.  What fails
+is reported, and the rest is measured.  The last line is JSON.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/products.py [--sizes 4096x8192 …] [--rows 1 64] [--trial] [--replays N]
 
 In bfloat16, by default of 10 and 50 rows and the sizes of a drafter's head; each product reads its own weights out of a
-ring that no cache holds.  Microseconds a product; with --trial of every way to cut the work into blocks, the best first.
-The last line is JSON.
+ring that no cache holds.  Microseconds a product; with --trial of many ways to cut the work into blocks, the fastest
+first.  The last line is JSON.
 """
 
 from __future__ import annotations
