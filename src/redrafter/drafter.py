@@ -19,6 +19,7 @@ from redrafter import hub
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
 from redrafter.fast import has_kernels
+from redrafter.fast.eight import EightBit
 
 if TYPE_CHECKING:
     from redrafter.proposers import RecurrentProposer
@@ -43,7 +44,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        self.linear = nn.Linear(size, size)
+        self.linear: nn.Linear | EightBit = nn.Linear(size, size)
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
         """Same shape out as in."""
@@ -135,12 +136,16 @@ class RecurrentDrafter(nn.Module):
         *,
         target: nn.Module | None = None,
         revision: str | None = None,
+        bits: int = 16,
     ) -> RecurrentDrafter:
         """Loads a drafter folder or hub repository, written by this package or by Apple's code.
 
         With `target` the drafter takes that model's device and dtype, and a drafter made for another model is refused.
+        `bits`: 8 for a head as of `to_eight_bits`, 16 for one of the dtype that it has.
         Raises RedrafterError where the folder is incomplete, damaged or contradicts its own config.
         """
+        if bits not in (16, 8):
+            raise RedrafterError(f"A drafter is loaded in 16 or 8 bits, not {bits}.")
         folder = hub.fetch(path, revision=revision)
         config = DrafterConfig.from_file(folder / hub.CONFIG)
         drafter = cls(config)
@@ -152,10 +157,40 @@ class RecurrentDrafter(nn.Module):
             told = Target(target)
             told.check_drafter(config)
             drafter.to(device=told.device, dtype=told.dtype)
-        return drafter
+        return drafter.to_eight_bits() if bits == 8 else drafter
+
+    def to_eight_bits(self) -> RecurrentDrafter:
+        """Rounds most of the head to weights of 8 bits (`redrafter.fast.eight`), in place; returns itself.
+
+        These are the output layer and the residual blocks, but for a first block that reads context and state: its
+        columns are multiplied apart.  They are most of what a draft reads, and on a GPU a draft of up to 16 beams takes
+        less time.  No text depends on it, only how much of a draft is accepted.  Cannot be undone, so that such a
+        drafter is neither saved nor trained.
+        """
+        if not self.has_eight_bits:
+            *blocks, last = self.lm_head.children()
+            for block in blocks:
+                if block.linear is not self.reader:
+                    block.linear = EightBit.of(block.linear)  # type: ignore[arg-type]
+            self.lm_head[-1] = EightBit.of(last)  # type: ignore[arg-type]
+        return self
+
+    @property
+    def has_eight_bits(self) -> bool:
+        """Whether `to_eight_bits` was called."""
+        return isinstance(self.lm_head[-1], EightBit)
+
+    def check_whole(self, purpose: str) -> None:
+        """Raises RedrafterError, which names the purpose ("saved"), for a drafter whose weights were rounded."""
+        if self.has_eight_bits:
+            raise RedrafterError(f"A drafter in 8 bits cannot be {purpose}: load it in 16.")
 
     def save_pretrained(self, path: str | Path, *, card: str | None = None) -> None:
-        """Writes `config.json`, `model.safetensors` and, where given, the card as `README.md`, each whole or not."""
+        """Writes `config.json`, `model.safetensors` and, where given, the card as `README.md`, each whole or not.
+
+        Raises RedrafterError for a drafter in 8 bits, and where that fails.
+        """
+        self.check_whole("saved")
         hub.save_folder(Path(path), self.config.to_json(), self.state_dict(), card)
 
     @property
@@ -270,8 +305,9 @@ class RecurrentDrafter(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.lm_head[-1].weight.dtype  # type: ignore[return-value]
+        """The dtype that it computes in: of the weights, or of those that were rounded to 8 bits."""
+        last = self.lm_head[-1]
+        return last.dtype if isinstance(last, EightBit) else last.weight.dtype  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:

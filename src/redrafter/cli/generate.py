@@ -15,6 +15,7 @@ from redrafter.cli.loading import (
     Compile,
     Device,
     DoSample,
+    DraftBits,
     Dtype,
     Fast,
     Length,
@@ -54,6 +55,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Decode autoregressively, for comparison.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line for every prompt.")] = False,
+    draft_bits: DraftBits = 16,
     fast: Fast = True,
     compile: Compile = False,
     dtype: Dtype = "auto",
@@ -65,11 +67,12 @@ def generate(
     if drafter is None and not no_drafter:
         raise RedrafterError("Give a --drafter, or --no-drafter to decode without one.")
 
-    from redrafter.cli.loading import load_drafter, load_model, read_settings, show_log
+    from redrafter.cli.loading import check_bits, load_drafter, load_model, read_settings, show_log
     from redrafter.decoding import stream
     from redrafter.prompts import conversation, prompt_ids, read_prompts
     from redrafter.results import finished
 
+    check_bits(draft_bits, drafted=not no_drafter)
     if compile:
         show_log()
     settings = read_settings(
@@ -89,7 +92,7 @@ def generate(
             for where, record in records
         ]
     target, tokenizer = load_model(model, dtype, device)
-    head = None if no_drafter or drafter is None else load_drafter(drafter, target)
+    head = None if no_drafter or drafter is None else load_drafter(drafter, target, draft_bits)
     ids = [prompt_ids(record, tokenizer, where) for where, record in records]
 
     if "stop_strings" in settings:

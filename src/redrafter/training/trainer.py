@@ -48,6 +48,8 @@ class Unrolled(nn.Module):
     def __init__(
         self, drafter: RecurrentDrafter, target: Target, objective: Objective = TOKENS, window_share: float = 1.0
     ):
+        """Raises RedrafterError for a drafter in 8 bits."""
+        drafter.check_whole("trained")
         super().__init__()
         self.drafter = drafter
         self.objective = objective

@@ -344,7 +344,7 @@ def _activated(
 def activated(x: Tensor, more: Tensor | None, onto: Tensor | None) -> Tensor:
     """`onto + SiLU(x + more)` of equal shapes, in one launch."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = [_rows(x if one is None else one) for one in (x, more, onto)]
+    rows = [as_rows(x if one is None else one) for one in (x, more, onto)]
     count, columns = rows[0].shape
     _activated[(triton.cdiv(columns, ELEMENTS), count)](
         *rows, out, columns, *(one.stride(0) for one in rows),
@@ -353,7 +353,7 @@ def activated(x: Tensor, more: Tensor | None, onto: Tensor | None) -> Tensor:
     return out
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """As rows of numbers that lie one after another; copied only where they do not."""
     rows = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
     return rows if rows.stride(1) == 1 else rows.contiguous()
