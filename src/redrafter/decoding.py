@@ -6,6 +6,7 @@ one small read of the device a step.  Does not know files, prompts as text or co
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,10 @@ from redrafter.request import Request, Row, request
 from redrafter.results import Event, FinishReason, Generation, Stats, finished
 from redrafter.step import Emission, State, admit, empty, step
 from redrafter.text import with_text
+
+BRIEF = 2e-3
+"""Seconds of a step, below which the next is launched ahead: each hides some 0.1 ms of the host's, and the last of a
+row's is lost."""
 
 
 def stream(
@@ -142,8 +147,8 @@ def _fed(streamer: BaseStreamer, asked: Request) -> Iterator[Event]:
 def _events(asked: Request) -> Iterator[Event]:
     """The loop: rows enter free slots; one step, one small read, one event for each row that is still alive.
 
-    Where steps are captured, the next one is launched before the last is read; for a row that turns out to have ended
-    it was in vain.
+    Where steps are captured and brief, the next one is launched before the last is read; for a row that turns out to
+    have ended it was in vain.
     """
     target, proposer, sampler, size = asked.target, asked.proposer, asked.sampler, asked.size
     reach = max(len(row.prompt) + row.budget for row in asked.rows)
@@ -152,6 +157,7 @@ def _events(asked: Request) -> Iterator[Event]:
     waiting = iter(asked.rows)
     taken: dict[int, _Writing] = {}
     flying: deque[_Flight] = deque()
+    took = math.inf  # of the last step that was waited for, seconds
     with _stepping(asked, state) as advance:
         while True:
             entering = dict(zip((slot for slot in range(asked.batch) if slot not in taken), waiting, strict=False))
@@ -162,7 +168,7 @@ def _events(asked: Request) -> Iterator[Event]:
                     emitted = admit(target, proposer, sampler, state, list(entering), list(entering.values()))
                     flight = _Flight(list(enumerate(rows.values())), emitted, emitted.report)
                 elif taken:
-                    most = 2 if _runs_ahead(asked, advance) else 1
+                    begun, most = time.perf_counter(), 2 if _runs_ahead(asked, advance, took) else 1
                     while len(flying) < most:
                         unread = len(flying) * (asked.length + 1)  # tokens, at most
                         if flying and all(one.left <= unread for one in taken.values()):
@@ -175,6 +181,8 @@ def _events(asked: Request) -> Iterator[Event]:
                 else:
                     return
                 reports = flight.read()
+                if not entering and most == 1:
+                    took = time.perf_counter() - begun
             events = []
             for place, one in flight.rows:
                 if taken.get(one.slot) is not one:
@@ -190,9 +198,9 @@ def _events(asked: Request) -> Iterator[Event]:
             yield from events
 
 
-def _runs_ahead(asked: Request, advance: Captured[Emission]) -> bool:
-    """Whether a step may be launched before the last is read: not where more is read of it than its report."""
-    return advance.refused is None and not asked.output_scores and not asked.output_logits
+def _runs_ahead(asked: Request, advance: Captured[Emission], took: float) -> bool:
+    """Whether a step is launched before the last is read: not where more is read of it than its report."""
+    return advance.replaying and took < BRIEF and not asked.output_scores and not asked.output_logits
 
 
 @contextmanager

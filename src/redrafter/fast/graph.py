@@ -43,6 +43,11 @@ class Captured(Generic[T]):
         if device.type != "cuda":
             self.refused = f"graphs are CUDA's, and this is {device.type}"
 
+    @property
+    def replaying(self) -> bool:
+        """Whether it is captured."""
+        return self._graph is not None
+
     def __call__(self) -> T:
         """The function's result."""
         if not self._valid():
