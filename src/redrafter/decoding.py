@@ -26,6 +26,7 @@ from redrafter.proposers import Method
 from redrafter.request import Request, Row, request
 from redrafter.results import Event, FinishReason, Generation, Stats, finished
 from redrafter.step import Emission, State, admit, empty, step
+from redrafter.target import evaluating
 from redrafter.text import with_text
 
 
@@ -200,8 +201,9 @@ def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
 
     advance = Captured(plain, target.device, wanted=asked.fast and not asked.sampler.lazy, valid=unmoved)
     drafters = asked.proposer.modules if asked.proposer else ()
+    models = dict.fromkeys((target.model, *drafters))  # a model may draft for itself
     captured = advance.refused is None
-    with target.evaluating(), quicker(target.model, *drafters, captured=captured) if asked.fast else nullcontext():
+    with evaluating(*models), quicker(*models, captured=captured) if asked.fast else nullcontext():
         yield advance
 
 
