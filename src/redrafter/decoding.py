@@ -39,13 +39,14 @@ def stream(
 ) -> Iterator[Event]:
     """Decoding of a batch, an event for every row that a step advanced.
 
-    `model` is a causal language model of transformers, or PEFT's wrapper around one.  `input_ids` is a padded tensor
-    [B, P] with its `attention_mask`, or a list of rows of any lengths.  `drafter=None` or `beam_length=0` decodes
-    autoregressively.  `settings` are all that a `GenerationConfig` can say, and
+    `model` is a causal language model of transformers, or PEFT's wrapper around one.  `drafter` is a RecurrentDrafter,
+    a `TwoModel`, a `PromptLookup` or any other `Method` of drafting; None, or `beam_length=0`, decodes
+    autoregressively.  `input_ids` is a padded tensor [B, P] with its `attention_mask`, or a list of rows of any
+    lengths.  `settings` are all that a `GenerationConfig` can say, and
 
     - `generation_config`: such a config; what is set nowhere is taken from the model's own, as in `model.generate`;
     - `beam_width`, `beam_length` (drafted tokens only), `node_budget`: told none of them, what `redrafter tune`
-      found fastest for the batch, or else what the drafter was made for;
+      found fastest for the batch, or else what the drafter was made for (`docs/methods.md` says what of others);
     - `batch_size`: rows decoded together at most (default: all); where one ends, the next one enters its slot;
     - `seed`: one for each row, or one from which row 0, 1, … get their own (default: torch's generator gives one).
       What is drawn at a position depends on the row's seed, the position and the model alone, never on the drafter

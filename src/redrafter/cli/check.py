@@ -11,7 +11,7 @@ from redrafter.cli.loading import (
     Budget,
     Device,
     DoSample,
-    DrafterPath,
+    DrafterOrModel,
     Dtype,
     Length,
     MinP,
@@ -28,7 +28,7 @@ from redrafter.cli.loading import (
 
 def check(
     model: Model,
-    drafter: DrafterPath,
+    drafter: Annotated[str, typer.Option(help=DrafterOrModel)],
     prompts: Annotated[Path, typer.Option(help="JSONL rows of `prompt`, `messages` or `turns`.")],
     max_new_tokens: NewTokens = 128,
     beam_width: Width = None,
@@ -47,7 +47,7 @@ def check(
 ) -> None:
     """Decode with and without the drafter; exit status 1 if texts part where rounding does not explain it."""
     from redrafter.checking import compare
-    from redrafter.cli.loading import load_drafter, load_model, read_settings
+    from redrafter.cli.loading import load_method, load_model, read_settings
     from redrafter.prompts import prompt_ids, read_prompts
 
     settings = read_settings(
@@ -61,7 +61,7 @@ def check(
         max_new_tokens=max_new_tokens,
     )
     target, tokenizer = load_model(model, dtype, device)
-    head = load_drafter(drafter, target)
+    head = load_method(drafter, target)
     ids = [prompt_ids(record, tokenizer, where) for where, record in read_prompts(prompts)]
     if "stop_strings" in settings:
         settings["tokenizer"] = tokenizer

@@ -15,6 +15,7 @@ from redrafter.cli.loading import (
     Compile,
     Device,
     DoSample,
+    DrafterOrModel,
     Dtype,
     Fast,
     Length,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 def generate(
     model: Model,
-    drafter: Annotated[str | None, typer.Option(help="The drafter: a folder or hub id.")] = None,
+    drafter: Annotated[str | None, typer.Option(help=DrafterOrModel)] = None,
     prompt: Annotated[str | None, typer.Option(help="A prompt, as plain text.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL rows of `prompt`, `messages` or `turns`.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Take plain prompts for the user's turn of a chat.")] = False,
@@ -65,7 +66,7 @@ def generate(
     if drafter is None and not no_drafter:
         raise RedrafterError("Give a --drafter, or --no-drafter to decode without one.")
 
-    from redrafter.cli.loading import load_drafter, load_model, read_settings, show_log
+    from redrafter.cli.loading import load_method, load_model, read_settings, show_log
     from redrafter.decoding import stream
     from redrafter.prompts import conversation, prompt_ids, read_prompts
     from redrafter.results import finished
@@ -89,7 +90,7 @@ def generate(
             for where, record in records
         ]
     target, tokenizer = load_model(model, dtype, device)
-    head = None if no_drafter or drafter is None else load_drafter(drafter, target)
+    head = None if no_drafter or drafter is None else load_method(drafter, target)
     ids = [prompt_ids(record, tokenizer, where) for where, record in records]
 
     if "stop_strings" in settings:
