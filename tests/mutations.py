@@ -97,6 +97,30 @@ MUTATIONS = {
     "keep: the drafter is given positions of which one is missing": (
         "step.py", "index = end[:, None] + 1 +", "index = end[:, None] +",
     ),
+    "memory: the tokens that the last step wrote are not taken in": (
+        "proposers/two_model.py", "begin = (place.length - self.length).clamp(min=0)", "begin = place.length",
+    ),
+    "memory: the first token that the last step wrote is not taken in": (
+        "proposers/two_model.py", "(place.length - self.length).clamp", "(place.length - self.length + 1).clamp",
+    ),
+    "memory: prompts are not taken in": (
+        "step.py", "if proposer is not None:\n            proposer.read", "if False:\n            proposer.read",
+    ),
+    "memory: a row that enters brings none": (
+        "step.py", "if self.memory is not None and other", "if False and other",
+    ),
+    "memory: attention does not reach as far as the beams": (
+        "step.py", "visible = slots + self.memory.slots - self.cache.slots", "visible = slots",
+    ),
+    "draft: beams see their neighbours": (
+        "tree.py", "((node[:, None] - node) % width == 0)", "((node[:, None] - node) % width >= 0)",
+    ),
+    "draft: the root is looked up where it stands itself": (
+        "proposers/prompt_lookup.py", "alike = (position < end)", "alike = (position <= end)",
+    ),
+    "draft: what follows the text is drafted": (
+        "proposers/prompt_lookup.py", "(after > 0) & (index <= end)", "(after > 0) & (index <= end + 1)",
+    ),
 }  # fmt: skip
 """What is broken: file, expression, and what stands there instead."""
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from redrafter.drafter import RecurrentDrafter
     from redrafter.errors import RedrafterError
     from redrafter.huggingface import custom_generate
+    from redrafter.proposers.prompt_lookup import PromptLookup
+    from redrafter.proposers.two_model import TwoModel
     from redrafter.results import Event, Generation, Stats
 
 __version__ = "0.1.0"
@@ -22,9 +24,11 @@ _HOME = {
     "DrafterConfig": "config",
     "Event": "results",
     "Generation": "results",
+    "PromptLookup": "proposers.prompt_lookup",
     "RecurrentDrafter": "drafter",
     "RedrafterError": "errors",
     "Stats": "results",
+    "TwoModel": "proposers.two_model",
     "custom_generate": "huggingface",
     "generate": "decoding",
     "stream": "decoding",
@@ -35,6 +39,8 @@ __all__ = [  # noqa: RUF022
     "stream",
     "custom_generate",
     "RecurrentDrafter",
+    "TwoModel",
+    "PromptLookup",
     "DrafterConfig",
     "Generation",
     "Event",

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from redrafter.proposers import Method
 from redrafter.request import Request, Row, request
 from redrafter.results import Event, FinishReason, Generation, Stats, finished
 from redrafter.step import Emission, State, admit, empty, step
+from redrafter.target import evaluating
 from redrafter.text import with_text
 
 BRIEF = 2e-3
@@ -44,13 +46,14 @@ def stream(
 ) -> Iterator[Event]:
     """Decoding of a batch, an event for every row that a step advanced.
 
-    `model` is a causal language model of transformers, or PEFT's wrapper around one.  `input_ids` is a padded tensor
-    [B, P] with its `attention_mask`, or a list of rows of any lengths.  `drafter=None` or `beam_length=0` decodes
-    autoregressively.  `settings` are all that a `GenerationConfig` can say, and
+    `model` is a causal language model of transformers, or PEFT's wrapper around one.  `drafter` is a RecurrentDrafter,
+    a `TwoModel`, a `PromptLookup` or any other `Method` of drafting; None, or `beam_length=0`, decodes
+    autoregressively.  `input_ids` is a padded tensor [B, P] with its `attention_mask`, or a list of rows of any
+    lengths.  `settings` are all that a `GenerationConfig` can say, and
 
     - `generation_config`: such a config; what is set nowhere is taken from the model's own, as in `model.generate`;
     - `beam_width`, `beam_length` (drafted tokens only), `node_budget`: told none of them, what `redrafter tune`
-      found fastest for the batch, or else what the drafter was made for;
+      found fastest for the batch, or else what the drafter was made for (`docs/methods.md` says what of others);
     - `batch_size`: rows decoded together at most (default: all); where one ends, the next one enters its slot;
     - `seed`: one for each row, or one from which row 0, 1, … get their own (default: torch's generator gives one).
       What is drawn at a position depends on the row's seed, the position and the model alone, never on the drafter
@@ -214,7 +217,6 @@ def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
     if proposer is not None and asked.fast:
         proposer = proposer.quickened()
     layers = target.decoder_layers if asked.compile else []
-    weight = target.embed.weight.data_ptr()
     if layers:
         of_any_length(state.cache)
 
@@ -222,12 +224,16 @@ def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
         with compiled(layers):
             return step(target, proposer, asked.sampler, state)
 
-    def unmoved() -> bool:
-        return target.embed.weight.data_ptr() == weight
+    def places() -> list[int]:
+        heads = (next(chain(one.parameters(), one.buffers())) for one in drafters)
+        return [target.embed.weight.data_ptr(), *(one.data_ptr() for one in heads)]
 
-    advance = Captured(plain, target.device, wanted=asked.fast and not asked.sampler.lazy, valid=unmoved)
+    began = places()
+    wanted = asked.fast and not asked.sampler.lazy
+    advance = Captured(plain, target.device, wanted=wanted, valid=lambda: places() == began)
+    models = dict.fromkeys((target.model, *drafters))  # a model may draft for itself
     captured = advance.refused is None
-    with target.evaluating(), quicker(target.model, *drafters, captured=captured) if asked.fast else nullcontext():
+    with evaluating(*models), quicker(*models, captured=captured) if asked.fast else nullcontext():
         yield advance
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import rooted, tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, stream
+from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, stream
 from redrafter.noise import gumbel
 from redrafter.proposers import RecurrentProposer
 from redrafter.request import request
@@ -235,3 +235,21 @@ def test_bad_settings_are_refused_before_anything_is_written(monkeypatch):
     ):
         with pytest.raises(RedrafterError, match=sentence):
             evaluate(FEW, drafter, PROMPTS, **settings_)
+
+
+def test_a_method_that_reads_the_text_is_given_it():
+    """Up to each place: what it looks up there is what decoding looked up."""
+    found = evaluate(FEW, PromptLookup(), PROMPTS, max_new_tokens=24, temperature=0.8, seed=11, batch_size=2)
+    for texts in found.values():
+        assert [one.walked for one in texts] == [one.decoding for one in texts]
+        total = Measured.total(texts)
+        assert 0 < total.walked.accepted < total.walked.draft_tokens
+
+
+def test_a_method_with_a_memory_is_refused_before_anything_is_written(monkeypatch):
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("it ran"))
+    with pytest.raises(RedrafterError, match="made from a memory of the text cannot be measured at every place"):
+        evaluate(FEW, TwoModel(FEW), PROMPTS)
+    proposer = TwoModel(FEW).proposer(Target(FEW), 1, 2, None)
+    with pytest.raises(RedrafterError, match="count those of decoding instead"):
+        acceptance(Target(FEW), proposer, [Row([5, 6, 7], [True] * 3)])

@@ -12,7 +12,7 @@ from redrafter.cli.loading import (
     Device,
     DoSample,
     DraftBits,
-    DrafterPath,
+    DrafterOrModel,
     Dtype,
     Length,
     MinP,
@@ -29,7 +29,7 @@ from redrafter.cli.loading import (
 
 def check(
     model: Model,
-    drafter: DrafterPath,
+    drafter: Annotated[str, typer.Option(help=DrafterOrModel)],
     prompts: Annotated[Path, typer.Option(help="JSONL rows of `prompt`, `messages` or `turns`.")],
     max_new_tokens: NewTokens = 128,
     beam_width: Width = None,
@@ -49,7 +49,7 @@ def check(
 ) -> None:
     """Decode with and without the drafter; exit status 1 if texts part where rounding does not explain it."""
     from redrafter.checking import compare
-    from redrafter.cli.loading import check_bits, load_drafter, load_model, read_settings
+    from redrafter.cli.loading import check_bits, load_method, load_model, read_settings
     from redrafter.prompts import prompt_ids, read_prompts
 
     check_bits(draft_bits)
@@ -64,7 +64,7 @@ def check(
         max_new_tokens=max_new_tokens,
     )
     target, tokenizer = load_model(model, dtype, device)
-    head = load_drafter(drafter, target, draft_bits)
+    head = load_method(drafter, target, draft_bits)
     ids = [prompt_ids(record, tokenizer, where) for where, record in read_prompts(prompts)]
     if "stop_strings" in settings:
         settings["tokenizer"] = tokenizer

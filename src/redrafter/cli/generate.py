@@ -16,6 +16,7 @@ from redrafter.cli.loading import (
     Device,
     DoSample,
     DraftBits,
+    DrafterOrModel,
     Dtype,
     Fast,
     Length,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 def generate(
     model: Model,
-    drafter: Annotated[str | None, typer.Option(help="The drafter: a folder or hub id.")] = None,
+    drafter: Annotated[str | None, typer.Option(help=DrafterOrModel)] = None,
     prompt: Annotated[str | None, typer.Option(help="A prompt, as plain text.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL rows of `prompt`, `messages` or `turns`.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Take plain prompts for the user's turn of a chat.")] = False,
@@ -67,7 +68,7 @@ def generate(
     if drafter is None and not no_drafter:
         raise RedrafterError("Give a --drafter, or --no-drafter to decode without one.")
 
-    from redrafter.cli.loading import check_bits, load_drafter, load_model, read_settings, show_log
+    from redrafter.cli.loading import check_bits, load_method, load_model, read_settings, show_log
     from redrafter.decoding import stream
     from redrafter.prompts import conversation, prompt_ids, read_prompts
     from redrafter.results import finished
@@ -92,7 +93,7 @@ def generate(
             for where, record in records
         ]
     target, tokenizer = load_model(model, dtype, device)
-    head = None if no_drafter or drafter is None else load_drafter(drafter, target, draft_bits)
+    head = None if no_drafter or drafter is None else load_method(drafter, target, draft_bits)
     ids = [prompt_ids(record, tokenizer, where) for where, record in records]
 
     if "stop_strings" in settings:

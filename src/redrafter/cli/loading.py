@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
     from redrafter.drafter import RecurrentDrafter
     from redrafter.files import Skip
+    from redrafter.proposers import Method
 
 BAD_ROWS_NAMED = 10
 """Bad rows that are named where they are skipped; the others are counted."""
 
 Model = Annotated[str, typer.Option(help="The target: a folder or hub id of a Hugging Face causal language model.")]
 DrafterPath = Annotated[str, typer.Option(help="The drafter: a folder or hub id.")]
+DrafterOrModel = "The drafter: a folder or hub id; or a smaller model of the same vocabulary; or prompt-lookup."
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, mps.")]
 Width = Annotated[int | None, typer.Option(min=1, help="Beams to draft.  \\[default: as the drafter's folder says]")]
@@ -233,6 +235,13 @@ def load_drafter(path: str, model: PreTrainedModel, bits: int = 16) -> Recurrent
     from redrafter.drafter import RecurrentDrafter
 
     return RecurrentDrafter.from_pretrained(path, target=model, bits=bits)
+
+
+def load_method(path: str, model: PreTrainedModel, bits: int = 16) -> Method:
+    """What drafts for the target: a drafter (its head perhaps in 8 bits), a draft model, or prompt lookup by name."""
+    from redrafter.proposers.loading import load_method
+
+    return load_method(path, model, bits)
 
 
 def demo_folder() -> Path:

@@ -142,11 +142,7 @@ def drafted_everywhere(
 
     Raises RedrafterError for a proposer that keeps a memory, which would be that of one place alone.
     """
-    if proposer.memory(batch=1, slots=1) is not None:
-        raise RedrafterError(
-            "Drafts that are made from a memory of the text cannot be measured at every place of it: count those of "
-            "decoding instead, as `redrafter generate --json` does."
-        )
+    _refuse_memory(proposer)
     chunk = chunk or min(CHUNK, max(1, SCORES // target.vocab_size))
     verdicts: list[Tensor] = []
     with target.evaluating():
@@ -169,6 +165,14 @@ def drafted_everywhere(
             counts = row.bincount(minlength=len(ids)).tolist()
             verdicts += torch.cat(found).cpu().split(counts)
     return verdicts
+
+
+def _refuse_memory(proposer: Proposer) -> None:
+    if proposer.memory(batch=1, slots=1) is not None:
+        raise RedrafterError(
+            "Drafts that are made from a memory of the text cannot be measured at every place of it: count those of "
+            "decoding instead, as `redrafter generate --json` does."
+        )
 
 
 def _verdicts(
@@ -214,7 +218,8 @@ def evaluate(
 ) -> dict[str, list[Measured]]:
     """Writes from every prompt, `greedy` and `sampled`, and counts drafts; one entry for each prompt.
 
-    Other settings are the model's own, as in `generate`.  Raises RedrafterError for bad prompts and settings.
+    Other settings are the model's own, as in `generate`.  Raises RedrafterError for bad prompts and settings, and for a
+    method that keeps a memory.
     """
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     batch = min(batch_size, len(prompts))
@@ -226,6 +231,7 @@ def evaluate(
     asked = {way: request(model, drafter, prompts, **settings) for way, settings in ways.items()}
     if asked["greedy"].proposer is None:
         raise RedrafterError("Without drafting there is nothing to measure: beam_length must be at least 1.")
+    _refuse_memory(asked["greedy"].proposer)
     return {way: _measured(asked[way], generate(model, drafter, prompts, **ways[way]), batch_size) for way in ways}
 
 
