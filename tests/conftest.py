@@ -30,6 +30,8 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
         "decoding",
         "drafter",
         "fast.attention",
+        "head",
+        "medusa",
         "noise",
         "processors",
         "proposers",

@@ -1,4 +1,4 @@
-"""The drafter's training loss: a teacher-forced unroll of its one recurrence.
+"""A drafter's training loss, teacher-forced (`Head.unrolled`).
 
 As in the released script: at every position t of a trained stretch the drafter is given the target's hidden state there
 and the true tokens that follow, and is asked for each next one, `length` times.  Promises that no tensor of
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from redrafter.drafter import RecurrentDrafter
+from redrafter.head import Head
 
 LOGITS = 2**27
 """Logits of the drafter that exist at one time: 512 MB in float32."""
@@ -84,7 +84,7 @@ def windows(
 
 
 def unrolled_loss(
-    drafter: RecurrentDrafter,
+    drafter: Head,
     embed: Callable[[Tensor], Tensor],
     hidden: Float[Tensor, "B P state"],
     input_ids: Int[Tensor, "B P"],
@@ -140,7 +140,7 @@ def unrolled_loss(
 class _Scored(nn.Module):
     """`score(drafter, *part)` as a module, so that other tensors can stand in for the drafter's weights."""
 
-    def __init__(self, drafter: RecurrentDrafter, score: Callable[..., Tensor]):
+    def __init__(self, drafter: Head, score: Callable[..., Tensor]):
         super().__init__()
         self.drafter, self.score = drafter, score
 
@@ -210,7 +210,7 @@ def context_at(
 
 
 def _loss_of_windows(
-    drafter: RecurrentDrafter,
+    drafter: Head,
     rows: Int[Tensor, " C"],
     positions: Int[Tensor, " C"],
     tokens: Int[Tensor, "C length"],
@@ -229,12 +229,8 @@ def _loss_of_windows(
     `labelled` and `wanted` are the weights of the cross-entropy and of the distances between distributions.
     """
     embeddings = embed(tokens).to(drafter.dtype)
-    features = context_at(hidden, rows, positions, drafter.config.context_positions, segments)
-    context = drafter.context(features.to(drafter.dtype))[:, None].expand_as(embeddings)
-    states: list[Tensor] = []
-    for embedding in embeddings.unbind(1):
-        states.append(drafter.step(states[-1] if states else None, embedding))
-    own = drafter.logits(context, torch.stack(states, dim=1)).log_softmax(-1, dtype=torch.float32)
+    features = context_at(hidden, rows, positions, drafter.positions, segments)
+    own = drafter.unrolled(features.to(drafter.dtype), embeddings).log_softmax(-1, dtype=torch.float32)
     loss = own.new_zeros(())
     if objective.cross_entropy:
         loss = loss - objective.cross_entropy * (own.gather(2, labels.clamp(min=0)[..., None])[..., 0] * labelled).sum()
@@ -249,7 +245,7 @@ def _loss_of_windows(
     return loss
 
 
-def _law(drafter: RecurrentDrafter, logits: Float[Tensor, "U V"]) -> Float[Tensor, "U head1"]:
+def _law(drafter: Head, logits: Float[Tensor, "U V"]) -> Float[Tensor, "U head1"]:
     """Log-probabilities of the draft vocabulary and, last, of all that lies outside it together (log 0 where none)."""
     log = logits.log_softmax(-1)
     if drafter.draft_vocabulary is None:
@@ -288,7 +284,7 @@ def _divergence(
     return loss
 
 
-def _labels(drafter: RecurrentDrafter, tokens: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+def _labels(drafter: Head, tokens: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """Target ids as ids of the draft vocabulary, IGNORED where it lacks them."""
     if drafter.draft_vocabulary is None:
         return tokens
