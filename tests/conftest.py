@@ -29,6 +29,7 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
         "checking",
         "decoding",
         "drafter",
+        "eagle",
         "fast.attention",
         "head",
         "medusa",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from redrafter.config import DrafterConfig
     from redrafter.decoding import generate, stream
     from redrafter.drafter import RecurrentDrafter
+    from redrafter.eagle import EagleHead
     from redrafter.errors import RedrafterError
     from redrafter.huggingface import custom_generate
     from redrafter.proposers.prompt_lookup import PromptLookup
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "DrafterConfig": "config",
+    "EagleHead": "eagle",
     "Event": "results",
     "Generation": "results",
     "PromptLookup": "proposers.prompt_lookup",
@@ -39,6 +41,7 @@ __all__ = [  # noqa: RUF022
     "stream",
     "custom_generate",
     "RecurrentDrafter",
+    "EagleHead",
     "TwoModel",
     "PromptLookup",
     "DrafterConfig",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from redrafter.errors import RedrafterError
 
@@ -120,8 +120,9 @@ class HeadConfig(BaseModel):
 
     @property
     def shape_in_words(self) -> str:
-        """How it drafts by default, in short."""
-        raise NotImplementedError
+        """How it drafts by default, in short: beams and budget."""
+        budget = f", {self.node_budget} nodes" if self.node_budget else ""
+        return f"{self.beam_width} beams of {self.beam_length}{budget}"
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -136,6 +137,46 @@ class HeadConfig(BaseModel):
     def to_json(self) -> str:
         """The text of `config.json`; what is not set is left out."""
         return self.model_dump_json(indent=2, exclude_none=True, exclude={} if self.shapes else {"shapes"}) + "\n"
+
+
+class EagleConfig(HeadConfig):
+    """Shape, origin and decoding defaults of an EAGLE head.
+
+    Its one layer is as wide as the target: `intermediate_size`, the numbers of heads, `rms_norm_eps` and `rope_theta`
+    are that layer's.  With a `node_budget` drafts are the so many most probable nodes (EAGLE-2), not whole beams.
+    `coupled`: when sampling, drafts are ranked by the noise that the target is about to draw with too, not, as
+    published, by the head's probabilities alone.
+    """
+
+    kind: ClassVar[str] = "an EAGLE head"
+
+    model_type: Literal["redrafter_eagle"] = "redrafter_eagle"
+    intermediate_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 10_000.0
+    draft_vocab_size: None = None
+    coupled: bool = False
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError("hidden_size must be an even multiple of num_attention_heads")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        return self
+
+    @property
+    def head_in_words(self) -> str:
+        """The layer, and what is drafted."""
+        heads = f"{self.num_attention_heads} heads of {self.hidden_size // self.num_attention_heads}"
+        return f"one transformer layer, {heads}, {self.intermediate_size:,} wide inside, drafts {self.drafted_in_words}"
+
+    @property
+    def context_in_words(self) -> str:
+        """What the head sees of the target."""
+        return f"{super().context_in_words}, at every position"
 
 
 class DrafterConfig(HeadConfig):
@@ -194,12 +235,6 @@ class DrafterConfig(HeadConfig):
         """What the drafter sees of the target."""
         seen = ", ".join([super().context_in_words, *(f"layer {number}" for number in self.context_layers)])
         return f"{seen}, at {self.context_positions} positions" if self.context_positions > 1 else seen
-
-    @property
-    def shape_in_words(self) -> str:
-        """Beams and budget."""
-        budget = f", {self.node_budget} nodes" if self.node_budget else ""
-        return f"{self.beam_width} beams of {self.beam_length}{budget}"
 
     def to_json(self) -> str:
         """The text of `config.json`; what is not set is left out."""

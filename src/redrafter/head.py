@@ -5,6 +5,7 @@ Promises that a head which was made for another model is refused.  Does not know
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -31,6 +32,8 @@ class Head(nn.Module):
     config_type: ClassVar[type[HeadConfig]]
     draft_vocabulary: Tensor | None
     """The target's ids of the tokens that are scored, rising; None for all."""
+    reads_text: ClassVar[bool] = False
+    """Whether a draft depends on the target's states all along the text, not on those of `positions` alone."""
 
     def __init__(self, config: HeadConfig):
         """No weights yet; `draft_vocabulary` starts as the first ids."""
@@ -95,6 +98,22 @@ class Head(nn.Module):
         and of all but the last of the true ones that follow it.
         """
         raise NotImplementedError
+
+    def over_rows(
+        self,
+        embed: Callable[[Tensor], Tensor],
+        hidden: Float[Tensor, "B P state"],
+        input_ids: Int[Tensor, "B P"],
+        segments: Int[Tensor, "B P"] | None,
+        length: int,
+    ) -> Float[Tensor, "length B P hidden"] | None:
+        """Of a head that predicts the target's features, teacher-forced: those after each position; else None.
+
+        Entry [i, b, s] is the feature at s + 1, as step i (from 0) of a draft predicts it whose guaranteed token was
+        chosen at position s - i; the target's output head scores its tokens.  Arguments as for
+        `training.loss.unrolled_loss`.
+        """
+        return None
 
     def drafting(
         self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None

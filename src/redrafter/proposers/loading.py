@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from redrafter import hub
-from redrafter.config import DrafterConfig
+from redrafter.config import DrafterConfig, EagleConfig
 from redrafter.drafter import RecurrentDrafter
+from redrafter.eagle import EagleHead
 from redrafter.errors import RedrafterError
 from redrafter.proposers.base import Method
 from redrafter.proposers.prompt_lookup import PromptLookup
@@ -35,6 +36,8 @@ def load_method(path: str | Path, model: PreTrainedModel) -> Method:
     told = hub.config_of(path)
     if told.get("model_type") == DrafterConfig.model_fields["model_type"].default:
         return RecurrentDrafter.from_pretrained(path, target=model)
+    if told.get("model_type") == EagleConfig.model_fields["model_type"].default:
+        return EagleHead.from_pretrained(path, target=model)
     if "architectures" in told:
         return TwoModel(_draft_model(path, Target(model)))
     return RecurrentDrafter.from_pretrained(path, target=model)  # which says what is wrong
