@@ -35,6 +35,15 @@ def _configured(context: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
+def _check_method(method: str, told: dict[str, dict[str, bool]]) -> None:
+    """Raises RedrafterError for a method that is none, and for options that were told of another one."""
+    if method not in told:
+        raise RedrafterError(f"--method {method} is not one of {', '.join(told)}.")
+    for other, options in told.items():
+        if other != method and (given := [name for name, is_told in options.items() if is_told]):
+            raise RedrafterError(f"{given[0]} is an option of --method {other}, not of {method}.")
+
+
 def train(
     model: Model,
     data: Annotated[list[str], typer.Option(help=Sources)],
@@ -57,6 +66,9 @@ def train(
     shard_target: Annotated[
         bool, typer.Option("--shard-target", help="Divide the model among the processes: one GPU need not hold it.")
     ] = False,
+    method: Annotated[
+        str, typer.Option(help="recurrent (the paper's head), or eagle (a transformer layer over features).")
+    ] = "recurrent",
     held_out: Annotated[
         int | None,
         typer.Option(min=0, help="Rows to measure on instead of training.  \\[default: 1 in 20, 64 at most]"),
@@ -84,6 +96,10 @@ def train(
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the target's distribution.")] = 0.0,
     total_variation: Annotated[float, typer.Option(help="Weight of the distance from that distribution.")] = 0.0,
     coupled: Annotated[float, typer.Option(help="Weight of the loss on what the target draws by known noise.")] = 0.0,
+    features: Annotated[
+        float | None,
+        typer.Option(help="Weight of the distance from the target's features; of eagle.  \\[default: 0.1]"),
+    ] = None,
     decay: Annotated[float, typer.Option(help="What a draft position counts of the one before.")] = 1.0,
     epochs: Annotated[float, typer.Option(help="Times to see the data.")] = 2.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps, instead of epochs where positive.")] = -1,
@@ -115,6 +131,23 @@ def train(
         raise RedrafterError(f"{output} already holds a drafter: pass --overwrite, or another --output.")
     if gated and not rnn:
         raise RedrafterError("--gated needs the recurrence: leave out --no-rnn.")
+    _check_method(
+        method,
+        {
+            "recurrent": {
+                "--exit-dim": exit_dim is not None,
+                "--blocks": blocks != 2,
+                "--no-rnn": not rnn,
+                "--gated": gated,
+                "--context-layer": bool(context_layer),
+                "--context-positions": context_positions != 1,
+                "--draft-vocabulary": draft_vocabulary is not None,
+            },
+            "eagle": {"--features": features is not None},
+        },
+    )
+    if features is None:
+        features = 0.1 if method == "eagle" else 0.0
     if precision not in ("auto", "float32", "bfloat16", "float16"):
         raise RedrafterError(f"--precision {precision} is not one of auto, float32, bfloat16, float16.")
 
@@ -122,6 +155,8 @@ def train(
 
     from redrafter.cli.loading import load_model, load_tokenizer, skipping
     from redrafter.drafter import RecurrentDrafter
+    from redrafter.eagle import EagleHead
+    from redrafter.head import Head
     from redrafter.target import Target
     from redrafter.training.data import coverage, most_frequent, read_rows, split
     from redrafter.training.loss import Objective
@@ -135,7 +170,7 @@ def train(
         learning_rate,
         save_steps=save_steps,
         seed=seed,
-        objective=Objective(cross_entropy, kl, total_variation, coupled, decay),
+        objective=Objective(cross_entropy, kl, total_variation, coupled, decay, features),
         accumulation=accumulation,
         precision=precision,  # type: ignore[arg-type]
         packing=max_length if packing else None,
@@ -152,19 +187,22 @@ def train(
     rows = rows if limit is None else [row.cut(limit) for row in rows]
     rows, measured = split(rows, min(64, len(rows) // 20) if held_out is None else held_out, seed=seed)
     torch.manual_seed(seed)
-    drafter = RecurrentDrafter.for_target(
-        target,
-        exit_dim=exit_dim,
-        num_draft_layers=blocks,
-        rnn=rnn,
-        gated=gated,
-        context_layers=sorted(context_layer or []),
-        context_positions=context_positions,
-        beam_length=beam_length,
-        beam_width=beam_width,
-        node_budget=node_budget,
-        draft_vocabulary=None if draft_vocabulary is None else most_frequent(rows, draft_vocabulary),
-    )
+    shape: dict[str, Any] = {"beam_length": beam_length, "beam_width": beam_width, "node_budget": node_budget}
+    drafter: Head
+    if method == "eagle":
+        drafter = EagleHead.fresh(target, **shape)
+    else:
+        drafter = RecurrentDrafter.for_target(
+            target,
+            exit_dim=exit_dim,
+            num_draft_layers=blocks,
+            rnn=rnn,
+            gated=gated,
+            context_layers=sorted(context_layer or []),
+            context_positions=context_positions,
+            **shape,
+            draft_vocabulary=None if draft_vocabulary is None else most_frequent(rows, draft_vocabulary),
+        )
     learnt = sum(row.learnt for row in rows)
     console.print(
         f"{len(rows):,} rows, {learnt:,} tokens to learn, {len(measured)} rows held out; "

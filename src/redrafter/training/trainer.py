@@ -59,7 +59,8 @@ class Unrolled(nn.Module):
 
     def kept_states(self, folder: Path, rows: list[Row]) -> States:
         """Where those of the rows lie on disk, or will."""
-        return States(folder, self.target[0], self.hidden_states, rows, reach=self.drafter.positions)
+        reach = max(len(row.input_ids) for row in rows) if self.drafter.reads_text else self.drafter.positions
+        return States(folder, self.target[0], self.hidden_states, rows, reach=reach)
 
     def forward(
         self,
@@ -207,11 +208,20 @@ def run(
         raise RedrafterError(f"{output} holds an unfinished run: pass --resume, or another --output.")
     if any(row.continuations for row in rows) and recipe.objective.of_distribution:
         raise RedrafterError("Rows with continuations know no distribution: train on them with cross-entropy alone.")
+    if any(row.continuations for row in rows) and drafter.reads_text:
+        raise RedrafterError(f"Rows with continuations have no states along them, which {drafter.config.kind} learns.")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise RedrafterError("FSDP of accelerate would divide the drafter: use --shard-target to divide the target.")
     target = Target(model, drafter.layers)
-    if recipe.objective.of_distribution and is_sharded(model) and not target.head_alone:
-        raise RedrafterError("The whole model makes this target's logits: divided, train it with cross-entropy alone.")
+    if is_sharded(model) and not target.head_alone:
+        if drafter.reads_text:
+            raise RedrafterError(
+                "The whole model makes this target's logits: divided, it has no output head to train on."
+            )
+        if recipe.objective.of_distribution:
+            raise RedrafterError(
+                "The whole model makes this target's logits: divided, train it with cross-entropy alone."
+            )
     module = Unrolled(drafter, target, recipe.objective, recipe.window_share)
     try:
         trainer = Checkpointing(
