@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from redrafter import hub
-from redrafter.config import DrafterConfig
+from redrafter.config import DrafterConfig, MedusaConfig
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
+from redrafter.medusa import MedusaHeads
 from redrafter.proposers.base import Method
 from redrafter.proposers.prompt_lookup import PromptLookup
 from redrafter.proposers.two_model import TwoModel
@@ -33,6 +34,8 @@ def load_method(path: str | Path, model: PreTrainedModel) -> Method:
     if str(path) == PROMPT_LOOKUP:
         return PromptLookup()
     told = hub.config_of(path)
+    if told.get("model_type") == MedusaConfig.model_fields["model_type"].default:
+        return MedusaHeads.from_pretrained(path, target=model)
     if told.get("model_type") == DrafterConfig.model_fields["model_type"].default:
         return RecurrentDrafter.from_pretrained(path, target=model)
     if "architectures" in told:
