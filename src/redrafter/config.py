@@ -124,8 +124,8 @@ class HeadConfig(BaseModel):
 
     @property
     def shape_in_words(self) -> str:
-        """How it drafts by default, in short."""
-        raise NotImplementedError
+        """How it drafts by default."""
+        return self.default_shape.in_words
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -199,12 +199,6 @@ class DrafterConfig(HeadConfig):
         seen = ", ".join([super().context_in_words, *(f"layer {number}" for number in self.context_layers)])
         return f"{seen}, at {self.context_positions} positions" if self.context_positions > 1 else seen
 
-    @property
-    def shape_in_words(self) -> str:
-        """Beams and budget."""
-        budget = f", {self.node_budget} nodes" if self.node_budget else ""
-        return f"{self.beam_width} beams of {self.beam_length}{budget}"
-
     def to_json(self) -> str:
         """The text of `config.json`; what is not set is left out."""
         published = {"gated": False, "context_layers": (), "context_positions": 1, "shapes": ()}  # the paper's form
@@ -227,7 +221,7 @@ class MedusaConfig(HeadConfig):
 
     model_type: Literal["medusa_heads"] = "medusa_heads"
     heads: PositiveInt
-    blocks: PositiveInt = 1
+    blocks: NonNegativeInt = 1
     ranks: tuple[PositiveInt, ...]
     tree: tuple[tuple[NonNegativeInt, ...], ...]
     fitted_on: str | None = None

@@ -75,6 +75,7 @@ class MedusaHeads(Head):
         size = target.vocab_size if draft_vocabulary is None else len(draft_vocabulary)
         if ranks is not None:
             nodes = cartesian_nodes(ranks, heads)
+        _check_size(nodes)
         most = tuple(min(size, rank) for rank in ranks or [beam_width] * heads)
         made = cls(
             MedusaConfig(
@@ -135,9 +136,13 @@ def cartesian_nodes(ranks: Sequence[int], heads: int) -> int:
     if len(ranks) != heads or min(ranks, default=0) < 1:
         raise RedrafterError(f"A Cartesian tree needs a number of tokens, from 1, for each of {heads} heads.")
     nodes = 1 + sum(math.prod(ranks[: depth + 1]) for depth in range(heads))
-    if nodes > MOST_NODES:
-        raise RedrafterError(f"A Cartesian tree may have {MOST_NODES:,} nodes, and this one has {nodes:,}.")
+    _check_size(nodes)
     return nodes
+
+
+def _check_size(nodes: int) -> None:
+    if not 2 <= nodes <= MOST_NODES:
+        raise RedrafterError(f"A tree may have from 2 to {MOST_NODES:,} nodes, not {nodes:,}.")
 
 
 def fit_tree(accuracies: Sequence[Sequence[float]], nodes: int) -> tuple[tuple[int, ...], ...]:

@@ -7,7 +7,7 @@ tokens and one more), come decoding's own counts, up to rounding.  Does not know
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,40 +143,28 @@ def drafted_everywhere(
     Raises RedrafterError for a proposer that keeps a memory, which would be that of one place alone.
     """
     _refuse_memory(proposer)
-    seed = torch.tensor(seeds or [0] * len(rows), device=target.device)
-    verdicts: list[Tensor] = []
-    for ids, hidden, parts in windows_of(target, rows, length=proposer.length, batch_size=batch_size, chunk=chunk):
-        here = seed[len(verdicts) : len(verdicts) + len(ids)]
-        row, found = here[:0], [torch.zeros((0, 2), dtype=torch.long, device=ids.device)]
-        for at, t, text, wanted in parts:
-            context = context_at(hidden, at, t, proposer.positions).unflatten(1, (proposer.positions, -1))
-            texts = ids[at].scatter(1, t[:, None] + 1, text[:, :1])  # a continuation has its own
-            place = Place(at, here[at], texts, length=t + 1, alive=torch.ones_like(at))
-            found.append(_verdicts(target, proposer, sampler, place, context, text, wanted))
-            row = torch.cat((row, at))
-        verdicts += torch.cat(found).cpu().split(row.bincount(minlength=len(ids)).tolist())
-    return verdicts
-
-
-def windows_of(
-    target: Target, rows: list[Row], *, length: int, batch_size: int = 8, chunk: int | None = None
-) -> Iterator[tuple[Int[Tensor, "B P"], Float[Tensor, "B Q state"], list[tuple[Tensor, ...]]]]:
-    """For `batch_size` rows at a time their ids, the target's states, and the windows in them.
-
-    The windows come as `loss.windows` gives them, `chunk` together, by default as many as CHUNK and SCORES allow.  No
-    draft begins at a row's last token, for which the model may have no position left: it has no state here.
-    """
     chunk = chunk or min(CHUNK, max(1, SCORES // target.vocab_size))
-    for begin in range(0, len(rows), batch_size):
-        batch = {name: value.to(target.device) for name, value in collate(rows[begin : begin + batch_size]).items()}
-        ids = batch["input_ids"]
-        found = windows(ids, batch["trained"], length=length, continuations=batch.get("continuations"))
-        if not len(found[0]):
-            yield ids, torch.zeros((len(ids), 0, target.state_size), device=ids.device), []
-            continue
-        with target.evaluating():
-            hidden = target.hidden_states(ids[:, :-1], batch["segments"][:, :-1])
-        yield ids, hidden, list(zip(*(part.split(chunk) for part in found), strict=True))
+    verdicts: list[Tensor] = []
+    with target.evaluating():
+        for begin in range(0, len(rows), batch_size):
+            part = slice(begin, begin + batch_size)
+            batch = {name: value.to(target.device) for name, value in collate(rows[part]).items()}
+            ids = batch["input_ids"]
+            seed = torch.tensor((seeds or [0] * len(rows))[part], device=ids.device)
+            row, position, tokens, known = windows(
+                ids, batch["trained"], length=proposer.length, continuations=batch.get("continuations")
+            )
+            found = [torch.zeros((0, 2), dtype=torch.long, device=ids.device)]
+            if len(row):  # no draft begins at a row's last token, for which the model may have no position left
+                hidden = target.hidden_states(ids[:, :-1], batch["segments"][:, :-1])
+                for at, t, text, wanted in zip(*(x.split(chunk) for x in (row, position, tokens, known)), strict=True):
+                    context = context_at(hidden, at, t, proposer.positions).unflatten(1, (proposer.positions, -1))
+                    texts = ids[at].scatter(1, t[:, None] + 1, text[:, :1])  # a continuation has its own
+                    place = Place(at, seed[at], texts, length=t + 1, alive=torch.ones_like(at))
+                    found.append(_verdicts(target, proposer, sampler, place, context, text, wanted))
+            counts = row.bincount(minlength=len(ids)).tolist()
+            verdicts += torch.cat(found).cpu().split(counts)
+    return verdicts
 
 
 def _refuse_memory(proposer: Proposer) -> None:
