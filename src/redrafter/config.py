@@ -7,12 +7,16 @@ Does not know torch.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from redrafter.errors import RedrafterError
+
+MOST_NODES = 1024
+"""Of a tree that is kept in a config, the root counted."""
 
 
 class DecodingShape(BaseModel):
@@ -120,9 +124,8 @@ class HeadConfig(BaseModel):
 
     @property
     def shape_in_words(self) -> str:
-        """How it drafts by default, in short: beams and budget."""
-        budget = f", {self.node_budget} nodes" if self.node_budget else ""
-        return f"{self.beam_width} beams of {self.beam_length}{budget}"
+        """How it drafts by default."""
+        return self.default_shape.in_words
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -241,3 +244,66 @@ class DrafterConfig(HeadConfig):
         published = {"gated": False, "context_layers": (), "context_positions": 1, "shapes": ()}  # the paper's form
         unset = {name for name, value in published.items() if getattr(self, name) == value}
         return self.model_dump_json(indent=2, exclude_none=True, exclude=unset) + "\n"
+
+
+class MedusaConfig(HeadConfig):
+    """Shape, origin and decoding defaults of Medusa heads.
+
+    Head k of `heads` scores the k-th token after the guaranteed one, through `blocks` residual blocks.  `tree` holds
+    the paths that are drafted, each node by its path from the root: at depth k the rank of a token among those that
+    head k scores, 0 the best.  Paths stand in the order of their worth, so that the first N - 1 of them are the tree of
+    N nodes.  `ranks` says how many of each head's best tokens may be in it, and `fitted_on` what it was fitted on.  Of
+    the tree are drafted the paths of at most `beam_length` tokens, all of them of a rank below `beam_width`, and with a
+    `node_budget` the first of those.
+    """
+
+    kind: ClassVar[str] = "Medusa heads"
+
+    model_type: Literal["medusa_heads"] = "medusa_heads"
+    heads: PositiveInt
+    blocks: NonNegativeInt = 1
+    ranks: tuple[PositiveInt, ...]
+    tree: tuple[tuple[NonNegativeInt, ...], ...]
+    fitted_on: str | None = None
+
+    @model_validator(mode="after")
+    def _is_a_tree(self) -> Self:
+        if self.beam_length > self.heads or any(shape.beam_length > self.heads for shape in self.shapes):
+            raise ValueError(f"{self.heads} heads cannot draft more tokens than they are")
+        if len(self.ranks) != self.heads or max(self.ranks) > self.head_size:
+            raise ValueError(f"ranks must say for each of {self.heads} heads how many tokens it may draft")
+        if not 0 < len(self.tree) < MOST_NODES:
+            raise ValueError(f"a tree must have from 2 to {MOST_NODES:,} nodes")
+        known: set[tuple[int, ...]] = {()}
+        for path in self.tree:
+            if path in known or path[:-1] not in known:
+                raise ValueError(f"path {list(path)} must stand once, and after the path that it continues")
+            if len(path) > self.heads or any(rank >= most for rank, most in zip(path, self.ranks, strict=False)):
+                raise ValueError(f"path {list(path)} asks for a rank that its head does not draft")
+            known.add(path)
+        return self
+
+    @property
+    def head_in_words(self) -> str:
+        """Heads, blocks and what is drafted."""
+        return f"{self.heads} heads of {self.blocks} blocks, draft {self.drafted_in_words}"
+
+    @property
+    def shape_in_words(self) -> str:
+        """Nodes, depth, and whence."""
+        fitted = f", fitted on {self.fitted_on}" if self.fitted_on else ", not fitted"
+        nodes = 1 + len(drawn_from(self.tree, self.beam_width, self.beam_length, self.node_budget))
+        return f"a tree of {nodes} nodes, {self.beam_length} deep{fitted}"
+
+    def to_json(self) -> str:
+        """The text of `config.json`, each path of the tree on one line."""
+        flat = re.compile(r"\[\s+(\d[\d,\s]*?)\s+\]")
+        return flat.sub(lambda found: f"[{' '.join(found[1].split())}]", super().to_json())
+
+
+def drawn_from(
+    tree: tuple[tuple[int, ...], ...], width: int, length: int, budget: int | None
+) -> tuple[tuple[int, ...], ...]:
+    """The paths of a tree that are drafted in some shape, in their order."""
+    kept = tuple(path for path in tree if len(path) <= length and max(path) < width)
+    return kept if budget is None else kept[: budget - 1]

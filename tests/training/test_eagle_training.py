@@ -6,16 +6,16 @@ import json
 
 import pytest
 import torch
-from test_eagle import continued, random_head
 from test_trainer import own_text, weights
 
-from conftest import tiny_model
+from conftest import refusal, tiny_model
 from redrafter import EagleHead, RedrafterError, generate
 from redrafter.target import Target
 from redrafter.training.data import Row, collate
 from redrafter.training.loss import Objective, unrolled_loss
 from redrafter.training.recipe import Recipe
 from redrafter.training.trainer import Unrolled, estimate, held_out_acceptance, run
+from test_eagle import continued, random_head
 
 MODEL = tiny_model()
 QUICK = {"batch_size": 8, "learning_rate": 5e-3}
@@ -153,8 +153,6 @@ def texts(tmp_path):
 
 
 def test_from_the_command_line(say, model_folder, texts, tmp_path):
-    from conftest import refusal
-
     words = ("train", "--method", "eagle", "--model", model_folder, "--data", texts, "--output", tmp_path / "d")
     shape = ("--beam-length", "3", "--beam-width", "4", "--node-budget", "9")
     status, _, err = say(*words, *shape, "--max-steps", "3", "--learning-rate", "0.005")

@@ -12,14 +12,20 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from redrafter import hub
-from redrafter.config import DrafterConfig, EagleConfig
 from redrafter.drafter import RecurrentDrafter
 from redrafter.eagle import EagleHead
 from redrafter.errors import RedrafterError
+from redrafter.head import Head
+from redrafter.medusa import MedusaHeads
 from redrafter.proposers.base import Method
 from redrafter.proposers.prompt_lookup import PromptLookup
 from redrafter.proposers.two_model import TwoModel
 from redrafter.target import Target
+
+KINDS: dict[str, type[Head]] = {
+    kind.config_type.model_fields["model_type"].default: kind for kind in (RecurrentDrafter, MedusaHeads, EagleHead)
+}
+"""Heads by the `model_type` in their folders."""
 
 PROMPT_LOOKUP = "prompt-lookup"
 """What stands for a path where nothing is loaded."""
@@ -34,13 +40,15 @@ def load_method(path: str | Path, model: PreTrainedModel) -> Method:
     if str(path) == PROMPT_LOOKUP:
         return PromptLookup()
     told = hub.config_of(path)
-    if told.get("model_type") == DrafterConfig.model_fields["model_type"].default:
-        return RecurrentDrafter.from_pretrained(path, target=model)
-    if told.get("model_type") == EagleConfig.model_fields["model_type"].default:
-        return EagleHead.from_pretrained(path, target=model)
-    if "architectures" in told:
+    if "architectures" in told and str(told.get("model_type")) not in KINDS:
         return TwoModel(_draft_model(path, Target(model)))
-    return RecurrentDrafter.from_pretrained(path, target=model)  # which says what is wrong
+    return load_head(path, model)
+
+
+def load_head(path: str | Path, model: PreTrainedModel | None = None) -> Head:
+    """A head from its folder or hub id, of the kind that it says.  Raises RedrafterError for a folder of no kind."""
+    kind = KINDS.get(str(hub.config_of(path).get("model_type")), RecurrentDrafter)  # which says what is wrong
+    return kind.from_pretrained(path, target=model)
 
 
 def _draft_model(path: str | Path, target: Target) -> PreTrainedModel:

@@ -25,11 +25,13 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from redrafter.errors import RedrafterError
 from redrafter.head import Head
+from redrafter.medusa import MedusaHeads
 from redrafter.target import Target
 from redrafter.training.card import Run, card
 from redrafter.training.data import Row, collate, pack
 from redrafter.training.evaluation import Acceptance, acceptance
 from redrafter.training.loss import TOKENS, Objective, unrolled_loss
+from redrafter.training.medusa import fit
 from redrafter.training.recipe import Recipe
 from redrafter.training.sharding import bytes_here, is_sharded
 from redrafter.training.states import States, Tell
@@ -222,6 +224,8 @@ def run(
             raise RedrafterError(
                 "The whole model makes this target's logits: divided, train it with cross-entropy alone."
             )
+    if held_out:
+        drafter.check(target, *drafter.drafting(0))
     module = Unrolled(drafter, target, recipe.objective, recipe.window_share)
     try:
         trainer = Checkpointing(
@@ -243,6 +247,8 @@ def run(
     result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     loss = float(logged[-1] if logged else result.training_loss)
+    if isinstance(drafter, MedusaHeads):
+        fit(drafter, target, rows, held_out or [])
     found = held_out_acceptance(trainer.model, held_out) if held_out else None
     drafter.eval().to(model.dtype)
     if trainer.is_world_process_zero():
