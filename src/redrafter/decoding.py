@@ -188,8 +188,8 @@ def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
     Raises RedrafterError where somebody moves the model meanwhile.
     """
     target = asked.target
+    drafters = asked.proposer.modules if asked.proposer else ()
     layers = target.decoder_layers if asked.compile else []
-    weight = target.embed.weight.data_ptr()
     if layers:
         of_any_length(state.cache)
 
@@ -197,11 +197,12 @@ def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
         with compiled(layers):
             return step(target, asked.proposer, asked.sampler, state)
 
-    def unmoved() -> bool:
-        return target.embed.weight.data_ptr() == weight
+    def places() -> list[int]:
+        return [target.embed.weight.data_ptr(), *(next(one.parameters()).data_ptr() for one in drafters)]
 
-    advance = Captured(plain, target.device, wanted=asked.fast and not asked.sampler.lazy, valid=unmoved)
-    drafters = asked.proposer.modules if asked.proposer else ()
+    began = places()
+    wanted = asked.fast and not asked.sampler.lazy
+    advance = Captured(plain, target.device, wanted=wanted, valid=lambda: places() == began)
     models = dict.fromkeys((target.model, *drafters))  # a model may draft for itself
     captured = advance.refused is None
     with evaluating(*models), quicker(*models, captured=captured) if asked.fast else nullcontext():

@@ -245,6 +245,15 @@ def test_a_draft_model_elsewhere_is_refused(monkeypatch):
         stream(MODEL, TwoModel(OTHER), [[5]])
 
 
+def test_a_draft_model_that_is_moved_meanwhile_is_told():
+    draft = tiny_model()
+    events = stream(MODEL, TwoModel(draft), [[5, 9]], max_new_tokens=20)
+    next(events)
+    draft.double()
+    with pytest.raises(RedrafterError, match="or its drafter was moved or converted while it was writing"):
+        list(events)
+
+
 def test_no_drafting_is_a_length_of_zero():
     assert request(MODEL, TwoModel(OTHER), [[5]], beam_length=0).proposer is None
 

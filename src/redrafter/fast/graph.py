@@ -46,7 +46,7 @@ class Captured(Generic[T]):
     def __call__(self) -> T:
         """The function's result."""
         if not self._valid():
-            raise RedrafterError("The model was moved or converted while it was writing; start again.")
+            raise RedrafterError("The model or its drafter was moved or converted while it was writing; start again.")
         if self._graph is not None:
             self._graph.replay()
             return self._result
