@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_recurrent import paths
 
-from conftest import Given, greedy, tiny_model
+from conftest import AsksNothing, Given, greedy, tiny_model
 from redrafter import RedrafterError, generate
 from redrafter import step as stepping
 from redrafter.eagle import EagleHead
@@ -162,3 +162,45 @@ def test_what_cannot_be_drafted_is_refused_in_a_sentence():
     with pytest.raises(RedrafterError, match="The drafter is on meta, the model on cpu"):
         generate(MODEL, random_head().to("meta"), [[5]])
     assert request(MODEL, HEAD, [[5]], beam_length=0).proposer is None
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("law", LAWS)
+def test_a_draft_asks_the_device_nothing(shape, law):
+    asked = request(MODEL, HEAD, MANY[:3], max_new_tokens=9, **shaped(*shape), **LAWS[law])
+    state = stepping.empty(asked.target, asked.proposer, batch=3, slots=60)
+    with torch.inference_mode():
+        stepping.prefill(asked.target, asked.proposer, asked.sampler, asked.rows, state)
+        draw = asked.sampler.draw(state.place, depths=asked.length + 1, vocabulary=61)
+        with AsksNothing():
+            tree = asked.proposer.propose(state.memory, state.place, state.context, draw)
+    assert tree.size == asked.size
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("law", LAWS)
+def test_on_a_gpu_a_step_is_one_graph_and_drafts_the_same(monkeypatch, shape, law):
+    from redrafter import decoding
+
+    made = []
+
+    class Kept(decoding.Captured):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(decoding, "Captured", Kept)
+    model = tiny_model(vocab_size=9, spread=0.3)
+    head = random_head(model, seed=2)
+    prompts = [[t % 9 for t in prompt] for prompt in MANY]
+    told = {"max_new_tokens": 41, "batch_size": 3, **LAWS[law]}
+    on_cpu = generate(model, head, prompts, **told, **shaped(*shape))
+    model, head = model.cuda(), head.cuda()
+    plain = generate(model, None, prompts, fast=False, **told)
+    for fast in (False, True):
+        out = generate(model, head, prompts, fast=fast, **told, **shaped(*shape))
+        assert out.new_tokens == plain.new_tokens == on_cpu.new_tokens
+        assert out.stats.accepted == pytest.approx(on_cpu.stats.accepted, rel=0.05)  # a tie may fall otherwise
+    assert made[-1].refused is None
