@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from redrafter.drafter import RecurrentDrafter
     from redrafter.errors import RedrafterError
     from redrafter.huggingface import custom_generate
+    from redrafter.medusa import MedusaHeads
     from redrafter.proposers.prompt_lookup import PromptLookup
     from redrafter.proposers.two_model import TwoModel
     from redrafter.results import Event, Generation, Stats
@@ -24,6 +25,7 @@ _HOME = {
     "DrafterConfig": "config",
     "Event": "results",
     "Generation": "results",
+    "MedusaHeads": "medusa",
     "PromptLookup": "proposers.prompt_lookup",
     "RecurrentDrafter": "drafter",
     "RedrafterError": "errors",
@@ -39,6 +41,7 @@ __all__ = [  # noqa: RUF022
     "stream",
     "custom_generate",
     "RecurrentDrafter",
+    "MedusaHeads",
     "TwoModel",
     "PromptLookup",
     "DrafterConfig",
