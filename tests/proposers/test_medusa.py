@@ -66,17 +66,17 @@ def test_every_node_holds_the_token_of_its_rank(seed, shape, less, law):
         assert len(set(edges)) == len(edges), "siblings differ"
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(shapes, st.booleans(), st.integers(0, 2**31))
 def test_drafted_text_is_undrafted_text(shape, sampled, seed):
     torch.manual_seed(seed)
     heads = random_heads()
     told = dict(zip(("beam_width", "beam_length", "node_budget"), shape, strict=True))
     law = {"do_sample": True, "seed": seed % 1000, "temperature": 0.9} if sampled else {}
-    plain = generate(MODEL, None, PROMPTS, max_new_tokens=14, **law).new_tokens
-    assert generate(MODEL, heads, PROMPTS, max_new_tokens=14, **told, **law).new_tokens == plain
-    assert generate(MODEL, heads, PROMPTS, max_new_tokens=14, batch_size=2, **told, **law).new_tokens == plain
-    assert sampled or plain == [greedy(MODEL, prompt, 14) for prompt in PROMPTS]
+    plain = generate(MODEL, None, PROMPTS, max_new_tokens=12, **law).new_tokens
+    assert generate(MODEL, heads, PROMPTS, max_new_tokens=12, **told, **law).new_tokens == plain
+    assert generate(MODEL, heads, PROMPTS, max_new_tokens=12, batch_size=2, **told, **law).new_tokens == plain
+    assert sampled or plain == [greedy(MODEL, prompt, 12) for prompt in PROMPTS]
 
 
 def counting_model():
