@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from redrafter.eagle import EagleHead
     from redrafter.errors import RedrafterError
     from redrafter.huggingface import custom_generate
+    from redrafter.medusa import MedusaHeads
     from redrafter.proposers.prompt_lookup import PromptLookup
     from redrafter.proposers.two_model import TwoModel
     from redrafter.results import Event, Generation, Stats
@@ -26,6 +27,7 @@ _HOME = {
     "EagleHead": "eagle",
     "Event": "results",
     "Generation": "results",
+    "MedusaHeads": "medusa",
     "PromptLookup": "proposers.prompt_lookup",
     "RecurrentDrafter": "drafter",
     "RedrafterError": "errors",
@@ -41,6 +43,7 @@ __all__ = [  # noqa: RUF022
     "stream",
     "custom_generate",
     "RecurrentDrafter",
+    "MedusaHeads",
     "EagleHead",
     "TwoModel",
     "PromptLookup",

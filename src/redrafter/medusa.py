@@ -64,7 +64,7 @@ class MedusaHeads(Head):
     ) -> MedusaHeads:
         """Heads for a target that all score as the target itself does, on its device, in float32.
 
-        Their tree is for accuracies that are guessed until it is fitted (`redrafter.training.medusa.fit`): `nodes` of
+        Their tree is for accuracies that are guessed until it is fitted (`redrafter.training.fitting.fit`): `nodes` of
         it, of each head's `beam_width` best tokens; or with `ranks`, one for each head, the Cartesian product of so
         many best tokens of each.  `draft_vocabulary`: ids of the target's vocabulary that may be drafted, all of them
         by default.  Raises RedrafterError where that cannot be.

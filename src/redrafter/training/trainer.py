@@ -30,8 +30,8 @@ from redrafter.target import Target
 from redrafter.training.card import Run, card
 from redrafter.training.data import Row, collate, pack
 from redrafter.training.evaluation import Acceptance, acceptance
+from redrafter.training.fitting import fit
 from redrafter.training.loss import TOKENS, Objective, unrolled_loss
-from redrafter.training.medusa import fit
 from redrafter.training.recipe import Recipe
 from redrafter.training.sharding import bytes_here, is_sharded
 from redrafter.training.states import States, Tell
