@@ -76,6 +76,15 @@ MUTATIONS = {
     "tree: a node's parent is no ancestor": (
         "tree.py", "for _ in range(max_depth):\n        node", "for _ in range(max_depth - 1):\n        node",
     ),
+    "eagle: a feature goes with its own token, not the one after it": (
+        "proposers/eagle.py", "(index + 1).minimum", "index.minimum",
+    ),
+    "eagle: the last step's last token is not taken in again": (
+        "proposers/eagle.py", "begin = first.clamp(min=0)", "begin = (first + 1).clamp(min=0)",
+    ),
+    "eagle: beams keep the features of others": (
+        "proposers/eagle.py", "given.gather(1, parents[", "given.gather(1, 0 * parents[",
+    ),
     "cache: nothing is moved": (
         "step.py", "if length:  #", "if False:  #",
     ),

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from redrafter.config import DrafterConfig
     from redrafter.decoding import generate, stream
     from redrafter.drafter import RecurrentDrafter
+    from redrafter.eagle import EagleHead
     from redrafter.errors import RedrafterError
     from redrafter.huggingface import custom_generate
+    from redrafter.medusa import MedusaHeads
     from redrafter.proposers.prompt_lookup import PromptLookup
     from redrafter.proposers.two_model import TwoModel
     from redrafter.results import Event, Generation, Stats
@@ -22,8 +24,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "DrafterConfig": "config",
+    "EagleHead": "eagle",
     "Event": "results",
     "Generation": "results",
+    "MedusaHeads": "medusa",
     "PromptLookup": "proposers.prompt_lookup",
     "RecurrentDrafter": "drafter",
     "RedrafterError": "errors",
@@ -39,6 +43,8 @@ __all__ = [  # noqa: RUF022
     "stream",
     "custom_generate",
     "RecurrentDrafter",
+    "MedusaHeads",
+    "EagleHead",
     "TwoModel",
     "PromptLookup",
     "DrafterConfig",

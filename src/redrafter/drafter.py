@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from redrafter import hub
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
 from redrafter.fast import has_kernels
 from redrafter.fast.eight import EightBit
+from redrafter.head import Head
 
 if TYPE_CHECKING:
     from redrafter.proposers import RecurrentProposer
@@ -51,15 +51,15 @@ class ResidualBlock(nn.Module):
         return activated(self.linear(x), onto=x)
 
 
-class RecurrentDrafter(nn.Module):
+class RecurrentDrafter(Head):
     """The drafter's weights and its two formulas."""
 
-    draft_vocabulary: Tensor | None
+    config: DrafterConfig
+    config_type = DrafterConfig
 
     def __init__(self, config: DrafterConfig):
         """Random weights of the shape that `config` says; `draft_vocabulary` starts as the first ids."""
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         hidden, width = config.hidden_size, config.exit_dim
         if config.rnn:
             self.rnn_u = nn.Linear(hidden, hidden)
@@ -77,8 +77,6 @@ class RecurrentDrafter(nn.Module):
             *(ResidualBlock(width) for _ in range(config.num_draft_layers)),
             nn.Linear(width, config.head_size, bias=False),
         )
-        ids = torch.arange(config.head_size) if config.draft_vocab_size else None
-        self.register_buffer("draft_vocabulary", ids)
 
     @classmethod
     def for_target(
@@ -123,10 +121,7 @@ class RecurrentDrafter(nn.Module):
             )
         ).to(target.device)
         if draft_vocabulary is not None:
-            ids = torch.as_tensor(draft_vocabulary, dtype=torch.long).sort().values
-            if ids.unique().numel() != ids.numel() or ids[0] < 0 or ids[-1] >= target.vocab_size:
-                raise RedrafterError("The draft vocabulary must hold distinct ids of the target's vocabulary.")
-            drafter.draft_vocabulary = ids.to(target.device)
+            drafter.draft_only(draft_vocabulary, target)
         return drafter
 
     @classmethod
@@ -146,17 +141,7 @@ class RecurrentDrafter(nn.Module):
         """
         if bits not in (16, 8):
             raise RedrafterError(f"A drafter is loaded in 16 or 8 bits, not {bits}.")
-        folder = hub.fetch(path, revision=revision)
-        config = DrafterConfig.from_file(folder / hub.CONFIG)
-        drafter = cls(config)
-        hub.load_weights(drafter, folder)
-        drafter.eval()
-        if target is not None:
-            from redrafter.target import Target
-
-            told = Target(target)
-            told.check_drafter(config)
-            drafter.to(device=told.device, dtype=told.dtype)
+        drafter = super().from_pretrained(path, target=target, revision=revision)
         return drafter.to_eight_bits() if bits == 8 else drafter
 
     def to_eight_bits(self) -> RecurrentDrafter:
@@ -185,38 +170,35 @@ class RecurrentDrafter(nn.Module):
         if self.has_eight_bits:
             raise RedrafterError(f"A drafter in 8 bits cannot be {purpose}: load it in 16.")
 
-    def save_pretrained(self, path: str | Path, *, card: str | None = None) -> None:
-        """Writes `config.json`, `model.safetensors` and, where given, the card as `README.md`, each whole or not.
-
-        Raises RedrafterError for a drafter in 8 bits, and where that fails.
-        """
-        self.check_whole("saved")
-        hub.save_folder(Path(path), self.config.to_json(), self.state_dict(), card)
-
     @property
     def layers(self) -> tuple[int, ...]:
         """Numbers of the target's layers that it sees beside the last hidden state."""
         return self.config.context_layers
 
-    def drafting(
-        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
-    ) -> tuple[int, int, int | None]:
-        """Beam width, beam length and node budget, as the config has it."""
-        return self.config.drafting(batch, width, length, budget)
+    @property
+    def positions(self) -> int:
+        """Last positions of which it sees the states."""
+        return self.config.context_positions
 
     def proposer(self, target: Target, width: int, length: int, budget: int | None) -> RecurrentProposer | None:
         """What drafts so for a target; None for a length of 0.
 
         Raises RedrafterError where the drafter was made for another model, is elsewhere or cannot draft so.
         """
-        from redrafter.proposers.beams import check_shape
         from redrafter.proposers.recurrent import RecurrentProposer
 
-        target.check_drafter(self.config)
-        check_shape(width, length, budget, tokens=self.config.head_size)
-        if self.device != target.device:
-            raise RedrafterError(f"The drafter is on {self.device}, the model on {target.device}; move one of them.")
+        self.check(target, width, length, budget)
         return RecurrentProposer(self, target, width, length, budget) if length else None
+
+    def unrolled(
+        self, features: Float[Tensor, "C features"], embeddings: Float[Tensor, "C length hidden"]
+    ) -> Float[Tensor, "C length head"]:
+        """As `Head.unrolled`: the recurrence over the true tokens."""
+        states: list[Tensor] = []
+        for embedding in embeddings.unbind(1):
+            states.append(self.step(states[-1] if states else None, embedding))
+        context = self.context(features)[:, None].expand_as(embeddings)
+        return self.logits(context, torch.stack(states, dim=1))
 
     def step(
         self, state: Float[Tensor, "*batch hidden"] | None, embedding: Float[Tensor, "*batch hidden"]
@@ -298,10 +280,6 @@ class RecurrentDrafter(nn.Module):
         if hasattr(self, "input_proj"):
             return self.input_proj
         return self.lm_head[0].linear if self.config.num_draft_layers else None  # type: ignore[return-value]
-
-    def to_target_ids(self, drafted: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
-        """Draft-vocabulary ids as ids of the target's vocabulary."""
-        return drafted if self.draft_vocabulary is None else self.draft_vocabulary[drafted]
 
     @property
     def dtype(self) -> torch.dtype:

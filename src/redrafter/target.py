@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from redrafter.cache import LayerShape, SlotCache
-from redrafter.config import DrafterConfig
+from redrafter.config import HeadConfig
 from redrafter.errors import RedrafterError
 from redrafter.fast import has_kernels
 from redrafter.fast.attention import NAME, packed, register
@@ -201,7 +201,7 @@ class Target:
         finally:
             handle.remove()
 
-    def check_drafter(self, config: DrafterConfig) -> None:
+    def check_drafter(self, config: HeadConfig) -> None:
         """Raises RedrafterError where a drafter was made for another model."""
         made_for = config.target or "a model that it does not name"
         this = self.name or "this model"

@@ -246,10 +246,12 @@ def test_a_method_that_reads_the_text_is_given_it():
         assert 0 < total.walked.accepted < total.walked.draft_tokens
 
 
-def test_a_method_with_a_memory_is_refused_before_anything_is_written(monkeypatch):
-    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("it ran"))
-    with pytest.raises(RedrafterError, match="made from a memory of the text cannot be measured at every place"):
-        evaluate(FEW, TwoModel(FEW), PROMPTS)
-    proposer = TwoModel(FEW).proposer(Target(FEW), 1, 2, None)
-    with pytest.raises(RedrafterError, match="count those of decoding instead"):
-        acceptance(Target(FEW), proposer, [Row([5, 6, 7], [True] * 3)])
+@pytest.mark.parametrize("copies", [1, 2**28])
+def test_a_method_with_a_memory_is_given_that_of_each_place(monkeypatch, copies):
+    monkeypatch.setattr(evaluation, "MEMORIES", copies)
+    draft = TwoModel(tiny_model(vocab_size=FEW.config.vocab_size, seed=1).double(), coupled=True)
+    shape = {"max_new_tokens": 10, "beam_width": 2, "beam_length": 2}
+    found = evaluate(FEW, draft, PROMPTS[:3], **shape, temperature=0.8, seed=11, batch_size=2)
+    for texts in found.values():
+        assert [one.walked for one in texts] == [one.decoding for one in texts]
+        assert Measured.total(texts).walked.accepted > 0

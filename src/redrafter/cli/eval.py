@@ -50,7 +50,7 @@ def evaluate(
     if limit is not None and limit < 1:
         raise RedrafterError(f"--limit must be at least 1, not {limit}.")
 
-    from redrafter.cli.loading import check_bits, load_drafter, load_model
+    from redrafter.cli.loading import check_bits, load_method, load_model
     from redrafter.prompts import prompt_ids, read_prompts
     from redrafter.training.evaluation import Measured
     from redrafter.training.evaluation import evaluate as measure
@@ -59,7 +59,7 @@ def evaluate(
     records = read_prompts(*data, *(more or []))[:limit]
     groups = {} if by is None else _grouped(records, by)
     target, tokenizer = load_model(model, dtype, device)
-    head = load_drafter(drafter, target, draft_bits)
+    head = load_method(drafter, target, draft_bits)
     found = measure(
         target,
         head,

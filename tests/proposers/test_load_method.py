@@ -10,6 +10,7 @@ import transformers
 
 from conftest import refusal, tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, custom_generate, generate
+from redrafter.medusa import MedusaHeads
 from redrafter.proposers import loading
 from redrafter.proposers.loading import load_method
 
@@ -42,6 +43,16 @@ def test_only_a_drafters_head_has_eight_bits(model, drafter_folder, draft_folder
     for path in ("prompt-lookup", draft_folder):
         with pytest.raises(RedrafterError, match=f"head can have 8 bits, and {path} is none"):
             load_method(path, model, 8)
+
+
+def test_medusa_heads_are_told_by_their_folder(model, tmp_path):
+    MedusaHeads.fresh(model, heads=2).save_pretrained(tmp_path)
+    heads = load_method(tmp_path, model)
+    assert isinstance(heads, MedusaHeads)
+    ids = torch.tensor([[5, 6, 7]])
+    told = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    drafted = model.generate(ids, custom_generate=custom_generate, drafter=tmp_path, **told)
+    assert drafted.equal(model.generate(ids, **told))
 
 
 def test_a_drafter_that_says_what_class_it_is_remains_a_drafter(model, drafter_folder, tmp_path):
