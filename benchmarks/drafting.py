@@ -2,11 +2,11 @@
 
     python benchmarks/drafting.py [--only NAME] [--replays N] [--seconds S]
 
-Drafters with random weights in bfloat16, next to an embedding of the target's vocabulary; 4 tokens deep, 10 and 50
-beams wide.  Medians over replays, of the whole draft and of its pieces: the best tokens of the head's logits, a step of
-the beam search, folding, the most probable of 64 nodes, and the head's products.  Whether both ways give the same is
-said too: the same tree for the same beams, the same tokens where scores are not tied.  What fails is reported, and the
-rest is measured.  The last line is JSON.
+Drafters with random weights in bfloat16, the head of one in 8 bits, next to an embedding of the target's vocabulary;
+4 tokens deep, 10 and 50 beams wide.  Medians over replays, of the whole draft and of its pieces: the best tokens of the
+head's logits, a step of the beam search, folding, the most probable of 64 nodes, and the head's products.  Whether both
+ways give the same is said too: the same tree for the same beams, the same tokens where scores are not tied.  What fails
+is reported, and the rest is measured.  The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ LENGTH, BUDGET = 4, 64
 SHAPES: dict[str, dict[str, Any]] = {
     "7B, 32,000, 2H": {"hidden": 4096, "vocabulary": 32_000, "exit": 8192},
     "7B, 32,000, H, 8,192": {"hidden": 4096, "vocabulary": 32_000, "exit": 4096, "draft": 8192},
+    "7B, 32,000, 2H, 8 bits": {"hidden": 4096, "vocabulary": 32_000, "exit": 8192, "bits": 8},
     "7B, 128,256, H, 8,192": {"hidden": 4096, "vocabulary": 128_256, "exit": 4096, "draft": 8192},
     "7B, 128,256, H, 16,384": {"hidden": 4096, "vocabulary": 128_256, "exit": 4096, "draft": 16_384},
     "110M, 16,000, 2H": {"hidden": 768, "vocabulary": 16_000, "exit": 1536},
@@ -45,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden": 768, "vocabulary": 16_000, "exit": 3072, "draft": 4000, "blocks": 3,
     },
 }  # fmt: skip
-PLACES = [f"redrafter.{name}.has_kernels" for name in ("beam", "drafter", "fast.top", "tree")]
+PLACES = [f"redrafter.{name}.has_kernels" for name in ("beam", "drafter", "fast.eight", "fast.top", "tree")]
 WAYS = {"plain": False, "fast": True}
 
 
@@ -99,7 +100,7 @@ def drafter_of(shape: dict[str, Any], device: torch.device) -> tuple[RecurrentDr
     with torch.device(device):
         drafter = RecurrentDrafter(config).to(torch.bfloat16).eval()
         embed = torch.nn.Embedding(vocabulary, hidden, dtype=torch.bfloat16)
-    return drafter, embed
+    return drafter.to_eight_bits() if shape.get("bits") == 8 else drafter, embed
 
 
 def same_trees(one: Any, other: Any) -> bool:

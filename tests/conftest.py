@@ -29,7 +29,10 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
         "checking",
         "decoding",
         "drafter",
+        "eagle",
         "fast.attention",
+        "head",
+        "medusa",
         "noise",
         "processors",
         "proposers",
@@ -49,6 +52,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 settings.register_profile(
     "redrafter",
@@ -130,6 +134,16 @@ def refusal(answer: tuple[int, str, str]) -> str:
     assert err.count("\n") == 1
     assert "Traceback" not in err
     return err
+
+
+class AsksNothing(TorchDispatchMode):
+    """Fails where the host reads a tensor, or a shape comes of what one holds: no CUDA graph could hold that."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "repeat_interleave.Tensor")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in self.READS), f"{func} reads the device"
+        return func(*args, **(kwargs or {}))
 
 
 class Given:

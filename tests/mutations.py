@@ -55,6 +55,12 @@ MUTATIONS = {
     "noise: one position late after a step": (
         "sampling.py", "+ 1 + torch.arange(depths", "+ 1 + (depths > 1) + torch.arange(depths",
     ),
+    "ahead: a row that has ended writes on": (
+        "decoding.py", "if taken.get(one.slot) is not one:", "if one.slot not in taken:",
+    ),
+    "ahead: what is not yet read is not seen": (
+        "decoding.py", "unread = len(flying) * (asked.length + 1)", "unread = 0 * len(flying) * (asked.length + 1)",
+    ),
     "mask: nodes see their siblings": (
         "tree.py", "mask = own | (index < 0)[:, None]", "mask = (own | in_tree[:, None]) | (index < 0)[:, None]",
     ),
@@ -69,6 +75,15 @@ MUTATIONS = {
     ),
     "tree: a node's parent is no ancestor": (
         "tree.py", "for _ in range(max_depth):\n        node", "for _ in range(max_depth - 1):\n        node",
+    ),
+    "eagle: a feature goes with its own token, not the one after it": (
+        "proposers/eagle.py", "(index + 1).minimum", "index.minimum",
+    ),
+    "eagle: the last step's last token is not taken in again": (
+        "proposers/eagle.py", "begin = first.clamp(min=0)", "begin = (first + 1).clamp(min=0)",
+    ),
+    "eagle: beams keep the features of others": (
+        "proposers/eagle.py", "given.gather(1, parents[", "given.gather(1, 0 * parents[",
     ),
     "cache: nothing is moved": (
         "step.py", "if length:  #", "if False:  #",
@@ -90,6 +105,30 @@ MUTATIONS = {
     ),
     "keep: the drafter is given positions of which one is missing": (
         "step.py", "index = end[:, None] + 1 +", "index = end[:, None] +",
+    ),
+    "memory: the tokens that the last step wrote are not taken in": (
+        "proposers/two_model.py", "begin = (place.length - self.length).clamp(min=0)", "begin = place.length",
+    ),
+    "memory: the first token that the last step wrote is not taken in": (
+        "proposers/two_model.py", "(place.length - self.length).clamp", "(place.length - self.length + 1).clamp",
+    ),
+    "memory: prompts are not taken in": (
+        "step.py", "if proposer is not None:\n            proposer.read", "if False:\n            proposer.read",
+    ),
+    "memory: a row that enters brings none": (
+        "step.py", "if self.memory is not None and other", "if False and other",
+    ),
+    "memory: attention does not reach as far as the beams": (
+        "step.py", "visible = slots + self.memory.slots - self.cache.slots", "visible = slots",
+    ),
+    "draft: beams see their neighbours": (
+        "tree.py", "((node[:, None] - node) % width == 0)", "((node[:, None] - node) % width >= 0)",
+    ),
+    "draft: the root is looked up where it stands itself": (
+        "proposers/prompt_lookup.py", "alike = (position < end)", "alike = (position <= end)",
+    ),
+    "draft: what follows the text is drafted": (
+        "proposers/prompt_lookup.py", "(after > 0) & (index <= end)", "(after > 0) & (index <= end + 1)",
     ),
 }  # fmt: skip
 """What is broken: file, expression, and what stands there instead."""

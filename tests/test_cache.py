@@ -96,3 +96,16 @@ def test_rows_of_another_cache_are_adopted_and_the_others_are_left():
         assert torch.equal(pool[:, 1, :, :3], source[:, 1])
         assert not pool[:, [0, 2]].any()
         assert not pool[..., 3:, :].any()
+
+
+def test_rows_are_copied_as_often_as_they_are_named():
+    cache = SlotCache(SHAPES, batch=3, slots=4)
+    for pool in cache.pools:
+        pool.copy_(torch.arange(1.0, pool.numel() + 1).view(pool.shape))
+    taken = cache.of_rows(torch.tensor([2, 0, 2, 2]))
+    assert taken.slots == 4
+    for pool, source in zip(taken.pools, cache.pools, strict=True):
+        assert torch.equal(pool, source[:, [2, 0, 2, 2]])
+    assert taken.row_bytes == cache.row_bytes == sum(layer.nbytes // 3 for layer in cache.pools)
+    taken.pools[0].zero_()
+    assert cache.pools[0].all()

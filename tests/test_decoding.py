@@ -350,6 +350,35 @@ def test_waiting_prompts_enter_free_slots_and_no_text_depends_on_neighbours(batc
         assert out.new_tokens == [new[: new.index(end) + 1] if end in new else new for new in plain]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+@pytest.mark.parametrize("drafting", [False, True])
+@pytest.mark.parametrize("law", [{}, {"do_sample": True, "seed": 3}])
+def test_a_step_launched_before_the_last_was_read_changes_no_text(batch_size, drafting, law, monkeypatch):
+    plain = [greedy(MODEL, prompt, 12) for prompt in MANY]
+    drafter = Given(Oracle(MODEL, [p + n for p, n in zip(MANY, plain, strict=True)], width=2, length=3, spoil=0.3))
+    settings = {"max_new_tokens": 12, "eos_token_id": plain[2][3], **law}
+    expected = generate(MODEL, None, MANY, **settings)
+    monkeypatch.setattr(decoding, "_runs_ahead", lambda *_: True)
+    log: list[str] = []
+    step, read = decoding.step, decoding._Flight.read
+    monkeypatch.setattr(decoding, "step", lambda *told: log.append("launched") or step(*told))
+    monkeypatch.setattr(decoding._Flight, "read", lambda flight: log.append("read") or read(flight))
+    found = generate(MODEL, drafter if drafting else None, MANY, batch_size=batch_size, **settings)
+    assert found.new_tokens == expected.new_tokens
+    assert found.finish_reasons == expected.finish_reasons
+    assert "launched launched read" in " ".join(log)
+    assert "launched launched launched" not in " ".join(log)
+
+
+def test_no_step_is_launched_that_the_budgets_make_vain(monkeypatch):
+    monkeypatch.setattr(decoding, "_runs_ahead", lambda *_: True)
+    steps = []
+    step = decoding.step
+    monkeypatch.setattr(decoding, "step", lambda *told: steps.append(told) or step(*told))
+    generate(MODEL, None, MANY[:2], max_new_tokens=9)
+    assert len(steps) == 8
+
+
 def test_no_slot_idles_while_a_prompt_waits(monkeypatch):
     alive, entered = [], []
     step, admit = decoding.step, decoding.admit

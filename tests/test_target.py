@@ -48,16 +48,16 @@ def test_every_node_sees_what_plain_text_sees(family, attention):
 
 
 @torch.no_grad()
-def test_select_computes_logits_of_one_node_a_row(llama):
+def test_select_computes_logits_of_those_nodes(llama):
     target = Target(llama)
     tokens = torch.tensor([[5, 6, 7], [8, 9, 10]])
     start = torch.zeros(2, dtype=torch.long)
     all_hidden, all_logits = target.forward(chain(tokens), start, target.new_cache(batch=2, slots=3))
-    select = torch.tensor([2, 0])
+    select = torch.tensor([[2, 1], [0, 1]])
     hidden, logits = target.forward(chain(tokens), start, target.new_cache(batch=2, slots=3), select)
-    assert logits.shape == (2, 1, 61)
+    assert logits.shape == (2, 2, 61)
     torch.testing.assert_close(hidden, all_hidden)
-    torch.testing.assert_close(logits[:, 0], all_logits[[0, 1], select])
+    torch.testing.assert_close(logits, torch.stack([all_logits[row, nodes] for row, nodes in enumerate(select)]))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redrafter.tree import ancestors_of, chain, fold, most_probable, tree_mask
+from redrafter.tree import abreast, ancestors_of, chain, fold, most_probable, tree_mask
 
 
 def paths_of_trie(beams: list[list[int]]) -> set[tuple[int, ...]]:
@@ -145,3 +145,32 @@ def test_tree_mask_agrees_with_its_definition(seed, window):
                 distance = int(length[row]) + int(tree.depth[row, node]) - position
                 near = window is None or distance < window
                 assert bool(mask[row, node, slot]) == ((committed or ancestor) and near), (row, node, slot)
+
+
+@given(st.integers(1, 4), st.integers(0, 4), st.integers(0, 2**31))
+def test_beams_abreast_are_their_own_chains(width, length, seed):
+    beams = torch.randint(0, 9, (2, width, length), generator=torch.Generator().manual_seed(seed))
+    tree = abreast(torch.tensor([3, 4]), beams)
+    assert tree.size == 1 + width * length
+    assert tree.valid.all()
+    for row in range(2):
+        assert path_of(tree, row, 0) == ()
+        for beam in range(width):
+            for depth in range(1, length + 1):
+                node = 1 + (depth - 1) * width + beam
+                assert path_of(tree, row, node) == tuple(beams[row, beam, :depth].tolist())
+                assert tree.depth[row, node] == depth
+    assert tree.ancestors.equal(ancestors_of(tree.parents, max_depth=length))
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(0, 2))
+def test_a_chain_may_be_shorter_in_some_rows(counts, spare):
+    size = max(counts) + spare
+    tokens = torch.randint(1, 9, (len(counts), size))
+    tree = chain(tokens, torch.arange(size) < torch.tensor(counts)[:, None])
+    for row, count in enumerate(counts):
+        whole = chain(tokens[row : row + 1, :count])
+        for name in ("tokens", "parents", "depth", "valid"):
+            assert getattr(tree, name)[row, :count].equal(getattr(whole, name)[0])
+            assert not getattr(tree, name)[row, count:].any()
+    assert tree.ancestors.equal(ancestors_of(tree.parents, max_depth=size))

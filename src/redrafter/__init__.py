@@ -12,19 +12,27 @@ if TYPE_CHECKING:
     from redrafter.config import DrafterConfig
     from redrafter.decoding import generate, stream
     from redrafter.drafter import RecurrentDrafter
+    from redrafter.eagle import EagleHead
     from redrafter.errors import RedrafterError
     from redrafter.huggingface import custom_generate
+    from redrafter.medusa import MedusaHeads
+    from redrafter.proposers.prompt_lookup import PromptLookup
+    from redrafter.proposers.two_model import TwoModel
     from redrafter.results import Event, Generation, Stats
 
 __version__ = "0.1.0"
 
 _HOME = {
     "DrafterConfig": "config",
+    "EagleHead": "eagle",
     "Event": "results",
     "Generation": "results",
+    "MedusaHeads": "medusa",
+    "PromptLookup": "proposers.prompt_lookup",
     "RecurrentDrafter": "drafter",
     "RedrafterError": "errors",
     "Stats": "results",
+    "TwoModel": "proposers.two_model",
     "custom_generate": "huggingface",
     "generate": "decoding",
     "stream": "decoding",
@@ -35,6 +43,10 @@ __all__ = [  # noqa: RUF022
     "stream",
     "custom_generate",
     "RecurrentDrafter",
+    "MedusaHeads",
+    "EagleHead",
+    "TwoModel",
+    "PromptLookup",
     "DrafterConfig",
     "Generation",
     "Event",

@@ -24,9 +24,10 @@ LEFT_OUT = ("target", "target_revision", "beam_width", "beam_length", "node_budg
 def export(drafter: RecurrentDrafter, folder: str | Path) -> None:
     """Writes `config.json` and `model.safetensors`, each whole or not, in the drafter's dtype.
 
-    Raises RedrafterError for a drafter that the released code has no form for, as one with a draft vocabulary: the rows
-    of its head that it lacks could not be kept from being chosen.
+    Raises RedrafterError for a drafter in 8 bits, and for one that the released code has no form for, as one with a
+    draft vocabulary: the rows of its head that it lacks could not be kept from being chosen.
     """
+    drafter.check_whole("exported")
     told = drafter.config.model_dump()
     if drafter.draft_vocabulary is not None:
         raise RedrafterError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from redrafter.drafter import RecurrentDrafter
 from redrafter.fast import has_kernels
+from redrafter.fast.joined import Joined
 from redrafter.fast.top import WIDEST, Top, top
 
 
@@ -58,24 +59,36 @@ def beam_search(
     width: int,
     length: int,
     adjust: Callable[[Tensor, int], Tensor] | None = None,
+    joined: Joined | None = None,
 ) -> Search:
     """Continuations of the guaranteed token `root`, and their log-probabilities under the drafter.
 
     `embed` is the target's token embedding, `context` what the target knew where it chose `root`.  The first
     step grows one beam only; each later one takes the best `width` of every beam's own best.
     `adjust(logits, position)` changes the head's logits [B, beams, head] before they are made probabilities.
+    `joined` is the drafter's, for fewer products.
     """
     if width > drafter.config.head_size:
         raise ValueError(f"width {width} exceeds the {drafter.config.head_size} tokens that the drafter scores")
     state = drafter.step(None, embed(root))[:, None]  # [B, 1, H], then [B, W, H]
     context = drafter.context(context)[:, None]
     read = drafter.read(context)
+    added = joined.added(read) if joined is not None and read is not None else None
+    carried: Tensor | None = None  # what the next step needs of a state: itself, or U s where products are joined
 
     def following(beams: Tensor, parents: Tensor) -> Tensor:
-        nonlocal state
-        if beams.shape[2]:
-            carried = state.gather(1, parents[..., None].expand(-1, -1, state.shape[-1]))
-            state = drafter.step(carried, embed(beams[..., -1]))
+        nonlocal state, carried
+        position = beams.shape[2]
+        if joined is not None and carried is not None:
+            state = joined.moved(beams[..., -1], parents, carried)
+        elif carried is not None:
+            begun = carried.gather(1, parents[..., None].expand(-1, -1, carried.shape[-1]))
+            state = drafter.step(begun, embed(beams[..., -1]))
+        if joined is not None and added is not None and position < length - 1:
+            carried, first = joined.products(state, added)
+            rows = [one.flatten(0, 1) for one in (first, context.expand_as(state), state)]  # products copy 3-D slices
+            return drafter.scores(*rows).unflatten(0, state.shape[:2])  # type: ignore[no-any-return]
+        carried = state
         return drafter.logits(context.expand_as(state), state, read)
 
     return search(following, root, width=width, length=length, adjust=adjust, names=drafter.draft_vocabulary)

@@ -94,7 +94,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def __init__(self, shapes: list[LayerShape], *, batch: int, slots: int):
         self.window = Window(torch.zeros((batch, 0), dtype=torch.long), slots)
-        self.slots = slots
+        self.shapes, self.batch, self.slots = shapes, batch, slots
         self.pools: list[Tensor] = []
         layers: dict[int, SlotLayer] = {}
         for shape in dict.fromkeys(shapes):
@@ -128,3 +128,15 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Takes over another cache's rows, which has no more slots than this one, as the given rows of this one."""
         for pool, source in zip(self.pools, other.pools, strict=True):
             pool[:, rows, :, : source.shape[3]] = source
+
+    def of_rows(self, rows: Int[Tensor, " R"]) -> SlotCache:
+        """Another cache that holds the given rows of this one, a row as often as it is named."""
+        taken = SlotCache(self.shapes, batch=len(rows), slots=self.slots)
+        for pool, source in zip(taken.pools, self.pools, strict=True):
+            pool.copy_(source[:, rows.to(source.device)])
+        return taken
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return sum(pool.nbytes for pool in self.pools) // self.batch

@@ -7,12 +7,16 @@ Does not know torch.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from redrafter.errors import RedrafterError
+
+MOST_NODES = 1024
+"""Of a tree that is kept in a config, the root counted."""
 
 
 class DecodingShape(BaseModel):
@@ -38,32 +42,24 @@ class DecodingShape(BaseModel):
         return f"{self.beam_width} beams of {self.beam_length} tokens{budget}"
 
 
-class DrafterConfig(BaseModel):
-    """Shape, origin and decoding defaults of a recurrent drafter.
+class HeadConfig(BaseModel):
+    """What the configs of all heads say that draft for a target: its shape and name, and decoding defaults.
 
-    `vocab_size` and `hidden_size` are the target's.  `exit_dim` is the width of the head's blocks (paper: 2 × hidden
-    size, the default).  `num_draft_layers` counts its residual blocks.  `rnn=False` replaces the recurrence by a
-    running sum of embeddings, `gated` adds a gate to it.  `draft_vocab_size` is set when the head scores only part of
-    the vocabulary.  `context_layers` are numbers of target layers, from 1, whose outputs the drafter sees beside the
-    last hidden state, `context_positions` the last positions at which it sees them.  `target` and `target_revision`
-    name the model it was made for, `beam_length` is the draft length it was trained for (drafted tokens only, the
-    guaranteed token not counted), and `beam_width` the width to decode with unless told otherwise; with a `node_budget`
-    drafts are the so many most probable nodes, the root counted, not whole beams.  `shapes`, by rising batch, are what
-    `redrafter tune` found to be fastest instead, and `tuned_on` says where.
+    `vocab_size` and `hidden_size` are the target's.  `draft_vocab_size` is set when only part of the vocabulary is
+    scored.  `target` and `target_revision` name the model it was made for, `beam_length` is the draft length it was
+    trained for (drafted tokens only, the guaranteed token not counted), and `beam_width` the width to decode with
+    unless told otherwise; with a `node_budget` drafts are so many nodes, the root counted.  `shapes`, by rising batch,
+    are what `redrafter tune` found to be fastest instead, and `tuned_on` says where.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
+    kind: ClassVar[str]
+    """What the weights are, with its article."""
 
-    model_type: Literal["recurrent_drafting_drafter"] = "recurrent_drafting_drafter"
+    model_type: str
     vocab_size: PositiveInt
     hidden_size: PositiveInt
-    exit_dim: PositiveInt
-    num_draft_layers: int
-    rnn: bool = True
-    gated: bool = False
     draft_vocab_size: PositiveInt | None = None
-    context_layers: tuple[PositiveInt, ...] = ()
-    context_positions: PositiveInt = 1
     target: str | None = None
     target_revision: str | None = None
     beam_width: PositiveInt = 10
@@ -72,22 +68,8 @@ class DrafterConfig(BaseModel):
     shapes: tuple[DecodingShape, ...] = ()
     tuned_on: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _released_defaults(cls, values: Any) -> Any:
-        """Fills in what the released training script takes when not told: exit_dim 2H, two blocks."""
-        if isinstance(values, dict):
-            values = {"num_draft_layers": 2, **values}
-            if values.get("exit_dim") is None and isinstance(values.get("hidden_size"), int):
-                values["exit_dim"] = 2 * values["hidden_size"]
-        return values
-
     @model_validator(mode="after")
-    def _consistent(self) -> DrafterConfig:
-        if self.num_draft_layers < 0:
-            raise ValueError("num_draft_layers cannot be negative")
-        if self.gated and not self.rnn:
-            raise ValueError("a gate needs the recurrence")
+    def _can_be_drafted(self) -> Self:
         if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             raise ValueError("draft_vocab_size cannot exceed vocab_size")
         batches = [shape.batch for shape in self.shapes]
@@ -100,12 +82,12 @@ class DrafterConfig(BaseModel):
 
     @property
     def head_size(self) -> int:
-        """Number of tokens that the head scores."""
+        """Number of tokens that are scored."""
         return self.draft_vocab_size or self.vocab_size
 
     @property
     def default_shape(self) -> DecodingShape:
-        """What the drafter was made for."""
+        """What it was made for."""
         return DecodingShape(beam_width=self.beam_width, beam_length=self.beam_length, node_budget=self.node_budget)
 
     def drafting(
@@ -114,7 +96,7 @@ class DrafterConfig(BaseModel):
         """Beam width, beam length and node budget for `batch` rows decoded together.
 
         Told none of them, as tuned: by the largest batch that is not above this one.  Told some, or where nothing was
-        tuned, the others are what the drafter was made for.
+        tuned, the others are what it was made for.
         """
         shape = self.default_shape
         if width is None and length is None and budget is None:
@@ -126,6 +108,119 @@ class DrafterConfig(BaseModel):
         )
 
     @property
+    def drafted_in_words(self) -> str:
+        """What is drafted."""
+        return f"{self.head_size:,} of {self.vocab_size:,} tokens" if self.draft_vocab_size else "all tokens"
+
+    @property
+    def head_in_words(self) -> str:
+        """The weights' form."""
+        raise NotImplementedError
+
+    @property
+    def context_in_words(self) -> str:
+        """What is seen of the target."""
+        return "the output head's input"
+
+    @property
+    def shape_in_words(self) -> str:
+        """How it drafts by default."""
+        return self.default_shape.in_words
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Reads a `config.json`.  Raises RedrafterError where it is not JSON or of another kind."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise RedrafterError(f"{path} does not describe {cls.kind}: {where}: {first['msg']}.") from None
+
+    def to_json(self) -> str:
+        """The text of `config.json`; what is not set is left out."""
+        return self.model_dump_json(indent=2, exclude_none=True, exclude={} if self.shapes else {"shapes"}) + "\n"
+
+
+class EagleConfig(HeadConfig):
+    """Shape, origin and decoding defaults of an EAGLE head.
+
+    Its one layer is as wide as the target: `intermediate_size`, the numbers of heads, `rms_norm_eps` and `rope_theta`
+    are that layer's.  With a `node_budget` drafts are the so many most probable nodes (EAGLE-2), not whole beams.
+    `coupled`: when sampling, drafts are ranked by the noise that the target is about to draw with too, not, as
+    published, by the head's probabilities alone.
+    """
+
+    kind: ClassVar[str] = "an EAGLE head"
+
+    model_type: Literal["redrafter_eagle"] = "redrafter_eagle"
+    intermediate_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 10_000.0
+    draft_vocab_size: None = None
+    coupled: bool = False
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError("hidden_size must be an even multiple of num_attention_heads")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        return self
+
+    @property
+    def head_in_words(self) -> str:
+        """The layer, and what is drafted."""
+        heads = f"{self.num_attention_heads} heads of {self.hidden_size // self.num_attention_heads}"
+        return f"one transformer layer, {heads}, {self.intermediate_size:,} wide inside, drafts {self.drafted_in_words}"
+
+    @property
+    def context_in_words(self) -> str:
+        """What the head sees of the target."""
+        return f"{super().context_in_words}, at every position"
+
+
+class DrafterConfig(HeadConfig):
+    """Shape, origin and decoding defaults of a recurrent drafter.
+
+    `exit_dim` is the width of the head's blocks (paper: 2 × hidden size, the default).  `num_draft_layers` counts its
+    residual blocks.  `rnn=False` replaces the recurrence by a running sum of embeddings, `gated` adds a gate to it.
+    `context_layers` are numbers of target layers, from 1, whose outputs the drafter sees beside the last hidden state,
+    `context_positions` the last positions at which it sees them.  With a `node_budget` drafts are the so many most
+    probable nodes, not whole beams.
+    """
+
+    kind: ClassVar[str] = "a recurrent drafter"
+
+    model_type: Literal["recurrent_drafting_drafter"] = "recurrent_drafting_drafter"
+    exit_dim: PositiveInt
+    num_draft_layers: int
+    rnn: bool = True
+    gated: bool = False
+    context_layers: tuple[PositiveInt, ...] = ()
+    context_positions: PositiveInt = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _released_defaults(cls, values: Any) -> Any:
+        """Fills in what the released training script takes when not told: exit_dim 2H, two blocks."""
+        if isinstance(values, dict):
+            values = {"num_draft_layers": 2, **values}
+            if values.get("exit_dim") is None and isinstance(values.get("hidden_size"), int):
+                values["exit_dim"] = 2 * values["hidden_size"]
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.num_draft_layers < 0:
+            raise ValueError("num_draft_layers cannot be negative")
+        if self.gated and not self.rnn:
+            raise ValueError("a gate needs the recurrence")
+        return self
+
+    @property
     def context_size(self) -> int:
         """Numbers that the target hands over for a draft: hidden states of layers and positions."""
         return self.context_positions * (1 + len(self.context_layers)) * self.hidden_size
@@ -134,28 +229,81 @@ class DrafterConfig(BaseModel):
     def head_in_words(self) -> str:
         """The recurrence, the blocks and what is drafted."""
         step = "one recurrent step" if self.rnn else "a running sum of embeddings"
-        drafted = f"{self.head_size:,} of {self.vocab_size:,} tokens" if self.draft_vocab_size else "all tokens"
         gate = ", gated" if self.gated else ""
-        return f"{step}{gate}, {self.num_draft_layers} blocks of width {self.exit_dim:,}, drafts {drafted}"
+        blocks = f"{self.num_draft_layers} blocks of width {self.exit_dim:,}"
+        return f"{step}{gate}, {blocks}, drafts {self.drafted_in_words}"
 
     @property
     def context_in_words(self) -> str:
         """What the drafter sees of the target."""
-        seen = ", ".join(["the output head's input", *(f"layer {number}" for number in self.context_layers)])
+        seen = ", ".join([super().context_in_words, *(f"layer {number}" for number in self.context_layers)])
         return f"{seen}, at {self.context_positions} positions" if self.context_positions > 1 else seen
-
-    @classmethod
-    def from_file(cls, path: Path) -> DrafterConfig:
-        """Reads a `config.json`.  Raises RedrafterError where it is not JSON or not a drafter's."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise RedrafterError(f"{path} does not describe a recurrent drafter: {where}: {first['msg']}.") from None
 
     def to_json(self) -> str:
         """The text of `config.json`; what is not set is left out."""
         published = {"gated": False, "context_layers": (), "context_positions": 1, "shapes": ()}  # the paper's form
         unset = {name for name, value in published.items() if getattr(self, name) == value}
         return self.model_dump_json(indent=2, exclude_none=True, exclude=unset) + "\n"
+
+
+class MedusaConfig(HeadConfig):
+    """Shape, origin and decoding defaults of Medusa heads.
+
+    Head k of `heads` scores the k-th token after the guaranteed one, through `blocks` residual blocks.  `tree` holds
+    the paths that are drafted, each node by its path from the root: at depth k the rank of a token among those that
+    head k scores, 0 the best.  Paths stand in the order of their worth, so that the first N - 1 of them are the tree of
+    N nodes.  `ranks` says how many of each head's best tokens may be in it, and `fitted_on` what it was fitted on.  Of
+    the tree are drafted the paths of at most `beam_length` tokens, all of them of a rank below `beam_width`, and with a
+    `node_budget` the first of those.
+    """
+
+    kind: ClassVar[str] = "Medusa heads"
+
+    model_type: Literal["medusa_heads"] = "medusa_heads"
+    heads: PositiveInt
+    blocks: NonNegativeInt = 1
+    ranks: tuple[PositiveInt, ...]
+    tree: tuple[tuple[NonNegativeInt, ...], ...]
+    fitted_on: str | None = None
+
+    @model_validator(mode="after")
+    def _is_a_tree(self) -> Self:
+        if self.beam_length > self.heads or any(shape.beam_length > self.heads for shape in self.shapes):
+            raise ValueError(f"{self.heads} heads cannot draft more tokens than they are")
+        if len(self.ranks) != self.heads or max(self.ranks) > self.head_size:
+            raise ValueError(f"ranks must say for each of {self.heads} heads how many tokens it may draft")
+        if not 0 < len(self.tree) < MOST_NODES:
+            raise ValueError(f"a tree must have from 2 to {MOST_NODES:,} nodes")
+        known: set[tuple[int, ...]] = {()}
+        for path in self.tree:
+            if path in known or path[:-1] not in known:
+                raise ValueError(f"path {list(path)} must stand once, and after the path that it continues")
+            if len(path) > self.heads or any(rank >= most for rank, most in zip(path, self.ranks, strict=False)):
+                raise ValueError(f"path {list(path)} asks for a rank that its head does not draft")
+            known.add(path)
+        return self
+
+    @property
+    def head_in_words(self) -> str:
+        """Heads, blocks and what is drafted."""
+        return f"{self.heads} heads of {self.blocks} blocks, draft {self.drafted_in_words}"
+
+    @property
+    def shape_in_words(self) -> str:
+        """Nodes, depth, and whence."""
+        fitted = f", fitted on {self.fitted_on}" if self.fitted_on else ", not fitted"
+        nodes = 1 + len(drawn_from(self.tree, self.beam_width, self.beam_length, self.node_budget))
+        return f"a tree of {nodes} nodes, {self.beam_length} deep{fitted}"
+
+    def to_json(self) -> str:
+        """The text of `config.json`, each path of the tree on one line."""
+        flat = re.compile(r"\[\s+(\d[\d,\s]*?)\s+\]")
+        return flat.sub(lambda found: f"[{' '.join(found[1].split())}]", super().to_json())
+
+
+def drawn_from(
+    tree: tuple[tuple[int, ...], ...], width: int, length: int, budget: int | None
+) -> tuple[tuple[int, ...], ...]:
+    """The paths of a tree that are drafted in some shape, in their order."""
+    kept = tuple(path for path in tree if len(path) <= length and max(path) < width)
+    return kept if budget is None else kept[: budget - 1]

@@ -6,10 +6,13 @@ one small read of the device a step.  Does not know files, prompts as text or co
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +29,12 @@ from redrafter.proposers import Method
 from redrafter.request import Request, Row, request
 from redrafter.results import Event, FinishReason, Generation, Stats, finished
 from redrafter.step import Emission, State, admit, empty, step
+from redrafter.target import evaluating
 from redrafter.text import with_text
+
+BRIEF = 2e-3
+"""Seconds of a step, below which the next is launched ahead: each hides some 0.1 ms of the host's, and the last of a
+row's is lost."""
 
 
 def stream(
@@ -38,13 +46,14 @@ def stream(
 ) -> Iterator[Event]:
     """Decoding of a batch, an event for every row that a step advanced.
 
-    `model` is a causal language model of transformers, or PEFT's wrapper around one.  `input_ids` is a padded tensor
-    [B, P] with its `attention_mask`, or a list of rows of any lengths.  `drafter=None` or `beam_length=0` decodes
-    autoregressively.  `settings` are all that a `GenerationConfig` can say, and
+    `model` is a causal language model of transformers, or PEFT's wrapper around one.  `drafter` is a RecurrentDrafter,
+    a `TwoModel`, a `PromptLookup` or any other `Method` of drafting; None, or `beam_length=0`, decodes
+    autoregressively.  `input_ids` is a padded tensor [B, P] with its `attention_mask`, or a list of rows of any
+    lengths.  `settings` are all that a `GenerationConfig` can say, and
 
     - `generation_config`: such a config; what is set nowhere is taken from the model's own, as in `model.generate`;
     - `beam_width`, `beam_length` (drafted tokens only), `node_budget`: told none of them, what `redrafter tune`
-      found fastest for the batch, or else what the drafter was made for;
+      found fastest for the batch, or else what the drafter was made for (`docs/methods.md` says what of others);
     - `batch_size`: rows decoded together at most (default: all); where one ends, the next one enters its slot;
     - `seed`: one for each row, or one from which row 0, 1, … get their own (default: torch's generator gives one).
       What is drawn at a position depends on the row's seed, the position and the model alone, never on the drafter
@@ -139,44 +148,62 @@ def _fed(streamer: BaseStreamer, asked: Request) -> Iterator[Event]:
 
 
 def _events(asked: Request) -> Iterator[Event]:
-    """The loop: rows enter free slots; one step, one small read, one event for each row that is still alive."""
+    """The loop: rows enter free slots; one step, one small read, one event for each row that is still alive.
+
+    Where steps are captured and brief, the next one is launched before the last is read; for a row that turns out to
+    have ended it was in vain.
+    """
     target, proposer, sampler, size = asked.target, asked.proposer, asked.sampler, asked.size
     reach = max(len(row.prompt) + row.budget for row in asked.rows)
-    slots = reach + asked.length + size  # a last step may accept more than the row may still write
+    slots = reach + 2 * asked.length + 1 + size  # the last two steps may accept more than the row may still write
     state = empty(target, proposer, batch=asked.batch, slots=slots)
     waiting = iter(asked.rows)
     taken: dict[int, _Writing] = {}
+    flying: deque[_Flight] = deque()
+    took = math.inf  # of the last step that was waited for, seconds
     with _stepping(asked, state) as advance:
         while True:
             entering = dict(zip((slot for slot in range(asked.batch) if slot not in taken), waiting, strict=False))
-            if entering:
-                taken |= {slot: _Writing(row, slot, row.budget, len(row.prompt)) for slot, row in entering.items()}
-                places = {slot: place for place, slot in enumerate(entering)}
-                with torch.inference_mode():
+            with torch.inference_mode():
+                if entering:
+                    rows = {slot: _Writing(row, slot, row.budget, len(row.prompt)) for slot, row in entering.items()}
+                    taken |= rows
                     emitted = admit(target, proposer, sampler, state, list(entering), list(entering.values()))
-                    reports = emitted.report.tolist()
-            elif taken:
-                places = {slot: slot for slot in taken}
-                with torch.inference_mode():
-                    captured = advance.refused is None  # then what it sees cannot grow with the text
-                    seen = slots if captured else max(one.committed for one in taken.values()) + size
-                    state.see(seen)
-                    emitted = advance()
-                    reports = emitted.report.tolist()
-                for slot, one in taken.items():
-                    one.committed += reports[slot][0] + 1
-            else:
-                return
+                    flight = _Flight(list(enumerate(rows.values())), emitted, emitted.report)
+                elif taken:
+                    begun, most = time.perf_counter(), 2 if _runs_ahead(asked, advance, took) else 1
+                    while len(flying) < most:
+                        unread = len(flying) * (asked.length + 1)  # tokens, at most
+                        if flying and all(one.left <= unread for one in taken.values()):
+                            break
+                        captured = advance.refused is None  # then what it sees cannot grow with the text
+                        seen = max(one.committed for one in taken.values()) + unread + size
+                        state.see(slots if captured else seen)
+                        flying.append(_Flight.launched(taken, advance()))
+                    flight = flying.popleft()
+                else:
+                    return
+                reports = flight.read()
+                if not entering and most == 1:
+                    took = time.perf_counter() - begun
             events = []
-            for slot, place in places.items():
-                event = taken[slot].event(asked, reports[place], state.place.text, emitted, place)
+            for place, one in flight.rows:
+                if taken.get(one.slot) is not one:
+                    continue  # ended by the step before
+                event = one.event(asked, reports[place], state.place.text, flight.emitted, place)
+                one.committed += 0 if entering else reports[place][0] + 1
                 if event.finish_reason is not None:
-                    del taken[slot]
+                    del taken[one.slot]
                     with torch.inference_mode():
-                        state.place.alive[slot] = 0
+                        state.place.alive[one.slot] = 0
                 events.append(event)
-            del emitted  # its logits are not kept while the caller looks at the events
+            del flight  # its logits are not kept while the caller looks at the events
             yield from events
+
+
+def _runs_ahead(asked: Request, advance: Captured[Emission], took: float) -> bool:
+    """Whether a step is launched before the last is read: not where more is read of it than its report."""
+    return advance.replaying and took < BRIEF and not asked.output_scores and not asked.output_logits
 
 
 @contextmanager
@@ -185,24 +212,59 @@ def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
 
     Raises RedrafterError where somebody moves the model meanwhile.
     """
-    target = asked.target
+    target, proposer = asked.target, asked.proposer
+    drafters = proposer.modules if proposer else ()
+    if proposer is not None and asked.fast:
+        proposer = proposer.quickened()
     layers = target.decoder_layers if asked.compile else []
-    weight = target.embed.weight.data_ptr()
     if layers:
         of_any_length(state.cache)
 
     def plain() -> Emission:
         with compiled(layers):
-            return step(target, asked.proposer, asked.sampler, state)
+            return step(target, proposer, asked.sampler, state)
 
-    def unmoved() -> bool:
-        return target.embed.weight.data_ptr() == weight
+    def places() -> list[int]:
+        heads = (next(chain(one.parameters(), one.buffers())) for one in drafters)
+        return [target.embed.weight.data_ptr(), *(one.data_ptr() for one in heads)]
 
-    advance = Captured(plain, target.device, wanted=asked.fast and not asked.sampler.lazy, valid=unmoved)
-    drafters = asked.proposer.modules if asked.proposer else ()
+    began = places()
+    wanted = asked.fast and not asked.sampler.lazy
+    advance = Captured(plain, target.device, wanted=wanted, valid=lambda: places() == began)
+    models = dict.fromkeys((target.model, *drafters))  # a model may draft for itself
     captured = advance.refused is None
-    with target.evaluating(), quicker(target.model, *drafters, captured=captured) if asked.fast else nullcontext():
+    with evaluating(*models), quicker(*models, captured=captured) if asked.fast else nullcontext():
         yield advance
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """What was launched and not yet read."""
+
+    rows: list[tuple[int, _Writing]]
+    """Whose it is, each with its place in the emission."""
+    emitted: Emission
+    report: Tensor
+    landed: torch.cuda.Event | None = None
+    """When the report is there."""
+
+    @classmethod
+    def launched(cls, taken: dict[int, _Writing], emitted: Emission) -> _Flight:
+        """A step of all rows; what the host will read of it is under way from a GPU."""
+        rows = list(taken.items())
+        if emitted.report.device.type != "cuda":
+            return cls(rows, emitted, emitted.report)
+        report = torch.empty_like(emitted.report, device="cpu", pin_memory=True)
+        report.copy_(emitted.report, non_blocking=True)
+        landed = torch.cuda.Event()
+        landed.record(torch.cuda.current_stream(emitted.report.device))
+        return cls(rows, emitted, report, landed)
+
+    def read(self) -> list[list[int]]:
+        """The report, row by row; waits for it."""
+        if self.landed is not None:
+            self.landed.synchronize()
+        return self.report.tolist()  # type: ignore[no-any-return]
 
 
 @dataclass

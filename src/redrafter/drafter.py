@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from redrafter import hub
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
 from redrafter.fast import has_kernels
+from redrafter.fast.eight import EightBit
+from redrafter.head import Head
 
 if TYPE_CHECKING:
     from redrafter.proposers import RecurrentProposer
@@ -43,22 +44,22 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        self.linear = nn.Linear(size, size)
+        self.linear: nn.Linear | EightBit = nn.Linear(size, size)
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
         """Same shape out as in."""
         return activated(self.linear(x), onto=x)
 
 
-class RecurrentDrafter(nn.Module):
+class RecurrentDrafter(Head):
     """The drafter's weights and its two formulas."""
 
-    draft_vocabulary: Tensor | None
+    config: DrafterConfig
+    config_type = DrafterConfig
 
     def __init__(self, config: DrafterConfig):
         """Random weights of the shape that `config` says; `draft_vocabulary` starts as the first ids."""
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         hidden, width = config.hidden_size, config.exit_dim
         if config.rnn:
             self.rnn_u = nn.Linear(hidden, hidden)
@@ -76,8 +77,6 @@ class RecurrentDrafter(nn.Module):
             *(ResidualBlock(width) for _ in range(config.num_draft_layers)),
             nn.Linear(width, config.head_size, bias=False),
         )
-        ids = torch.arange(config.head_size) if config.draft_vocab_size else None
-        self.register_buffer("draft_vocabulary", ids)
 
     @classmethod
     def for_target(
@@ -122,10 +121,7 @@ class RecurrentDrafter(nn.Module):
             )
         ).to(target.device)
         if draft_vocabulary is not None:
-            ids = torch.as_tensor(draft_vocabulary, dtype=torch.long).sort().values
-            if ids.unique().numel() != ids.numel() or ids[0] < 0 or ids[-1] >= target.vocab_size:
-                raise RedrafterError("The draft vocabulary must hold distinct ids of the target's vocabulary.")
-            drafter.draft_vocabulary = ids.to(target.device)
+            drafter.draft_only(draft_vocabulary, target)
         return drafter
 
     @classmethod
@@ -135,53 +131,74 @@ class RecurrentDrafter(nn.Module):
         *,
         target: nn.Module | None = None,
         revision: str | None = None,
+        bits: int = 16,
     ) -> RecurrentDrafter:
         """Loads a drafter folder or hub repository, written by this package or by Apple's code.
 
         With `target` the drafter takes that model's device and dtype, and a drafter made for another model is refused.
+        `bits`: 8 for a head as of `to_eight_bits`, 16 for one of the dtype that it has.
         Raises RedrafterError where the folder is incomplete, damaged or contradicts its own config.
         """
-        folder = hub.fetch(path, revision=revision)
-        config = DrafterConfig.from_file(folder / hub.CONFIG)
-        drafter = cls(config)
-        hub.load_weights(drafter, folder)
-        drafter.eval()
-        if target is not None:
-            from redrafter.target import Target
+        if bits not in (16, 8):
+            raise RedrafterError(f"A drafter is loaded in 16 or 8 bits, not {bits}.")
+        drafter = super().from_pretrained(path, target=target, revision=revision)
+        return drafter.to_eight_bits() if bits == 8 else drafter
 
-            told = Target(target)
-            told.check_drafter(config)
-            drafter.to(device=told.device, dtype=told.dtype)
-        return drafter
+    def to_eight_bits(self) -> RecurrentDrafter:
+        """Rounds most of the head to weights of 8 bits (`redrafter.fast.eight`), in place; returns itself.
 
-    def save_pretrained(self, path: str | Path, *, card: str | None = None) -> None:
-        """Writes `config.json`, `model.safetensors` and, where given, the card as `README.md`, each whole or not."""
-        hub.save_folder(Path(path), self.config.to_json(), self.state_dict(), card)
+        These are the output layer and the residual blocks, but for a first block that reads context and state: its
+        columns are multiplied apart.  They are most of what a draft reads, and on a GPU a draft of up to 16 beams takes
+        less time.  No text depends on it, only how much of a draft is accepted.  Cannot be undone, so that such a
+        drafter is neither saved nor trained.
+        """
+        if not self.has_eight_bits:
+            *blocks, last = self.lm_head.children()
+            for block in blocks:
+                if block.linear is not self.reader:
+                    block.linear = EightBit.of(block.linear)  # type: ignore[arg-type]
+            self.lm_head[-1] = EightBit.of(last)  # type: ignore[arg-type]
+        return self
+
+    @property
+    def has_eight_bits(self) -> bool:
+        """Whether `to_eight_bits` was called."""
+        return isinstance(self.lm_head[-1], EightBit)
+
+    def check_whole(self, purpose: str) -> None:
+        """Raises RedrafterError, which names the purpose ("saved"), for a drafter whose weights were rounded."""
+        if self.has_eight_bits:
+            raise RedrafterError(f"A drafter in 8 bits cannot be {purpose}: load it in 16.")
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Numbers of the target's layers that it sees beside the last hidden state."""
         return self.config.context_layers
 
-    def drafting(
-        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
-    ) -> tuple[int, int, int | None]:
-        """Beam width, beam length and node budget, as the config has it."""
-        return self.config.drafting(batch, width, length, budget)
+    @property
+    def positions(self) -> int:
+        """Last positions of which it sees the states."""
+        return self.config.context_positions
 
     def proposer(self, target: Target, width: int, length: int, budget: int | None) -> RecurrentProposer | None:
         """What drafts so for a target; None for a length of 0.
 
         Raises RedrafterError where the drafter was made for another model, is elsewhere or cannot draft so.
         """
-        from redrafter.proposers.beams import check_shape
         from redrafter.proposers.recurrent import RecurrentProposer
 
-        target.check_drafter(self.config)
-        check_shape(width, length, budget, tokens=self.config.head_size)
-        if self.device != target.device:
-            raise RedrafterError(f"The drafter is on {self.device}, the model on {target.device}; move one of them.")
+        self.check(target, width, length, budget)
         return RecurrentProposer(self, target, width, length, budget) if length else None
+
+    def unrolled(
+        self, features: Float[Tensor, "C features"], embeddings: Float[Tensor, "C length hidden"]
+    ) -> Float[Tensor, "C length head"]:
+        """As `Head.unrolled`: the recurrence over the true tokens."""
+        states: list[Tensor] = []
+        for embedding in embeddings.unbind(1):
+            states.append(self.step(states[-1] if states else None, embedding))
+        context = self.context(features)[:, None].expand_as(embeddings)
+        return self.logits(context, torch.stack(states, dim=1))
 
     def step(
         self, state: Float[Tensor, "*batch hidden"] | None, embedding: Float[Tensor, "*batch hidden"]
@@ -225,44 +242,50 @@ class RecurrentDrafter(nn.Module):
 
         `read`: what `self.read(context)` gave, so that a context asked more than once is multiplied once.
         """
-        layer = self._reader
+        layer = self.reader
         if read is None or layer is None:
             x = torch.cat((context, state), dim=-1)
             return self.lm_head(self.input_proj(x) if hasattr(self, "input_proj") else x)  # type: ignore[no-any-return]
         rest = layer.weight[:, self.config.hidden_size :]
         if len(read) == 1:  # added by the product itself
-            x = nn.functional.linear(state, rest, read.flatten())
+            first = nn.functional.linear(state, rest, read.flatten())
         else:
-            x = nn.functional.linear(state, rest) + read
+            first = nn.functional.linear(state, rest) + read
+        return self.scores(first, context, state)
+
+    def scores(
+        self,
+        first: Float[Tensor, "*batch exit"],
+        context: Float[Tensor, "*batch hidden"],
+        state: Float[Tensor, "*batch hidden"],
+    ) -> Float[Tensor, "*batch head"]:
+        """As `logits`, from what `reader` gave for `context` and `state`."""
         if hasattr(self, "input_proj"):
-            return self.lm_head(x)  # type: ignore[no-any-return]
-        x = activated(x, onto=torch.cat((context, state), dim=-1))
+            return self.lm_head(first)  # type: ignore[no-any-return]
+        x = activated(first, onto=torch.cat((context, state), dim=-1))
         for module in list(self.lm_head)[1:]:
             x = module(x)
         return x
 
     def read(self, context: Float[Tensor, "B 1 hidden"]) -> Float[Tensor, "B 1 exit"] | None:
         """The context's half of the head's first product, and its bias; None where the head is that product alone."""
-        layer = self._reader
+        layer = self.reader
         if layer is None:
             return None
         return nn.functional.linear(context, layer.weight[:, : self.config.hidden_size], layer.bias)
 
     @property
-    def _reader(self) -> nn.Linear | None:
+    def reader(self) -> nn.Linear | None:
         """The layer that reads context and state, where others follow."""
         if hasattr(self, "input_proj"):
             return self.input_proj
         return self.lm_head[0].linear if self.config.num_draft_layers else None  # type: ignore[return-value]
 
-    def to_target_ids(self, drafted: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
-        """Draft-vocabulary ids as ids of the target's vocabulary."""
-        return drafted if self.draft_vocabulary is None else self.draft_vocabulary[drafted]
-
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.lm_head[-1].weight.dtype  # type: ignore[return-value]
+        """The dtype that it computes in: of the weights, or of those that were rounded to 8 bits."""
+        last = self.lm_head[-1]
+        return last.dtype if isinstance(last, EightBit) else last.weight.dtype  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:

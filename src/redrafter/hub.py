@@ -6,9 +6,11 @@ Does not know what the tensors mean.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -35,23 +37,40 @@ def may_be_on_the_hub(path: str | Path) -> bool:
 
 def fetch(path: str | Path, *, revision: str | None = None) -> Path:
     """The local folder of a drafter; a hub id is downloaded first.  Raises RedrafterError where there is none."""
-    folder = Path(path)
-    if not folder.is_dir():
-        if not may_be_on_the_hub(path):
-            raise RedrafterError(f"There is no drafter folder at {path}.")
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            wanted = [CONFIG, WEIGHTS, CARD]
-            folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = type(error).__name__
-            raise RedrafterError(f"{path} is neither a folder nor a hub repository within reach ({reason}).") from error
+    folder = _folder(path, [CONFIG, WEIGHTS, CARD], revision)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise RedrafterError(f"{folder} is not a drafter folder: {name} is missing.")
     return folder
+
+
+def config_of(path: str | Path) -> dict[str, Any]:
+    """What `config.json` says, in a folder or on the hub; nothing where it is missing or no JSON object.
+
+    Raises RedrafterError where there is neither folder nor repository.
+    """
+    try:
+        told = json.loads((_folder(path, [CONFIG]) / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _folder(path: str | Path, files: list[str], revision: str | None = None) -> Path:
+    """The local folder; of a hub repository the named files are downloaded first."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if not may_be_on_the_hub(path):
+        raise RedrafterError(f"There is no drafter folder at {path}.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = type(error).__name__
+        raise RedrafterError(f"{path} is neither a folder nor a hub repository within reach ({reason}).") from error
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:

@@ -27,13 +27,14 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from redrafter.decoding import generate
-from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
+from redrafter.proposers import Method
+from redrafter.proposers.loading import load_method
 
 _OWN = ("logits_to_keep", "use_cache", "position_ids", "cache_position", "past_key_values")
 """What transformers prepares for its own loop."""
 
-_loaded: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, RecurrentDrafter]] = weakref.WeakKeyDictionary()
+_loaded: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, Method]] = weakref.WeakKeyDictionary()
 """Drafters that were named by their folder, so that each is read once for a model."""
 
 
@@ -44,7 +45,7 @@ def custom_generate(
     stopping_criteria: Sequence[StoppingCriteria],
     generation_config: GenerationConfig,
     *,
-    drafter: RecurrentDrafter | str | Path | None = None,
+    drafter: Method | str | Path | None = None,
     batch_size: int | None = None,
     beam_width: int | None = None,
     beam_length: int | None = None,
@@ -57,16 +58,17 @@ def custom_generate(
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """For `model.generate(**inputs, custom_generate=redrafter.custom_generate, drafter=drafter, ...)`.
 
-    `drafter`: a loaded one, its folder or its hub id.  transformers keeps `streamer` to itself, so pass one as
-    `text_streamer`.  Returns what `model.generate` returns: padded sequences [B, T], or with `return_dict_in_generate`
-    the output that holds them; there, scores and logits after a row's end are 0.  Raises RedrafterError.
+    `drafter`: a loaded one or another method of drafting, or what `redrafter.proposers.loading.load_method` takes: a
+    folder or hub id.  transformers keeps `streamer` to itself, so pass one as `text_streamer`.  Returns what
+    `model.generate` returns: padded sequences [B, T], or with `return_dict_in_generate` the output that holds them;
+    there, scores and logits after a row's end are 0.  Raises RedrafterError.
     """
     if drafter is None:
         raise RedrafterError("custom_generate needs a drafter: pass drafter=, a loaded one or its folder.")
     if isinstance(drafter, str | Path):
         known = _loaded.setdefault(model, {})
         if str(drafter) not in known:
-            known[str(drafter)] = RecurrentDrafter.from_pretrained(drafter, target=model)
+            known[str(drafter)] = load_method(drafter, model)
         drafter = known[str(drafter)]
     attention_mask = model_kwargs.pop("attention_mask", None)  # transformers passes it twice where it is named
     _refuse(input_ids, attention_mask, model_kwargs)

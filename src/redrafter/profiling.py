@@ -151,12 +151,12 @@ class Bench:
         return sum(pool.nbytes // pool.shape[3] for pool in self.state.cache.pools) * self.context
 
     def proposer(self, shape: DecodingShape) -> Proposer:
-        """What drafts in this shape.  Raises RedrafterError where the method cannot."""
+        """What drafts in this shape, as fast as decoding has it.  Raises RedrafterError where the method cannot."""
         told = (shape.beam_width, shape.beam_length, shape.node_budget)
         found = None if self.drafter is None else self.drafter.proposer(self.target, *told)
         if found is None:
             raise RedrafterError("A length of 0 drafts nothing that could be timed.")
-        return found
+        return found.quickened()
 
     def step_ms(self, shape: DecodingShape | None = None) -> float:
         """A whole step; without a shape the autoregressive one."""

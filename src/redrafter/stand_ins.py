@@ -57,15 +57,17 @@ def random_model(shape: str, *, dtype: torch.dtype, device: torch.device) -> Pre
 
 
 def random_drafter(
-    model: PreTrainedModel, exit_dim: int | None = None, draft_vocabulary: int | None = None
+    model: PreTrainedModel, exit_dim: int | None = None, draft_vocabulary: int | None = None, bits: int = 16
 ) -> RecurrentDrafter:
     """A fresh drafter of the released form, on its target's device and in its dtype.
 
-    `draft_vocabulary`: how many tokens it scores, all by default.  Raises RedrafterError where there are fewer.
+    `draft_vocabulary`: how many tokens it scores, all by default; `bits`: as of `RecurrentDrafter.from_pretrained`.
+    Raises RedrafterError where there are fewer tokens.
     """
     if draft_vocabulary is not None and not 1 <= draft_vocabulary <= model.config.get_text_config().vocab_size:
         raise RedrafterError(f"A draft vocabulary of {draft_vocabulary} is not a part of the model's.")
     ids = None if draft_vocabulary is None else torch.arange(draft_vocabulary)
     with model.device:  # billions of weights are drawn where they stay
         drafter = RecurrentDrafter.for_target(model, exit_dim=exit_dim, draft_vocabulary=ids)
-    return drafter.to(model.dtype).eval()
+    drafter.to(model.dtype).eval()
+    return drafter.to_eight_bits() if bits == 8 else drafter

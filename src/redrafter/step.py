@@ -115,7 +115,7 @@ def prefill(target: Target, proposer: Proposer | None, sampler: Sampler, rows: l
         last = lengths - 1 - start
         select = last.clamp(0, tokens.shape[1] - 1)
         state.see(start + tokens.shape[1])
-        hidden, found = target.forward(chain(tokens), torch.full_like(lengths, start), state.cache, select)
+        hidden, found = target.forward(chain(tokens), torch.full_like(lengths, start), state.cache, select[:, None])
         if proposer is not None:
             proposer.read(state.memory, place, hidden, start)
         here = (last >= 0)[:, None, None]  # rows whose prompt has not ended before this chunk

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from redrafter.cache import LayerShape, SlotCache
-from redrafter.config import DrafterConfig
+from redrafter.config import HeadConfig
 from redrafter.errors import RedrafterError
 from redrafter.fast import has_kernels
 from redrafter.fast.attention import NAME, packed, register
@@ -106,12 +106,12 @@ class Target:
         tree: DraftTree,
         length: Int[Tensor, " B"],
         cache: SlotCache,
-        select: Int[Tensor, " B"] | None = None,
+        select: Int[Tensor, "B M"] | None = None,
     ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B M V"]]:
         """One run of the model over trees whose nodes take the slots `length … length + N - 1` of their rows.
 
         Returns the hidden states of every node, those of `layers` and last what the output head reads, and logits: of
-        every node (M = N), or with `select` of one node a row (M = 1).
+        every node (M = N), or of those that `select` numbers.
         """
         slots = length[:, None] + torch.arange(tree.size, device=length.device)
         position = length[:, None] + tree.depth
@@ -131,7 +131,7 @@ class Target:
         slots: Int[Tensor, "B N"],
         visible: Callable[..., Tensor],
         cache: SlotCache,
-        select: Int[Tensor, " B"] | None = None,
+        select: Int[Tensor, "B M"] | None = None,
     ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B M V"]]:
         """One run of the model over tokens that go to the given slots of their rows and see what `visible` says.
 
@@ -146,7 +146,7 @@ class Target:
         slots: Int[Tensor, "B N"],
         masks: Tensor | dict[str, Tensor],
         cache: SlotCache,
-        select: Int[Tensor, " B"] | None,
+        select: Int[Tensor, "B M"] | None,
     ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B M V"]]:
         if self.context_length is not None:  # nodes past the end are never kept, but tables must not be overrun
             position = position.clamp(max=self.context_length - 1)
@@ -175,7 +175,7 @@ class Target:
         mask: Any = (segments > 0).long()
         if bool((segments > 1).any()):
             mask = self._masks(partial(packed_mask, segments, positions))
-        with self._states(input_ids.new_zeros(input_ids.shape[0])) as captured:
+        with self._states(torch.zeros_like(input_ids[:, :1])) as captured:
             self.model(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -201,7 +201,7 @@ class Target:
         finally:
             handle.remove()
 
-    def check_drafter(self, config: DrafterConfig) -> None:
+    def check_drafter(self, config: HeadConfig) -> None:
         """Raises RedrafterError where a drafter was made for another model."""
         made_for = config.target or "a model that it does not name"
         this = self.name or "this model"
@@ -219,15 +219,11 @@ class Target:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """The model in evaluation mode, so that dropout changes no text; put back afterwards."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             yield
-        finally:
-            self.model.train(training)
 
     @contextmanager
-    def _states(self, select: Int[Tensor, " B"] | None) -> Iterator[list[Tensor]]:
+    def _states(self, select: Int[Tensor, "B M"] | None) -> Iterator[list[Tensor]]:
         """Captures what `layers` give and last what the output head is given, whatever the family calls it.
 
         The head is handed `select` of it alone.
@@ -336,6 +332,19 @@ class Target:
         return RedrafterError(f"{type(self.model).__name__} cannot verify draft trees: {reason}.")
 
 
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Modules in evaluation mode; put back afterwards."""
+    training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, before in zip(modules, training, strict=True):
+            module.train(before)
+
+
 def _unwrapped(model: Any) -> PreTrainedModel:
     """The model of transformers inside PEFT's wrapper; adapters live in its layers and stay in effect."""
     if hasattr(model, "get_base_model"):
@@ -396,11 +405,11 @@ def _numbered(model: PreTrainedModel, config: Any, layers: Sequence[int]) -> lis
     return [found[number - 1] for number in layers]
 
 
-def _at(hidden: Float[Tensor, "B N H"], select: Int[Tensor, " B"] | None) -> Float[Tensor, "B M H"]:
-    """One position of each row, or all where none is selected."""
+def _at(hidden: Float[Tensor, "B N H"], select: Int[Tensor, "B M"] | None) -> Float[Tensor, "B M H"]:
+    """Some positions of each row, or all where none is selected."""
     if select is None:
         return hidden
-    return hidden.gather(1, select.to(hidden.device)[:, None, None].expand(-1, 1, hidden.shape[-1]))
+    return hidden.gather(1, select.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def _public_name(told: str | None) -> str | None:

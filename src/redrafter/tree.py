@@ -52,16 +52,47 @@ class DraftTree:
         )
 
 
-def chain(tokens: Int[Tensor, "B N"]) -> DraftTree:
-    """Tokens one after another: a prompt's chunk, or with N = 1 the root alone, which is autoregressive decoding."""
+def chain(tokens: Int[Tensor, "B N"], valid: Bool[Tensor, "B N"] | None = None) -> DraftTree:
+    """Tokens one after another: a prompt's chunk, or with N = 1 the root alone, which is autoregressive decoding.
+
+    `valid`, where not all are: so many at the front of each row, one at least.
+    """
     batch, size = tokens.shape
     index = torch.arange(size, device=tokens.device)
-    return DraftTree(
+    whole = DraftTree(
         tokens=tokens,
         parents=(index - 1).clamp(min=0).expand(batch, size),
         depth=index.expand(batch, size),
         valid=torch.ones_like(tokens, dtype=torch.bool),
         ancestors=(index[:, None] >= index).expand(batch, size, size),
+    )
+    if valid is None:
+        return whole
+    alone = (index[:, None] == index) | (index == 0)  # what padding sees
+    return DraftTree(
+        tokens=torch.where(valid, tokens, 0),
+        parents=torch.where(valid, whole.parents, 0),
+        depth=torch.where(valid, whole.depth, 0),
+        valid=valid,
+        ancestors=torch.where(valid[..., None], whole.ancestors, alone),
+    )
+
+
+def abreast(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> DraftTree:
+    """W beams of L tokens side by side below `root`: the same N = 1 + W·L nodes whatever they hold, depth by depth.
+
+    For a model that drafts, to run them: siblings may hold the same token, so it cannot be verified.
+    """
+    batch, width, length = beams.shape
+    node = torch.arange(1 + width * length, device=beams.device)
+    own = (node[:, None] >= node) & ((node[:, None] - node) % width == 0)  # of one beam, from the node up
+    tokens = torch.cat((root[:, None], beams.transpose(1, 2).flatten(1)), dim=1)
+    return DraftTree(
+        tokens=tokens,
+        parents=(node - width).clamp(min=0).expand_as(tokens),
+        depth=((node + width - 1) // width).expand_as(tokens),
+        valid=torch.ones_like(tokens, dtype=torch.bool),
+        ancestors=((own & (node > 0)) | (node == 0)).expand(batch, -1, -1),
     )
 
 

@@ -133,6 +133,70 @@ def test_a_head_of_another_form(say, model_folder, rows, tmp_path):
     assert "leave out --no-rnn" in refusal(say(*again, "--gated", "--no-rnn"))
 
 
+def test_medusa_heads_from_rows_to_text(say, model_folder, rows, tmp_path):
+    folder, prompts = tmp_path / "heads", tmp_path / "prompts.jsonl"
+    words = ("train", "--model", model_folder, "--data", rows, "--method", "medusa", "--max-steps", "4")
+    status, _, err = say(*words, "--output", folder, "--beam-length", "3", "--node-budget", "20", "--held-out", "5")
+    assert status == 0, err
+    assert "35 rows" in err
+    made = json.loads((folder / "config.json").read_text())
+    assert (made["heads"], made["blocks"], made["node_budget"], len(made["tree"])) == (3, 1, 20, 63)
+    assert made["fitted_on"] == "5 held-out rows"
+    assert "# Medusa heads for tiny" in (folder / "README.md").read_text()
+    status, out, _ = say("info", folder)
+    assert status == 0
+    assert "3 heads of 1 blocks" in out
+    assert "a tree of 20 nodes, 3 deep, fitted on 5 held-out rows" in " ".join(out.split())
+
+    prompts.write_text("\n".join(json.dumps({"prompt": text}) for text in ("9 sheep", "went over")))
+    told = ("--model", model_folder, "--drafter", folder)
+    plain = say("generate", "--model", model_folder, "--no-drafter", "--prompts", prompts, "--max-new-tokens", "20")
+    for shape in ((), ("--beam-length", "2", "--beam-width", "3", "--node-budget", "6")):
+        drafted = say("generate", *told, "--prompts", prompts, "--max-new-tokens", "20", *shape)
+        assert drafted[:2] == plain[:2]
+    status, out, _ = say("check", *told, "--prompts", prompts, "--max-new-tokens", "20", "--do-sample", "--seed", "3")
+    assert status == 0
+    assert "2 of 2 texts equal" in out
+    status, out, err = say("eval", *told, "--data", prompts, "--max-new-tokens", "20", "--json")
+    assert status == 0
+    assert err == ""
+    counts = json.loads(out)
+    for way in ("greedy", "sampled"):
+        assert counts[way]["decoding"] == counts[way]["walked"]
+        assert counts[way]["decoding"]["draft_tokens"] == 19 * counts[way]["decoding"]["drafts"]
+    for command in ("tune", "profile"):
+        more = ("--prompts", prompts) if command == "tune" else ()
+        assert "does not describe a recurrent drafter" in refusal(say(command, *told, *more))
+
+
+def test_a_cartesian_tree_and_a_part_of_the_vocabulary(say, model_folder, rows, tmp_path):
+    words = ("train", "--model", model_folder, "--data", rows, "--method", "medusa", "--max-steps", "1")
+    words += ("--beam-length", "2", "--cartesian", "4,3", "--blocks", "2", "--draft-vocabulary", "12")
+    status, _, err = say(*words, "--output", tmp_path / "d")
+    assert status == 0, err
+    made = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert sorted(made["tree"]) == sorted([[i] for i in range(4)] + [[i, j] for i in range(4) for j in range(3)])
+    assert (made["blocks"], made["draft_vocab_size"]) == (2, 12)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--method other", "--method other is not one of recurrent, medusa"),
+        ("--cartesian 4,3", "--cartesian is an option of --method medusa, not of recurrent"),
+        ("--method medusa --exit-dim 8", "--exit-dim is an option of --method recurrent, not of medusa"),
+        ("--method medusa --gated", "--gated is an option of --method recurrent, not of medusa"),
+        ("--method medusa --context-layer 1", "--context-layer is an option of --method recurrent, not of medusa"),
+        ("--method medusa --cartesian 4,x", "--cartesian takes a number of tokens for each head"),
+        ("--method medusa --cartesian 4,3", "for each of 4 heads"),
+        ("--method medusa --cartesian 9,9,9,9", "from 2 to 1,024 nodes, not 7,381"),
+    ],
+)
+def test_options_of_another_method_are_refused_before_anything_is_loaded(say, tmp_path, words, sentence):
+    told = ("train", "--model", tmp_path / "none", "--data", tmp_path / "none", "--output", tmp_path / "d")
+    assert sentence in refusal(say(*told, *words.split()))
+
+
 TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2".split()
 ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
 ACCELERATE += "--dynamo_backend no --main_process_port 0".split()

@@ -216,8 +216,9 @@ FORMS = [{}, {"exit_dim": 20, "num_draft_layers": 3}, {"rnn": False}, {"gated": 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("budget", [None, 23])
 @pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
-def test_proposals(form, budget, noisy, device, monkeypatch):
+def test_proposals(form, budget, noisy, batch, device, monkeypatch):
     torch.manual_seed(0)
     model = tiny_model().to(device)
     with monkeypatch.context() as patch:
@@ -226,10 +227,12 @@ def test_proposals(form, budget, noisy, device, monkeypatch):
         for parameter in drafter.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         proposer = RecurrentProposer(drafter, Target(model), 6, 4, budget)
-    context, root = torch.randn(2, 32).to(device), torch.tensor([5, 9], device=device)
-    noise = gumbel(torch.tensor([3, 5]), torch.arange(5).expand(2, -1), 61).to(device) if noisy else None
+    context, root = torch.randn(batch, 32).to(device), torch.tensor([5, 9], device=device)[:batch]
+    noise = gumbel(torch.tensor([3, 5]), torch.arange(5).expand(2, -1), 61)[:batch].to(device) if noisy else None
     told = (None, rooted(root), context[:, None], Draw((), noise))
-    found = proposer.propose(*told)
+    quick = proposer.quickened()
+    assert (quick.joined is None) == ("rnn" in form or "gated" in form)
+    found = quick.propose(*told)
     monkeypatch.undo()
     for name in ("beam", "drafter", "fast.top", "tree"):
         monkeypatch.setattr(f"redrafter.{name}.has_kernels", lambda *_: False)

@@ -39,7 +39,6 @@ def test_the_third_call_is_captured_and_all_later_ones_replayed():
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_function_that_reads_the_device_is_called_and_that_is_said():
     x = torch.zeros(3, device="cuda")
     captured = Captured(lambda: float(x.add_(1)[0]), torch.device("cuda"))
@@ -51,7 +50,6 @@ def test_a_function_that_reads_the_device_is_called_and_that_is_said():
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize("drafting", [False, True])
 @pytest.mark.parametrize("law", LAWS)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import rooted, tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, stream
+from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, stream
 from redrafter.noise import gumbel
 from redrafter.proposers import RecurrentProposer
 from redrafter.request import request
@@ -235,3 +235,23 @@ def test_bad_settings_are_refused_before_anything_is_written(monkeypatch):
     ):
         with pytest.raises(RedrafterError, match=sentence):
             evaluate(FEW, drafter, PROMPTS, **settings_)
+
+
+def test_a_method_that_reads_the_text_is_given_it():
+    """Up to each place: what it looks up there is what decoding looked up."""
+    found = evaluate(FEW, PromptLookup(), PROMPTS, max_new_tokens=24, temperature=0.8, seed=11, batch_size=2)
+    for texts in found.values():
+        assert [one.walked for one in texts] == [one.decoding for one in texts]
+        total = Measured.total(texts)
+        assert 0 < total.walked.accepted < total.walked.draft_tokens
+
+
+@pytest.mark.parametrize("copies", [1, 2**28])
+def test_a_method_with_a_memory_is_given_that_of_each_place(monkeypatch, copies):
+    monkeypatch.setattr(evaluation, "MEMORIES", copies)
+    draft = TwoModel(tiny_model(vocab_size=FEW.config.vocab_size, seed=1).double(), coupled=True)
+    shape = {"max_new_tokens": 10, "beam_width": 2, "beam_length": 2}
+    found = evaluate(FEW, draft, PROMPTS[:3], **shape, temperature=0.8, seed=11, batch_size=2)
+    for texts in found.values():
+        assert [one.walked for one in texts] == [one.decoding for one in texts]
+        assert Measured.total(texts).walked.accepted > 0

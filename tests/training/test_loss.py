@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from redrafter import DrafterConfig, RecurrentDrafter
+from redrafter.config import MedusaConfig
+from redrafter.medusa import MedusaHeads
 from redrafter.training.loss import Objective, unrolled_loss, windows
 
 VOCABULARY, HIDDEN = 23, 6
@@ -283,3 +285,47 @@ def test_continuations_take_the_place_of_the_text(seed, size, length, depth):
                 losses.append(-drafter.logits(hidden[row, t], state).log_softmax(-1)[tokens[position]].item())
         expected += sum(losses) / max(1, len(losses))
     assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 9), st.sampled_from([None, 9]), st.sampled_from([None, 2]))
+def test_heads_that_hear_no_token_learn_by_the_same_loss(seed, size, draft, chunk):
+    """The plain loss, but that head i scores position i from the state alone."""
+    tree, ranks = ((0,),), (1, 1, 1)
+    config = MedusaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        draft_vocab_size=draft,
+        heads=3,
+        beam_length=3,
+        ranks=ranks,
+        tree=tree,
+    )
+    torch.manual_seed(seed)
+    heads = MedusaHeads(config).double()
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    _, hidden, ids, trained = random_batch(seed, 2, size)
+    known = list(range(draft or VOCABULARY))
+    expected = torch.zeros((), dtype=torch.double)
+    for position in range(1, 4):
+        losses = []
+        for row in range(2):
+            for t in range(size - 1 - position):
+                label = int(ids[row, t + 1 + position])
+                if all(trained[row, t + 1 : t + position + 2]) and label in known:
+                    losses.append(-heads.logits(hidden[row, t])[position - 1].log_softmax(-1)[label])
+        expected = expected + sum(losses) / max(1, len(losses))
+
+    def embed(tokens):
+        return torch.full((*tokens.shape, HIDDEN), torch.nan, dtype=torch.double)
+
+    loss = unrolled_loss(heads, embed, hidden, ids, trained, length=3, chunk=chunk)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    if loss.item():
+        loss.backward()
+        gradients = [parameter.grad.clone() for parameter in heads.parameters()]
+        heads.zero_grad()
+        expected.backward()
+        for gradient, parameter in zip(gradients, heads.parameters(), strict=True):
+            other = torch.zeros_like(gradient) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)

@@ -162,7 +162,7 @@ def test_the_card_tells_what_the_run_saw(tmp_path):
     card = (tmp_path / "README.md").read_text()
     for words in (
         "license: mit", "- someone/chats\n", "14 rows with 336 tokens to learn of someone/chats:train_sft, mine.jsonl",
-        "cross-entropy 0.1, kl 0.9, decay 0.8", "2 of 4 x 2", "tokens a step (10 beams of 3)",
+        "cross-entropy 0.1, kl 0.9, decay 0.8", "2 of 4 x 2", "tokens a step (10 beams of 3 tokens)",
         "torch " + torch.__version__,
     ):  # fmt: skip
         assert words in card, words

@@ -202,6 +202,10 @@ class _Blindfolded:
         self.modules = proposer.modules
         self.memory, self.read = proposer.memory, proposer.read
 
+    def quickened(self) -> Proposer:
+        """As the proposer's."""
+        return _Blindfolded(self._proposer.quickened())
+
     def propose(
         self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
     ) -> DraftTree:

@@ -11,7 +11,8 @@ from redrafter.cli.loading import (
     Budget,
     Device,
     DoSample,
-    DrafterPath,
+    DraftBits,
+    DrafterOrModel,
     Dtype,
     Length,
     MinP,
@@ -28,7 +29,7 @@ from redrafter.cli.loading import (
 
 def check(
     model: Model,
-    drafter: DrafterPath,
+    drafter: Annotated[str, typer.Option(help=DrafterOrModel)],
     prompts: Annotated[Path, typer.Option(help="JSONL rows of `prompt`, `messages` or `turns`.")],
     max_new_tokens: NewTokens = 128,
     beam_width: Width = None,
@@ -42,14 +43,16 @@ def check(
     seed: Seed = None,
     more: Set = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
+    draft_bits: DraftBits = 16,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Decode with and without the drafter; exit status 1 if texts part where rounding does not explain it."""
     from redrafter.checking import compare
-    from redrafter.cli.loading import load_drafter, load_model, read_settings
+    from redrafter.cli.loading import check_bits, load_method, load_model, read_settings
     from redrafter.prompts import prompt_ids, read_prompts
 
+    check_bits(draft_bits)
     settings = read_settings(
         more,
         do_sample=do_sample,
@@ -61,7 +64,7 @@ def check(
         max_new_tokens=max_new_tokens,
     )
     target, tokenizer = load_model(model, dtype, device)
-    head = load_drafter(drafter, target)
+    head = load_method(drafter, target, draft_bits)
     ids = [prompt_ids(record, tokenizer, where) for where, record in read_prompts(prompts)]
     if "stop_strings" in settings:
         settings["tokenizer"] = tokenizer

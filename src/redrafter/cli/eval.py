@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redrafter.cli.loading import Budget, Device, DrafterPath, Dtype, Length, Model, NewTokens, Sources, Width
+from redrafter.cli.loading import (
+    Budget,
+    Device,
+    DraftBits,
+    DrafterPath,
+    Dtype,
+    Length,
+    Model,
+    NewTokens,
+    Sources,
+    Width,
+)
 from redrafter.errors import RedrafterError
 
 if TYPE_CHECKING:
@@ -31,6 +42,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="The first N rows alone.  \\[default: all]")] = None,
     by: Annotated[str | None, typer.Option(metavar="KEY", help="Also by the rows' values of this key.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    draft_bits: DraftBits = 16,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -38,15 +50,16 @@ def evaluate(
     if limit is not None and limit < 1:
         raise RedrafterError(f"--limit must be at least 1, not {limit}.")
 
-    from redrafter.cli.loading import load_drafter, load_model
+    from redrafter.cli.loading import check_bits, load_method, load_model
     from redrafter.prompts import prompt_ids, read_prompts
     from redrafter.training.evaluation import Measured
     from redrafter.training.evaluation import evaluate as measure
 
+    check_bits(draft_bits)
     records = read_prompts(*data, *(more or []))[:limit]
     groups = {} if by is None else _grouped(records, by)
     target, tokenizer = load_model(model, dtype, device)
-    head = load_drafter(drafter, target)
+    head = load_method(drafter, target, draft_bits)
     found = measure(
         target,
         head,

@@ -15,6 +15,8 @@ from redrafter.cli.loading import (
     Compile,
     Device,
     DoSample,
+    DraftBits,
+    DrafterOrModel,
     Dtype,
     Fast,
     Length,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 def generate(
     model: Model,
-    drafter: Annotated[str | None, typer.Option(help="The drafter: a folder or hub id.")] = None,
+    drafter: Annotated[str | None, typer.Option(help=DrafterOrModel)] = None,
     prompt: Annotated[str | None, typer.Option(help="A prompt, as plain text.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL rows of `prompt`, `messages` or `turns`.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Take plain prompts for the user's turn of a chat.")] = False,
@@ -54,6 +56,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Decode autoregressively, for comparison.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line for every prompt.")] = False,
+    draft_bits: DraftBits = 16,
     fast: Fast = True,
     compile: Compile = False,
     dtype: Dtype = "auto",
@@ -65,11 +68,12 @@ def generate(
     if drafter is None and not no_drafter:
         raise RedrafterError("Give a --drafter, or --no-drafter to decode without one.")
 
-    from redrafter.cli.loading import load_drafter, load_model, read_settings, show_log
+    from redrafter.cli.loading import check_bits, load_method, load_model, read_settings, show_log
     from redrafter.decoding import stream
     from redrafter.prompts import conversation, prompt_ids, read_prompts
     from redrafter.results import finished
 
+    check_bits(draft_bits, drafted=not no_drafter)
     if compile:
         show_log()
     settings = read_settings(
@@ -89,7 +93,7 @@ def generate(
             for where, record in records
         ]
     target, tokenizer = load_model(model, dtype, device)
-    head = None if no_drafter or drafter is None else load_drafter(drafter, target)
+    head = None if no_drafter or drafter is None else load_method(drafter, target, draft_bits)
     ids = [prompt_ids(record, tokenizer, where) for where, record in records]
 
     if "stop_strings" in settings:

@@ -46,9 +46,9 @@ def _model(model: str, dtype: str, device: str) -> dict[str, str]:
 
 def _drafter(path: str) -> dict[str, str]:
     from redrafter import hub
-    from redrafter.drafter import RecurrentDrafter
+    from redrafter.proposers.loading import load_head
 
-    drafter = RecurrentDrafter.from_pretrained(path)
+    drafter = load_head(path)
     config = drafter.config
     return {
         "drafter": path,
@@ -56,7 +56,7 @@ def _drafter(path: str) -> dict[str, str]:
         "target's shape": f"vocabulary {config.vocab_size:,}, hidden size {config.hidden_size:,}",
         "head": config.head_in_words,
         "context": config.context_in_words,
-        "drafts by default": config.default_shape.in_words,
+        "drafts by default": config.shape_in_words,
         **{f"from batch {shape.batch} on": shape.in_words for shape in config.shapes},
         **({"tuned on": config.tuned_on} if config.tuned_on else {}),
         "parameters": f"{hub.count_parameters(drafter):,} in {str(drafter.dtype).removeprefix('torch.')}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redrafter.cli.loading import Budget, Compile, Device, DoSample, Dtype, Length, Width
+from redrafter.cli.loading import Budget, Compile, Device, DoSample, DraftBits, Dtype, Length, Width
 from redrafter.errors import RedrafterError
 
 if TYPE_CHECKING:
@@ -41,13 +41,14 @@ def profile(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     do_sample: DoSample = False,
+    draft_bits: DraftBits = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Times to measure each; the median is shown.")] = 50,
     compile: Compile = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Time the step and its parts, beside the bandwidth that bounds them; ends with a line of JSON."""
-    from redrafter.cli.loading import whole_numbers
+    from redrafter.cli.loading import check_bits, whole_numbers
 
     if (model is None) == (shape is None):
         raise RedrafterError("Give either --model or --shape.")
@@ -55,6 +56,7 @@ def profile(
         raise RedrafterError("A --drafter goes with its --model, not with --shape.")
     if drafter is not None and (exit_dim or draft_vocab):
         raise RedrafterError("--exit-dim and --draft-vocab are for a fresh drafter, not with --drafter.")
+    check_bits(draft_bits)
     sizes, beams = whole_numbers(nodes, "--nodes"), whole_numbers(widths, "--widths")
 
     from rich.console import Console
@@ -64,7 +66,10 @@ def profile(
     from redrafter.stand_ins import random_drafter
 
     target = load_model(model, dtype, device)[0] if model else _stand_in(str(shape), dtype, device)
-    head = load_drafter(drafter, target) if drafter else random_drafter(target, exit_dim, draft_vocab)
+    if drafter:
+        head = load_drafter(drafter, target, draft_bits)
+    else:
+        head = random_drafter(target, exit_dim, draft_vocab, draft_bits)
     bench, drafting = _bench(
         target,
         head,

@@ -11,6 +11,11 @@ import typer
 from redrafter.cli.loading import BadRows, Device, Dtype, Model, Sources, Template
 from redrafter.errors import RedrafterError
 
+METHODS = ("recurrent", "medusa", "eagle")
+
+FEATURES = 0.1
+"""What the distance from the target's features counts where nobody says."""
+
 
 def _configured(context: typer.Context, file: Path | None) -> Path | None:
     """Options from a YAML file, which the command line overrides; a key that is no option is refused."""
@@ -35,6 +40,27 @@ def _configured(context: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
+def _check_method(method: str, told: dict[str, tuple[str, bool]]) -> None:
+    """Raises RedrafterError for a method that is none, and for options told that are of other ones alone."""
+    if method not in METHODS:
+        raise RedrafterError(f"--method {method} is not one of {', '.join(METHODS)}.")
+    for name, (methods, is_told) in told.items():
+        if is_told and method not in methods.split():
+            raise RedrafterError(f"{name} is an option of --method {' and '.join(methods.split())}, not of {method}.")
+
+
+def _ranks(told: str, heads: int) -> list[int]:
+    """What `--cartesian` lists.  Raises RedrafterError for what is no tree of so many heads."""
+    from redrafter.medusa import cartesian_nodes
+
+    words = told.split(",")
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise RedrafterError(f"--cartesian takes a number of tokens for each head, as 4,3,2, not {told!r}.")
+    ranks = [int(word) for word in words]
+    cartesian_nodes(ranks, heads)
+    return ranks
+
+
 def train(
     model: Model,
     data: Annotated[list[str], typer.Option(help=Sources)],
@@ -57,19 +83,33 @@ def train(
     shard_target: Annotated[
         bool, typer.Option("--shard-target", help="Divide the model among the processes: one GPU need not hold it.")
     ] = False,
+    method: Annotated[
+        str, typer.Option(help="recurrent (the paper's head), medusa (heads) or eagle (a layer over features).")
+    ] = "recurrent",
     held_out: Annotated[
         int | None,
         typer.Option(min=0, help="Rows to measure on instead of training.  \\[default: 1 in 20, 64 at most]"),
     ] = None,
     beam_length: Annotated[int, typer.Option(min=1, help="Tokens to draft, the guaranteed one not counted.")] = 4,
-    beam_width: Annotated[int, typer.Option(min=1, help="Beams to draft by default, and to measure with.")] = 10,
+    beam_width: Annotated[
+        int,
+        typer.Option(min=1, help="Beams to draft by default, and to measure with; medusa: tokens of a head at most."),
+    ] = 10,
     node_budget: Annotated[
-        int | None, typer.Option(min=2, help="Nodes to draft by default.  \\[default: beams]")
+        int | None, typer.Option(min=2, help="Nodes to draft by default.  \\[default: beams; medusa: 64]")
+    ] = None,
+    cartesian: Annotated[
+        str | None,
+        typer.Option(
+            metavar="4,3,2,…", help="medusa: a tree of all paths of so many tokens of each head.  \\[default: fitted]"
+        ),
     ] = None,
     exit_dim: Annotated[
         int | None, typer.Option(min=1, help="Width of the head.  \\[default: 2 x hidden size]")
     ] = None,
-    blocks: Annotated[int, typer.Option(min=0, help="Residual blocks of the head.")] = 2,
+    blocks: Annotated[
+        int | None, typer.Option(min=0, help="Residual blocks of the head.  \\[default: 2; medusa: 1 of each]")
+    ] = None,
     rnn: Annotated[bool, typer.Option(help="The recurrence, or a running sum of embeddings.")] = True,
     gated: Annotated[bool, typer.Option("--gated", help="Give the recurrence a gate.")] = False,
     context_layer: Annotated[
@@ -84,6 +124,10 @@ def train(
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the target's distribution.")] = 0.0,
     total_variation: Annotated[float, typer.Option(help="Weight of the distance from that distribution.")] = 0.0,
     coupled: Annotated[float, typer.Option(help="Weight of the loss on what the target draws by known noise.")] = 0.0,
+    features: Annotated[
+        float | None,
+        typer.Option(help=f"eagle: weight of the distance from the target's features.  \\[default: {FEATURES}]"),
+    ] = None,
     decay: Annotated[float, typer.Option(help="What a draft position counts of the one before.")] = 1.0,
     epochs: Annotated[float, typer.Option(help="Times to see the data.")] = 2.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps, instead of epochs where positive.")] = -1,
@@ -115,6 +159,22 @@ def train(
         raise RedrafterError(f"{output} already holds a drafter: pass --overwrite, or another --output.")
     if gated and not rnn:
         raise RedrafterError("--gated needs the recurrence: leave out --no-rnn.")
+    _check_method(
+        method,
+        {
+            "--exit-dim": ("recurrent", exit_dim is not None),
+            "--no-rnn": ("recurrent", not rnn),
+            "--gated": ("recurrent", gated),
+            "--context-layer": ("recurrent", bool(context_layer)),
+            "--context-positions": ("recurrent", context_positions != 1),
+            "--cartesian": ("medusa", cartesian is not None),
+            "--blocks": ("recurrent medusa", blocks is not None),
+            "--draft-vocabulary": ("recurrent medusa", draft_vocabulary is not None),
+            "--features": ("eagle", features is not None),
+        },
+    )
+    if features is None:
+        features = FEATURES if method == "eagle" else 0.0
     if precision not in ("auto", "float32", "bfloat16", "float16"):
         raise RedrafterError(f"--precision {precision} is not one of auto, float32, bfloat16, float16.")
 
@@ -122,12 +182,16 @@ def train(
 
     from redrafter.cli.loading import load_model, load_tokenizer, skipping
     from redrafter.drafter import RecurrentDrafter
+    from redrafter.eagle import EagleHead
+    from redrafter.head import Head
+    from redrafter.medusa import NODES, MedusaHeads
     from redrafter.target import Target
     from redrafter.training.data import coverage, most_frequent, read_rows, split
     from redrafter.training.loss import Objective
     from redrafter.training.recipe import Recipe
     from redrafter.training.trainer import estimate, newest_checkpoint, run
 
+    ranks = None if cartesian is None else _ranks(cartesian, beam_length)
     recipe = Recipe(
         epochs,
         max_steps,
@@ -135,7 +199,7 @@ def train(
         learning_rate,
         save_steps=save_steps,
         seed=seed,
-        objective=Objective(cross_entropy, kl, total_variation, coupled, decay),
+        objective=Objective(cross_entropy, kl, total_variation, coupled, decay, features),
         accumulation=accumulation,
         precision=precision,  # type: ignore[arg-type]
         packing=max_length if packing else None,
@@ -152,19 +216,34 @@ def train(
     rows = rows if limit is None else [row.cut(limit) for row in rows]
     rows, measured = split(rows, min(64, len(rows) // 20) if held_out is None else held_out, seed=seed)
     torch.manual_seed(seed)
-    drafter = RecurrentDrafter.for_target(
-        target,
-        exit_dim=exit_dim,
-        num_draft_layers=blocks,
-        rnn=rnn,
-        gated=gated,
-        context_layers=sorted(context_layer or []),
-        context_positions=context_positions,
-        beam_length=beam_length,
-        beam_width=beam_width,
-        node_budget=node_budget,
-        draft_vocabulary=None if draft_vocabulary is None else most_frequent(rows, draft_vocabulary),
-    )
+    shape: dict[str, Any] = {"beam_width": beam_width, "node_budget": node_budget}
+    vocabulary = None if draft_vocabulary is None else most_frequent(rows, draft_vocabulary)
+    drafter: Head
+    if method == "medusa":
+        drafter = MedusaHeads.fresh(
+            target,
+            heads=beam_length,
+            blocks=1 if blocks is None else blocks,
+            ranks=ranks,
+            nodes=max(NODES, node_budget or 0),
+            **shape,
+            draft_vocabulary=vocabulary,
+        )
+    elif method == "eagle":
+        drafter = EagleHead.fresh(target, beam_length=beam_length, **shape)
+    else:
+        drafter = RecurrentDrafter.for_target(
+            target,
+            exit_dim=exit_dim,
+            num_draft_layers=2 if blocks is None else blocks,
+            rnn=rnn,
+            gated=gated,
+            context_layers=sorted(context_layer or []),
+            context_positions=context_positions,
+            beam_length=beam_length,
+            **shape,
+            draft_vocabulary=vocabulary,
+        )
     learnt = sum(row.learnt for row in rows)
     console.print(
         f"{len(rows):,} rows, {learnt:,} tokens to learn, {len(measured)} rows held out; "

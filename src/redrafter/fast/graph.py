@@ -43,10 +43,15 @@ class Captured(Generic[T]):
         if device.type != "cuda":
             self.refused = f"graphs are CUDA's, and this is {device.type}"
 
+    @property
+    def replaying(self) -> bool:
+        """Whether it is captured."""
+        return self._graph is not None
+
     def __call__(self) -> T:
         """The function's result."""
         if not self._valid():
-            raise RedrafterError("The model was moved or converted while it was writing; start again.")
+            raise RedrafterError("The model or its drafter was moved or converted while it was writing; start again.")
         if self._graph is not None:
             self._graph.replay()
             return self._result
@@ -60,8 +65,10 @@ class Captured(Generic[T]):
     def _watched(self) -> T:
         """A plain call that learns whether the function asks the device a question, which no capture survives."""
         mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings():  # torch calls this mode a prototype
+                warnings.filterwarnings("ignore", "Synchronization debug mode")
+                torch.cuda.set_sync_debug_mode("error")
             return self._function()
         except RuntimeError as error:
             if "synchroniz" not in str(error):

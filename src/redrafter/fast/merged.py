@@ -21,9 +21,9 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[int]:
+def merged(*models: nn.Module) -> Iterator[int]:
     """Yields the number of groups that are computed as one until it is left."""
-    with entered([Group.of(parts) for parts in together(model)]) as count:
+    with entered([Group.of(parts) for model in models for parts in together(model)]) as count:
         yield count
 
 

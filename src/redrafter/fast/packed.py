@@ -49,9 +49,9 @@ def _works() -> bool:
     return known and torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
-def quicker(target: nn.Module, *drafters: nn.Module, captured: bool) -> AbstractContextManager[int]:
+def quicker(*models: nn.Module, captured: bool) -> AbstractContextManager[int]:
     """The products of a call: merged where its step is captured, packed where it is called."""
-    return merged(target) if captured else packed(target, *drafters)
+    return merged(*models) if captured else packed(*models)
 
 
 class _Packed(Group):

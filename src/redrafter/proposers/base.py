@@ -73,6 +73,10 @@ class Proposer(Protocol):
         """
         ...
 
+    def quickened(self) -> Proposer:
+        """One that proposes the same, as fast as it can here, for as long as no weight changes."""
+        ...
+
 
 class Memoryless:
     """What a proposer says that keeps nothing between steps."""
@@ -82,6 +86,10 @@ class Memoryless:
 
     def read(self, memory: SlotCache | None, place: Place, states: Tensor, start: int) -> None:
         """Prompts leave nothing behind."""
+
+    def quickened(self) -> Proposer:
+        """Itself: there is nothing to prepare."""
+        return self  # type: ignore[return-value]
 
 
 @runtime_checkable

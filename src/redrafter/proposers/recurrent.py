@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from redrafter.beam import beam_search
 from redrafter.cache import SlotCache
 from redrafter.drafter import RecurrentDrafter
+from redrafter.fast import has_kernels
+from redrafter.fast.joined import Joined
 from redrafter.proposers.base import Memoryless
 from redrafter.proposers.beams import size_of, tree_of
 from redrafter.sampling import Draw, Place
@@ -30,6 +32,8 @@ class RecurrentProposer(Memoryless):
     width: int
     length: int
     budget: int | None = None
+    joined: Joined | None = None
+    """The drafter's products, where they were made fewer."""
 
     @property
     def size(self) -> int:
@@ -50,14 +54,24 @@ class RecurrentProposer(Memoryless):
         self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
     ) -> DraftTree:
         """Trees below the root; the drafter computes in its own dtype, and coupled to the target's draws."""
-        dtype, root = self.drafter.dtype, place.root
+        root = place.root
         found = beam_search(
             self.drafter,
-            lambda tokens: self.target.embed(tokens).to(dtype),
-            context.flatten(1).to(dtype),
+            self._embed,
+            context.flatten(1).to(self.drafter.dtype),
             root,
             width=self.width,
             length=self.length,
             adjust=None if draw.noise is None else partial(draw.coupled, names=self.drafter.draft_vocabulary),
+            joined=self.joined,
         )
         return tree_of(root, found, self.budget)
+
+    def quickened(self) -> RecurrentProposer:
+        """With joined products, where kernels run."""
+        if not has_kernels(self.drafter.device, self.drafter.dtype):
+            return self
+        return replace(self, joined=Joined.of(self.drafter, self._embed))
+
+    def _embed(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden"]:
+        return self.target.embed(tokens).to(self.drafter.dtype)  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ import torch
 from transformers import __version__ as TRANSFORMERS
 
 from redrafter import __version__, hub
-from redrafter.drafter import RecurrentDrafter
+from redrafter.head import Head
 from redrafter.training.data import Row, coverage
 from redrafter.training.evaluation import Acceptance
 from redrafter.training.recipe import Recipe
@@ -33,7 +33,7 @@ class Run:
     licence: str | None
 
 
-def card(drafter: RecurrentDrafter, run: Run) -> str:
+def card(drafter: Head, run: Run) -> str:
     """The text of `README.md`."""
     config, recipe = drafter.config, run.recipe
     name = config.target or "an unnamed model"
@@ -53,7 +53,7 @@ def card(drafter: RecurrentDrafter, run: Run) -> str:
         [
             *_front_matter(run, config.target),
             "",
-            f"# A recurrent drafter for {name}",
+            f"# {config.kind[0].upper()}{config.kind[1:]} for {name}",
             "",
             "Use it with `redrafter generate --model MODEL --drafter THIS_FOLDER --prompt TEXT`, or in transformers by",
             "`model.generate(**inputs, custom_generate=THIS_FOLDER, trust_remote_code=True)`.",
@@ -87,15 +87,12 @@ def _front_matter(run: Run, target: str | None) -> list[str]:
     return [*lines, "tags:", "- speculative-decoding", "- custom_generate", "---"]
 
 
-def _acceptance(found: Acceptance | None, drafter: RecurrentDrafter) -> list[str]:
+def _acceptance(found: Acceptance | None, drafter: Head) -> list[str]:
     if found is None:
         return ["| acceptance | not measured: no rows were held out |"]
-    config = drafter.config
-    shape = f"{config.beam_width} beams of {config.beam_length}"
-    shape += f", {config.node_budget} nodes" if config.node_budget else ""
     rates = ", ".join(f"{rate:.0%}" for rate in found.rates)
     return [
-        f"| mean acceptance length | {found.mean_acceptance_length:.2f} tokens a step ({shape}), at every place of "
-        "held-out rows |",
+        f"| mean acceptance length | {found.mean_acceptance_length:.2f} tokens a step "
+        f"({drafter.config.shape_in_words}), at every place of held-out rows |",
         f"| accepted by position | {rates} |",
     ]

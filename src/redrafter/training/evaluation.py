@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from redrafter.cache import SlotCache
 from redrafter.decoding import generate
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Method, Proposer
@@ -22,6 +23,7 @@ from redrafter.proposers.base import measured
 from redrafter.request import Request, request
 from redrafter.results import Generation, Stats
 from redrafter.sampling import Place, Sampler
+from redrafter.step import PREFILL_CHUNK
 from redrafter.target import Target
 from redrafter.training.data import Row, collate
 from redrafter.training.loss import context_at, windows
@@ -32,6 +34,9 @@ CHUNK = 512
 
 SCORES = 2**24
 """Scores of one beam over the target's vocabulary that exist at one time: 64 MB in float32."""
+
+MEMORIES = 2**28
+"""Bytes of what proposers keep, copied for each place, that exist at one time, about."""
 
 GREEDY = Sampler()
 
@@ -138,15 +143,7 @@ def drafted_everywhere(
     batch_size: int = 8,
     chunk: int | None = None,
 ) -> list[Tensor]:
-    """Accepted and drafted tokens at every window, [M, 2] for each row, by position; arguments as for `acceptance`.
-
-    Raises RedrafterError for a proposer that keeps a memory, which would be that of one place alone.
-    """
-    if proposer.memory(batch=1, slots=1) is not None:
-        raise RedrafterError(
-            "Drafts that are made from a memory of the text cannot be measured at every place of it: count those of "
-            "decoding instead, as `redrafter generate --json` does."
-        )
+    """Accepted and drafted tokens at every window, [M, 2] for each row, by position; arguments as for `acceptance`."""
     chunk = chunk or min(CHUNK, max(1, SCORES // target.vocab_size))
     verdicts: list[Tensor] = []
     with target.evaluating():
@@ -161,20 +158,38 @@ def drafted_everywhere(
             found = [torch.zeros((0, 2), dtype=torch.long, device=ids.device)]
             if len(row):  # no draft begins at a row's last token, for which the model may have no position left
                 hidden = target.hidden_states(ids[:, :-1], batch["segments"][:, :-1])
-                for at, t, text, wanted in zip(*(x.split(chunk) for x in (row, position, tokens, known)), strict=True):
+                ids = torch.nn.functional.pad(ids, (0, proposer.length + proposer.size))  # as many slots as in decoding
+                memory = _remembered(proposer, ids, hidden, seed)
+                at_once = chunk if memory is None else min(chunk, max(1, MEMORIES // memory.row_bytes))
+                parts = (x.split(at_once) for x in (row, position, tokens, known))
+                for at, t, text, wanted in zip(*parts, strict=True):
                     context = context_at(hidden, at, t, proposer.positions).unflatten(1, (proposer.positions, -1))
                     texts = ids[at].scatter(1, t[:, None] + 1, text[:, :1])  # a continuation has its own
                     place = Place(at, seed[at], texts, length=t + 1, alive=torch.ones_like(at))
-                    found.append(_verdicts(target, proposer, sampler, place, context, text, wanted))
+                    own = None if memory is None else memory.of_rows(at)
+                    found.append(_verdicts(target, proposer, sampler, own, place, context, text, wanted))
             counts = row.bincount(minlength=len(ids)).tolist()
             verdicts += torch.cat(found).cpu().split(counts)
     return verdicts
+
+
+def _remembered(
+    proposer: Proposer, ids: Int[Tensor, "B slots"], hidden: Float[Tensor, "B P state"], seed: Int[Tensor, " B"]
+) -> SlotCache | None:
+    """What a proposer keeps of whole rows: a draft at any place of them sees what lies before it alone."""
+    memory = proposer.memory(batch=len(ids), slots=ids.shape[1])
+    last = torch.full_like(seed, hidden.shape[1] - 1)
+    place = Place(torch.arange(len(ids), device=ids.device), seed, ids, last, torch.ones_like(seed))
+    for start in range(0, hidden.shape[1], PREFILL_CHUNK):
+        proposer.read(memory, place, hidden[:, start : start + PREFILL_CHUNK], start)
+    return memory
 
 
 def _verdicts(
     target: Target,
     proposer: Proposer,
     sampler: Sampler,
+    memory: SlotCache | None,
     place: Place,
     context: Float[Tensor, "C positions state"],
     tokens: Int[Tensor, "C length1"],
@@ -182,7 +197,7 @@ def _verdicts(
 ) -> Int[Tensor, "C 2"]:
     """Accepted and drafted tokens; `tokens` are the root and what follows it, of which `wanted` is known."""
     draw = sampler.draw(place, depths=proposer.length + 1, vocabulary=target.vocab_size)
-    tree = proposer.propose(None, place, context, draw)
+    tree = proposer.propose(memory, place, context, draw)
     following = tokens[:, 1:].masked_fill(~wanted, -1)
     following = torch.nn.functional.pad(following, (0, 1), value=-1)  # nothing is drafted after the deepest nodes
     _, accepted = walk(tree, following.gather(1, tree.depth), length=proposer.length)

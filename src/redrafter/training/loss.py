@@ -1,4 +1,4 @@
-"""The drafter's training loss: a teacher-forced unroll of its one recurrence.
+"""A drafter's training loss, teacher-forced (`Head.unrolled`).
 
 As in the released script: at every position t of a trained stretch the drafter is given the target's hidden state there
 and the true tokens that follow, and is asked for each next one, `length` times.  Promises that no tensor of
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from redrafter.drafter import RecurrentDrafter
+from redrafter.head import Head
 
 LOGITS = 2**27
 """Logits of the drafter that exist at one time: 512 MB in float32."""
@@ -37,7 +37,9 @@ class Objective:
     `cross_entropy` on the token that follows in the data (the released script); `kl`, the Kullback-Leibler divergence
     of the drafter from the target's own distribution there; `total_variation`, half the sum of their distances (both in
     arXiv 2310.08461, section 3); `coupled`, the cross-entropy of what the target draws by Gumbel noise under the
-    drafter's logits with the same noise, which is how drafts are ranked when sampling.
+    drafter's logits with the same noise, which is how drafts are ranked when sampling; `features`, of a head that
+    predicts the target's features, the smooth L1 distance from them, the mean over their numbers (arXiv 2401.15077,
+    section 4.2).
     """
 
     cross_entropy: float = 1.0
@@ -45,6 +47,7 @@ class Objective:
     total_variation: float = 0.0
     coupled: float = 0.0
     decay: float = 1.0
+    features: float = 0.0
 
     @property
     def of_distribution(self) -> bool:
@@ -84,7 +87,7 @@ def windows(
 
 
 def unrolled_loss(
-    drafter: RecurrentDrafter,
+    drafter: Head,
     embed: Callable[[Tensor], Tensor],
     hidden: Float[Tensor, "B P state"],
     input_ids: Int[Tensor, "B P"],
@@ -105,7 +108,8 @@ def unrolled_loss(
     logits from its states [C, state], where the objective is about its distribution: that is known along the text
     alone, so not where `continuations` take the place of the tokens that follow.  Tokens outside the draft vocabulary
     have no cross-entropy.  A batch without a trained window gives 0.  Of the windows a random `share` is scored,
-    `chunk` at a time, by default as many as LOGITS allows.
+    `chunk` at a time, by default as many as LOGITS allows.  A head that predicts features runs over the whole rows once
+    (`Head.over_rows`); its logits are what `head` makes of them.
     """
     rows, positions, tokens, wanted = windows(input_ids, trained, length=length, continuations=continuations)
     if share < 1:
@@ -128,29 +132,36 @@ def unrolled_loss(
     chunk = chunk or max(1, LOGITS // (length * drafter.config.head_size))
     score = partial(_loss_of_windows, objective=objective, embed=embed, head=head, hidden=hidden, segments=segments)
     chunks = zip(*(p.split(chunk) for p in parts), strict=True)
-    learnt = {name: p for name, p in drafter.named_parameters() if p.requires_grad}
+    predicted = drafter.over_rows(embed, hidden, input_ids, segments, length)
+    scored = _Scored(drafter, predicted, score)
+    given: list[tuple[str, Tensor]] = [*scored.named_parameters()] if predicted is None else [("predicted", predicted)]
+    learnt = {name: tensor for name, tensor in given if tensor.requires_grad}
     if not (torch.is_grad_enabled() and learnt):
-        return torch.stack([score(drafter, *part) for part in chunks]).sum()
+        return torch.stack([scored(*part) for part in chunks]).sum()
     # a power of two, so that it changes no float32 gradient; without it those of one window vanish in float16
     scale = 2.0 ** round(math.log2(len(rows)) - 4)
-    scored = _Scored(drafter, score)
     return _SummedAtOnce.apply(scored, chunks, scale, list(learnt), *learnt.values())  # type: ignore[no-any-return]
 
 
 class _Scored(nn.Module):
-    """`score(drafter, *part)` as a module, so that other tensors can stand in for the drafter's weights."""
+    """`score(drafter, predicted, *part)` as a module, so that other tensors can stand in for the weights and for what
+    the drafter predicted over whole rows.
+    """
 
-    def __init__(self, drafter: RecurrentDrafter, score: Callable[..., Tensor]):
+    predicted: Tensor | None
+
+    def __init__(self, drafter: Head, predicted: Tensor | None, score: Callable[..., Tensor]):
         super().__init__()
         self.drafter, self.score = drafter, score
+        self.register_buffer("predicted", predicted)
 
     def forward(self, *part: Tensor) -> Tensor:
         """The loss of some windows."""
-        return self.score(self.drafter, *part)
+        return self.score(self.drafter, self.predicted, *part)
 
 
 class _SummedAtOnce(torch.autograd.Function):
-    """The sum of a module over parts, each differentiated by its weights as soon as it is known.
+    """The sum of a module over parts, each differentiated by `learnt`, of those names, as soon as it is known.
 
     So every part is computed once, and what it needed is freed before the next.  Under autocast the weights are made
     half-precise once, and gradients of that precision are summed in the weights' own.  Gradients are multiplied by
@@ -169,7 +180,7 @@ class _SummedAtOnce(torch.autograd.Function):
         kind = learnt[0].device.type
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         used = [p.detach().to(half or p.dtype).requires_grad_() for p in learnt]
-        weights = {f"drafter.{name}": weight for name, weight in zip(names, used, strict=True)}
+        weights = dict(zip(names, used, strict=True))
         losses, gradients = [], [torch.zeros_like(p) for p in learnt]
         for part in parts:
             with torch.enable_grad():
@@ -210,7 +221,8 @@ def context_at(
 
 
 def _loss_of_windows(
-    drafter: RecurrentDrafter,
+    drafter: Head,
+    predicted: Float[Tensor, "length B P hidden"] | None,
     rows: Int[Tensor, " C"],
     positions: Int[Tensor, " C"],
     tokens: Int[Tensor, "C length"],
@@ -224,32 +236,39 @@ def _loss_of_windows(
     hidden: Float[Tensor, "B P state"],
     segments: Int[Tensor, "B P"] | None,
 ) -> Float[Tensor, ""]:
-    """The weighted sum over some windows.
+    """The weighted sum over some windows; `predicted` is what `Head.over_rows` gave.
 
     `labelled` and `wanted` are the weights of the cross-entropy and of the distances between distributions.
     """
-    embeddings = embed(tokens).to(drafter.dtype)
-    features = context_at(hidden, rows, positions, drafter.config.context_positions, segments)
-    context = drafter.context(features.to(drafter.dtype))[:, None].expand_as(embeddings)
-    states: list[Tensor] = []
-    for embedding in embeddings.unbind(1):
-        states.append(drafter.step(states[-1] if states else None, embedding))
-    own = drafter.logits(context, torch.stack(states, dim=1)).log_softmax(-1, dtype=torch.float32)
+    following = positions[:, None] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
+    following = following.clamp(max=hidden.shape[1] - 1)
+    if predicted is None:
+        embeddings = embed(tokens).to(drafter.dtype)
+        features = context_at(hidden, rows, positions, drafter.positions, segments)
+        logits = drafter.unrolled(features.to(drafter.dtype), embeddings)
+    else:
+        assert head is not None
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        found = predicted[steps, rows[:, None], following - 1]
+        logits = head(found.flatten(0, 1)).unflatten(0, found.shape[:2])
+    own = logits.log_softmax(-1, dtype=torch.float32)
     loss = own.new_zeros(())
+    if predicted is not None and objective.features:
+        truth = hidden[rows[:, None], following][..., -found.shape[-1] :].float()
+        distance = torch.nn.functional.smooth_l1_loss(found.float(), truth, reduction="none").mean(-1)
+        loss = loss + objective.features * (distance * wanted).sum()
     if objective.cross_entropy:
         loss = loss - objective.cross_entropy * (own.gather(2, labels.clamp(min=0)[..., None])[..., 0] * labelled).sum()
     if objective.of_distribution:
         assert head is not None
         with torch.no_grad():  # windows overlap: each place's distribution is made once
-            following = positions[:, None] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
-            following = following.clamp(max=hidden.shape[1] - 1) + rows[:, None] * hidden.shape[1]
-            places, index = following.unique(return_inverse=True)
+            places, index = (following + rows[:, None] * hidden.shape[1]).unique(return_inverse=True)
             law = _law(drafter, head(hidden.flatten(0, 1)[places]).float())
         loss = loss + (_divergence(objective, own, law, index) * wanted).sum()
     return loss
 
 
-def _law(drafter: RecurrentDrafter, logits: Float[Tensor, "U V"]) -> Float[Tensor, "U head1"]:
+def _law(drafter: Head, logits: Float[Tensor, "U V"]) -> Float[Tensor, "U head1"]:
     """Log-probabilities of the draft vocabulary and, last, of all that lies outside it together (log 0 where none)."""
     log = logits.log_softmax(-1)
     if drafter.draft_vocabulary is None:
@@ -288,7 +307,7 @@ def _divergence(
     return loss
 
 
-def _labels(drafter: RecurrentDrafter, tokens: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+def _labels(drafter: Head, tokens: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """Target ids as ids of the draft vocabulary, IGNORED where it lacks them."""
     if drafter.draft_vocabulary is None:
         return tokens

@@ -23,13 +23,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
-from redrafter.proposers import RecurrentProposer
+from redrafter.head import Head
+from redrafter.medusa import MedusaHeads
 from redrafter.target import Target
 from redrafter.training.card import Run, card
 from redrafter.training.data import Row, collate, pack
 from redrafter.training.evaluation import Acceptance, acceptance
+from redrafter.training.fitting import fit
 from redrafter.training.loss import TOKENS, Objective, unrolled_loss
 from redrafter.training.recipe import Recipe
 from redrafter.training.sharding import bytes_here, is_sharded
@@ -45,9 +46,9 @@ METRIC = "acceptance_length"
 class Unrolled(nn.Module):
     """The drafter as a module that maps a batch to its loss; the target is held outside, so it is never saved."""
 
-    def __init__(
-        self, drafter: RecurrentDrafter, target: Target, objective: Objective = TOKENS, window_share: float = 1.0
-    ):
+    def __init__(self, drafter: Head, target: Target, objective: Objective = TOKENS, window_share: float = 1.0):
+        """Raises RedrafterError for a drafter in 8 bits."""
+        drafter.check_whole("trained")
         super().__init__()
         self.drafter = drafter
         self.objective = objective
@@ -62,7 +63,8 @@ class Unrolled(nn.Module):
 
     def kept_states(self, folder: Path, rows: list[Row]) -> States:
         """Where those of the rows lie on disk, or will."""
-        return States(folder, self.target[0], self.hidden_states, rows, reach=self.drafter.config.context_positions)
+        reach = max(len(row.input_ids) for row in rows) if self.drafter.reads_text else self.drafter.positions
+        return States(folder, self.target[0], self.hidden_states, rows, reach=reach)
 
     def forward(
         self,
@@ -163,8 +165,8 @@ class Checkpointing(Trainer):  # type: ignore[misc]
 def held_out_acceptance(module: Unrolled, rows: list[Row]) -> Acceptance:
     """How far the drafts of a drafter in training follow held-out rows, at every place of them."""
     drafter, (target,) = module.drafter, module.target
-    config = drafter.config
-    proposer = RecurrentProposer(drafter, target, config.beam_width, config.beam_length, config.node_budget)
+    proposer = drafter.proposer(target, *drafter.drafting(0))
+    assert proposer is not None
     training = drafter.training
     drafter.eval()
     try:
@@ -182,7 +184,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def run(
     model: PreTrainedModel,
-    drafter: RecurrentDrafter,
+    drafter: Head,
     rows: list[Row],
     output: Path,
     recipe: Recipe,
@@ -210,11 +212,22 @@ def run(
         raise RedrafterError(f"{output} holds an unfinished run: pass --resume, or another --output.")
     if any(row.continuations for row in rows) and recipe.objective.of_distribution:
         raise RedrafterError("Rows with continuations know no distribution: train on them with cross-entropy alone.")
+    if any(row.continuations for row in rows) and drafter.reads_text:
+        raise RedrafterError(f"Rows with continuations have no states along them, which {drafter.config.kind} learns.")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise RedrafterError("FSDP of accelerate would divide the drafter: use --shard-target to divide the target.")
-    target = Target(model, drafter.config.context_layers)
-    if recipe.objective.of_distribution and is_sharded(model) and not target.head_alone:
-        raise RedrafterError("The whole model makes this target's logits: divided, train it with cross-entropy alone.")
+    target = Target(model, drafter.layers)
+    if is_sharded(model) and not target.head_alone:
+        if drafter.reads_text:
+            raise RedrafterError(
+                "The whole model makes this target's logits: divided, it has no output head to train on."
+            )
+        if recipe.objective.of_distribution:
+            raise RedrafterError(
+                "The whole model makes this target's logits: divided, train it with cross-entropy alone."
+            )
+    if held_out:
+        drafter.check(target, *drafter.drafting(0))
     module = Unrolled(drafter, target, recipe.objective, recipe.window_share)
     try:
         trainer = Checkpointing(
@@ -236,6 +249,8 @@ def run(
     result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     loss = float(logged[-1] if logged else result.training_loss)
+    if isinstance(drafter, MedusaHeads):
+        fit(drafter, target, rows, held_out or [])
     found = held_out_acceptance(trainer.model, held_out) if held_out else None
     drafter.eval().to(model.dtype)
     if trainer.is_world_process_zero():
@@ -264,13 +279,13 @@ class Estimate:
     """Bytes allocated at most on a CUDA device; the drafter's moments are counted in."""
 
 
-def estimate(model: PreTrainedModel, drafter: RecurrentDrafter, rows: list[Row], recipe: Recipe) -> Estimate:
+def estimate(model: PreTrainedModel, drafter: Head, rows: list[Row], recipe: Recipe) -> Estimate:
     """Runs the loss and its gradients for the first batches, without a step of the optimiser."""
     groups: list[Any] = list(rows) if recipe.packing is None else pack(rows, recipe.packing)
     batches = math.ceil(len(groups) / (recipe.batch_size * _processes()))
     steps = math.ceil(math.ceil(batches / recipe.accumulation) * recipe.epochs)
     steps = recipe.max_steps if recipe.max_steps > 0 else steps
-    module = Unrolled(drafter, Target(model, drafter.config.context_layers), recipe.objective, recipe.window_share)
+    module = Unrolled(drafter, Target(model, drafter.layers), recipe.objective, recipe.window_share)
     precision, device = _precision(drafter, recipe), drafter.device
     trained = sum(p.numel() * p.element_size() for p in drafter.parameters())
     on_gpu = device.type == "cuda"
@@ -299,13 +314,13 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _precision(drafter: RecurrentDrafter, recipe: Recipe) -> str:
+def _precision(drafter: Head, recipe: Recipe) -> str:
     if recipe.precision != "auto":
         return recipe.precision
     return "bfloat16" if drafter.device.type == "cuda" else "float32"
 
 
-def _arguments(drafter: RecurrentDrafter, recipe: Recipe, checkpoints: Path, *, measured: bool) -> TrainingArguments:
+def _arguments(drafter: Head, recipe: Recipe, checkpoints: Path, *, measured: bool) -> TrainingArguments:
     on_gpu = drafter.device.type == "cuda"
     precision = _precision(drafter, recipe)
     every: dict[str, Any] = {"save_strategy": "steps", "save_steps": recipe.save_steps}

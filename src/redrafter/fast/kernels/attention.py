@@ -15,16 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS_PER_PROCESSOR = 1  # that the keys are cut for
+PROGRAMS_PER_PROCESSOR = 3  # that the keys of a few queries are cut for; of many one, whose partial results are large
 RESIDENT = 2  # programs whose blocks fit a processor's shared memory
-MAX_SPLITS = 32
-KEYS, STAGES = 32, 3  # of a block; the number of blocks in flight
+MAX_SPLITS, LEAST_KEYS = 32, 128  # parts of the keys; keys of a part
+KEYS = 32  # of a block: a block's part of the mask is then in two words
+STAGES = 3  # blocks in flight, of few queries; of many one more
 ROWS = 128  # queries of a block, at most
 SHARED_MEMORY = 96 << 10  # bytes of a processor where it does not tell
 
 
 class Tiling(NamedTuple):
-    """How a program goes about its work; `rows` and `keys` of a block are powers of two, `rows` at least 16."""
+    """How a program goes about its work; `rows` and `keys` of a block are powers of two, 16 to 128 and 16 to KEYS."""
 
     rows: int
     keys: int
@@ -34,7 +35,7 @@ class Tiling(NamedTuple):
 
 @triton.jit
 def _block(
-    acc, top, total, q, k_base, v_base, mask_row, mask_base, depth, start, end, length,
+    acc, top, total, q, k_base, v_base, mask_row, mask_base, depth, start, end, length, words,
     stride_ks, stride_vs, stride_mn, scale, softcap,
     TREE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -58,10 +59,13 @@ def _block(
     if TREE:
         node = slot - length
         known = (node >= 0) & (slot < end)
-        at = tl.where(known, node, 0)
-        word = tl.load(mask_row[:, None] + 2 + (at // 32)[None, :])  # [BLOCK_M, BLOCK_N], few distinct addresses
-        seen = (node < 0)[None, :] | (known[None, :] & (((word >> (at % 32)[None, :]) & 1) != 0))
+        word = tl.maximum(start - length, 0) // 32  # a block of at most 32 keys has its bits in two words
+        low = tl.load(mask_row + 2 + word)
+        high = tl.load(mask_row + 3 + word, mask=word + 1 < words, other=0)
+        bits = (low | (high << 32))[:, None] >> tl.where(known, node - 32 * word, 0)[None, :]
+        seen = (node < 0)[None, :] | (known[None, :] & ((bits & 1) != 0))
         if WINDOW > 0:
+            at = tl.where(known, node, 0)
             distance = tl.where(node < 0, node, tl.load(mask_base + at * stride_mn + 1).to(tl.int32))
             seen = seen & (depth[:, None] - distance[None, :] < WINDOW)
         logit = tl.where(seen, logit, float("-inf"))
@@ -77,11 +81,11 @@ def _block(
     return acc, higher, total
 
 
-@triton.jit(do_not_specialize=["stride_mb", "stride_mn", "slots", "nodes", "splits"])
+@triton.jit(do_not_specialize=["stride_mb", "stride_mn", "words", "slots", "nodes", "splits"])
 def _attend(
     query, key, value, mask, sinks, out, part, tops, totals,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_mb, stride_mn, slots, nodes, splits, scale, softcap,
+    stride_mb, stride_mn, words, slots, nodes, splits, scale, softcap,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, WHOLE: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -123,13 +127,13 @@ def _attend(
     total = tl.full([BLOCK_M], 0.0, tl.float32)
     for i in range(begin, tl.minimum(stop, committed)):
         acc, top, total = _block(
-            acc, top, total, q, k_base, v_base, mask_row, mask_base, depth, first + i * BLOCK_N, end, length,
+            acc, top, total, q, k_base, v_base, mask_row, mask_base, depth, first + i * BLOCK_N, end, length, words,
             stride_ks, stride_vs, stride_mn, scale, softcap,
             False, WINDOW, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     for i in range(tl.maximum(begin, committed), stop):
         acc, top, total = _block(
-            acc, top, total, q, k_base, v_base, mask_row, mask_base, depth, first + i * BLOCK_N, end, length,
+            acc, top, total, q, k_base, v_base, mask_row, mask_base, depth, first + i * BLOCK_N, end, length, words,
             stride_ks, stride_vs, stride_mn, scale, softcap,
             True, WINDOW, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
@@ -186,9 +190,10 @@ def _merge(
     tl.store(out + where, result, mask=inside[:, None] & (dv < DV)[None, :])
 
 
-def splits_for(programs: int, slots: int, processors: int, keys: int = KEYS) -> int:
-    """Parts that the keys are cut into, where `programs` run anyway: enough for all processors, of a block or more."""
-    return max(1, min(PROGRAMS_PER_PROCESSOR * processors // programs, slots // keys, MAX_SPLITS))
+def splits_for(programs: int, slots: int, processors: int, rows: int) -> int:
+    """Parts that the keys are cut into, where `programs` of so many rows run anyway: enough for all processors."""
+    each = PROGRAMS_PER_PROCESSOR if rows <= 16 else 1
+    return max(1, min(each * processors // programs, slots // LEAST_KEYS, MAX_SPLITS))
 
 
 def tiling_for(rows: int, sizes: int, bytes_each: int, shared_memory: int = SHARED_MEMORY) -> Tiling:
@@ -197,7 +202,8 @@ def tiling_for(rows: int, sizes: int, bytes_each: int, shared_memory: int = SHAR
     So chosen that RESIDENT of them fit a processor's shared memory.
     """
     most = (ROWS if sizes <= 256 else ROWS // 2) if bytes_each < 4 else 16  # without tensor cores, registers run short
-    tile = Tiling(max(16, min(most, triton.next_power_of_2(rows))), KEYS if bytes_each < 4 else KEYS // 4, 4, STAGES)
+    height = max(16, min(most, triton.next_power_of_2(rows)))
+    tile = Tiling(height, KEYS if bytes_each < 4 else KEYS // 2, 4, STAGES + (height >= 64))
     if tile.rows * sizes > 64 * 256:
         tile = tile._replace(warps=8)
 
@@ -243,7 +249,7 @@ def launch(
     tile = tiling or tiling_for(rows, block_d + block_dv, query.element_size(), shared_memory)
     tiles = triton.cdiv(rows, tile.rows)
     reach = slots if window is None else min(slots, window + nodes)
-    splits = splits or splits_for(batch * kv_heads * tiles, reach, processors, tile.keys)
+    splits = splits or splits_for(batch * kv_heads * tiles, reach, processors, tile.rows)
 
     out = query.new_empty((batch, nodes, heads, value_size))
     part, tops, totals = out, out, out  # not touched
@@ -255,7 +261,7 @@ def launch(
         scale, cap = 2 * scale / softcap, softcap * math.log2(math.e)
     _attend[(splits, batch * kv_heads, tiles)](
         query, key, value, mask, sinks if sinks is not None else out, out, part, tops, totals,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], mask.stride(0), mask.stride(2),
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], mask.stride(0), mask.stride(2), mask.shape[3] - 2,
         slots, nodes, splits, scale, cap,
         WINDOW=window or 0, SOFTCAP=softcap is not None, SINKS=sinks is not None, WHOLE=splits == 1,
         HEADS=kv_heads, GROUP=group, D=size, DV=value_size,

@@ -1,8 +1,9 @@
 """Kernels of drafting in Triton: the best scores, a step of the beam search, trees, and the drafter's activations.
 
 Promises what the plain counterparts give, up to rounding: `redrafter.fast.top.plain_top`, `redrafter.beam.plain_grow`,
-`redrafter.tree.plain_fold` and `plain_most_probable`, `redrafter.drafter.activated`.  Imports triton, so it is imported
-on first use.  Everything works on the current device and asks it nothing.
+`redrafter.tree.plain_fold` and `plain_most_probable`, `redrafter.drafter.activated`, and `plain_moved` of
+`redrafter.fast.joined`.  Imports triton, so it is imported on first use.  Everything works on the current device and
+asks it nothing.
 
 What is ranked is packed into one number of 64 bits: the score's bits in an order that integers have, then the place,
 the smaller the better.  So ties are decided, and one bitonic sort carries both.
@@ -17,6 +18,7 @@ CHUNK = 1024  # columns of a program, at least
 CANDIDATES = 4096  # of a row, at most, that its chunks hand on; more columns make larger chunks
 LOWEST = tl.constexpr(-(1 << 63))  # ranks below every score
 ELEMENTS = 1024  # of a program
+OWN, OTHERS = 32, 256  # entries of a beam search that a program ranks, and that it compares with at once
 
 
 def _power(number: int) -> int:
@@ -112,23 +114,29 @@ def top(scores: Tensor, width: int, chunk: int | None = None) -> tuple[Tensor, T
     return values, ids, logsumexp
 
 
+@triton.jit
+def _path_score(values, logsumexp, scores, row, entry, entries, beams_above, width):
+    """Of an entry: its beam's score and what its token adds."""
+    there = entry < entries
+    beam = row * beams_above + tl.where(there, entry // width, 0)
+    gain = tl.load(values + row * entries + entry, mask=there, other=0.0) - tl.load(logsumexp + beam)
+    return tl.load(scores + beam) + tl.where(gain > 0, 0.0, gain)  # never above the parent, not by rounding either
+
+
 @triton.jit(do_not_specialize=["beams_above", "width", "position"])
 def _grow(
     values, ids, logsumexp, names, beams, scores, above,
     level_tokens, level_parents, level_scores, new_beams, new_scores, new_above, parents,
     beams_above, width, position,
-    NAMED: tl.constexpr, ENTRIES: tl.constexpr, K: tl.constexpr, BLOCK_L: tl.constexpr,
+    NAMED: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """A row's beams, each grown by its best tokens: all of these, and the best of them."""
-    row = tl.program_id(0).to(tl.int64)
+    """OWN entries of a row, which grow its beams: each that fewer than `width` others surpass is a beam from now on."""
+    row = tl.program_id(1).to(tl.int64)
     entries = beams_above * width
-    entry = tl.arange(0, ENTRIES)
+    entry = tl.program_id(0) * OWN + tl.arange(0, OWN)
     there = entry < entries
     beam = tl.where(there, entry // width, 0)
-    gain = tl.load(values + row * entries + entry, mask=there, other=0.0)
-    gain -= tl.load(logsumexp + row * beams_above + beam)
-    gain = tl.where(gain > 0, 0.0, gain)  # never above the parent, not by rounding either
-    score = tl.load(scores + row * beams_above + beam) + gain
+    score = _path_score(values, logsumexp, scores, row, entry, entries, beams_above, width)
     token = tl.load(ids + row * entries + entry, mask=there, other=0)
     if NAMED:
         token = tl.load(names + token)
@@ -136,22 +144,21 @@ def _grow(
     tl.store(level_parents + row * entries + entry, tl.load(above + row * beams_above + beam), mask=there)
     tl.store(level_scores + row * entries + entry, score, mask=there)
 
-    best = tl.topk(tl.where(there, _ranked(score, entry), LOWEST), K)
-    k = tl.arange(0, K)
-    kept = k < width
-    at = tl.where(kept, _place_of(best), 0)
-    parent = at // width
-    token = tl.load(ids + row * entries + at)
-    if NAMED:
-        token = tl.load(names + token)
-    out = row * width + k
-    tl.store(new_scores + out, _score_of(best), mask=kept)
-    tl.store(new_above + out, at.to(tl.int64), mask=kept)
-    tl.store(parents + out, parent.to(tl.int64), mask=kept)
+    rank = _ranked(score, entry)
+    place = tl.zeros([OWN], tl.int32)
+    for start in range(0, entries, OTHERS):
+        other = start + tl.arange(0, OTHERS)
+        theirs = _ranked(_path_score(values, logsumexp, scores, row, other, entries, beams_above, width), other)
+        surpasses = (other < entries)[None, :] & (theirs[None, :] > rank[:, None])
+        place += tl.sum(surpasses.to(tl.int32), 1)
+    kept = there & (place < width)
+    out = row * width + place
+    tl.store(new_scores + out, _score_of(rank), mask=kept)
+    tl.store(new_above + out, entry.to(tl.int64), mask=kept)
+    tl.store(parents + out, beam.to(tl.int64), mask=kept)
     step = tl.arange(0, BLOCK_L)
-    old = (step < position)[None, :] & kept[:, None]
-    read = (row * beams_above + parent)[:, None] * position + step[None, :]
-    begun = tl.load(beams + read, mask=old, other=0)
+    read = (row * beams_above + beam)[:, None] * position + step[None, :]
+    begun = tl.load(beams + read, mask=(step < position)[None, :] & kept[:, None], other=0)
     write = out[:, None] * (position + 1) + step[None, :]
     tokens = tl.where((step == position)[None, :], token[:, None], begun)
     tl.store(new_beams + write, tokens, mask=(step <= position)[None, :] & kept[:, None])
@@ -179,13 +186,12 @@ def grow(
     new_beams = torch.empty((batch, width, position + 1), dtype=torch.int64, device=device)
     new_scores = torch.empty((batch, width), dtype=torch.float32, device=device)
     new_above, parents = torch.empty((2, batch, width), dtype=torch.int64, device=device)
-    block = _power(entries)
-    _grow[(batch,)](
+    _grow[(triton.cdiv(entries, OWN), batch)](
         values, ids, logsumexp, ids if names is None else names,
         beams if position else ids, scores.contiguous(), above.contiguous(),
         level_tokens, level_parents, level_scores, new_beams, new_scores, new_above, parents,
         beams_above, width, position,
-        NAMED=names is not None, ENTRIES=block, K=_power(width), BLOCK_L=_power(position + 1), num_warps=_warps(block),
+        NAMED=names is not None, OWN=OWN, OTHERS=min(OTHERS, _power(entries)), BLOCK_L=_power(position + 1),
     )  # fmt: skip
     return level_tokens, level_parents, level_scores, new_beams, new_scores, new_above, parents
 
@@ -319,23 +325,67 @@ def most_probable(
 
 
 @triton.jit
-def _activated(x, more, onto, out, count, MORE: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < count
-    value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+def _activated(
+    x, more, onto, out, columns, stride_x, stride_m, stride_o,
+    MORE: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < columns
+    value = tl.load(x + row * stride_x + at, mask=there, other=0.0).to(tl.float32)
     if MORE:
-        value += tl.load(more + at, mask=there, other=0.0).to(tl.float32)
+        value += tl.load(more + row * stride_m + at, mask=there, other=0.0).to(tl.float32)
     value = value / (1.0 + tl.exp(-value))
     if ONTO:
-        value += tl.load(onto + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + at, value, mask=there)
+        value += tl.load(onto + row * stride_o + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row * columns + at, value, mask=there)
 
 
 def activated(x: Tensor, more: Tensor | None, onto: Tensor | None) -> Tensor:
     """`onto + SiLU(x + more)` of equal shapes, in one launch."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    inputs = [x if one is None else one.contiguous() for one in (x, more, onto)]
-    _activated[(triton.cdiv(x.numel(), ELEMENTS),)](
-        *inputs, out, x.numel(), MORE=more is not None, ONTO=onto is not None, BLOCK=ELEMENTS, num_warps=4
-    )
+    rows = [as_rows(x if one is None else one) for one in (x, more, onto)]
+    count, columns = rows[0].shape
+    _activated[(triton.cdiv(columns, ELEMENTS), count)](
+        *rows, out, columns, *(one.stride(0) for one in rows),
+        MORE=more is not None, ONTO=onto is not None, BLOCK=ELEMENTS, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """As rows of numbers that lie one after another; copied only where they do not."""
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@triton.jit(do_not_specialize=["beams", "stride_tb", "stride_tw"])
+def _moved(
+    table, rows, tokens, parents, carried, out, beams, columns, stride_tb, stride_tw, stride_b, stride,
+    NAMED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    beam = tl.program_id(1)
+    b, w = (beam // beams).to(tl.int64), beam % beams
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < columns
+    place = tl.load(tokens + b * stride_tb + w * stride_tw)
+    parent = tl.load(parents + beam)
+    if NAMED:
+        place = tl.load(rows + place)
+    value = tl.load(table + place * columns + at, mask=there, other=0.0).to(tl.float32)
+    value += tl.load(carried + b * stride_b + parent * stride + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + beam.to(tl.int64) * columns + at, value / (1.0 + tl.exp(-value)), mask=there)
+
+
+def moved(table: Tensor, rows: Tensor | None, tokens: Tensor, parents: Tensor, carried: Tensor) -> Tensor:
+    """As `redrafter.fast.joined.Joined.plain_moved`, in one launch."""
+    batch, beams = tokens.shape
+    columns = carried.shape[2]
+    carried = carried if carried.stride(2) == 1 else carried.contiguous()
+    out = torch.empty((batch, beams, columns), dtype=carried.dtype, device=carried.device)
+    _moved[(triton.cdiv(columns, ELEMENTS), batch * beams)](
+        table, table if rows is None else rows, tokens, parents.contiguous(), carried, out,
+        beams, columns, *tokens.stride(), carried.stride(0), carried.stride(1),
+        NAMED=rows is not None, BLOCK=ELEMENTS, num_warps=4,
+    )  # fmt: skip
     return out

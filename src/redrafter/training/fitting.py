@@ -1,0 +1,66 @@
+"""The tree of Medusa heads, fitted to how often each head's best tokens are right along given rows.
+
+Paper: arXiv 2401.10774, section 2.3.3: the accuracy of each rank of each head is measured alone, and a path's
+probability is taken for their product.  Does not know how heads are trained.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from redrafter.medusa import MedusaHeads, fit_tree
+from redrafter.target import Target
+from redrafter.training.data import Row, collate
+from redrafter.training.evaluation import CHUNK
+from redrafter.training.loss import windows
+
+BATCH = 8
+"""Rows that go through the target together."""
+
+ROWS = 64
+"""Training rows that a tree is fitted on where none are held out."""
+
+
+def fit(heads: MedusaHeads, target: Target, rows: list[Row], held_out: list[Row]) -> None:
+    """Gives the heads the tree of as many nodes that is best by their accuracies on the rows held out.
+
+    Without any it is fitted on some of the others, which the heads know better than what they will draft.  Rows in
+    which no draft can begin leave the tree as it was.
+    """
+    config = heads.config
+    some = held_out or rows[:: max(1, len(rows) // ROWS)][:ROWS]
+    measured = accuracies(heads, target, some)
+    if not measured.any():
+        return
+    useful = [of_ranks[:most] for of_ranks, most in zip(measured.tolist(), config.ranks, strict=True)]
+    told: dict[str, object] = {"tree": fit_tree(useful, 1 + len(config.tree))}
+    told |= {"fitted_on": f"{len(some)} {'held-out' if held_out else 'training'} rows"}
+    heads.config = config.model_copy(update=told)
+
+
+@torch.no_grad()
+def accuracies(heads: MedusaHeads, target: Target, rows: list[Row]) -> Float[Tensor, "heads ranks"]:
+    """How often the token that head k ranks r-th stands in the text, k places after the guaranteed one.
+
+    Over the windows of training (`loss.windows`), up to the largest of the config's `ranks`; 0 where none was seen.
+    """
+    count, ranks = heads.config.heads, max(heads.config.ranks)
+    right = torch.zeros((count, ranks), dtype=torch.double, device=target.device)
+    seen = torch.zeros((count, 1), dtype=torch.double, device=target.device)
+    with target.evaluating():
+        for begin in range(0, len(rows), BATCH):
+            some = collate(rows[begin : begin + BATCH])
+            batch = {name: value.to(target.device) for name, value in some.items()}
+            ids = batch["input_ids"]
+            found = windows(ids, batch["trained"], length=count, continuations=batch.get("continuations"))
+            if not len(found[0]):
+                continue
+            hidden = target.hidden_states(ids[:, :-1], batch["segments"][:, :-1])
+            for row, position, tokens, known in zip(*(part.split(CHUNK) for part in found), strict=True):
+                best = heads.logits(hidden[row, position].to(heads.dtype)).topk(ranks, dim=-1).indices
+                hits = (heads.to_target_ids(best) == tokens[:, 1:, None]) & known[..., None]
+                right += hits.sum(dim=0)
+                seen += known.sum(dim=0)[:, None]
+    return (right / seen.clamp(min=1)).cpu()

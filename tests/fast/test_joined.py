@@ -1,0 +1,59 @@
+"""The drafter's products, joined, against the drafter's own.  test_drafting.py has the kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import tiny_model
+from redrafter import RecurrentDrafter
+from redrafter.fast import joined
+from redrafter.fast.joined import Joined
+from redrafter.proposers import RecurrentProposer
+from redrafter.target import Target
+
+
+def drafter_of(**form):
+    torch.manual_seed(0)
+    model = tiny_model()
+    drafter = RecurrentDrafter.for_target(model, **form).double()
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return drafter, lambda ids: model.get_input_embeddings()(ids).double()
+
+
+@pytest.mark.parametrize("form", [{}, {"exit_dim": 20, "draft_vocabulary": torch.arange(3, 50)}], ids=["whole", "own"])
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_what_is_joined_gives_what_the_drafter_gives(form, batch):
+    drafter, embed = drafter_of(**form)
+    found = Joined.of(drafter, embed)
+    state, context = torch.randn(2, batch, 5, 32, dtype=torch.double).unbind()
+    context = context[:, :1]
+    read = drafter.read(context)
+    carried, first = found.products(state, found.added(read))
+    wanted = drafter.logits(context.expand_as(state), state)
+    torch.testing.assert_close(drafter.scores(first, context.expand_as(state), state), wanted)
+
+    tokens, parents = torch.randint(3, 50, (batch, 4)), torch.randint(0, 5, (batch, 4))
+    begun = state.gather(1, parents[..., None].expand(-1, -1, 32))
+    torch.testing.assert_close(found.plain_moved(tokens, parents, carried), drafter.step(begun, embed(tokens)))
+
+
+@pytest.mark.parametrize("form", [{"rnn": False}, {"gated": True}, {"num_draft_layers": 0}], ids=str)
+def test_other_forms_are_left_alone(form):
+    assert Joined.of(*drafter_of(**form)) is None
+
+
+def test_a_large_table_is_not_made(monkeypatch):
+    drafter, embed = drafter_of()
+    monkeypatch.setattr(joined, "LARGEST", drafter.config.head_size * 32 * 8 - 1)
+    assert Joined.of(drafter, embed) is None
+    monkeypatch.setattr(joined, "LARGEST", drafter.config.head_size * 32 * 8)
+    assert Joined.of(drafter, embed) is not None
+
+
+def test_nothing_is_joined_where_no_kernel_runs():
+    model = tiny_model()
+    proposer = RecurrentProposer(RecurrentDrafter.for_target(model), Target(model), 3, 2)
+    assert proposer.quickened() is proposer

@@ -1,0 +1,315 @@
+"""Drafts by another model are those of its plain forward over the text, however rows come, go and are accepted."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_recurrent import paths
+
+from conftest import AsksNothing, Given, greedy, tiny_model
+from redrafter import RedrafterError, TwoModel, generate, stream
+from redrafter import step as stepping
+from redrafter.noise import gumbel
+from redrafter.request import request
+from redrafter.target import Target
+
+MODEL, OTHER = tiny_model(), tiny_model(seed=1, num_hidden_layers=1)
+LAWS = {"greedy": {}, "sampled": {"do_sample": True, "seed": 3, "temperature": 0.8, "top_k": 30}}
+SHAPES = [(1, 4, None), (3, 3, None), (4, 3, 6), (2, 1, None), (1, 1, None)]
+MANY = [[5, 9, 12], [7], [30, 31, 32, 33, 34], [8, 8], [11], [40, 41, 42], [3] * 9]
+
+
+def shaped(width: int, length: int, budget: int | None) -> dict:
+    return {"beam_width": width, "beam_length": length, "node_budget": budget}
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.lists(st.integers(3, 60), min_size=1, max_size=12), min_size=1, max_size=4),
+    st.integers(1, 5), st.integers(1, 5), st.integers(0, 9), st.sampled_from(list(LAWS)), st.booleans(),
+    st.integers(1, 4), st.sampled_from([MODEL, OTHER]),
+)  # fmt: skip
+def test_the_text_is_that_of_the_target_alone(prompts, width, length, spare, law, coupled, batch_size, draft):
+    told = {"max_new_tokens": 14, "batch_size": batch_size, **LAWS[law]}
+    budget = length + spare if spare else None
+    out = generate(MODEL, TwoModel(draft, coupled=coupled), prompts, **told, **shaped(width, length, budget))
+    assert out.new_tokens == generate(MODEL, None, prompts, **told).new_tokens
+    if law == "greedy":
+        assert out.new_tokens == [greedy(MODEL, prompt, 14) for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("law", LAWS)
+def test_a_target_that_drafts_for_itself_past_its_window_is_always_right(family, law):
+    model = tiny_model(family, **({"sliding_window": 6} if family == "mistral" else {})).double()
+    prompts = [list(range(3, 23)), [9, 8, 7], [4]]
+    told = {"max_new_tokens": 25, **LAWS[law]}
+    out = generate(model, TwoModel(model, coupled=True), prompts, beam_length=3, **told)
+    assert out.new_tokens == generate(model, None, prompts, **told).new_tokens
+    assert out.stats.accepted_by_position == [18, 18, 18]  # three rows: one token, then six steps of 3 + 1
+    other = TwoModel(tiny_model("llama", seed=4).double())
+    assert generate(model, other, prompts, beam_length=3, **told).new_tokens == out.new_tokens
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("chunk", [2, 512])
+def test_nothing_is_forgotten_when_rows_come_and_go(monkeypatch, law, chunk):
+    """A perfect draft model is never wrong, in whatever slot, after whatever row, as long as it saw the whole text."""
+    monkeypatch.setattr(stepping, "PREFILL_CHUNK", chunk)
+    model = tiny_model().double()
+    drafter = TwoModel(model, coupled=True)
+    told = {"max_new_tokens": 16, "batch_size": 3, "eos_token_id": greedy(model, MANY[2], 12)[3], **LAWS[law]}
+    events = list(stream(model, drafter, MANY, beam_length=4, **told))
+    lengths = {len(event.tokens) for event in events if event.finish_reason is None and event.drafted}
+    assert lengths == {5}, "only a row's end cuts a draft short"
+    written = [[t for event in events if event.row == row for t in event.tokens] for row in range(len(MANY))]
+    assert written == generate(model, None, MANY, **told).new_tokens
+    assert len({len(new) for new in written}) > 1, "rows end at different times"
+
+
+def plain_search(model, text: list[int], width: int, length: int, rank):
+    """The beams of one row by a forward of the whole text for each, and all that was weighed: [(tokens, score)]."""
+    beams, weighed = [((), 0.0)], []
+    for position in range(length):
+        grown = []
+        for tokens, score in beams:
+            logits = rank(model(input_ids=torch.tensor([[*text, *tokens]])).logits[:, -1:].float(), position)
+            best = logits[0, 0].log_softmax(-1).topk(width)
+            gains = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            grown += [((*tokens, token), score + gain) for token, gain in gains if gain > -torch.inf]
+        weighed += grown
+        beams = sorted(grown, key=lambda beam: -beam[1])[:width]
+    return beams, weighed
+
+
+class Watched:
+    """A proposer that writes down every row's text and draft."""
+
+    def __init__(self, proposer):
+        self.watched, self.seen = proposer, []
+
+    def __getattr__(self, name):
+        return getattr(self.watched, name)
+
+    def quickened(self):
+        return self
+
+    def propose(self, memory, place, context, draw):
+        tree = self.watched.propose(memory, place, context, draw)
+        for slot in place.alive.nonzero().flatten().tolist():
+            text = place.text[slot, : int(place.length[slot]) + 1].tolist()
+            self.seen.append((int(place.seed[slot]), text, set(paths(tree, slot).values()), draw))
+        return tree
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("coupled", [False, True])
+@torch.no_grad()
+def test_every_draft_is_that_of_a_plain_search(shape, law, coupled):
+    width, length, budget = shape
+    draft, law = tiny_model(vocab_size=9, seed=1).double(), LAWS[law]
+    model = tiny_model(vocab_size=9, spread=0.3).double()
+    prompts = [[t % 9 for t in prompt] for prompt in MANY]
+    told = {"max_new_tokens": 9, "batch_size": 2, **law}
+    watched = Watched(request(model, TwoModel(draft, coupled), prompts, **shaped(*shape), **told).proposer)
+    out = generate(model, Given(watched), prompts, **told)
+    assert 0 < out.stats.accepted < out.stats.drafted
+    assert len(watched.seen) > 20
+    for seed, text, found, draw in watched.seen:
+
+        def rank(logits, position, seed=seed, text=text, draw=draw):
+            if draw.noise is None:
+                return logits
+            noise = gumbel(torch.tensor([seed]), torch.tensor([[len(text) + position]]), 9)
+            return draw.warp(logits) + (noise if coupled else 0)
+
+        beams, weighed = plain_search(draft, text, width, length, rank)
+        if budget is None:
+            expected = {tokens[:depth] for tokens, _ in beams for depth in range(length + 1)}
+        else:
+            expected = {(), *(tokens for tokens, _ in sorted(weighed, key=lambda one: -one[1])[: budget - 1])}
+        assert found == expected
+
+
+def test_known_noise_is_worth_something():
+    """Ranked by its own probabilities alone even a perfect draft model cannot know what the target will draw."""
+    told = {"max_new_tokens": 30, "do_sample": True, "seed": 5, "temperature": 1.5}
+    accepted = [
+        generate(MODEL, TwoModel(MODEL, coupled=coupled), MANY, **told).stats.accepted for coupled in (False, True)
+    ]
+    assert 0 < accepted[0] < accepted[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_draft_model_of_a_shorter_context_changes_no_text(family):
+    size = "n_positions" if family == "gpt2" else "max_position_embeddings"
+    draft = tiny_model(family, **{size: 16})
+    prompts = [list(range(3, 33)), [5, 6]]
+    for law in LAWS.values():
+        out = generate(MODEL, TwoModel(draft), prompts, max_new_tokens=40, beam_width=2, **law)
+        assert out.new_tokens == generate(MODEL, None, prompts, max_new_tokens=40, **law).new_tokens
+        assert out.stats.drafted > 0
+
+
+def test_the_models_context_is_used_to_its_last_slot():
+    model = tiny_model(max_position_embeddings=24)
+    for length in (15, 23, 24):
+        prompt = list(range(3, 3 + length))
+        out = generate(model, TwoModel(model), [prompt, [5]], max_new_tokens=50, beam_width=2)
+        assert out.new_tokens == generate(model, None, [prompt, [5]], max_new_tokens=50).new_tokens
+        assert len(out.new_tokens[0]) == 25 - length
+
+
+def test_processors_that_see_the_text_are_heeded():
+    told = {"max_new_tokens": 20, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3}
+    out = generate(MODEL, TwoModel(OTHER), MANY, beam_width=2, batch_size=3, **told)
+    assert out.new_tokens == generate(MODEL, None, MANY, **told).new_tokens
+
+
+def test_the_draft_model_drafts_without_dropout_and_is_put_back():
+    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
+    target = tiny_model("gpt2")
+    assert not target.training
+    out = generate(target, TwoModel(model), [[5, 9]], max_new_tokens=25, beam_length=3)
+    assert out.stats.accepted_by_position == [6, 6, 6]  # of equal weights
+    assert model.training
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_draft_asks_the_device_nothing(law):
+    asked = request(
+        MODEL,
+        TwoModel(OTHER, coupled=True),
+        [[5, 9, 12], [7]],
+        beam_width=3,
+        node_budget=9,
+        max_new_tokens=6,
+        **LAWS[law],
+    )
+    target, proposer, sampler = asked.target, asked.proposer, asked.sampler
+    state = stepping.empty(target, proposer, batch=2, slots=40)
+    with torch.inference_mode():
+        stepping.prefill(target, proposer, sampler, asked.rows, state)
+        draw = sampler.draw(state.place, depths=proposer.length + 1, vocabulary=61)
+        with AsksNothing():
+            proposer.propose(state.memory, state.place, state.context, draw)
+
+
+def test_a_step_runs_the_draft_model_as_often_as_the_draft_is_long(monkeypatch):
+    sizes = []
+    run = Target.forward
+
+    def counted(self, tree, length, cache, select=None):
+        sizes.append((self.model is OTHER, tree.size))
+        return run(self, tree, length, cache, select)
+
+    asked = request(MODEL, TwoModel(OTHER), [[5, 9, 12]], beam_width=2, beam_length=4, max_new_tokens=6)
+    monkeypatch.setattr(Target, "forward", counted)
+    state = stepping.empty(asked.target, asked.proposer, batch=1, slots=40)
+    with torch.inference_mode():
+        stepping.prefill(asked.target, asked.proposer, asked.sampler, asked.rows, state)
+        assert sizes == [(False, 3), (True, 3)]
+        stepping.step(asked.target, asked.proposer, asked.sampler, state)
+    assert sizes[2:-1] == [(True, 5), (True, 3), (True, 5), (True, 7)]
+    assert not sizes[-1][0]
+
+
+@pytest.mark.parametrize(
+    ("draft", "told", "sentence"),
+    [
+        (tiny_model(vocab_size=60), {}, "a vocabulary of 60 tokens, the model one of 61; they must be the same"),
+        (tiny_model("mamba"), {}, "MambaForCausalLM cannot verify draft trees: it keeps a recurrent state"),
+        (OTHER, {"beam_length": -1}, "beam_length must be at least 1, or 0 to decode without drafting, not -1"),
+        (OTHER, {"beam_width": 62}, "beam_width must lie between 1 and the drafter's 61 tokens, not 62"),
+        (OTHER, {"node_budget": 5}, "node_budget must hold the root and 5 drafted tokens, not be 5"),
+        (torch.nn.Linear(2, 2), {}, "Linear is not a model of transformers"),
+    ],
+)
+def test_what_cannot_draft_is_refused_in_a_sentence(draft, told, sentence):
+    with pytest.raises(RedrafterError, match=sentence):
+        stream(MODEL, TwoModel(draft), [[5]], **told)
+
+
+def test_a_draft_model_elsewhere_is_refused(monkeypatch):
+    init = Target.__init__
+
+    def elsewhere(self, model, layers=()):
+        init(self, model, layers)
+        if model is OTHER:
+            self.device = torch.device("meta")
+
+    monkeypatch.setattr(Target, "__init__", elsewhere)
+    with pytest.raises(RedrafterError, match="The draft model is on meta, the model on cpu; move one of them"):
+        stream(MODEL, TwoModel(OTHER), [[5]])
+
+
+def test_a_draft_model_that_is_moved_meanwhile_is_told():
+    draft = tiny_model()
+    events = stream(MODEL, TwoModel(draft), [[5, 9]], max_new_tokens=20)
+    next(events)
+    draft.double()
+    with pytest.raises(RedrafterError, match="or its drafter was moved or converted while it was writing"):
+        list(events)
+
+
+def test_no_drafting_is_a_length_of_zero():
+    assert request(MODEL, TwoModel(OTHER), [[5]], beam_length=0).proposer is None
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("law", LAWS)
+def test_on_a_gpu_a_step_is_one_graph_and_nothing_is_forgotten(monkeypatch, family, shape, law):
+    from redrafter import decoding
+
+    made = []
+
+    class Kept(decoding.Captured):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(decoding, "Captured", Kept)
+    model = tiny_model(family, **({"sliding_window": 6} if family == "mistral" else {})).cuda()
+    told = {"max_new_tokens": 41, "batch_size": 3, **LAWS[law]}
+    plain = generate(model, None, MANY, fast=False, **told)
+    for draft in (model, tiny_model(seed=1).cuda()):
+        out = generate(model, TwoModel(draft, coupled=True), MANY, **told, **shaped(*shape))
+        assert out.new_tokens == plain.new_tokens
+        assert made[-1].refused is None
+        if draft is model and shape[0] == 1:
+            steps = -(-40 // (shape[1] + 1))
+            assert out.stats.steps == len(MANY) * (1 + steps)
+    slow = generate(model, TwoModel(model, coupled=True), MANY, fast=False, **told, **shaped(*shape))
+    assert slow.new_tokens == plain.new_tokens
+
+
+def test_the_memory_is_freed_with_the_last_event(monkeypatch):
+    import gc
+    import weakref
+
+    caches = []
+    new_cache = Target.new_cache
+
+    def kept(self, **sizes):
+        cache = new_cache(self, **sizes)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(Target, "new_cache", kept)
+    gc.disable()
+    try:
+        events = stream(MODEL, TwoModel(OTHER), [[5, 9], [7], [8]], max_new_tokens=5, batch_size=2)
+        assert len(list(itertools.islice(events, 3))) == 3
+        assert len(caches) >= 2
+        events.close()
+        assert [alive() for alive in caches] == [None] * len(caches)
+    finally:
+        gc.enable()
