@@ -203,7 +203,7 @@ def _events(asked: Request) -> Iterator[Event]:
 
 def _runs_ahead(asked: Request, advance: Captured[Emission], took: float) -> bool:
     """Whether a step is launched before the last is read: not where more is read of it than its report."""
-    return advance.replaying and took < BRIEF and not asked.output_scores and not asked.output_logits
+    return took < BRIEF and advance.replaying and not asked.output_scores and not asked.output_logits
 
 
 @contextmanager

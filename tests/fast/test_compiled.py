@@ -27,6 +27,7 @@ class Uncaptured:
     """A step as CUDA runs it, but for the graph."""
 
     refused = None
+    replaying = False
 
     def __init__(self, function, device, **told):
         self._function = function
