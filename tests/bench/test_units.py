@@ -131,6 +131,9 @@ class Remembering:
         self.target = target
         return self
 
+    def quickened(self):
+        return self
+
     def memory(self, *, batch, slots):
         return self.target.new_cache(batch=batch, slots=slots + 5)
 
