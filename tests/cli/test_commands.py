@@ -361,3 +361,41 @@ def test_the_demo_pair_is_small_enough_to_ship():
     from redrafter.cli.loading import demo_folder
 
     assert sum(path.stat().st_size for path in demo_folder().rglob("*") if path.is_file()) <= 32e6
+
+
+@pytest.fixture
+def loaded_bits(monkeypatch):
+    """Whether the head of each drafter that the command line loads is in 8 bits."""
+    found = []
+    load = RecurrentDrafter.from_pretrained
+
+    def noted(*words, **named):
+        drafter = load(*words, **named)
+        found.append(drafter.has_eight_bits)
+        return drafter
+
+    monkeypatch.setattr(RecurrentDrafter, "from_pretrained", noted)
+    return found
+
+
+def test_a_head_in_eight_bits_writes_the_same(say, model_folder, drafter_folder, prompts, loaded_bits):
+    pair = ["--model", model_folder, "--drafter", drafter_folder]
+    command = ["generate", *pair, "--prompts", prompts, "--max-new-tokens", 12]
+    whole, rounded = say(*command), say(*command, "--draft-bits", 8)
+    assert whole[:2] == rounded[:2]
+    assert rounded[0] == 0
+    status, out, _ = say("check", *pair, "--prompts", prompts, "--max-new-tokens", 12, "--draft-bits", 8)
+    assert status == 0
+    assert "3 of 3 texts equal" in out
+    status, out, _ = say("eval", *pair, "--data", prompts, "--max-new-tokens", 8, "--draft-bits", 8, "--json")
+    assert status == 0
+    assert loaded_bits == [False, True, True, True]
+
+
+def test_other_bits_and_bits_of_no_drafter_are_refused(say):
+    for command in ("generate", "check", "eval", "profile"):  # before anything is loaded
+        words = {"generate": ["--prompt", "a"], "check": ["--prompts", "p"], "eval": ["--data", "d"]}.get(command, [])
+        sentence = refusal(say(command, "--model", "none", "--drafter", "none", *words, "--draft-bits", 4))
+        assert sentence == "redrafter: --draft-bits 4 is not one of 16, 8.\n"
+    words = ["generate", "--model", "none", "--prompt", "a", "--no-drafter", "--draft-bits", 8]
+    assert "--draft-bits is for a drafter" in refusal(say(*words))

@@ -85,6 +85,21 @@ def test_a_model_and_its_drafter(say, timed, model_folder, drafter_folder, tmp_p
         assert record["shape"]["beam_width"] == width
 
 
+def test_heads_in_eight_bits(say, timed, model_folder, drafter_folder, monkeypatch):
+    drafted = []
+    of = profiling.Bench.of
+
+    def noted(asked, drafter, **more):
+        drafted.append(drafter.has_eight_bits)
+        return of(asked, drafter, **more)
+
+    monkeypatch.setattr(profiling.Bench, "of", noted)
+    for words in (["--shape", "tiny"], ["--model", model_folder, "--drafter", drafter_folder]):
+        for bits in (16, 8):
+            profile(say, *words, "--context", 8, "--draft-bits", bits)
+    assert drafted == [False, True, False, True]
+
+
 def test_real_times_are_positive(say):
     _, record = profile(say, "--shape", "tiny", "--context", 8)
     assert all(one["ms"] > 0 for one in record["pieces"])

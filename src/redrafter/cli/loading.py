@@ -171,7 +171,7 @@ def check_bits(bits: int, drafted: bool = True) -> None:
     if bits not in (16, 8):
         raise RedrafterError(f"--draft-bits {bits} is not one of 16, 8.")
     if bits != 16 and not drafted:
-        raise RedrafterError("--draft-bits is for a drafter: leave out one of it and --no-drafter.")
+        raise RedrafterError("--draft-bits is for a drafter: leave it out, or --no-drafter.")
 
 
 def check_context(context: int | None, model: PreTrainedModel) -> None:
