@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from redrafter.errors import RedrafterError
+from redrafter.errors import RedrafterError, reason
 
 Skip = Callable[[str], None]
 """Is told the sentence about a bad row, which is then passed over."""
@@ -113,7 +113,7 @@ def _of_parquet(file: Path) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"{file} row {number}", _without_nulls(row)
     except ArrowException as error:
-        raise RedrafterError(f"{file} is damaged or truncated ({str(error).splitlines()[0].rstrip('.')}).") from None
+        raise RedrafterError(f"{file} is damaged or truncated ({reason(error)}).") from None
 
 
 def _of_the_hub(source: str) -> Iterator[tuple[str, Any]]:
@@ -128,8 +128,7 @@ def _of_the_hub(source: str) -> Iterator[tuple[str, Any]]:
     except RedrafterError:
         raise
     except Exception as error:  # the hub, the network and each data set's own reader raise what they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise RedrafterError(f"{source} is neither a file nor a data set within reach ({reason}).") from error
+        raise RedrafterError(f"{source} is neither a file nor a data set within reach ({reason(error)}).") from error
 
 
 def _without_nulls(value: Any) -> Any:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from redrafter.errors import RedrafterError
+from redrafter.errors import RedrafterError, reason
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
@@ -149,8 +149,7 @@ def push(folder: Path, name: str) -> str:
         made = HfApi().create_repo(name, exist_ok=True)
         HfApi().upload_folder(repo_id=made.repo_id, folder_path=folder, allow_patterns=files)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise RedrafterError(f"{folder} could not be uploaded to {name}: {reason}.") from error
+        raise RedrafterError(f"{folder} could not be uploaded to {name}: {reason(error)}.") from error
     return str(made)
 
 

@@ -110,10 +110,14 @@ def test_transformers_draws_alike_for_a_seed_and_leaves_the_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_what_transformers_refuses_is_a_sentence(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ValueError("no such thing\nmore"), "no such thing"), (NotImplementedError(), "NotImplementedError")],
+)
+def test_what_transformers_refuses_is_a_sentence(monkeypatch, error, said):
     def fail(*args, **kwargs):
-        raise ValueError("no such thing\nmore")
+        raise error
 
     monkeypatch.setattr(MODEL, "generate", fail)
-    with pytest.raises(RedrafterError, match="transformers' generate fails: no such thing"):
+    with pytest.raises(RedrafterError, match=rf"^transformers' generate fails: {said}\.$"):
         by_transformers(MODEL, PROMPTS, batch=1, ends=frozenset(), max_new_tokens=4)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
-from redrafter.errors import RedrafterError
+from redrafter.errors import RedrafterError, reason
 from redrafter.results import Event, Stats
 
 CAPTURING = 3
@@ -159,7 +159,7 @@ def by_transformers(
             try:
                 written = _written(model, [prompts[row] for row in rows], steps, settings)
             except (RuntimeError, ValueError, NotImplementedError) as error:
-                raise RedrafterError(f"transformers' generate fails: {str(error).strip().splitlines()[0]}.") from error
+                raise RedrafterError(f"transformers' generate fails: {reason(error)}.") from error
             texts = [_until(text, frozenset() if together else ends) for text in written]
             run.texts |= dict(zip(rows, texts, strict=True))
             took = [after - before for before, after in zip(steps.times, steps.times[1:], strict=False)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redrafter.errors import RedrafterError
+from redrafter.errors import RedrafterError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -153,11 +153,6 @@ def context_of(path: str) -> int | None:
         return None
     positions: int | None = getattr(config, "max_position_embeddings", None)
     return positions
-
-
-def reason(error: Exception) -> str:
-    """The first line of what a library says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def check_dtype(dtype: str) -> None:

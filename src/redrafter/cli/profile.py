@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redrafter.cli.loading import Budget, Compile, Device, DoSample, DraftBits, Dtype, Length, Width
-from redrafter.errors import RedrafterError
+from redrafter.errors import RedrafterError, reason
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,7 +103,7 @@ def _stand_in(shape: str, dtype: str, device: str) -> PreTrainedModel:
     """A random model of a well-known shape."""
     import torch
 
-    from redrafter.cli.loading import check_dtype, chosen_device, reason
+    from redrafter.cli.loading import check_dtype, chosen_device
     from redrafter.stand_ins import random_model
 
     check_dtype(dtype)

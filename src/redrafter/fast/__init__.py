@@ -9,6 +9,8 @@ from importlib.util import find_spec
 
 import torch
 
+from redrafter.errors import first_line
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 """What the kernels compute with."""
 
@@ -17,11 +19,6 @@ def has_kernels(device: torch.device, dtype: torch.dtype = torch.float32) -> boo
     """Whether the kernels can run: where triton works, on a CUDA device, or anywhere under its interpreter."""
     wanted = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     return wanted and dtype in FLOATS and _works(device)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first, or else its name."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @cache

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from redrafter.cache import SlotCache
-from redrafter.fast import first_line
+from redrafter.errors import first_line
 
 VERSIONS = 4096
 """Of one class's code that torch keeps: every shape is one, and every layer where nothing else is known to serve."""

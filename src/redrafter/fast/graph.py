@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from redrafter.errors import RedrafterError
+from redrafter.errors import RedrafterError, first_line
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ class Captured(Generic[T]):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._refuse(str(error).splitlines()[0])
+            self._refuse(first_line(error))
             return self._function()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = graph

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from redrafter import hub
 from redrafter.drafter import RecurrentDrafter
 from redrafter.eagle import EagleHead
-from redrafter.errors import RedrafterError
+from redrafter.errors import RedrafterError, reason
 from redrafter.head import Head
 from redrafter.medusa import MedusaHeads
 from redrafter.proposers.base import Method
@@ -39,31 +39,31 @@ def load_method(path: str | Path, model: PreTrainedModel, bits: int = 16) -> Met
     it was made for another model.
     """
     looked_up = str(path) == PROMPT_LOOKUP
-    told = {} if looked_up else hub.config_of(path)
-    kind = str(told.get("model_type"))
-    modelled = kind not in KINDS and "architectures" in told
-    recurrent = not (looked_up or modelled) and KINDS.get(kind, RecurrentDrafter) is RecurrentDrafter
-    if bits != 16 and not recurrent:
+    kind = None if looked_up else _kind(path)
+    if kind is RecurrentDrafter:
+        return RecurrentDrafter.from_pretrained(path, target=model, bits=bits)
+    if bits != 16:
         raise RedrafterError(f"Only a recurrent drafter's head can have {bits} bits, and {path} is none.")
     if looked_up:
         return PromptLookup()
-    if modelled:
-        return TwoModel(_draft_model(path, Target(model)))
-    if bits != 16:
-        return RecurrentDrafter.from_pretrained(path, target=model, bits=bits)
-    return load_head(path, model)
+    return TwoModel(_draft_model(path, Target(model))) if kind is None else kind.from_pretrained(path, target=model)
 
 
-def load_head(path: str | Path, model: PreTrainedModel | None = None) -> Head:
+def load_head(path: str | Path) -> Head:
     """A head from its folder or hub id, of the kind that it says.  Raises RedrafterError for a folder of no kind."""
-    kind = KINDS.get(str(hub.config_of(path).get("model_type")), RecurrentDrafter)  # which says what is wrong
-    return kind.from_pretrained(path, target=model)
+    return (_kind(path) or RecurrentDrafter).from_pretrained(path)
+
+
+def _kind(path: str | Path) -> type[Head] | None:
+    """Of the head that lies there; None for a causal language model.  What is neither is a drafter, which says so."""
+    told = hub.config_of(path)
+    found = KINDS.get(str(told.get("model_type")))
+    return RecurrentDrafter if found is None and "architectures" not in told else found
 
 
 def _draft_model(path: str | Path, target: Target) -> PreTrainedModel:
     try:
         draft: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=target.dtype)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise RedrafterError(f"The draft model {path} cannot be loaded: {reason}.") from error
+        raise RedrafterError(f"The draft model {path} cannot be loaded: {reason(error)}.") from error
     return draft.to(torch.device(target.device)).eval()

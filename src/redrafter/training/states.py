@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from redrafter.errors import RedrafterError
+from redrafter.errors import RedrafterError, reason
 from redrafter.target import Target
 from redrafter.training.data import Row, collate
 
@@ -243,8 +243,8 @@ class States:
         except (OSError, SafetensorError) as error:
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
             beside.unlink(missing_ok=True)
-            reason = "no space is left on the device" if full else str(error).splitlines()[0].rstrip(".")
-            raise RedrafterError(f"The states {path} could not be written: {reason}.") from error
+            cause = "no space is left on the device" if full else reason(error)
+            raise RedrafterError(f"The states {path} could not be written: {cause}.") from error
 
 
 def _index(target: Target, rows: list[Row], reach: int, probe: Float[Tensor, "kept F"]) -> Index:

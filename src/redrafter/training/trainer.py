@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from redrafter.errors import RedrafterError
+from redrafter.errors import RedrafterError, reason
 from redrafter.head import Head
 from redrafter.medusa import MedusaHeads
 from redrafter.target import Target
@@ -150,8 +150,8 @@ class Checkpointing(Trainer):  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:  # torch says "unexpected pos" of a full disk
             full = shutil.disk_usage(self.args.output_dir).free < 2**16
             shutil.rmtree(folder, ignore_errors=True)
-            reason = "no space is left on the device" if full else str(error).splitlines()[0].rstrip(".")
-            raise RedrafterError(f"The checkpoint {folder} could not be written: {reason}.") from error
+            cause = "no space is left on the device" if full else reason(error)
+            raise RedrafterError(f"The checkpoint {folder} could not be written: {cause}.") from error
         if self.is_world_process_zero():
             (folder / COMPLETE).touch()
 
@@ -239,7 +239,7 @@ def run(
             callbacks=[_MeasuredAtTheEnd()],
         )
     except (ValueError, RuntimeError) as error:  # a precision or a logger that is not to be had here
-        raise RedrafterError(f"This cannot be trained so: {str(error).splitlines()[0].rstrip('.')}.") from error
+        raise RedrafterError(f"This cannot be trained so: {reason(error)}.") from error
     trainer.held_out = held_out or []
     if recipe.cache_states is not None:
         states = module.kept_states(recipe.cache_states, rows)
