@@ -73,23 +73,22 @@ def beam_search(
     state = drafter.step(None, embed(root))[:, None]  # [B, 1, H], then [B, W, H]
     context = drafter.context(context)[:, None]
     read = drafter.read(context)
-    added = joined.added(read) if joined is not None and read is not None else None
-    carried: Tensor | None = None  # what the next step needs of a state: itself, or U s where products are joined
+    added = None if joined is None else joined.added(read)
+    carried = state  # what joined products made of it for the next step
 
     def following(beams: Tensor, parents: Tensor) -> Tensor:
         nonlocal state, carried
         position = beams.shape[2]
-        if joined is not None and carried is not None:
+        if position and joined is not None:
             state = joined.moved(beams[..., -1], parents, carried)
-        elif carried is not None:
-            begun = carried.gather(1, parents[..., None].expand(-1, -1, carried.shape[-1]))
+        elif position:
+            begun = state.gather(1, parents[..., None].expand(-1, -1, state.shape[-1]))
             state = drafter.step(begun, embed(beams[..., -1]))
-        if joined is not None and added is not None and position < length - 1:
-            carried, first = joined.products(state, added)
-            rows = [one.flatten(0, 1) for one in (first, context.expand_as(state), state)]  # products copy 3-D slices
-            return drafter.scores(*rows).unflatten(0, state.shape[:2])  # type: ignore[no-any-return]
-        carried = state
-        return drafter.logits(context.expand_as(state), state, read)
+        if joined is None or position == length - 1:  # after the last state there is no step to prepare
+            return drafter.logits(context.expand_as(state), state, read)
+        assert added is not None
+        carried, first = joined.products(state, added)
+        return drafter.scores(first, context.expand_as(state), state)
 
     return search(following, root, width=width, length=length, adjust=adjust, names=drafter.draft_vocabulary)
 

@@ -260,12 +260,14 @@ class RecurrentDrafter(Head):
         state: Float[Tensor, "*batch hidden"],
     ) -> Float[Tensor, "*batch head"]:
         """As `logits`, from what `reader` gave for `context` and `state`."""
+        x: Tensor = first.flatten(0, -2)  # products would copy a slice of more dimensions
         if hasattr(self, "input_proj"):
-            return self.lm_head(first)  # type: ignore[no-any-return]
-        x = activated(first, onto=torch.cat((context, state), dim=-1))
-        for module in list(self.lm_head)[1:]:
-            x = module(x)
-        return x
+            x = self.lm_head(x)
+        else:
+            x = activated(x, onto=torch.cat((context, state), dim=-1).flatten(0, -2))
+            for module in list(self.lm_head)[1:]:
+                x = module(x)
+        return x.unflatten(0, first.shape[:-1])
 
     def read(self, context: Float[Tensor, "B 1 hidden"]) -> Float[Tensor, "B 1 exit"] | None:
         """The context's half of the head's first product, and its bias; None where the head is that product alone."""

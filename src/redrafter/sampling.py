@@ -10,8 +10,9 @@ made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import transformers as hf
@@ -59,6 +60,17 @@ class Draw:
         for warper in self.warpers:
             scores = warper(None, scores)
         return scores.view(logits.shape)
+
+    def ranking(
+        self, coupled: bool = True, names: Int[Tensor, " head"] | None = None
+    ) -> Callable[[Tensor, int], Tensor] | None:
+        """How a drafter's logits after nodes of a depth become what it ranks by; None for as they are.
+
+        Where the target samples, `coupled` to its noise or by the warpers alone; `names` as for `coupled`.
+        """
+        if self.noise is None:
+            return None
+        return partial(self.coupled, names=names) if coupled else lambda logits, _: self.warp(logits)
 
     def coupled(
         self, logits: Float[Tensor, "B beams head"], position: int, names: Int[Tensor, " head"] | None = None

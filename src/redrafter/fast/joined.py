@@ -53,8 +53,9 @@ class Joined:
         rows = torch.zeros(config.vocab_size, dtype=torch.long, device=names.device)
         return cls(weight, table, rows.index_copy_(0, names, torch.arange(len(names), device=names.device)))
 
-    def added(self, read: Float[Tensor, "B 1 exit"]) -> Tensor:
+    def added(self, read: Float[Tensor, "B 1 exit"] | None) -> Tensor:
         """What every product of a draft adds: `read`, as `drafter.read` gives it; of one row as a bias."""
+        assert read is not None  # other heads are not joined
         return nn.functional.pad(read.flatten(), (len(self.weight) - read.shape[-1], 0)) if len(read) == 1 else read
 
     def products(

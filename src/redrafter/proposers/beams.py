@@ -20,6 +20,11 @@ def size_of(width: int, length: int, budget: int | None) -> int:
     return min(budget, weighed(width, length)) if budget else 1 + width * length
 
 
+def beyond(width: int, length: int, budget: int | None) -> int:
+    """Slots that beams in a memory need beside those of the tree; their last tokens are never taken in."""
+    return max(0, 1 + width * (length - 1) - size_of(width, length, budget))
+
+
 def tree_of(root: Int[Tensor, " B"], found: Search, budget: int | None) -> DraftTree:
     """Beams folded; with a budget the root and the most probable of all nodes that the search weighed."""
     if not budget:

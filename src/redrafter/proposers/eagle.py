@@ -17,7 +17,7 @@ from redrafter.cache import SlotCache
 from redrafter.eagle import EagleHead
 from redrafter.fast import has_kernels
 from redrafter.fast.attention import packed
-from redrafter.proposers.beams import size_of, tree_of
+from redrafter.proposers.beams import beyond, size_of, tree_of
 from redrafter.sampling import Draw, Place
 from redrafter.target import PACKED_NODES, Target
 from redrafter.tree import DraftTree, abreast, chain, tree_mask
@@ -54,9 +54,8 @@ class EagleProposer:
         return (self.head,)
 
     def memory(self, *, batch: int, slots: int) -> SlotCache:
-        """The layer's keys and values, with room for the beams, of which the last tokens are never taken in."""
-        beams = 1 + self.width * (self.length - 1)
-        return self.head.new_cache(batch=batch, slots=slots + max(0, beams - self.size))
+        """The layer's keys and values, with room for the beams."""
+        return self.head.new_cache(batch=batch, slots=slots + beyond(self.width, self.length, self.budget))
 
     def read(self, memory: SlotCache | None, place: Place, states: Float[Tensor, "B P state"], start: int) -> None:
         """Takes in the prompt's features with the tokens after them; after its last one, whatever stands there yet."""
@@ -86,11 +85,8 @@ class EagleProposer:
                 latest = self._run(memory, abreast(root, beams), above, place.length - 1)[:, -beams.shape[1] :]
             return self.target.logits(latest.flatten(0, 1)).view(*latest.shape[:2], -1)
 
-        def adjust(logits: Tensor, position: int) -> Tensor:
-            return draw.coupled(logits, position) if self.head.config.coupled else draw.warp(logits)
-
-        sampled = draw.noise is not None
-        found = search(following, root, width=self.width, length=self.length, adjust=adjust if sampled else None)
+        adjust = draw.ranking(self.head.config.coupled)
+        found = search(following, root, width=self.width, length=self.length, adjust=adjust)
         return tree_of(root, found, self.budget)
 
     def _take_in(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -62,7 +61,7 @@ class RecurrentProposer(Memoryless):
             root,
             width=self.width,
             length=self.length,
-            adjust=None if draw.noise is None else partial(draw.coupled, names=self.drafter.draft_vocabulary),
+            adjust=draw.ranking(names=self.drafter.draft_vocabulary),
             joined=self.joined,
         )
         return tree_of(root, found, self.budget)

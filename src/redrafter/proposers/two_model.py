@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from redrafter.beam import search
 from redrafter.cache import SlotCache
 from redrafter.errors import RedrafterError
-from redrafter.proposers.beams import check_shape, size_of, tree_of
+from redrafter.proposers.beams import beyond, check_shape, size_of, tree_of
 from redrafter.sampling import Draw, Place
 from redrafter.target import Target
 from redrafter.tree import DraftTree, abreast, chain
@@ -99,9 +99,8 @@ class TwoModelProposer:
         return (self.draft.model,)
 
     def memory(self, *, batch: int, slots: int) -> SlotCache:
-        """Its keys and values, with room for the beams, of which the last tokens are never taken in."""
-        beams = 1 + self.width * (self.length - 1)
-        return self.draft.new_cache(batch=batch, slots=slots + max(0, beams - self.size))
+        """Its keys and values, with room for the beams."""
+        return self.draft.new_cache(batch=batch, slots=slots + beyond(self.width, self.length, self.budget))
 
     def read(self, memory: SlotCache | None, place: Place, states: Tensor, start: int) -> None:
         """Takes in the same tokens as the target."""
@@ -126,11 +125,8 @@ class TwoModelProposer:
             ends = torch.arange(tree.size - count, tree.size, device=root.device).expand(len(root), -1)
             return self.draft.forward(tree, place.length, memory, select=ends)[1]
 
-        def adjust(logits: Tensor, position: int) -> Tensor:
-            return draw.coupled(logits, position) if self.coupled else draw.warp(logits)
-
-        sampled = draw.noise is not None
-        found = search(following, root, width=self.width, length=self.length, adjust=adjust if sampled else None)
+        adjust = draw.ranking(self.coupled)
+        found = search(following, root, width=self.width, length=self.length, adjust=adjust)
         return tree_of(root, found, self.budget)
 
     def quickened(self) -> TwoModelProposer:
