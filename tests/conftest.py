@@ -125,6 +125,22 @@ def say(capsys):
     return run
 
 
+@pytest.fixture
+def captured(monkeypatch) -> list:
+    """The step of every call of decoding, with what came of its capture."""
+    from redrafter import decoding
+
+    made = []
+
+    class Kept(decoding.Captured):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(decoding, "Captured", Kept)
+    return made
+
+
 def refusal(answer: tuple[int, str, str]) -> str:
     """The one sentence of a refusal."""
     status, out, err = answer

@@ -267,7 +267,7 @@ class RecurrentDrafter(Head):
             x = activated(x, onto=torch.cat((context, state), dim=-1).flatten(0, -2))
             for module in list(self.lm_head)[1:]:
                 x = module(x)
-        return x.unflatten(0, first.shape[:-1])
+        return x.unflatten(0, first.shape[:-1])  # type: ignore[no-any-return]
 
     def read(self, context: Float[Tensor, "B 1 hidden"]) -> Float[Tensor, "B 1 exit"] | None:
         """The context's half of the head's first product, and its bias; None where the head is that product alone."""

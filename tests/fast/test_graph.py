@@ -53,22 +53,14 @@ def test_a_function_that_reads_the_device_is_called_and_that_is_said():
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize("drafting", [False, True])
 @pytest.mark.parametrize("law", LAWS)
-def test_replayed_text_is_plain_text(family, drafting, law, monkeypatch):
+def test_replayed_text_is_plain_text(family, drafting, law, captured):
     """Rows join and leave a batch whose step is captured once."""
-    made = []
-
-    class Watched(Captured):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(decoding, "Captured", Watched)
     model = tiny_model(family, **({"sliding_window": 6} if family == "mistral" else {})).cuda()
     drafter = RecurrentDrafter.for_target(model, beam_width=4, beam_length=3) if drafting else None
     told = {"max_new_tokens": 40, "batch_size": 2, **LAWS[law]}
     fast = generate(model, drafter, PROMPTS, **told)
     assert fast.new_tokens == generate(model, drafter, PROMPTS, fast=False, **told).new_tokens
-    assert [one.refused is None for one in made] == [True, False]
+    assert [one.refused is None for one in captured] == [True, False]
 
 
 @pytest.mark.gpu

@@ -6,13 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recurrent import paths
+from plain import LAWS, MANY, SHAPES, check_every_draft, shaped, small
 
-from conftest import AsksNothing, Given, greedy, tiny_model
+from conftest import AsksNothing, greedy, tiny_model
 from redrafter import RedrafterError, generate
 from redrafter import step as stepping
 from redrafter.eagle import EagleHead
-from redrafter.noise import gumbel
 from redrafter.request import request
 from redrafter.target import Target
 from redrafter.training.evaluation import evaluate
@@ -20,13 +19,6 @@ from test_eagle import continued, random_head
 
 MODEL = tiny_model()
 HEAD = random_head()
-LAWS = {"greedy": {}, "sampled": {"do_sample": True, "seed": 3, "temperature": 0.8, "top_k": 30}}
-SHAPES = [(1, 4, None), (3, 3, None), (4, 3, 6), (2, 1, None), (1, 1, None)]
-MANY = [[5, 9, 12], [7], [30, 31, 32, 33, 34], [8, 8], [11], [40, 41, 42], [3] * 9]
-
-
-def shaped(width: int, length: int, budget: int | None) -> dict:
-    return {"beam_width": width, "beam_length": length, "node_budget": budget}
 
 
 @settings(max_examples=8)
@@ -80,80 +72,31 @@ def test_a_head_that_knows_the_target_has_every_draft_accepted(law):
     assert out.stats.accepted_by_position == [20, 20, 20]  # two rows: one token, then ten steps of 3 + 1
 
 
-class Watched:
-    """A proposer that writes down every row's text and draft."""
-
-    def __init__(self, proposer):
-        self.watched, self.seen = proposer, []
-
-    def __getattr__(self, name):
-        return getattr(self.watched, name)
-
-    def quickened(self):
-        return self
-
-    def propose(self, memory, place, context, draw):
-        tree = self.watched.propose(memory, place, context, draw)
-        for slot in place.alive.nonzero().flatten().tolist():
-            text = place.text[slot, : int(place.length[slot]) + 1].tolist()
-            self.seen.append((int(place.seed[slot]), text, set(paths(tree, slot).values()), draw))
-        return tree
-
-
-def plain_search(target, head, text: list[int], width: int, length: int, rank):
-    """The beams of one row, every feature by a run over the whole text, and all that was weighed: [(tokens, score)]."""
-    hidden = target.hidden_states(torch.tensor([text[:-1]]), torch.ones(1, len(text) - 1, dtype=torch.long))[0]
-    beams, weighed = [((), 0.0)], []
-    for position in range(length):
-        grown = []
-        for tokens, score in beams:
-            feature = continued(head, target.embed, hidden, [*text, *tokens])
-            best = rank(target.logits(feature[None])[None].float(), position)[0, 0].log_softmax(-1).topk(width)
-            gains = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            grown += [((*tokens, token), score + gain) for token, gain in gains if gain > -torch.inf]
-        weighed += grown
-        beams = sorted(grown, key=lambda beam: -beam[1])[:width]
-    return beams, weighed
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("law", "coupled"), [("greedy", False), ("sampled", False), ("sampled", True)])
 @torch.no_grad()
 def test_every_draft_is_that_of_a_plain_search(monkeypatch, shape, law, coupled):
     """Whatever was accepted before, in whatever slot, after whatever row: what is kept is what a new run gives."""
     monkeypatch.setattr(stepping, "PREFILL_CHUNK", 4)
-    width, length, budget = shape
     model = tiny_model(vocab_size=9, spread=0.3).double()
     target = Target(model)
     head = random_head(model, seed=2)
     head.config = head.config.model_copy(update={"coupled": coupled})
-    prompts = [[t % 9 for t in prompt] for prompt in MANY]
+
+    def following_of(text):
+        """Every feature by a run over the whole text."""
+        hidden = target.hidden_states(torch.tensor([text[:-1]]), torch.ones(1, len(text) - 1, dtype=torch.long))[0]
+        return lambda tokens: target.logits(continued(head, target.embed, hidden, [*text, *tokens])[None])[0]
+
     told = {"max_new_tokens": 8, "batch_size": 3, **LAWS[law]}
-    watched = Watched(request(model, head, prompts, **shaped(*shape), **told).proposer)
-    out = generate(model, Given(watched), prompts, **told)
-    assert 0 < out.stats.accepted < out.stats.drafted
-    assert len(watched.seen) > 20
-    for seed, text, found, draw in watched.seen:
-
-        def rank(logits, position, seed=seed, text=text, draw=draw):
-            if draw.noise is None:
-                return logits
-            noise = gumbel(torch.tensor([seed]), torch.tensor([[len(text) + position]]), 9)
-            return draw.warp(logits) + (noise if coupled else 0)
-
-        beams, weighed = plain_search(target, head, text, width, length, rank)
-        if budget is None:
-            expected = {tokens[:depth] for tokens, _ in beams for depth in range(length + 1)}
-        else:
-            expected = {(), *(tokens for tokens, _ in sorted(weighed, key=lambda one: -one[1])[: budget - 1])}
-        assert found == expected
+    check_every_draft(model, head, following_of, shape, coupled=coupled, **told)
 
 
 def test_every_place_of_a_text_is_drafted_as_decoding_drafts():
     """Teacher-forced acceptance gives each place the memory of what lies before it."""
     model = tiny_model(vocab_size=9, spread=0.3).double()
     head = random_head(model, seed=2, beam_length=3, beam_width=2)
-    prompts = [[t % 9 for t in prompt] for prompt in MANY]
+    prompts = small(MANY)
     found = evaluate(model, head, prompts, max_new_tokens=20, seed=11, batch_size=2)
     for texts in found.values():
         assert [one.walked for one in texts] == [one.decoding for one in texts]
@@ -192,20 +135,10 @@ def test_a_draft_asks_the_device_nothing(shape, law):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("shape", SHAPES[:3])
 @pytest.mark.parametrize("law", LAWS)
-def test_on_a_gpu_a_step_is_one_graph_and_drafts_the_same(monkeypatch, shape, law):
-    from redrafter import decoding
-
-    made = []
-
-    class Kept(decoding.Captured):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(decoding, "Captured", Kept)
+def test_on_a_gpu_a_step_is_one_graph_and_drafts_the_same(captured, shape, law):
     model = tiny_model(vocab_size=9, spread=0.3)
     head = random_head(model, seed=2)
-    prompts = [[t % 9 for t in prompt] for prompt in MANY]
+    prompts = small(MANY)
     told = {"max_new_tokens": 41, "batch_size": 3, **LAWS[law]}
     on_cpu = generate(model, head, prompts, **told, **shaped(*shape))
     model, head = model.cuda(), head.cuda()
@@ -214,4 +147,4 @@ def test_on_a_gpu_a_step_is_one_graph_and_drafts_the_same(monkeypatch, shape, la
         out = generate(model, head, prompts, fast=fast, **told, **shaped(*shape))
         assert out.new_tokens == plain.new_tokens == on_cpu.new_tokens
         assert out.stats.accepted == pytest.approx(on_cpu.stats.accepted, rel=0.05)  # a tie may fall otherwise
-    assert made[-1].refused is None
+    assert captured[-1].refused is None

@@ -127,21 +127,11 @@ def test_no_drafting_is_a_length_of_zero():
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("law", LAWS)
-def test_on_a_gpu_a_step_is_one_graph(monkeypatch, law):
-    from redrafter import decoding
-
-    made = []
-
-    class Kept(decoding.Captured):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(decoding, "Captured", Kept)
+def test_on_a_gpu_a_step_is_one_graph(captured, law):
     model = tiny_model(vocab_size=9).cuda()
     prompts = [[t % 9 for t in prompt] for prompt in MANY]
     told = {"max_new_tokens": 41, "batch_size": 3, **LAWS[law]}
     out = generate(model, PromptLookup(), prompts, **told)
-    assert made[-1].refused is None
+    assert captured[-1].refused is None
     assert out.stats.accepted > 0
     assert out.new_tokens == generate(model, None, prompts, fast=False, **told).new_tokens

@@ -8,23 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recurrent import paths
+from plain import LAWS, MANY, SHAPES, check_every_draft, shaped
 
-from conftest import AsksNothing, Given, greedy, tiny_model
+from conftest import AsksNothing, greedy, tiny_model
 from redrafter import RedrafterError, TwoModel, generate, stream
 from redrafter import step as stepping
-from redrafter.noise import gumbel
 from redrafter.request import request
 from redrafter.target import Target
 
 MODEL, OTHER = tiny_model(), tiny_model(seed=1, num_hidden_layers=1)
-LAWS = {"greedy": {}, "sampled": {"do_sample": True, "seed": 3, "temperature": 0.8, "top_k": 30}}
-SHAPES = [(1, 4, None), (3, 3, None), (4, 3, 6), (2, 1, None), (1, 1, None)]
-MANY = [[5, 9, 12], [7], [30, 31, 32, 33, 34], [8, 8], [11], [40, 41, 42], [3] * 9]
-
-
-def shaped(width: int, length: int, budget: int | None) -> dict:
-    return {"beam_width": width, "beam_length": length, "node_budget": budget}
 
 
 @settings(max_examples=25)
@@ -71,69 +63,20 @@ def test_nothing_is_forgotten_when_rows_come_and_go(monkeypatch, law, chunk):
     assert len({len(new) for new in written}) > 1, "rows end at different times"
 
 
-def plain_search(model, text: list[int], width: int, length: int, rank):
-    """The beams of one row by a forward of the whole text for each, and all that was weighed: [(tokens, score)]."""
-    beams, weighed = [((), 0.0)], []
-    for position in range(length):
-        grown = []
-        for tokens, score in beams:
-            logits = rank(model(input_ids=torch.tensor([[*text, *tokens]])).logits[:, -1:].float(), position)
-            best = logits[0, 0].log_softmax(-1).topk(width)
-            gains = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            grown += [((*tokens, token), score + gain) for token, gain in gains if gain > -torch.inf]
-        weighed += grown
-        beams = sorted(grown, key=lambda beam: -beam[1])[:width]
-    return beams, weighed
-
-
-class Watched:
-    """A proposer that writes down every row's text and draft."""
-
-    def __init__(self, proposer):
-        self.watched, self.seen = proposer, []
-
-    def __getattr__(self, name):
-        return getattr(self.watched, name)
-
-    def quickened(self):
-        return self
-
-    def propose(self, memory, place, context, draw):
-        tree = self.watched.propose(memory, place, context, draw)
-        for slot in place.alive.nonzero().flatten().tolist():
-            text = place.text[slot, : int(place.length[slot]) + 1].tolist()
-            self.seen.append((int(place.seed[slot]), text, set(paths(tree, slot).values()), draw))
-        return tree
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("coupled", [False, True])
 @torch.no_grad()
 def test_every_draft_is_that_of_a_plain_search(shape, law, coupled):
-    width, length, budget = shape
-    draft, law = tiny_model(vocab_size=9, seed=1).double(), LAWS[law]
+    draft = tiny_model(vocab_size=9, seed=1).double()
     model = tiny_model(vocab_size=9, spread=0.3).double()
-    prompts = [[t % 9 for t in prompt] for prompt in MANY]
-    told = {"max_new_tokens": 9, "batch_size": 2, **law}
-    watched = Watched(request(model, TwoModel(draft, coupled), prompts, **shaped(*shape), **told).proposer)
-    out = generate(model, Given(watched), prompts, **told)
-    assert 0 < out.stats.accepted < out.stats.drafted
-    assert len(watched.seen) > 20
-    for seed, text, found, draw in watched.seen:
 
-        def rank(logits, position, seed=seed, text=text, draw=draw):
-            if draw.noise is None:
-                return logits
-            noise = gumbel(torch.tensor([seed]), torch.tensor([[len(text) + position]]), 9)
-            return draw.warp(logits) + (noise if coupled else 0)
+    def following_of(text):
+        """By a forward of the whole text."""
+        return lambda tokens: draft(input_ids=torch.tensor([[*text, *tokens]])).logits[0, -1]
 
-        beams, weighed = plain_search(draft, text, width, length, rank)
-        if budget is None:
-            expected = {tokens[:depth] for tokens, _ in beams for depth in range(length + 1)}
-        else:
-            expected = {(), *(tokens for tokens, _ in sorted(weighed, key=lambda one: -one[1])[: budget - 1])}
-        assert found == expected
+    told = {"max_new_tokens": 9, "batch_size": 2, **LAWS[law]}
+    check_every_draft(model, TwoModel(draft, coupled), following_of, shape, coupled=coupled, **told)
 
 
 def test_known_noise_is_worth_something():
@@ -266,24 +209,14 @@ def test_no_drafting_is_a_length_of_zero():
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize("shape", SHAPES[:3])
 @pytest.mark.parametrize("law", LAWS)
-def test_on_a_gpu_a_step_is_one_graph_and_nothing_is_forgotten(monkeypatch, family, shape, law):
-    from redrafter import decoding
-
-    made = []
-
-    class Kept(decoding.Captured):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(decoding, "Captured", Kept)
+def test_on_a_gpu_a_step_is_one_graph_and_nothing_is_forgotten(captured, family, shape, law):
     model = tiny_model(family, **({"sliding_window": 6} if family == "mistral" else {})).cuda()
     told = {"max_new_tokens": 41, "batch_size": 3, **LAWS[law]}
     plain = generate(model, None, MANY, fast=False, **told)
     for draft in (model, tiny_model(seed=1).cuda()):
         out = generate(model, TwoModel(draft, coupled=True), MANY, **told, **shaped(*shape))
         assert out.new_tokens == plain.new_tokens
-        assert made[-1].refused is None
+        assert captured[-1].refused is None
         if draft is model and shape[0] == 1:
             steps = -(-40 // (shape[1] + 1))
             assert out.stats.steps == len(MANY) * (1 + steps)

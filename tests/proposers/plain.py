@@ -1,0 +1,84 @@
+"""What tests of methods that search beams share: every draft of a run against a search that knows the text alone."""
+
+from __future__ import annotations
+
+import torch
+from test_recurrent import paths
+
+from conftest import Given
+from redrafter import generate
+from redrafter.noise import gumbel
+from redrafter.request import request
+
+LAWS = {"greedy": {}, "sampled": {"do_sample": True, "seed": 3, "temperature": 0.8, "top_k": 30}}
+SHAPES = [(1, 4, None), (3, 3, None), (4, 3, 6), (2, 1, None), (1, 1, None)]
+MANY = [[5, 9, 12], [7], [30, 31, 32, 33, 34], [8, 8], [11], [40, 41, 42], [3] * 9]
+VOCABULARY = 9
+
+
+def shaped(width: int, length: int, budget: int | None) -> dict:
+    return {"beam_width": width, "beam_length": length, "node_budget": budget}
+
+
+def small(prompts: list[list[int]]) -> list[list[int]]:
+    """Prompts of a vocabulary in which drafts are accepted now and then."""
+    return [[token % VOCABULARY for token in prompt] for prompt in prompts]
+
+
+class Watched:
+    """A proposer that writes down every row's text and draft."""
+
+    def __init__(self, proposer):
+        self.watched, self.seen = proposer, []
+
+    def __getattr__(self, name):
+        return getattr(self.watched, name)
+
+    def quickened(self):
+        return self
+
+    def propose(self, memory, place, context, draw):
+        tree = self.watched.propose(memory, place, context, draw)
+        for slot in place.alive.nonzero().flatten().tolist():
+            text = place.text[slot, : int(place.length[slot]) + 1].tolist()
+            self.seen.append((int(place.seed[slot]), text, set(paths(tree, slot).values()), draw))
+        return tree
+
+
+def plain_search(following, width: int, length: int, rank):
+    """The beams of one row, and all that was weighed: [(tokens, score)]; `following(tokens)` gives logits [V]."""
+    beams, weighed = [((), 0.0)], []
+    for position in range(length):
+        grown = []
+        for tokens, score in beams:
+            logits = rank(following(tokens)[None, None].float(), position)
+            best = logits[0, 0].log_softmax(-1).topk(width)
+            gains = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            grown += [((*tokens, token), score + gain) for token, gain in gains if gain > -torch.inf]
+        weighed += grown
+        beams = sorted(grown, key=lambda beam: -beam[1])[:width]
+    return beams, weighed
+
+
+def check_every_draft(model, method, following_of, shape, *, coupled: bool, **told) -> None:
+    """Drafts while rows come and go; `following_of(text)` gives what `plain_search` asks."""
+    width, length, budget = shape
+    prompts = small(MANY)
+    watched = Watched(request(model, method, prompts, **shaped(*shape), **told).proposer)
+    out = generate(model, Given(watched), prompts, **told)
+    assert 0 < out.stats.accepted < out.stats.drafted
+    assert len(watched.seen) > 20
+    for seed, text, found, draw in watched.seen:
+
+        def rank(logits, position, seed=seed, text=text, draw=draw):
+            if draw.noise is None:
+                return logits
+            noise = gumbel(torch.tensor([seed]), torch.tensor([[len(text) + position]]), VOCABULARY)
+            return draw.warp(logits) + (noise if coupled else 0)
+
+        beams, weighed = plain_search(following_of(text), width, length, rank)
+        if budget is None:
+            expected = {tokens[:depth] for tokens, _ in beams for depth in range(length + 1)}
+        else:
+            expected = {(), *(tokens for tokens, _ in sorted(weighed, key=lambda one: -one[1])[: budget - 1])}
+        assert found == expected
