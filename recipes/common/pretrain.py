@@ -7,8 +7,8 @@ with what was measured on the way.  Does not know drafters.
 from __future__ import annotations
 
 import json
-import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from redrafter.training.recipe import share_of_rate
 
 WARM_UP, WEIGHT_DECAY = 0.02, 0.1
 DROPOUT = 0.1  # what every layer adds; the chat files are seen several times and would be learnt by heart
@@ -58,11 +60,40 @@ class Stream:
         return self.ids[picks + self.window].long()
 
 
-def rate(progress: float, peak: float) -> float:
-    """Linear warm-up, then cosine to zero."""
-    if progress < WARM_UP:
-        return peak * progress / WARM_UP
-    return peak * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+def fit(
+    model: PreTrainedModel,
+    loss: Callable[[], torch.Tensor],
+    *,
+    seconds: float,
+    peak_rate: float,
+    weight_decay: float = WEIGHT_DECAY,
+    tell: Callable[[int, torch.Tensor, float], None] = lambda *_: None,
+) -> int:
+    """AdamW on what `loss` gives, for so many seconds after a first one that may compile; the number of steps.
+
+    `tell` hears of each step's number, its loss and the share of the time that was over.
+    """
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        fused=model.device.type == "cuda",
+    )
+    loss().backward()
+    optimizer.zero_grad()
+    begin, step = time.perf_counter(), 0
+    while (progress := (time.perf_counter() - begin) / seconds) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = peak_rate * share_of_rate(progress, WARM_UP)
+        found = loss()
+        found.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        tell(step, found, progress)
+        step += 1
+    return step
 
 
 def train(
@@ -107,13 +138,6 @@ def train(
 
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).train()
     drop_out(model)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-        fused=device.type == "cuda",
-    )
 
     def loss_of(window: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -121,8 +145,6 @@ def train(
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
 
     step_loss = torch.compile(loss_of) if device.type == "cuda" else loss_of
-    step_loss(windows(batch)).backward()  # compile outside the time budget
-    optimizer.zero_grad()
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
@@ -135,22 +157,15 @@ def train(
         model.train()
         return losses
 
-    begin, step, curve = time.perf_counter(), 0, []
-    while (progress := (time.perf_counter() - begin) / (60 * minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = rate(progress, peak_rate)
-        loss = step_loss(windows(batch))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    curve = []
+
+    def tell(step: int, loss: torch.Tensor, progress: float) -> None:
         if step % 1000 == 0:
             curve.append((step, round(loss.item(), 4)))
             print(f"step {step} loss {curve[-1][1]:.3f} {progress:.0%} held out {evaluate()}", flush=True)
-        step += 1
 
-    for parameter in model.parameters():  # what is measured below is what is shipped
-        parameter.data = parameter.data.bfloat16().float()
+    step = fit(model, lambda: step_loss(windows(batch)), seconds=60 * minutes, peak_rate=peak_rate, tell=tell)
+    in_bfloat16(model)
     record = {
         "parameters": model.num_parameters(),
         "steps": step,
@@ -166,6 +181,12 @@ def train(
     }
     save(model, tokenizer, output, record, dtype)
     print(json.dumps({k: v for k, v in record.items() if k != "loss"}), flush=True)
+
+
+def in_bfloat16(model: torch.nn.Module) -> None:
+    """Rounds the weights, so that what is measured next is what is saved."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().to(parameter.dtype)
 
 
 def save(model: PreTrainedModel, tokenizer, output: Path, record: dict, dtype: str) -> None:

@@ -271,7 +271,7 @@ def _variant(
     )
     folder = _folder(output, variant.name)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut short
-    loss = run(model, drafter, rows, folder, recipe, resume=False)
+    loss = run(model, drafter, rows, folder, recipe, resume=False).loss
     trained = time.monotonic()
     return {
         **asdict(variant),

@@ -96,6 +96,8 @@ def test_a_dry_run_says_what_it_would_take(say, model_folder, rows, tmp_path):
     assert "30 steps, about" in err
     assert "GiB of weights and moments" in err
     assert not (tmp_path / "d").exists()
+    assert ", about 600 s;" in say(*words, "--dry-run", "--minutes", "10")[2]
+    assert "give one of them" in refusal(say(*words, "--minutes", "1", "--max-steps", "2"))
     words += ("--cache-states", tmp_path / "states", "--draft-vocabulary", "12", "--held-out", "0")
     status, _, err = say(*words, "--dry-run")
     assert status == 0

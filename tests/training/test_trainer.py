@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate
-from redrafter.training import trainer
+from redrafter.training import clock, trainer
 from redrafter.training.data import Row, most_frequent
 from redrafter.training.evaluation import Acceptance
 from redrafter.training.loss import Objective
-from redrafter.training.recipe import Recipe
+from redrafter.training.recipe import Recipe, share_of_rate
 from redrafter.training.trainer import estimate, newest_checkpoint, run
 
 MODEL = tiny_model()
@@ -57,7 +59,7 @@ def test_it_learns_and_leaves_the_target_alone(tmp_path):
     assert "16 rows with 384 tokens to learn" in card
     out = generate(model, again, [row.input_ids[:1] for row in rows], max_new_tokens=24)
     assert out.stats.tokens_per_step > 1.5, "it drafts what it was trained on"
-    assert first > 3 * 3, "an untrained drafter is near log 61 at each of three positions"
+    assert first.loss > 3 * 3, "an untrained drafter is near log 61 at each of three positions"
 
 
 def after_checkpoint(step: int, act, monkeypatch):
@@ -195,7 +197,7 @@ def test_packed_rows_learn_what_rows_alone_learn(tmp_path, form):
             tmp_path / str(packing),
             Recipe(max_steps=1, batch_size=6, packing=packing),
             resume=False,
-        )
+        ).loss
         for packing in (None, 60)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -215,6 +217,52 @@ def test_accumulated_batches_are_one_step(tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def by_a_clock_of_whole_seconds(monkeypatch) -> None:
+    """Every look at the clock finds one second more."""
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=map(float, count()).__next__))
+
+
+def test_a_run_by_the_clock_ends_with_its_time(tmp_path, monkeypatch):
+    by_a_clock_of_whole_seconds(monkeypatch)
+    rates = []
+    step = trainer.Trainer.training_step
+
+    def seen(self, *args, **kwargs):
+        rates.append(self.lr_scheduler.get_last_lr()[0])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", seen)
+    rows = own_text(8)
+    recipe = Recipe(seconds=21.0, batch_size=4, learning_rate=1.0, warmup=0.5)
+    found = run(MODEL, fresh(), rows[:6], tmp_path, recipe, held_out=rows[6:], resume=False)
+    assert (found.steps, found.epochs, found.tokens) == (20, 10.0, 10 * 6 * 25)
+    assert found.seconds > 0
+    assert rates == pytest.approx([share_of_rate(second / 21, 0.5) for second in range(1, 21)])
+    assert rates[9] == pytest.approx(10 / 10.5), "half of the time is warm-up"
+    assert rates[-1] < 0.03
+    assert "| steps | 20 of 4 x 1, which took 21 s, rate 1 |" in (tmp_path / "README.md").read_text()
+    assert found.found is not None, "the last step is measured"
+
+
+def test_a_run_by_the_clock_that_is_resumed_has_the_rest_of_its_time(tmp_path, monkeypatch):
+    by_a_clock_of_whole_seconds(monkeypatch)
+    rows = own_text(8)
+    recipe = Recipe(seconds=9.0, batch_size=4, save_steps=2)
+    with monkeypatch.context() as patched:
+        after_checkpoint(4, interrupt, patched)
+        with pytest.raises(KeyboardInterrupt):
+            run(MODEL, fresh(), rows, tmp_path, recipe, resume=False)
+    found = run(MODEL, fresh(), rows, tmp_path, recipe, resume=True)
+    assert found.steps == 8, "of one second each, after one second of the first look"
+
+
+def test_a_time_is_refused_where_it_is_none_or_not_alone():
+    with pytest.raises(RedrafterError, match="The time to train must be positive, not 0 s"):
+        Recipe(seconds=0.0)
+    with pytest.raises(RedrafterError, match="give one of them"):
+        Recipe(seconds=1.0, max_steps=2)
+
+
 def test_an_estimate_counts_the_steps_and_trains_nothing():
     drafter = fresh()
     before = weights(drafter)
@@ -225,6 +273,8 @@ def test_an_estimate_counts_the_steps_and_trains_nothing():
     assert found.peak is None
     assert all(torch.equal(a, b) for a, b in zip(before, weights(drafter), strict=True))
     assert all(p.grad is None for p in drafter.parameters())
+    timed = estimate(MODEL, drafter, own_text(10), Recipe(seconds=100.0, batch_size=2))
+    assert 100 <= timed.seconds < 100 + timed.seconds / timed.steps * 1.01
 
 
 def test_continuations_know_no_distribution(tmp_path):

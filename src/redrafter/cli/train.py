@@ -131,6 +131,9 @@ def train(
     decay: Annotated[float, typer.Option(help="What a draft position counts of the one before.")] = 1.0,
     epochs: Annotated[float, typer.Option(help="Times to see the data.")] = 2.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps, instead of epochs where positive.")] = -1,
+    minutes: Annotated[
+        float | None, typer.Option(help="Of training by the clock, instead of epochs: as many steps as that takes.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that a process takes in at once.")] = 8,
     accumulation: Annotated[int, typer.Option(min=1, help="Batches for each optimiser step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW; warm-up, then cosine to zero.")] = 1e-3,
@@ -206,6 +209,7 @@ def train(
         window_share=window_share,
         report_to=tuple(report_to or ()),
         cache_states=cache_states,
+        seconds=None if minutes is None else 60 * minutes,
     )
     console = Console(stderr=True, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")  # one of them speaks
     sources = [*data, *(more or [])]
@@ -262,7 +266,7 @@ def train(
     names = [source if "/" in source and not Path(source).exists() else Path(source).name for source in sources]
     try:
         about: dict[str, Any] = {"sources": names, "licence": licence, "tell": console.print}
-        loss = run(target, drafter, rows, output, recipe, held_out=measured, resume=resume, **about)
+        loss = run(target, drafter, rows, output, recipe, held_out=measured, resume=resume, **about).loss
     except KeyboardInterrupt:
         again = newest_checkpoint(output / "checkpoints")
         advice = f"run it again with --resume to go on from {again.name}" if again else "no checkpoint was written yet"

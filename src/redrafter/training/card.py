@@ -31,6 +31,15 @@ class Run:
     sources: list[str]
     """Names of files, or ids of data sets on the hub."""
     licence: str | None
+    epochs: float
+    """Times that the rows were seen."""
+    seconds: float
+    """Of training by the clock, held-out rows and checkpoints counted; of a run that was resumed, since then."""
+
+    @property
+    def tokens(self) -> int:
+        """About how many were read, those of prompts counted."""
+        return round(self.epochs * sum(len(row.input_ids) for row in self.rows))
 
 
 def card(drafter: Head, run: Run) -> str:
@@ -48,6 +57,7 @@ def card(drafter: Head, run: Run) -> str:
     covered = ""
     if drafter.draft_vocabulary is not None:
         covered = f", which are {coverage(run.rows, drafter.draft_vocabulary):.2%} of those to learn"
+    clock = "" if recipe.seconds is None else f", which took {recipe.seconds:g} s"
     share = f", a share of {recipe.window_share:g} of the places" if recipe.window_share < 1 else ""
     return "\n".join(
         [
@@ -68,7 +78,7 @@ def card(drafter: Head, run: Run) -> str:
             f"| licence of the data | {run.licence or 'not told'} |",
             f"| learnt from | {teacher}, teacher-forced over {config.beam_length} draft positions |",
             f"| objective | {objective} |",
-            f"| steps | {run.steps:,} of {recipe.batch_size} x {recipe.accumulation}{share}, rate "
+            f"| steps | {run.steps:,} of {recipe.batch_size} x {recipe.accumulation}{share}{clock}, rate "
             f"{recipe.learning_rate:g} |",
             f"| last loss | {run.loss:.3f} nats, summed over positions |",
             *_acceptance(run.found, drafter),

@@ -5,6 +5,7 @@ Does not know the run.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,7 @@ class Recipe:
     """Rows, or groups of packed ones, that each process takes in at once."""
     learning_rate: float = 1e-3
     warmup: float = 0.1
-    """Share of the steps, followed by a cosine to zero."""
+    """Share of the steps, or of the time, followed by a cosine to zero."""
     save_steps: int = 500
     """Optimiser steps from one checkpoint, and one look at the held-out rows, to the next."""
     seed: int = 0
@@ -47,11 +48,24 @@ class Recipe:
     """Loggers of transformers: tensorboard, wandb, trackio, …"""
     cache_states: Path | None = None
     """Folder in which the target's states are kept, computed once for all epochs and runs."""
+    seconds: float | None = None
+    """Train for so long by the clock, instead of `epochs`: as many steps as that takes."""
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
             raise RedrafterError(f"The learning rate must be positive, not {self.learning_rate:g}.")
+        if self.seconds is not None and not self.seconds > 0:
+            raise RedrafterError(f"The time to train must be positive, not {self.seconds:g} s.")
+        if self.seconds is not None and self.max_steps > 0:
+            raise RedrafterError("Training ends after a number of steps or after a time: give one of them.")
         if self.max_steps < 1 and self.epochs <= 0:
             raise RedrafterError(f"The epochs must be positive, not {self.epochs:g}.")
         if not 0 < self.window_share <= 1:
             raise RedrafterError(f"The share of windows must be above 0 and at most 1, not {self.window_share:g}.")
+
+
+def share_of_rate(progress: float, warmup: float) -> float:
+    """What counts of the peak rate once this share of a run is over: linear up to `warmup`, then a cosine to zero."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))

@@ -22,12 +22,14 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from redrafter.errors import RedrafterError, reason
 from redrafter.head import Head
 from redrafter.medusa import MedusaHeads
 from redrafter.target import Target
 from redrafter.training.card import Run, card
+from redrafter.training.clock import ByTheClock, SecondsBar
 from redrafter.training.data import Row, collate, pack
 from redrafter.training.evaluation import Acceptance, acceptance
 from redrafter.training.fitting import fit
@@ -38,6 +40,9 @@ from redrafter.training.states import States, Tell
 
 COMPLETE = "complete"
 """Empty file that marks a checkpoint as whole; it is written after all else."""
+
+ENDLESS = 10**9
+"""Steps of a run that the clock ends."""
 
 METRIC = "acceptance_length"
 """What the best checkpoint is chosen by: 1 + accepted tokens of a draft, on held-out rows."""
@@ -104,10 +109,15 @@ class Unrolled(nn.Module):
 
 
 class _MeasuredAtTheEnd(TrainerCallback):  # type: ignore[misc]
-    """The last step is measured too: Trainer saves it, but may look at the held-out rows only before."""
+    """The last step is measured too: Trainer saves it, but may look at the held-out rows only before.
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
+    Where the clock says which one that is, it is this that ends the run.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+        if isinstance(lr_scheduler, ByTheClock) and lr_scheduler.progress >= 1:
+            control.should_training_stop = control.should_save = True
+        if control.should_training_stop or state.global_step >= state.max_steps:
             control.should_evaluate = args.eval_strategy != "no"
 
 
@@ -115,8 +125,18 @@ class Checkpointing(Trainer):  # type: ignore[misc]
     """A Trainer that marks each checkpoint once all of it is written, and leaves none half-written nor sick."""
 
     held_out: list[Row]
+    seconds: float | None = None
+    """Of training, where the clock ends it."""
     sick: Tensor | None = None
     """The first step whose loss was not finite; it stays on the device until someone must know."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As Trainer's, or by the clock."""
+        if self.seconds is not None:
+            warmup = self.args.warmup_steps  # a share
+            self.lr_scheduler = ByTheClock(self.optimizer if optimizer is None else optimizer, self.seconds, warmup)
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One batch; remembers a loss that is not finite."""
@@ -194,8 +214,8 @@ def run(
     licence: str | None = None,
     tell: Tell = lambda _: None,
     resume: bool,
-) -> float:
-    """Trains `drafter` in place and writes it to `output`; returns the last loss it logged.
+) -> Run:
+    """Trains `drafter` in place and writes it to `output`; returns what its card tells of the run.
 
     Checkpoints live in `output/checkpoints` until the drafter is written, beside what loggers write.  With rows
     `held_out` the weights written are those of the checkpoint with the longest accepted drafts there.  `sources` and
@@ -241,6 +261,10 @@ def run(
     except (ValueError, RuntimeError) as error:  # a precision or a logger that is not to be had here
         raise RedrafterError(f"This cannot be trained so: {reason(error)}.") from error
     trainer.held_out = held_out or []
+    trainer.seconds = recipe.seconds
+    if recipe.seconds is not None:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(SecondsBar)
     if recipe.cache_states is not None:
         states = module.kept_states(recipe.cache_states, rows)
         process, processes = trainer.args.process_index, trainer.args.world_size
@@ -253,15 +277,25 @@ def run(
         fit(drafter, target, rows, held_out or [])
     found = held_out_acceptance(trainer.model, held_out) if held_out else None
     drafter.eval().to(model.dtype)
+    ended = Run(
+        rows,
+        recipe,
+        loss,
+        trainer.state.global_step,
+        found,
+        sources or [],
+        licence,
+        epochs=trainer.state.epoch,
+        seconds=result.metrics["train_runtime"],
+    )
     if trainer.is_world_process_zero():
-        ended = Run(rows, recipe, loss, trainer.state.global_step, found, sources or [], licence)
         drafter.save_pretrained(output, card=card(drafter, ended))
         for folder in checkpoints.glob("checkpoint-*"):
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # a logger's files stay
             checkpoints.rmdir()
     trainer.accelerator.wait_for_everyone()
-    return loss
+    return ended
 
 
 @dataclass(frozen=True)
@@ -301,9 +335,12 @@ def estimate(model: PreTrainedModel, drafter: Head, rows: list[Row], recipe: Rec
         loss.item()  # waits for the device
         times.append(time.perf_counter() - started)
     drafter.zero_grad(set_to_none=True)
+    step = recipe.accumulation * min(times)
+    if recipe.seconds is not None:
+        steps = math.ceil(recipe.seconds / step)
     return Estimate(
         steps,
-        steps * recipe.accumulation * min(times),
+        steps * step,
         bytes_here(model) + 4 * trained,
         None if recipe.cache_states is None else module.kept_states(recipe.cache_states, rows).size,
         torch.cuda.max_memory_allocated(device) + 2 * trained if on_gpu else None,
@@ -330,7 +367,7 @@ def _arguments(drafter: Head, recipe: Recipe, checkpoints: Path, *, measured: bo
     return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=recipe.epochs,
-        max_steps=recipe.max_steps,
+        max_steps=recipe.max_steps if recipe.seconds is None else ENDLESS,
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.learning_rate,
