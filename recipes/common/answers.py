@@ -5,15 +5,19 @@ Promises that nothing held out is answered in training.  Uses the package as any
 
 from __future__ import annotations
 
+import json
+import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from recipes.common.corpus import Corpus, is_held_out, rows
 from transformers import PreTrainedModel
 
 from redrafter import generate
-from redrafter.training.data import Row
+from redrafter.training.data import Row, most_frequent
 
 TURNS = 2  # answers asked for in one dialogue
 PROMPT, ANSWER = 512, 160  # tokens at most
@@ -58,6 +62,30 @@ def answered(prompt: list[int], answer: list[int]) -> Row:
 def prompt_of(row: Row) -> list[int]:
     """What stands before the turn to be answered."""
     return [token for token, trained in zip(row.input_ids, row.trained, strict=True) if not trained]
+
+
+def draft_vocabulary(rows: list[Row], count: int) -> torch.Tensor:
+    """The `count` tokens that are learnt most often, or as many as there are."""
+    kinds = {token for row in rows for token, trained in zip(row.input_ids, row.trained, strict=True) if trained}
+    return most_frequent(rows, min(count, len(kinds)))
+
+
+def stored(rows: list[Row]) -> list[tuple[list[int], list[int]]]:
+    """Prompts and answers, as a file holds them."""
+    return [(prompt := prompt_of(row), row.input_ids[len(prompt) :]) for row in rows]
+
+
+def restored(told: list[tuple[list[int], list[int]]]) -> list[Row]:
+    """What was `stored`."""
+    return [answered(*pair) for pair in told]
+
+
+def put(file: Path, told: Any) -> None:
+    """Writes a file of JSON that no other process ever sees half written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(told))
+    os.replace(part, file)
 
 
 def answers(model: PreTrainedModel, asked: list[Row], *, sampled: bool = False) -> list[Row]:

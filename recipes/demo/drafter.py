@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import torch
-from recipes.common.answers import ANSWER, answers, contexts, prompt_of
+from recipes.common.answers import ANSWER, answers, contexts, draft_vocabulary, prompt_of
 from recipes.common.corpus import Corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redrafter import RecurrentDrafter, generate
-from redrafter.training.data import most_frequent
 from redrafter.training.loss import Objective
 from redrafter.training.recipe import Recipe
 from redrafter.training.trainer import run
@@ -61,14 +60,13 @@ def train(
     tokens = sum(sum(row.trained) for row in learnt)
     print(f"the target wrote {len(learnt):,} answers, {tokens:,} tokens, in {wrote:.0f} s", flush=True)
 
-    kinds = len({i for row in learnt for i, trained in zip(row.input_ids, row.trained, strict=True) if trained})
     drafter = RecurrentDrafter.for_target(
         model,
         beam_length=LENGTH,
         beam_width=WIDTH,
         node_budget=BUDGET,
         num_draft_layers=BLOCKS,
-        draft_vocabulary=most_frequent(learnt, min(VOCABULARY, kinds)),
+        draft_vocabulary=draft_vocabulary(learnt, VOCABULARY),
     )
     recipe = Recipe(
         epochs=epochs,

@@ -7,7 +7,6 @@ processes which share a folder share the work.  Does not know how the target was
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipes.common.answers import answered, answers, contexts, prompt_of
+from recipes.common.answers import answers, contexts, prompt_of, put, restored, stored
 from recipes.common.corpus import Corpus
 from recipes.target.measure import WAYS, Texts, counts, decoded, draft_ms, quality, written
 from recipes.target.variants import Variant, variants
@@ -27,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from redrafter import RecurrentDrafter
 from redrafter.target import Target
-from redrafter.training.data import Row, most_frequent
+from redrafter.training.data import Row
 from redrafter.training.distillation import continued
 from redrafter.training.recipe import Recipe
 from redrafter.training.trainer import run
@@ -165,7 +164,7 @@ def _survived(make: Callable[[], Any]) -> Any:
 def _asked(corpus: Corpus, tokenizer, prompts: dict[str, int], file: Path) -> list[Row]:
     """Conversations of the training files that end in an answer, by length of the prompt; kept in a file."""
     if file.exists():
-        return [answered(*pair) for pair in json.loads(file.read_text())]
+        return restored(json.loads(file.read_text()))
     found = [
         row
         for name, count in prompts.items()
@@ -173,16 +172,8 @@ def _asked(corpus: Corpus, tokenizer, prompts: dict[str, int], file: Path) -> li
         if row.learnt
     ]
     found.sort(key=lambda row: len(prompt_of(row)))
-    _put(file, _stored(found))
+    put(file, stored(found))
     return found
-
-
-def _put(file: Path, told: Any) -> None:
-    """Writes a file that no other process ever sees half written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(told))
-    os.replace(part, file)
 
 
 def _written(
@@ -207,19 +198,15 @@ def _written(
             continue
         learnt = answers(model, asked, sampled=way == "sampled")
         new = written(model, held_out, way, plan.new_tokens)
-        _put(file, {"answers": _stored(learnt), "texts": {name: _stored(rows) for name, rows in new.items()}})
+        put(file, {"answers": stored(learnt), "texts": {name: stored(rows) for name, rows in new.items()}})
         _say(begin, f"wrote {sum(row.learnt for row in learnt):,} tokens of answers, {way}")
     own, texts = {}, {}
     for way in WAYS:
         told = json.loads(awaited(folder / f"{way}.json").read_text())
-        own[way] = [answered(*pair) for pair in told["answers"]]
-        texts[way] = {name: [answered(*pair) for pair in rows] for name, rows in told["texts"].items()}
+        own[way] = restored(told["answers"])
+        texts[way] = {name: restored(rows) for name, rows in told["texts"].items()}
     _say(begin, "all answers are there")
     return own, texts
-
-
-def _stored(rows: list[Row]) -> list[tuple[list[int], list[int]]]:
-    return [(prompt := prompt_of(row), row.input_ids[len(prompt) :]) for row in rows]
 
 
 def awaited(file: Path) -> Path:
@@ -231,7 +218,8 @@ def awaited(file: Path) -> Path:
     return file
 
 
-def _drafter(variant: Variant, model: PreTrainedModel, vocabulary: torch.Tensor | None) -> RecurrentDrafter:
+def drafter_of(variant: Variant, model: PreTrainedModel, vocabulary: torch.Tensor | None) -> RecurrentDrafter:
+    """A fresh one."""
     torch.manual_seed(0)
     return RecurrentDrafter.for_target(model, beam_length=LENGTH, draft_vocabulary=vocabulary, **variant.head)
 
@@ -241,7 +229,7 @@ def _time(model: PreTrainedModel, listed: list[Variant], widths: list[int], foun
 
     def measured(variant: Variant) -> dict[str, float]:
         ids = torch.arange(model.config.vocab_size // variant.vocabulary)
-        drafter = _drafter(variant, model, None if variant.vocabulary == 1 else ids).to(model.dtype).eval()
+        drafter = drafter_of(variant, model, None if variant.vocabulary == 1 else ids).to(model.dtype).eval()
         return {str(width): round(draft_ms(model, drafter, width), 4) for width in widths}
 
     for variant in listed:
@@ -260,12 +248,10 @@ def _variant(
     variant: Variant, model: PreTrainedModel, rows: list[Row], texts: dict[str, Texts], output: Path, plan: Plan
 ) -> Record:
     begin = time.monotonic()
-    vocabulary, covered = None, None
-    if variant.vocabulary > 1:
-        kinds = {token for row in rows for token, trained in zip(row.input_ids, row.trained, strict=True) if trained}
-        vocabulary = most_frequent(rows, min(len(kinds), model.config.vocab_size // variant.vocabulary))
+    vocabulary, covered = variant.scored(rows, model.config.vocab_size), None
+    if vocabulary is not None:
         covered = {way: _coverage(texts[way], set(vocabulary.tolist())) for way in WAYS}
-    drafter = _drafter(variant, model, vocabulary)
+    drafter = drafter_of(variant, model, vocabulary)
     recipe = Recipe(
         max_steps=plan.steps, batch_size=plan.batch, packing=1024, save_steps=10**6, objective=variant.objective
     )

@@ -8,8 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from recipes.common.answers import draft_vocabulary
+from recipes.common.methods import COUPLED, KL
+from torch import Tensor
 from transformers import PretrainedConfig
 
+from redrafter.training.data import Row
 from redrafter.training.loss import Objective
 
 
@@ -26,10 +30,9 @@ class Variant:
     vocabulary: int = 1
     """The head scores one token in so many of the target's vocabulary."""
 
-
-KL = Objective(0.0, kl=1.0)
-DECAYED = replace(KL, decay=0.8)
-COUPLED = Objective(0.0, kl=0.5, coupled=1.0)
+    def scored(self, rows: list[Row], vocabulary: int) -> Tensor | None:
+        """Ids of those, of a target's vocabulary of that size, by what the rows teach; None for all."""
+        return None if self.vocabulary == 1 else draft_vocabulary(rows, vocabulary // self.vocabulary)
 
 
 def variants(target: PretrainedConfig) -> list[Variant]:
@@ -38,13 +41,13 @@ def variants(target: PretrainedConfig) -> list[Variant]:
     layers = sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)})
 
     def head(name: str, vocabulary: int = 1, **shape: Any) -> Variant:
-        return Variant(name, "both", DECAYED, shape, vocabulary)
+        return Variant(name, "both", KL, shape, vocabulary)
 
     return [
         Variant("released: the text's own tokens", "text"),
-        Variant("answers, KL, decay 0.8", "both", DECAYED),
+        Variant("answers, KL, decay 0.8", "both", KL),
         head("exit width 4 H, three blocks, V/4", 4, exit_dim=4 * hidden, num_draft_layers=3),
-        Variant("answers, KL and coupled, decay 0.8", "both", replace(COUPLED, decay=0.8)),
+        Variant("answers, KL and coupled, decay 0.8", "both", COUPLED),
         Variant("paper: the target's continuations", "continuations"),
         head(
             "exit width 4 H, three blocks, three layers, four positions, V/4",
@@ -55,17 +58,17 @@ def variants(target: PretrainedConfig) -> list[Variant]:
             context_positions=4,
         ),
         head("exit width 4 H, V/4", 4, exit_dim=4 * hidden),
-        Variant("text, KL, decay 0.8", "text", DECAYED),
+        Variant("text, KL, decay 0.8", "text", KL),
         head("gated cell", gated=True),
-        Variant("answers, KL, decay 0.8, V/4", "both", DECAYED, vocabulary=4),
+        Variant("answers, KL, decay 0.8, V/4", "both", KL, vocabulary=4),
         Variant("answers, tokens", "both"),
         head("states of three layers more", context_layers=layers),
         head("exit width 6 H, three blocks, V/4", 4, exit_dim=6 * hidden, num_draft_layers=3),
         head("states of the last four positions", context_positions=4),
-        Variant("answers, greedy, KL, decay 0.8", "greedy", DECAYED),
-        Variant("answers, KL, decay 0.8, V/16", "both", DECAYED, vocabulary=16),
+        Variant("answers, greedy, KL, decay 0.8", "greedy", KL),
+        Variant("answers, KL, decay 0.8, V/16", "both", KL, vocabulary=16),
         Variant("answers, 0.1 CE and 0.9 TV", "both", Objective(0.1, total_variation=0.9)),
-        Variant("answers, KL", "both", KL),
+        Variant("answers, KL", "both", replace(KL, decay=1.0)),
         head("exit width H, three blocks", exit_dim=hidden, num_draft_layers=3),
         Variant("answers, 0.5 KL and 0.5 TV", "both", Objective(0.0, kl=0.5, total_variation=0.5)),
         head("exit width H", exit_dim=hidden),
