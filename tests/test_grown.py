@@ -10,11 +10,11 @@ import torch
 import transformers
 
 from conftest import tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, generate
+from redrafter import EagleHead, MedusaHeads, RecurrentDrafter, RedrafterError, generate
 
 sys.path.append(str(Path(__file__).parent.parent))
 from recipes.target import grown
-from recipes.target.grown import grown_drafter, grown_target
+from recipes.target.grown import grown_drafter, grown_eagle, grown_head, grown_medusa, grown_target
 
 HEADS = {"released": {}, "projected": {"exit_dim": 24, "gated": True}, "sum": {"exit_dim": 40, "rnn": False}}
 SHAPE = {"hidden": 48, "layers": 3, "heads": 8, "inner": 70}
@@ -26,10 +26,15 @@ def pair(head: str, **changes: object):
     for name, weight in model.named_parameters():
         if "norm" in name:  # ones would hide a norm that got another's weights
             torch.nn.init.uniform_(weight, 0.5, 2)
-    drafter = RecurrentDrafter.for_target(
-        model, draft_vocabulary=torch.arange(5, 45), num_draft_layers=2, beam_length=3, beam_width=20, **HEADS[head]
-    ).double()
-    for weight in drafter.parameters():
+    if head == "medusa":
+        drafter = MedusaHeads.fresh(model, heads=3, blocks=2, draft_vocabulary=torch.arange(5, 45), beam_width=20)
+    elif head == "eagle":
+        drafter = EagleHead.fresh(model, beam_length=3, beam_width=20)
+    else:
+        drafter = RecurrentDrafter.for_target(
+            model, draft_vocabulary=torch.arange(5, 45), num_draft_layers=2, beam_length=3, beam_width=20, **HEADS[head]
+        )
+    for weight in drafter.double().parameters():
         torch.nn.init.normal_(weight, std=0.3)
     return model, drafter.eval()
 
@@ -57,11 +62,20 @@ def test_what_is_added_costs_what_trained_weights_cost():
     assert all((block.linear.weight != 0).float().mean() > 0.7 for block in head.lm_head[:-1])
 
 
-@pytest.mark.parametrize(("head", "exit_dim"), [("released", 96), ("released", 70), ("projected", None), ("sum", 55)])
+@pytest.mark.parametrize(
+    ("head", "exit_dim"),
+    [("released", 96), ("released", 70), ("projected", None), ("sum", 55), ("medusa", None), ("eagle", None)],
+)
 def test_a_grown_pair_drafts_and_writes_the_same(head, exit_dim):
     model, drafter = pair(head)
-    new, head = grown_target(model, **SHAPE), grown_drafter(drafter, hidden=48, exit_dim=exit_dim)
-    assert (head.config.hidden_size, head.config.exit_dim) == (48, exit_dim or 48)
+    shape = SHAPE | ({"hidden": 64} if head == "eagle" else {})  # 8 heads of 8
+    new = grown_target(model, **shape)
+    head = grown_head(drafter, **{name: shape[name] for name in ("hidden", "heads", "inner")}, exit_dim=exit_dim)
+    assert type(head) is type(drafter)
+    assert head.config.hidden_size == new.config.hidden_size
+    if isinstance(head, RecurrentDrafter):
+        assert head.config.exit_dim == (exit_dim or 48)
+    assert sum(one.numel() for one in head.parameters()) > 1.1 * sum(one.numel() for one in drafter.parameters())
     prompts = [[3, 4, 5], [7, 8, 9, 10, 11], [30]]
     for law in ({"do_sample": False}, {"do_sample": True, "seed": 1}):
         before = generate(model, drafter, prompts, max_new_tokens=24, **law)
@@ -82,6 +96,15 @@ def test_the_drafters_logits_are_the_same():
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-9)
 
 
+def test_the_heads_logits_are_the_same():
+    _, heads = pair("medusa")
+    hidden = torch.randn(5, 32).double()
+    with torch.no_grad():
+        before = heads.logits(hidden)
+        after = grown_medusa(heads, hidden=48).logits(torch.nn.functional.pad(hidden, (0, 16)))
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-9)
+
+
 def test_refusals():
     model, drafter = pair("projected")
     with pytest.raises(RedrafterError, match="hidden_size can grow from 32, not become 16"):
@@ -90,6 +113,10 @@ def test_refusals():
         grown_target(model, **SHAPE, kv_heads=8)
     with pytest.raises(RedrafterError, match="without biases can be grown, not this qwen3"):
         grown_target(tiny_model("qwen3"), **SHAPE)
+    with pytest.raises(RedrafterError, match="hidden_size can grow from 32, not become 16"):
+        grown_medusa(pair("medusa")[1], hidden=16)
+    with pytest.raises(RedrafterError, match=r"with heads of 8 needs 6 of them for 48\."):
+        grown_eagle(pair("eagle")[1], hidden=48, heads=8, inner=70)
     with pytest.raises(RedrafterError, match="would lack the drafter's projection"):
         grown_drafter(drafter, hidden=48, exit_dim=96)
     with pytest.raises(RedrafterError, match=r"hidden size 32 and width 64 cannot become one of 48 and 48\."):

@@ -1,25 +1,81 @@
-"""A trained target and its drafter at the cost of a larger shape, their function kept.
+"""A trained target and heads that draft for it at the cost of a larger shape, their function kept.
 
     python -m recipes.target.grown --target T --drafter D --output OUT [--hidden 4096 --layers 32 --heads 64 ...]
 
 Speed depends on the shape and on how often drafts are accepted; a small pair can be trained in minutes, and grown it
 costs what a large one does.  Promises the same logits and the same drafts, up to rounding.  All that is added is
 random, normal with a deviation of 0.02, but for zeros where it would reach what was there: a GPU multiplies zeros
-faster.  Llama alone, whose function is known here weight by weight.
+faster.  Llama alone, whose function is known here weight by weight; a recurrent drafter that sees the last hidden
+state alone, Medusa heads, and an EAGLE head, whose layer is Llama's.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from redrafter import RecurrentDrafter, RedrafterError
+from redrafter import EagleHead, MedusaHeads, RecurrentDrafter, RedrafterError
+from redrafter.head import Head
+from redrafter.proposers.loading import load_head
 
 DEVIATION = 0.02
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the numbers of a Llama's layers, or of one that is like them, stand in larger ones."""
+
+    hidden: tuple[int, int]
+    """Width of the residual stream: as it was and as it becomes."""
+    inner: int
+    heads: tuple[int, int]
+    kv_heads: tuple[int, int]
+    head_dim: int
+
+    @property
+    def share(self) -> float:
+        """Of the stream's width that was there."""
+        return self.hidden[0] / self.hidden[1]
+
+    @cached_property
+    def width(self) -> Tensor:
+        """Of the residual stream."""
+        return torch.arange(self.hidden[0])
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """Of the MLP."""
+        return torch.arange(self.inner)
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Of keys and values."""
+        return _within(torch.arange(self.kv_heads[0]), self.head_dim)
+
+    @cached_property
+    def queries(self) -> Tensor:
+        """Of queries: a head keeps the key that it shared with others."""
+        heads = torch.arange(self.heads[0])
+        group, new = self.heads[0] // self.kv_heads[0], self.heads[1] // self.kv_heads[1]
+        return _within(heads // group * new + heads % group, self.head_dim)
+
+    def layer(self, there: nn.Module, here: nn.Module) -> None:
+        """A layer in a larger one, which writes nothing to the widths that are added."""
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            _among(getattr(there, norm).weight, getattr(here, norm).weight * self.share**0.5, self.width)
+        for name, places in {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys}.items():
+            _among(getattr(there.self_attn, name).weight, getattr(here.self_attn, name).weight, places, self.width)
+        for name in ("gate_proj", "up_proj"):
+            _among(getattr(there.mlp, name).weight, getattr(here.mlp, name).weight, self.columns, self.width)
+        _alone(there.self_attn.o_proj.weight, here.self_attn.o_proj.weight, self.width, self.queries)
+        _alone(there.mlp.down_proj.weight, here.mlp.down_proj.weight, self.width, self.columns)
 
 
 @torch.no_grad()
@@ -43,8 +99,7 @@ def grown_target(
     old = model.config
     if old.model_type != "llama" or old.attention_bias or old.mlp_bias or old.pretraining_tp != 1:
         raise RedrafterError(f"Only Llama without biases can be grown, not this {old.model_type}.")
-    group = old.num_attention_heads // old.num_key_value_heads
-    kv_heads = kv_heads or heads // group
+    kv_heads = _kv_heads(old, heads, kv_heads)
     sizes = {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -52,41 +107,32 @@ def grown_target(
         "num_key_value_heads": kv_heads,
         "intermediate_size": inner,
     }
-    for name, size in sizes.items():
-        if size < getattr(old, name):
-            raise RedrafterError(f"{name} can grow from {getattr(old, name)}, not become {size}.")
-    if heads % kv_heads or heads // kv_heads < group:
-        raise RedrafterError(f"{heads} heads cannot share {kv_heads} keys where {group} shared one.")
-    share = old.hidden_size / hidden
+    _check_growth(old, sizes)
+    places = Places(
+        (old.hidden_size, hidden),
+        old.intermediate_size,
+        (old.num_attention_heads, heads),
+        (old.num_key_value_heads, kv_heads),
+        model.model.layers[0].self_attn.head_dim,
+    )
     changes = {
         "tie_word_embeddings": False,
         "initializer_range": DEVIATION,
-        "head_dim": model.model.layers[0].self_attn.head_dim,
+        "head_dim": places.head_dim,
+        "rms_norm_eps": old.rms_norm_eps * places.share,
     }
-    config = type(old).from_dict(old.to_dict() | sizes | changes | {"rms_norm_eps": old.rms_norm_eps * share})
+    config = type(old).from_dict(old.to_dict() | sizes | changes)
     with torch.device(device):
         new = AutoModelForCausalLM.from_config(config, dtype=dtype or model.dtype).eval()
     new.generation_config = model.generation_config
     for parameter in new.parameters():
         nn.init.normal_(parameter, std=DEVIATION)
 
-    width = torch.arange(old.hidden_size)
-    columns = torch.arange(old.intermediate_size)
-    keys = _within(torch.arange(old.num_key_value_heads), config.head_dim)
-    queries = torch.arange(old.num_attention_heads)
-    queries = _within(queries // group * (heads // kv_heads) + queries % group, config.head_dim)
-    _alone(new.model.embed_tokens.weight, model.model.embed_tokens.weight, columns=width)
-    _among(new.lm_head.weight, model.lm_head.weight, columns=width)
-    _among(new.model.norm.weight, model.model.norm.weight * share**0.5, width)
+    _alone(new.model.embed_tokens.weight, model.model.embed_tokens.weight, columns=places.width)
+    _among(new.lm_head.weight, model.lm_head.weight, columns=places.width)
+    _among(new.model.norm.weight, model.model.norm.weight * places.share**0.5, places.width)
     for there, here in zip(new.model.layers, model.model.layers, strict=False):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            _among(getattr(there, norm).weight, getattr(here, norm).weight * share**0.5, width)
-        for name, places in {"q_proj": queries, "k_proj": keys, "v_proj": keys}.items():
-            _among(getattr(there.self_attn, name).weight, getattr(here.self_attn, name).weight, places, width)
-        for name in ("gate_proj", "up_proj"):
-            _among(getattr(there.mlp, name).weight, getattr(here.mlp, name).weight, columns, width)
-        _alone(there.self_attn.o_proj.weight, here.self_attn.o_proj.weight, width, queries)
-        _alone(there.mlp.down_proj.weight, here.mlp.down_proj.weight, width, columns)
+        places.layer(there, here)
     for there in new.model.layers[old.num_hidden_layers :]:
         nn.init.zeros_(there.self_attn.o_proj.weight)
         nn.init.zeros_(there.mlp.down_proj.weight)
@@ -120,12 +166,8 @@ def grown_drafter(
     projected = hasattr(drafter, "input_proj")
     if projected and exit_dim == 2 * hidden:
         raise RedrafterError(f"A head of width {exit_dim} would lack the drafter's projection: take another width.")
-    config = old.model_copy(update={"hidden_size": hidden, "exit_dim": exit_dim, "target": target or old.target})
-    with torch.device(device):
-        new = RecurrentDrafter(config).to(dtype or drafter.dtype).eval()
-    for parameter in new.parameters():
-        nn.init.normal_(parameter, std=DEVIATION)
-
+    sizes = {"hidden_size": hidden, "exit_dim": exit_dim}
+    new = _larger(drafter, sizes, target, device, dtype)
     width = torch.arange(old.hidden_size)
     both = torch.cat((width, hidden + width))  # the context, then the state
     inside = torch.arange(old.exit_dim) if hasattr(new, "input_proj") else both
@@ -141,8 +183,122 @@ def grown_drafter(
     for there, here in zip(new.lm_head[:-1], drafter.lm_head[:-1], strict=True):
         _linear(there.linear, here.linear, inside, inside)
     _apart(new.lm_head[-1].weight, drafter.lm_head[-1].weight, torch.arange(old.head_size), inside)
-    if drafter.draft_vocabulary is not None:
-        new.draft_vocabulary = drafter.draft_vocabulary.to(device)
+    return new
+
+
+@torch.no_grad()
+def grown_medusa(
+    heads: MedusaHeads,
+    *,
+    hidden: int,
+    target: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> MedusaHeads:
+    """Heads for the grown target, named `target`, with the logits of `heads` and their tree.
+
+    What was there reads nothing of what is added.  Raises RedrafterError where they are larger than what they are to
+    become.
+    """
+    _check_growth(heads.config, {"hidden_size": hidden})
+    new = _larger(heads, {"hidden_size": hidden}, target, device, dtype)
+    width = torch.arange(heads.config.hidden_size)
+    for there, here in zip(new.heads, heads.heads, strict=True):
+        for block, old in zip(there[:-1], here[:-1], strict=True):
+            _linear(block.linear, old.linear, width, width)
+        _apart(there[-1].weight, here[-1].weight, torch.arange(heads.config.head_size), width)
+    return new
+
+
+@torch.no_grad()
+def grown_eagle(
+    head: EagleHead,
+    *,
+    hidden: int,
+    heads: int,
+    inner: int,
+    kv_heads: int | None = None,
+    target: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> EagleHead:
+    """A head for the grown target, named `target`, whose features are those of `head`, and zero in the added widths.
+
+    As in `grown_target`, nothing writes to those.  Raises RedrafterError where the head is larger than what it is to
+    become, or its heads would change their size, which a head of this kind cannot tell apart from its width.
+    """
+    old = head.config
+    kv_heads = _kv_heads(old, heads, kv_heads)
+    sizes = {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": inner,
+    }
+    _check_growth(old, sizes)
+    size = old.hidden_size // old.num_attention_heads
+    if hidden != heads * size:
+        raise RedrafterError(f"An EAGLE head with heads of {size} needs {hidden // size} of them for {hidden}.")
+    places = Places(
+        (old.hidden_size, hidden),
+        old.intermediate_size,
+        (old.num_attention_heads, heads),
+        (old.num_key_value_heads, kv_heads),
+        size,
+    )
+    new = _larger(head, sizes | {"rms_norm_eps": old.rms_norm_eps * places.share}, target, device, dtype)
+    new.fc.weight[old.hidden_size :] = 0
+    _among(new.fc.weight, head.fc.weight, places.width, torch.cat((places.width, hidden + places.width)))
+    _alone(new.fc.bias, head.fc.bias, places.width)
+    places.layer(new.layer, head.layer)
+    return new
+
+
+def grown_head(
+    head: Head,
+    *,
+    hidden: int,
+    heads: int,
+    inner: int,
+    kv_heads: int | None = None,
+    exit_dim: int | None = None,
+    **more: Any,
+) -> Head:
+    """A head of any of these kinds for the target that `grown_target` makes of such numbers.  Raises RedrafterError."""
+    if isinstance(head, MedusaHeads):
+        return grown_medusa(head, hidden=hidden, **more)
+    if isinstance(head, EagleHead):
+        return grown_eagle(head, hidden=hidden, heads=heads, inner=inner, kv_heads=kv_heads, **more)
+    assert isinstance(head, RecurrentDrafter)
+    return grown_drafter(head, hidden=hidden, exit_dim=exit_dim, **more)
+
+
+def _kv_heads(old: Any, heads: int, kv_heads: int | None) -> int:
+    """Told, or as many for each head as there are.  Raises RedrafterError where heads would part from their keys."""
+    group = old.num_attention_heads // old.num_key_value_heads
+    kv_heads = kv_heads or max(1, heads // group)
+    if heads % kv_heads or heads // kv_heads < group:
+        raise RedrafterError(f"{heads} heads cannot share {kv_heads} keys where {group} shared one.")
+    return kv_heads
+
+
+def _check_growth(old: Any, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        if size < getattr(old, name):
+            raise RedrafterError(f"{name} can grow from {getattr(old, name)}, not become {size}.")
+
+
+def _larger(
+    head: Any, sizes: dict[str, Any], target: str | None, device: torch.device | str, dtype: torch.dtype | None
+) -> Any:
+    """One of the same kind and vocabulary with other sizes, all its weights random."""
+    config = head.config.model_copy(update=sizes | {"target": target or head.config.target})
+    with torch.device(device):
+        new = type(head)(config).to(dtype or head.dtype).eval()
+    for parameter in new.parameters():
+        nn.init.normal_(parameter, std=DEVIATION)
+    if head.draft_vocabulary is not None:
+        new.draft_vocabulary = head.draft_vocabulary.to(device)
     return new
 
 
@@ -180,7 +336,7 @@ def main() -> None:
     """Parses the command line and writes OUTPUT/target and OUTPUT/drafter."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=Path, required=True, help="folder of a trained Llama")
-    parser.add_argument("--drafter", type=Path, help="folder of its drafter")
+    parser.add_argument("--drafter", type=Path, help="folder of a head that drafts for it")
     parser.add_argument("--output", type=Path, required=True, help="where target/ and drafter/ are written")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=32)
@@ -194,22 +350,12 @@ def main() -> None:
     kind = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": getattr(torch, given.dtype)}
     folder = given.output / "target"
     try:
-        drafter = given.drafter and grown_drafter(  # first, for its refusals cost nothing yet
-            RecurrentDrafter.from_pretrained(given.drafter),
-            hidden=given.hidden,
-            exit_dim=given.exit_dim,
-            target=folder.name,
-            **kind,
+        sizes = {"hidden": given.hidden, "heads": given.heads, "kv_heads": given.kv_heads, "inner": given.inner}
+        drafter = given.drafter and grown_head(  # first, for its refusals cost nothing yet
+            load_head(given.drafter), exit_dim=given.exit_dim, target=folder.name, **sizes, **kind
         )
-        model = grown_target(
-            AutoModelForCausalLM.from_pretrained(given.target, dtype=torch.float32),
-            hidden=given.hidden,
-            layers=given.layers,
-            heads=given.heads,
-            kv_heads=given.kv_heads,
-            inner=given.inner,
-            **kind,
-        )
+        model = AutoModelForCausalLM.from_pretrained(given.target, dtype=torch.float32)
+        model = grown_target(model, layers=given.layers, **sizes, **kind)
     except RedrafterError as error:
         raise SystemExit(f"grown: {error}") from None
     model.save_pretrained(folder)
