@@ -10,8 +10,6 @@ import json
 import re
 import shutil
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from recipes.common.answers import answers, contexts, prompt_of, put, restored, stored
 from recipes.common.corpus import Corpus
 from recipes.target.measure import WAYS, Texts, counts, decoded, draft_ms, quality, written
+from recipes.target.stages import awaited, say, survived
 from recipes.target.variants import Variant, variants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -92,10 +91,10 @@ def compare(
     def save() -> None:
         file.write_text(json.dumps(found, indent=1) + "\n")
 
-    counts_of = {name: round(plan.prompts * shares.get(name, 1.0)) for name in corpus.chat}
-    asked = _asked(corpus, tokenizer, counts_of, output / "answers" / "asked.json")
-    _say(begin, f"{len(asked):,} prompts to learn from")
-    own, texts = _written(corpus, categories, model, tokenizer, asked, output, plan, begin)
+    asked = prompts_of(corpus, tokenizer, shares, plan.prompts, output)
+    say(begin, f"{len(asked):,} prompts to learn from")
+    held_out = measured_on(corpus, categories, tokenizer, plan.held_out)
+    own, texts = written_by(model, asked, held_out, output, plan.new_tokens, (plan.part, plan.parts), begin)
     data: dict[str, list[Row]] = {"text": asked, **own}
     data["both"] = own["greedy"] + own["sampled"]
     found["data"] = {name: {"rows": len(r), "tokens": sum(one.learnt for one in r)} for name, r in data.items()}
@@ -108,7 +107,7 @@ def compare(
             }
         _time(model, list(filter(plan.wants, listed)), plan.widths, found.setdefault("drafts", {}))
         save()
-        _say(begin, "measured the target and the time of drafts")
+        say(begin, "measured the target and the time of drafts")
 
     def trained(variant: Variant) -> Record:
         if variant.data == "continuations" and "continuations" not in data:
@@ -120,15 +119,15 @@ def compare(
         if not plan.takes(number, variant) or variant.name in found["variants"]:
             continue
         if plan.seconds is not None and time.monotonic() - begin > plan.seconds:
-            _say(begin, "no time left for more")
+            say(begin, "no time left for more")
             break
-        result = _survived(partial(trained, variant))
+        result = survived(partial(trained, variant))
         if isinstance(result, str):
             found["failed"][variant.name] = result
         else:
             found["variants"][variant.name] = {"number": number} | result
         save()
-        _say(begin, f"{variant.name}: {result if isinstance(result, str) else json.dumps(result['counts'])}")
+        say(begin, f"{variant.name}: {result if isinstance(result, str) else json.dumps(result['counts'])}")
     if found["variants"]:
         best = max(found["variants"], key=lambda name: _tokens_per_step(found["variants"][name]["counts"]))
         if found.get("check", {}).get("variant") != best:
@@ -148,27 +147,18 @@ def _begun(file: Path, plan: Plan) -> Record:
     return found | {"plan": sizes, "length": LENGTH, "torch": torch.__version__, "device": device, "failed": {}}
 
 
-def _say(begin: float, what: str) -> None:
-    print(f"{time.monotonic() - begin:.0f} s: {what}", flush=True)
+def prompts_of(corpus: Corpus, tokenizer, shares: dict[str, float], count: int, output: Path) -> list[Row]:
+    """Conversations of the training files that end in an answer, by length of the prompt; kept in a file.
 
-
-def _survived(make: Callable[[], Any]) -> Any:
-    """What is made, or the error as a line: the drafters after one that fails are still wanted."""
-    try:
-        return make()
-    except Exception as error:
-        traceback.print_exc()
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _asked(corpus: Corpus, tokenizer, prompts: dict[str, int], file: Path) -> list[Row]:
-    """Conversations of the training files that end in an answer, by length of the prompt; kept in a file."""
+    Of each file `count` times its share.
+    """
+    file = output / "answers" / "asked.json"
     if file.exists():
         return restored(json.loads(file.read_text()))
     found = [
         row
-        for name, count in prompts.items()
-        for row in contexts(corpus, name, tokenizer, held_out=False, count=count)
+        for name in corpus.chat
+        for row in contexts(corpus, name, tokenizer, held_out=False, count=round(count * shares.get(name, 1.0)))
         if row.learnt
     ]
     found.sort(key=lambda row: len(prompt_of(row)))
@@ -176,46 +166,40 @@ def _asked(corpus: Corpus, tokenizer, prompts: dict[str, int], file: Path) -> li
     return found
 
 
-def _written(
-    corpus: Corpus,
-    categories: dict[str, str],
+def measured_on(corpus: Corpus, categories: dict[str, str], tokenizer, count: int) -> Texts:
+    """Prompts that no training saw, so many of each category."""
+    return {
+        category: contexts(corpus, name, tokenizer, held_out=True if name in corpus.chat else None, count=count)
+        for category, name in categories.items()  # a file that nothing is learnt from is there to be evaluated on
+    }
+
+
+def written_by(
     model: PreTrainedModel,
-    tokenizer,
     asked: list[Row],
+    held_out: Texts,
     output: Path,
-    plan: Plan,
+    new_tokens: int,
+    part: tuple[int, int],
     begin: float,
 ) -> tuple[dict[str, list[Row]], dict[str, Texts]]:
     """The target's answers to `asked`, and its texts to the held-out prompts, both ways; each way by one process."""
-    held_out: Texts = {}
-    for category, name in categories.items():  # a file that nothing is learnt from is there to be evaluated on
-        which = True if name in corpus.chat else None
-        held_out[category] = contexts(corpus, name, tokenizer, held_out=which, count=plan.held_out)
     folder = output / "answers"
     for number, way in enumerate(WAYS):
         file = folder / f"{way}.json"
-        if number % plan.parts != plan.part or file.exists():
+        if number % part[1] != part[0] or file.exists():
             continue
         learnt = answers(model, asked, sampled=way == "sampled")
-        new = written(model, held_out, way, plan.new_tokens)
+        new = written(model, held_out, way, new_tokens)
         put(file, {"answers": stored(learnt), "texts": {name: stored(rows) for name, rows in new.items()}})
-        _say(begin, f"wrote {sum(row.learnt for row in learnt):,} tokens of answers, {way}")
+        say(begin, f"wrote {sum(row.learnt for row in learnt):,} tokens of answers, {way}")
     own, texts = {}, {}
     for way in WAYS:
         told = json.loads(awaited(folder / f"{way}.json").read_text())
         own[way] = restored(told["answers"])
         texts[way] = {name: restored(rows) for name, rows in told["texts"].items()}
-    _say(begin, "all answers are there")
+    say(begin, "all answers are there")
     return own, texts
-
-
-def awaited(file: Path) -> Path:
-    """The file, once another process has written it."""
-    if not file.exists():
-        print(f"waiting for {file}", flush=True)
-    while not file.exists():
-        time.sleep(0.5)
-    return file
 
 
 def drafter_of(variant: Variant, model: PreTrainedModel, vocabulary: torch.Tensor | None) -> RecurrentDrafter:
@@ -234,7 +218,7 @@ def _time(model: PreTrainedModel, listed: list[Variant], widths: list[int], foun
 
     for variant in listed:
         if shape_of(variant) not in found:
-            times = _survived(partial(measured, variant))
+            times = survived(partial(measured, variant))
             if not isinstance(times, str):
                 found[shape_of(variant)] = times
 

@@ -11,8 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
-from recipes.common.answers import contexts, prompt_of
+from recipes.common.answers import prompt_of
 from recipes.common.corpus import Corpus
+from recipes.target.drafters import measured_on
 from recipes.target.shape import CATEGORIES, corpus
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -22,10 +23,8 @@ from redrafter.prompts import prompt_ids
 def rows(data: Corpus, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, str]]:
     """So many prompts of each category as text; those that would be read as other tokens are left out."""
     found = []
-    for category, name in CATEGORIES.items():
-        held_out = True if name in data.chat else None  # the other files are there to be evaluated on
-        own = (prompt_of(row) for row in contexts(data, name, tokenizer, held_out=held_out, count=count))
-        for ids in own:
+    for category, own in measured_on(data, CATEGORIES, tokenizer, count).items():
+        for ids in map(prompt_of, own):
             row = {"category": category, "prompt": tokenizer.decode(ids)}
             if prompt_ids(row, tokenizer, category) == ids:
                 found.append(row)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 TASKS = ("dialogue", "dialogue", "dialogue", "dialogue", "maths", "code", "code", "open question")
 """Of the demo's prompts."""
 
+BUNDLED = {"recurrent": "drafter", "Medusa": "medusa", "EAGLE": "eagle", "two models": "draft"}
+"""Folders beside the demo's model, by what they are called in its report."""
+
 Target = Annotated[
     str | None, typer.Option("--model", help="The target: a folder or hub id of a Hugging Face causal language model.")
 ]
@@ -38,7 +41,7 @@ SeedOfAll = Annotated[int, typer.Option(min=0, help="Of all draws.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Throw away what the folder's measurements.jsonl holds, and begin anew.")
 ]
-Demo = Annotated[bool, typer.Option("--demo", help="Measure the bundled pair on its eight prompts.")]
+Demo = Annotated[bool, typer.Option("--demo", help="Measure all that is bundled on the demo's eight prompts.")]
 MethodHelp = (
     "NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES: what to call it, where it lies, and perhaps how it drafts: "
     "@10x4 is 10 whole beams of 4 tokens, @10x4:32 the 32 most probable nodes of what they weigh, @:32 the same with "
@@ -163,7 +166,7 @@ def sweep(
     lists = {"--widths": widths, "--lengths": lengths, "--budgets": budgets, "--batches": batches}
     beams, depths, nodes, together = (whole_numbers(value, option) for option, value in lists.items())
     kinds = numbers(temperatures, "--temperatures")
-    told = read_methods([*_demo_method(demo, model), *([method] if method else [])])
+    told = read_methods([*_demo_method(demo, model)[:1], *([method] if method else [])])
     if len(told) > 1:
         raise RedrafterError("--demo brings its own method: leave --method out.")
     plots.required()
@@ -189,11 +192,21 @@ def sweep(
 
 
 def _demo_method(demo: bool, model: str | None) -> list[str]:
+    """Every bundled way to draft that is there, and prompt lookup, which needs no folder."""
     from redrafter.cli.loading import demo_folder
 
     if demo and model is not None:
         raise RedrafterError("--demo brings its own model: leave --model out.")
-    return [f"recurrent={demo_folder() / 'drafter'}"] if demo else []
+    if not demo:
+        return []
+    there = {name: path for name, folder in BUNDLED.items() if (path := demo_folder() / folder).is_dir()}
+    return [*(f"{name}={path}" for name, path in there.items()), "prompt lookup=prompt-lookup"]
+
+
+def _is_bundled(one: Told) -> bool:
+    from redrafter.cli.loading import demo_folder
+
+    return Path(one.path).is_relative_to(demo_folder())
 
 
 def _setting(
@@ -241,7 +254,7 @@ def _setting(
     methods = load(told, target, batches)
     arguments = asked | {
         "model": "the bundled pair's" if demo else path,
-        "methods": {one.label: one.shown if not (demo and one is told[0]) else "the bundled pair's" for one in told},
+        "methods": {one.label: one.shown if not _is_bundled(one) else "the bundled pair's" for one in told},
         "data": file_names(data) if data else ["the demo's prompts"],
         "by": by,
         "prompts": prompts,

@@ -1,0 +1,340 @@
+"""All ways to draft on equal terms: a target, its answers, every method trained for the same time, and measured.
+
+    python -m recipes.target.compare --data DATA --output OUT [--spec-bench spec_bench.jsonl.xz] [--seconds 1600]
+
+Promises that a stage which is done is not run again, that one which fails is named and the others go on, and that
+nothing is begun for which `--seconds` are not enough.  Several processes, each with a GPU of its own, share the work by
+`--part`.  What is measured, `redrafter bench` measures, as any user would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from recipes.common.answers import put
+from recipes.common.corpus import Corpus
+from recipes.common.methods import EAGLE, KL, Effort, Record, Way, train_draft_model, train_head
+from recipes.target import prompts, shape, stages
+from recipes.target.drafters import LENGTH, drafter_of, measured_on, prompts_of, written_by
+from recipes.target.grown import grown_head, grown_target
+from recipes.target.stages import awaited, say, survived
+from recipes.target.variants import variants
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from redrafter import EagleHead, MedusaHeads, RecurrentDrafter, RedrafterError
+from redrafter.proposers.loading import load_head
+from redrafter.training.data import Row
+
+DRAFT = "draft"
+SHAPES = {
+    "recurrent": {"recurrent": "@10x4:32", "recurrent, 4 beams": "@4x4"},
+    DRAFT: {"two models": "@1x5", "two models, tree": "@4x4:16"},
+    "recurrent-released": {"recurrent, released": "@10x4"},
+    "medusa": {"Medusa": "", "Medusa, 32 nodes": "@10x4:32"},
+    "recurrent-wide": {"recurrent, wide": "@10x4:32"},
+    "eagle": {"EAGLE": "@8x4:32"},
+}
+"""What is trained, by folder, and in which shapes it is measured under which name; in the order of the training."""
+
+EXIT = {"recurrent-released": 2}
+"""Width of a grown recurrent drafter's head in hidden sizes, where it is not one: this is the released form."""
+
+MULTI_TURN = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
+"""Categories of MT-bench, which are one task of Spec-Bench."""
+
+LEAST = 30  # seconds for which a measurement is begun
+
+
+def main() -> None:
+    """Parses the command line and runs the stages."""
+    begin = time.monotonic()
+    given = _arguments()
+    until = math.inf if given.seconds is None else begin + given.seconds
+    corpus = shape.corpus(given.data)
+    part, parts = given.part
+    if part == 0:
+        stages.tokenizer(given, corpus)
+    if given.only_tokenizer:
+        return
+    mine = [name for number, name in enumerate(given.methods) if number % parts == part]
+    if DRAFT in mine and part:  # while part 0 trains the target
+        _pretrain_draft_model(given, corpus)
+        say(begin, "trained the draft model on text")
+    target = stages.target(given, corpus)
+    say(begin, "the target is there")
+    _train(given, corpus, target, mine, begin, until)
+    _write_prompts(given, corpus, target)
+    there = {}
+    for name in given.methods:
+        record = json.loads(awaited(_record(given.output, name)).read_text())
+        if "failed" in record:
+            say(begin, f"{name} is not there: {record['failed']}")
+        else:
+            there[name] = given.output / "methods" / name
+    jobs = [(cost, data) for data in ("held-out", "spec") for cost in ("own", "grown")]
+    family = AutoConfig.from_pretrained(target).model_type
+    jobs = [
+        (cost, data)
+        for cost, data in jobs
+        if (cost == "own" or (given.grown and family == "llama")) and (data == "held-out" or given.spec_bench)
+    ]
+    for number, (cost, data) in enumerate(jobs):
+        if number % parts == part:
+            result = survived(partial(_measure, given, cost, data, target, there, begin, until))
+            say(begin, result or f"measured at {cost} cost on {data} prompts")
+    table = page(given.output)
+    (given.output / f"compare-{part}.md").write_text(table)
+    print(table, end="")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = stages.options(__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, help="from the start, in which all must be done")
+    parser.add_argument("--methods", nargs="+", choices=SHAPES, default=list(SHAPES), help="to train and to measure")
+    parser.add_argument("--each", type=float, default=60.0, help="seconds of training each method")
+    parser.add_argument("--method-batch", type=int, default=8, help="packed rows of 1,024 tokens in a step")
+    parser.add_argument("--method-rate", type=float, default=1e-3, help="learning rate at its peak")
+    parser.add_argument("--draft-minutes", type=float, default=2.0, help="of training the draft model on text before")
+    parser.add_argument("--draft-width", type=int, help="by default half of the target's")
+    parser.add_argument("--draft-layers", type=int, help="by default a quarter of the target's")
+    parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's questions, JSON lines, perhaps under xz")
+    parser.add_argument("--spec-prompts", type=int, default=4, help="of each of its tasks")
+    parser.add_argument("--bench-prompts", type=int, default=12, help="held-out prompts of each category")
+    parser.add_argument("--grown-prompts", type=int, default=4, help="of each category or task, at grown cost")
+    parser.add_argument("--rounds", type=int, default=2, help="of every measurement at own cost; at grown cost one")
+    parser.add_argument("--grown", action=argparse.BooleanOptionalAction, default=True, help="a Llama alone can be")
+    parser.add_argument("--hidden", type=int, default=4096, help="of the grown target")
+    parser.add_argument("--grown-layers", type=int, default=32)
+    parser.add_argument("--heads", type=int, default=64, help="of the grown target, of the size that they have")
+    parser.add_argument("--inner", type=int, default=11008, help="columns of the grown target's MLP")
+    return parser.parse_args()
+
+
+def heads(target: Any) -> dict[str, Way]:
+    """All that is trained but the draft model, for a target of this config."""
+    known = {variant.name: variant for variant in variants(target)}
+
+    def recurrent(name: str) -> Way:
+        variant = known[name]
+
+        def make(model: PreTrainedModel, rows: list[Row]) -> RecurrentDrafter:
+            return drafter_of(variant, model, variant.scored(rows, model.config.vocab_size))
+
+        return Way(make, variant.objective)
+
+    return {
+        "recurrent": recurrent("answers, KL and coupled, decay 0.8"),
+        "recurrent-released": recurrent("answers, tokens"),
+        "recurrent-wide": recurrent("exit width 4 H, three blocks, V/4"),
+        "medusa": Way(lambda model, _: MedusaHeads.fresh(model, heads=LENGTH), KL),
+        "eagle": Way(lambda model, _: EagleHead.fresh(model, beam_length=LENGTH), EAGLE),
+    }
+
+
+def _record(output: Path, name: str) -> Path:
+    return output / "methods" / f"{name}.json"
+
+
+def _pretrain_draft_model(given: argparse.Namespace, corpus: Corpus) -> Path:
+    folder: Path = given.output / "methods" / f"{DRAFT}-before"
+    width = given.draft_width or max(1, given.width // 2 // shape.HEAD) * shape.HEAD
+    layers = given.draft_layers or max(1, given.layers // 4)
+    stages.pretrained(given, corpus, folder, width=width, layers=layers, minutes=given.draft_minutes)
+    return folder
+
+
+def _train(
+    given: argparse.Namespace, corpus: Corpus, target: Path, names: list[str], begin: float, until: float
+) -> None:
+    """The methods of these names that are not there; what came of each goes into a file, failures too."""
+    torch.set_float32_matmul_precision("high")
+    output, rows = given.output, None
+    model = AutoModelForCausalLM.from_pretrained(target).to(stages.device()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    asked = prompts_of(corpus, tokenizer, shape.SHARES, given.prompts, output)
+    held_out = measured_on(corpus, shape.CATEGORIES, tokenizer, given.held_out)
+    own, _ = written_by(model, asked, held_out, output, given.new_tokens, given.part, begin)
+    rows = own["greedy"] + own["sampled"]
+    effort = Effort(given.each, given.method_batch, given.method_rate)
+    made = heads(model.config)
+
+    def train(name: str) -> Record:
+        folder = output / "methods" / name
+        if time.monotonic() + given.each > until:
+            return {"failed": "no time was left to train it"}
+        if name != DRAFT:
+            return train_head(made[name], model, rows, folder, effort)
+        before = _pretrain_draft_model(given, corpus)
+        return train_draft_model(before, model, tokenizer, rows, folder, effort)
+
+    for name in names:
+        file = _record(output, name)
+        if file.exists() and "failed" not in json.loads(file.read_text()):
+            continue
+        result = survived(partial(train, name))
+        record = {"failed": result} if isinstance(result, str) else result
+        put(file, record)
+        told = ("failed", "parameters", "seconds", "steps", "tokens", "loss")
+        say(begin, f"{name}: {', '.join(f'{key} {record[key]}' for key in told if key in record)}")
+
+
+def _write_prompts(given: argparse.Namespace, corpus: Corpus, target: Path) -> None:
+    """What `redrafter bench` reads; each process writes its own file, and all the same."""
+    folder = given.output / "prompts"
+    folder.mkdir(exist_ok=True)
+    asked = {"held-out": prompts.rows(corpus, AutoTokenizer.from_pretrained(target), given.held_out)}
+    if given.spec_bench:
+        opened = lzma.open if given.spec_bench.suffix == ".xz" else open
+        with opened(given.spec_bench, "rt", encoding="utf-8") as lines:
+            asked["spec"] = [by_task(json.loads(line)) for line in lines]
+    for name, rows in asked.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (_prompts(given, name)).write_text(text, encoding="utf-8")
+
+
+def _prompts(given: argparse.Namespace, name: str) -> Path:
+    file: Path = given.output / "prompts" / f"{name}-{given.part[0]}.jsonl"
+    return file
+
+
+def by_task(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of Spec-Bench under its task."""
+    many = row["category"] in MULTI_TURN
+    return {"category": "multi-turn" if many else row["category"].replace("_", " "), "turns": row["turns"]}
+
+
+def _grow(
+    given: argparse.Namespace, target: Path, there: dict[str, Path], begin: float
+) -> tuple[Path, dict[str, Path]]:
+    """The target and its methods at the cost of a larger shape; the draft model stays as it is."""
+    folder, grown = given.output / "grown", {}
+    sizes = {"hidden": given.hidden, "heads": given.heads, "inner": given.inner}
+    kind: dict[str, Any] = {"device": stages.device(), "dtype": torch.bfloat16}
+    torch.manual_seed(0)
+    if not (folder / "target.json").exists():
+        model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+        new = grown_target(model, layers=given.grown_layers, **sizes, **kind)
+        new.save_pretrained(folder / "target")
+        AutoTokenizer.from_pretrained(target).save_pretrained(folder / "target")
+        put(folder / "target.json", {"parameters": new.num_parameters()})
+        say(begin, f"the target has grown to {new.num_parameters():,} parameters")
+        del new
+    for name, path in there.items():
+        if name == DRAFT:
+            grown[name] = path
+            continue
+        grown[name] = folder / name
+        if (folder / f"{name}.json").exists():
+            continue
+        head = load_head(path)
+        told = {}
+        if isinstance(head, RecurrentDrafter):
+            told = {"exit_dim": max(head.config.exit_dim, EXIT.get(name, 1) * given.hidden)}
+        try:
+            head = grown_head(head, target="target", **told, **sizes, **kind)
+        except RedrafterError as error:
+            del grown[name]
+            say(begin, f"{name} cannot grow: {error}")
+            continue
+        head.save_pretrained(folder / name)
+        put(folder / f"{name}.json", {"parameters": sum(one.numel() for one in head.parameters())})
+        say(begin, f"{name} has grown")
+        del head
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return folder / "target", grown
+
+
+def _measure(
+    given: argparse.Namespace, cost: str, data: str, target: Path, there: dict[str, Path], begin: float, until: float
+) -> str | None:
+    """Runs `redrafter bench`, unless its results are there; a sentence where it could not."""
+    folder = given.output / "bench" / f"{cost}-{data}"
+    if (folder / "results.json").exists():
+        return None
+    if time.monotonic() + LEAST > until:
+        return f"no time was left to measure at {cost} cost on {data} prompts"
+    if cost == "grown":
+        target, there = _grow(given, target, there, begin)
+    count = given.grown_prompts if cost == "grown" else given.spec_prompts if data == "spec" else given.bench_prompts
+    words = ["bench", "--model", target, "--data", _prompts(given, data), "--output", folder, "--prompts", count]
+    words += ["--max-new-tokens", given.new_tokens, "--rounds", 1 if cost == "grown" else given.rounds]
+    words += ["--transformers", *(["--compile"] if torch.cuda.is_available() else [])]
+    for name, path in there.items():
+        for label, way in SHAPES[name].items():
+            words += ["--method", f"{label}={path}{way}"]
+    words += ["--method", "prompt lookup=prompt-lookup"]
+    status = command(list(map(str, words)), until)
+    if status == 2:  # perhaps it was begun with other methods
+        status = command([*map(str, words), "--overwrite"], until)
+    return None if status == 0 else f"redrafter bench at {cost} cost on {data} prompts ended with status {status}"
+
+
+def command(words: list[str], until: float) -> int:
+    """Runs a command of redrafter in a process of its own, which frees the GPU's memory; 124 where time ran out."""
+    left = None if until == math.inf else max(1.0, until - time.monotonic())
+    try:
+        return subprocess.run([sys.executable, "-m", "redrafter", *words], timeout=left, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return 124
+
+
+def page(output: Path) -> str:
+    """What was trained and measured so far, as Markdown."""
+    rows = [["method", "parameters", "seconds", "steps", "tokens", "loss"]]
+    for name in SHAPES:
+        if _record(output, name).exists():
+            record = json.loads(_record(output, name).read_text())
+            if "failed" in record:
+                rows.append([name, record["failed"]])
+                continue
+            rows.append([name, *(f"{record[key]:,}" for key in rows[0][1:])])
+    lines = ["Trained on the target's answers:", "", *_markdown(rows)]
+    for folder in sorted((output / "bench").glob("*")):
+        if (folder / "results.json").exists():
+            found = json.loads((folder / "results.json").read_text())
+            lines += ["", f"{folder.name.replace('-', ' cost, ', 1)} prompts, on {found['about']['device']}:", ""]
+            lines += _markdown(_measured(found))
+    return "\n".join([*lines, ""])
+
+
+def _measured(found: Record) -> list[list[str]]:
+    """A row for each method over all categories: tokens a step, times as fast, and the time of a draft."""
+    kinds = sorted({one["temperature"] for one in found["speed"]})
+    several = len({one["category"] for one in found["speed"]}) > 1
+    speed = {
+        (one["method"], one["temperature"]): one for one in found["speed"] if one["category"] == "all" or not several
+    }
+    drafts = {one["method"]: one["draft_ms"] for one in reversed(found["parts"])}
+    titles = ("tokens a step", "times as fast", "of transformers'", "texts equal")
+    rows = [["method", "parameters", "ms a draft", *(f"{title}, T = {kind:g}" for kind in kinds for title in titles)]]
+    for one in found["methods"]:
+        name = one["method"]
+        row = [name, f"{one['parameters']:,}" if "parameters" in one else "", f"{drafts.get(name, 0.0):.2f}"]
+        for kind in kinds:
+            cell = speed.get((name, kind), {})
+            faster = (cell.get(key, {}).get("median") for key in ("speed_up", "speed_up_over_transformers"))
+            row += [f"{value:.2f}" if value else "" for value in (cell.get("tokens_per_step"), *faster)]
+            row += [f"{cell['texts_equal']} of {cell['texts']}" if "texts" in cell else ""]
+        rows.append(row)
+    return rows
+
+
+def _markdown(rows: list[list[str]]) -> list[str]:
+    filled = [row + [""] * (len(rows[0]) - len(row)) for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in filled]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+if __name__ == "__main__":
+    main()
