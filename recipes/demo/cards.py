@@ -1,4 +1,4 @@
-"""Writes the two model cards from what the stages measured."""
+"""Writes the model cards from what the stages measured."""
 
 from __future__ import annotations
 
@@ -93,3 +93,42 @@ position:
 |---|---|---|---|
 {figures}"""
     )
+
+
+NAMES = {"medusa": "Medusa heads", "eagle": "EAGLE head", "draft": "Small draft model"}
+
+
+def write_rivals(target: Path, output: Path) -> None:
+    """Writes `README.md` for the other ways to draft."""
+    for name, title in NAMES.items():
+        made = json.loads((output / name / "training.json").read_text())
+        kind = made["kind"][0].upper() + made["kind"][1:]
+        library, before = "redrafter", ""
+        if "before" in made:
+            library, text = "transformers", made["before"]
+            before = (
+                f"from scratch on the target's own data ({text['tokens']:,} tokens in {text['minutes']:g} minutes), "
+            )
+            before += "then "
+        (output / name / "README.md").write_text(
+            f"""---
+library_name: {library}
+license: cc-by-sa-4.0
+language: en
+tags:
+- speculative-decoding
+---
+
+# {title} for {target.name}
+
+{kind} of {made["parameters"]:,} parameters: {made["head"]}. What it is there for is to be compared with the recurrent
+drafter beside it, by `redrafter bench --demo`.
+
+Trained by `recipes/demo` of redrafter {before}on answers that the target itself wrote, half of them greedy and half
+sampled at temperature 1, for {made["seconds"]:g} seconds: {made["steps"]:,} steps, {made["tokens"]:,} tokens read. It
+learnt the target's distribution at every place of those answers. Data and sources are those of the target:
+
+{DATA}
+{SHARE_ALIKE}
+"""
+        )

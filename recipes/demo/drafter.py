@@ -11,17 +11,18 @@ import time
 from pathlib import Path
 
 import torch
-from recipes.common.answers import ANSWER, answers, contexts, draft_vocabulary, prompt_of
+from recipes.common.answers import ANSWER, answers, contexts, draft_vocabulary, prompt_of, put, restored, stored
 from recipes.common.corpus import Corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redrafter import RecurrentDrafter, generate
+from redrafter.training.data import Row
 from redrafter.training.loss import Objective
 from redrafter.training.recipe import Recipe
 from redrafter.training.trainer import run
 
 LENGTH, WIDTH, VOCABULARY = 5, 4, 2048  # of the widths tried, 4 decodes fastest on two CPU cores
-BUDGET, BLOCKS = 21, 3
+BUDGET, BLOCKS, RATE = 21, 3, 2e-3
 OBJECTIVE = Objective(cross_entropy=0.0, kl=0.5, coupled=1.0)  # serves sampling better, greedy decoding as well
 HELD_OUT_PROMPTS = 64  # of each file
 
@@ -44,6 +45,20 @@ def figures(corpus: Corpus, model, drafter: RecurrentDrafter, tokenizer) -> dict
     return found
 
 
+def learnt(corpus: Corpus, model, tokenizer, output: Path, limit: int | None) -> list[Row]:
+    """The target's answers to `limit` prompts a file at most, half of them greedy; kept in `output/answers.json`."""
+    file = output / "answers.json"
+    if file.exists():
+        return restored(json.loads(file.read_text()))
+    asked = [row for name in corpus.chat for row in contexts(corpus, name, tokenizer, held_out=False, count=limit)]
+    begin = time.perf_counter()
+    found = answers(model, asked[0::2]) + answers(model, asked[1::2], sampled=True)
+    tokens, seconds = sum(sum(row.trained) for row in found), time.perf_counter() - begin
+    print(f"the target wrote {len(found):,} answers, {tokens:,} tokens, in {seconds:.0f} s", flush=True)
+    put(file, stored(found))
+    return found
+
+
 def train(
     corpus: Corpus, target: Path, output: Path, *, epochs: float, device: torch.device, limit: int | None
 ) -> None:
@@ -54,38 +69,35 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(target).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(target)
     on_gpu = device.type == "cuda"
-    asked = [row for name in corpus.chat for row in contexts(corpus, name, tokenizer, held_out=False, count=limit)]
-    learnt = answers(model, asked[0::2]) + answers(model, asked[1::2], sampled=True)
+    rows = learnt(corpus, model, tokenizer, output.parent, limit)
     wrote = time.perf_counter() - begin
-    tokens = sum(sum(row.trained) for row in learnt)
-    print(f"the target wrote {len(learnt):,} answers, {tokens:,} tokens, in {wrote:.0f} s", flush=True)
-
     drafter = RecurrentDrafter.for_target(
         model,
         beam_length=LENGTH,
         beam_width=WIDTH,
         node_budget=BUDGET,
         num_draft_layers=BLOCKS,
-        draft_vocabulary=draft_vocabulary(learnt, VOCABULARY),
+        draft_vocabulary=draft_vocabulary(rows, VOCABULARY),
     )
     recipe = Recipe(
         epochs=epochs,
         batch_size=64 if on_gpu else 16,
-        learning_rate=2e-3,
+        learning_rate=RATE,
         save_steps=10_000,
         objective=OBJECTIVE,
     )
-    loss = run(model, drafter, learnt, output, recipe, resume=False)
+    ended = run(model, drafter, rows, output, recipe, resume=False)
     drafter.to(torch.bfloat16).save_pretrained(output)
 
     drafter.to(torch.float32)  # what is measured are the rounded weights
     record = {
-        "answers": len(learnt),
-        "answer_tokens": tokens,
+        "answers": len(rows),
+        "answer_tokens": sum(sum(row.trained) for row in rows),
         "epochs": epochs,
-        "training_loss": round(loss, 4),
+        "training_loss": round(ended.loss, 4),
         "seconds": round(time.perf_counter() - begin),
         "seconds_writing_answers": round(wrote),
+        "seconds_of_training": round(ended.seconds),
         "held_out": figures(corpus, model, drafter, tokenizer),
         "beam_width": WIDTH,
         "beam_length": LENGTH,

@@ -20,15 +20,24 @@ def corpus(folder: Path) -> Corpus:
     return Corpus(folder, chat, text, vocabulary=4096, context=1024)
 
 
+def draft_configuration(data: Corpus) -> LlamaConfig:
+    """A model of 1.7 million parameters that drafts for the target: few layers, for a draft runs it token by token."""
+    return _llama(data, width=192, inner=512, layers=2)
+
+
 def configuration(data: Corpus) -> LlamaConfig:
     """Thin and deep: on a CPU a step then costs launches rather than arithmetic, and small models learn better so."""
+    return _llama(data, width=256, inner=576, layers=16)
+
+
+def _llama(data: Corpus, *, width: int, inner: int, layers: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=data.vocabulary,
-        hidden_size=256,
-        intermediate_size=576,
-        num_hidden_layers=16,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
         max_position_embeddings=data.context,
         tie_word_embeddings=True,
         pad_token_id=0,
