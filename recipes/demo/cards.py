@@ -106,10 +106,8 @@ def write_rivals(target: Path, output: Path) -> None:
         library, before = "redrafter", ""
         if "before" in made:
             library, text = "transformers", made["before"]
-            before = (
-                f"from scratch on the target's own data ({text['tokens']:,} tokens in {text['minutes']:g} minutes), "
-            )
-            before += "then "
+            seen = f"{text['tokens']:,} tokens in {text['minutes']:g} minutes"
+            before = f"from scratch on the target's own data ({seen}), then "
         (output / name / "README.md").write_text(
             f"""---
 library_name: {library}
