@@ -1,0 +1,267 @@
+"""What the recipes promise, at a size that a CPU trains in a second, on other data; a step takes a second here."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+import sys
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from redrafter import RecurrentDrafter, generate
+from redrafter.bench import units
+from redrafter.proposers.loading import load_method
+from redrafter.training import clock
+
+sys.path.append(str(Path(__file__).parent.parent))
+from recipes.common import methods, pretrain
+from recipes.common.answers import answers, contexts
+from recipes.common.corpus import Corpus, is_held_out, train_tokenizer
+from recipes.demo import cards, drafter, rivals
+from recipes.demo import shape as demo
+from recipes.target import compare, shape
+
+WORDS = "table hotel seven tonight please book the a in at for two good cheap rating bus from to".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps_of_a_second():
+    """Every look at the clock finds one second more, so that a time is a number of steps."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (pretrain, clock):
+            patched.setattr(module, "time", SimpleNamespace(perf_counter=map(float, count()).__next__))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder with one file of short dialogues."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+
+    def said() -> str:
+        return " ".join(draw.choices(WORDS, k=8))
+
+    rows = []
+    for number in range(600):
+        messages = [{"role": "user", "content": said()}, {"role": "assistant", "content": said()}]
+        rows.append({"id": f"row {number}", "messages": messages})
+    assert sum(map(is_held_out, rows)) > 5
+    with lzma.open(folder / "sgd.jsonl.xz", "wt") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(data) -> Corpus:
+    return Corpus(data, {"sgd": 1.0}, {}, vocabulary=320, context=48)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return train_tokenizer(corpus)
+
+
+def trained(corpus: Corpus, tokenizer, folder: Path, family: str = "llama", layers: int = 2) -> Path:
+    """A model of width 64, after 59 steps."""
+    pretrain.train(
+        corpus,
+        tokenizer,
+        shape.configuration(corpus, family, width=64, layers=layers),
+        folder,
+        peak_rate=1e-2,
+        chat_share=1.0,
+        minutes=1,
+        batch=4,
+        device=torch.device("cpu"),
+        dtype="float32",
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def target(corpus, tokenizer, tmp_path_factory) -> Path:
+    return trained(corpus, tokenizer, tmp_path_factory.mktemp("models") / "target")
+
+
+@pytest.mark.parametrize("family", shape.FAMILIES)
+def test_every_family_is_trained_drafted_for_and_measured(corpus, tokenizer, family, tmp_path, say, monkeypatch):
+    monkeypatch.setattr(units, "REPEATS", 1)
+    folder = trained(corpus, tokenizer, tmp_path / family, family)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert (model.config.model_type, model.dtype) == (family, torch.float32)
+    made = json.loads((folder / "training.json").read_text())
+    assert made["held_out_loss"]["sgd"] < 4, "chance is 5.8"
+    assert made["steps"] == 59
+    head = RecurrentDrafter.for_target(model, beam_width=3, beam_length=2)
+    head.save_pretrained(tmp_path / "head")
+    prompts = [[3, 40, 50, 60], [3, 41], [3, 80, 90, 100, 110, 120]]
+    alone = generate(model, None, prompts, max_new_tokens=12).new_tokens
+    assert generate(model, head, prompts, max_new_tokens=12).new_tokens == alone
+    (tmp_path / "rows.jsonl").write_text('{"turns": ["book a table"]}\n{"turns": ["a bus to"]}\n')
+    words = ["--model", folder, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "out", "--rounds", 1]
+    words += ["--method", f"ours={tmp_path / 'head'}", "--max-new-tokens", 8, "--temperatures", 1, "--device", "cpu"]
+    status, told, err = say("bench", *words)
+    assert status == 0, err
+    assert "2 of 2 drafted texts are" in told
+
+
+@pytest.mark.parametrize("family", shape.FAMILIES)
+def test_what_layers_add_is_dropped_out_in_training_alone(corpus, family):
+    model = AutoModelForCausalLM.from_config(shape.configuration(corpus, family, width=64, layers=2))
+    pretrain.drop_out(model)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+        model.train()
+        drawn = []
+        for layer in model.model.layers:
+            for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                part.register_forward_hook(lambda _, __, output: drawn.append((output == 0).float().mean().item()))
+        model(ids)
+    assert len(drawn) == 4
+    assert all(0.02 < share < 0.25 for share in drawn)
+
+
+def test_a_draft_model_learns_what_its_target_answers(corpus, tokenizer, target, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(target).eval()
+    asked = contexts(corpus, "sgd", tokenizer, held_out=False, count=24)
+    rows = answers(model, asked[:12]) + answers(model, asked[12:], sampled=True)
+    before = trained(corpus, tokenizer, tmp_path / "before", layers=1)
+    effort = methods.Effort(seconds=52.0, batch=2, rate=3e-3)
+    record = methods.train_draft_model(before, model, tokenizer, rows, tmp_path / "draft", effort)
+    assert record["steps"] == 51
+    assert record["curve"][0][1] > 2 * record["curve"][-1][1] > 0
+    assert record["tokens"] > 51 * 2 * 10
+    assert record["before"]["minutes"] == 1
+    draft = load_method(tmp_path / "draft", model)
+    prompts = [row.input_ids[:12] for row in rows[:4]]
+    out = generate(model, draft, prompts, max_new_tokens=16)
+    assert out.new_tokens == generate(model, None, prompts, max_new_tokens=16).new_tokens
+    assert out.stats.accepted > 0
+
+
+def test_the_rivals_of_the_demo_are_bundled_with_their_cards(corpus, target, tmp_path, monkeypatch):
+    config = shape.configuration(corpus, "llama", width=64, layers=1)
+    monkeypatch.setattr(demo, "draft_configuration", lambda _: config)
+    how = {"seconds": 3.0, "minutes": 1 / 20, "batch": 2, "device": torch.device("cpu"), "limit": 16}
+    rivals.train(corpus, target, tmp_path, **how)
+    cards.write_rivals(target, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(target)
+    prompts = [[3, 40, 50, 60], [3, 41]]
+    alone = generate(model, None, prompts, max_new_tokens=12).new_tokens
+    for name in ("medusa", "eagle", "draft"):
+        method = load_method(tmp_path / name, model)
+        assert generate(model, method, prompts, max_new_tokens=12).new_tokens == alone
+        made = json.loads((tmp_path / name / "training.json").read_text())
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"of {made['parameters']:,} parameters" in card
+        assert f"{made['steps']:,} steps, {made['tokens']:,} tokens read" in card
+        assert ("from scratch on the target's own data" in card) == (name == "draft")
+    written = (tmp_path / "answers.json").read_text()
+    assert len(json.loads(written)) == 16
+
+    def never(*args, **kwargs):
+        raise AssertionError("all is done")
+
+    monkeypatch.setattr(rivals, "train_head", never)
+    monkeypatch.setattr(rivals, "train_draft_model", never)
+    monkeypatch.setattr(drafter, "answers", never)
+    rivals.train(corpus, target, tmp_path, **how)
+
+
+def test_the_rivals_of_the_demo_are_small_enough_to_ship(data):
+    from redrafter import EagleHead, MedusaHeads
+
+    full = demo.corpus(data)
+    model = AutoModelForCausalLM.from_config(demo.configuration(full))
+    rows = [methods.Row([5, *range(2048)], [False] + [True] * 2048)]
+    made = [way.make(model, rows) for way in rivals.WAYS.values()]
+    made.append(AutoModelForCausalLM.from_config(demo.draft_configuration(full)))
+    assert [type(one) for one in made[:2]] == [MedusaHeads, EagleHead]
+    assert all(2 * sum(weight.numel() for weight in one.parameters()) < 4.9e6 for one in made)
+
+
+def test_a_comparison_goes_from_data_to_a_table_and_does_nothing_twice(corpus, tmp_path, monkeypatch, say, capsys):
+    monkeypatch.setattr(units, "REPEATS", 1)
+    monkeypatch.setattr(shape, "corpus", lambda folder: corpus)
+    monkeypatch.setattr(shape, "CATEGORIES", {"dialogue": "sgd"})
+    monkeypatch.setattr(compare.prompts, "CATEGORIES", {"dialogue": "sgd"})
+    monkeypatch.setattr(shape, "PEAK_RATE", 1e-2)
+    first = {name: dict([next(iter(shapes.items()))]) for name, shapes in compare.SHAPES.items()}
+    monkeypatch.setattr(compare, "SHAPES", first)
+    ran = []
+
+    def command(words, until):
+        status, _, err = say(*words, "--temperatures", "0")
+        ran.append((status, "not measured" in err, err))
+        return status
+
+    monkeypatch.setattr(compare, "command", command)
+    spec = tmp_path / "spec.jsonl"
+    spec.write_text(json.dumps({"category": "coding", "turns": ["book a bus", "no"]}) + "\n")
+    words = f"compare --data {corpus.folder} --output {tmp_path} --width 64 --layers 2 --minutes 1 --batch 4"
+    words += " --prompts 8 --held-out 2 --new-tokens 8 --each 3 --draft-minutes 0.05 --method-batch 1 --rounds 1"
+    words += " --bench-prompts 2 --grown-prompts 2 --hidden 128 --grown-layers 3 --heads 2 --inner 180"
+    words += f" --spec-bench {spec} --methods recurrent draft medusa eagle"
+    monkeypatch.setattr(sys, "argv", words.split())
+    compare.main()
+    told = capsys.readouterr().out
+    assert [one[:2] for one in ran] == [(0, False)] * 4, ran
+    page = (tmp_path / "compare-0.md").read_text()
+    assert told.endswith(page)
+    names = [line.split(" | ")[0] for line in page.splitlines()[4:8]]
+    assert names == ["| recurrent", "| draft", "| medusa", "| eagle"]
+    for name in ("own-held-out", "grown-held-out", "own-spec", "grown-spec"):
+        found = json.loads((tmp_path / "bench" / name / "results.json").read_text())
+        speed = found["speed"]
+        assert len(found["methods"]) == 2 + 5
+        assert all(one["texts_equal"] == one["texts"] > 0 for one in speed if "texts" in one)
+        assert set(found["data"]["categories"]) == {"dialogue" if "held-out" in name else "multi-turn"}
+        assert f"{name.replace('-', ' cost, ', 1)} prompts, on " in page
+    parameters = [
+        {one["method"]: one.get("parameters") for one in json.loads(file.read_text())["methods"]}
+        for file in (tmp_path / "bench" / f"{cost}-spec" / "results.json" for cost in ("own", "grown"))
+    ]
+    for name in ("recurrent", "Medusa", "EAGLE"):
+        assert parameters[1][name] > parameters[0][name]
+    assert parameters[1]["two models"] == parameters[0]["two models"]
+
+    def never(*args, **kwargs):
+        raise AssertionError("all is done")
+
+    for name in ("train_head", "train_draft_model", "grown_target", "command"):
+        monkeypatch.setattr(compare, name, never)
+    monkeypatch.setattr(pretrain, "train", never)
+    compare.main()
+    assert (tmp_path / "compare-0.md").read_text() == page
+
+
+def test_what_fails_is_named_and_nothing_is_begun_without_time(
+    corpus, tokenizer, target, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(shape, "corpus", lambda folder: corpus)
+    monkeypatch.setattr(shape, "CATEGORIES", {"dialogue": "sgd"})
+    monkeypatch.setattr(compare.prompts, "CATEGORIES", {"dialogue": "sgd"})
+
+    def fails(*args, **kwargs):
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(compare, "train_head", fails)
+    monkeypatch.setattr(compare, "LEAST", 10**9)
+    words = f"compare --data {corpus.folder} --output {tmp_path} --target {target} --tokenizer {target} --prompts 4"
+    words += " --held-out 1 --new-tokens 2 --each 1 --methods medusa eagle --seconds 1000"
+    monkeypatch.setattr(sys, "argv", words.split())
+    compare.main()
+    told = capsys.readouterr().out
+    assert "medusa is not there: ValueError: no such luck" in told
+    assert "no time was left to measure at own cost on held-out prompts" in told
+    assert "| eagle | ValueError: no such luck |" in told
+    monkeypatch.setattr(sys, "argv", words.replace("--each 1", "--each 2000").split())
+    compare.main()
+    assert "eagle is not there: no time was left to train it" in capsys.readouterr().out
