@@ -187,7 +187,7 @@ class Runner:
         before = torch.cuda.memory_allocated(device)
         run = self._run(unit, prompts, self.asked.max_new_tokens)
         target = request(self.model, one.method, prompts[:1], **one.settings(unit.batch)).target
-        weights = sum(one.nbytes for one in self.model.parameters()) + one.bytes(target)
+        weights = sum(weight.nbytes for weight in self.model.parameters()) + one.bytes(target)
         return run, torch.cuda.max_memory_allocated(device) - before + weights
 
     def _parts(self, unit: Unit) -> Record:

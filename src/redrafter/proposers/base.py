@@ -78,7 +78,15 @@ class Proposer(Protocol):
         ...
 
 
-class Memoryless:
+class Ready:
+    """What a proposer says that has nothing to prepare."""
+
+    def quickened(self) -> Proposer:
+        """Itself."""
+        return self  # type: ignore[return-value]
+
+
+class Memoryless(Ready):
     """What a proposer says that keeps nothing between steps."""
 
     def memory(self, *, batch: int, slots: int) -> None:
@@ -86,10 +94,6 @@ class Memoryless:
 
     def read(self, memory: SlotCache | None, place: Place, states: Tensor, start: int) -> None:
         """Prompts leave nothing behind."""
-
-    def quickened(self) -> Proposer:
-        """Itself: there is nothing to prepare."""
-        return self  # type: ignore[return-value]
 
 
 @runtime_checkable
