@@ -307,8 +307,12 @@ class MedusaConfig(HeadConfig):
 
     def to_json(self) -> str:
         """The text of `config.json`, each path of the tree on one line."""
-        flat = re.compile(r"\[\s+(\d[\d,\s]*?)\s+\]")
-        return flat.sub(lambda found: f"[{' '.join(found[1].split())}]", super().to_json())
+        return flat(super().to_json())
+
+
+def flat(text: str) -> str:
+    """JSON with every list of whole numbers on one line."""
+    return re.sub(r"\[\s+(\d[\d,\s]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def drawn_from(

@@ -203,8 +203,7 @@ class Runner:
         tokens = itertools.cycle(itertools.chain.from_iterable(written))
         rows = [list(itertools.islice(tokens, context)) for _ in range(unit.batch)]
         asked = request(self.model, one.method, rows, **one.settings(unit.batch), **law)
-        reach = max(asked.size, asked.length + 1)
-        bench = Bench.of(asked, one.method, reach=reach, repeats=REPEATS, compile=self.asked.compile)
+        bench = Bench.of(asked, one.method, repeats=REPEATS, compile=self.asked.compile)
         found: Record = {"context": context, "step_ms": bench.step_ms(shape), "draft_ms": 0.0, "nodes": 1}
         if shape is not None:
             found |= {"nodes": bench.tree(shape).size, "draft_ms": bench.draft_ms(shape)}
