@@ -129,7 +129,7 @@ def test_a_memory_is_of_the_size_that_each_shape_needs(results, kind):
     """Whatever the call's own shape: wider beams, fewer nodes than beams; steps and trees are decoding's own."""
     torch.manual_seed(0)
     method = TwoModel(MODEL) if kind == "two models" else EagleHead.fresh(MODEL)
-    asked = request(MODEL, method, TEXTS, beam_width=2, beam_length=3)
+    asked = request(MODEL, method, TEXTS, beam_width=8, beam_length=3, node_budget=4)
     shapes = [
         DecodingShape(beam_width=w, beam_length=3, node_budget=n)
         for w, n in ((1, None), (2, None), (4, None), (8, 4), (2, 4))
