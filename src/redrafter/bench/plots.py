@@ -309,8 +309,8 @@ def _heads(results: Results) -> Figure | None:
             label = f"{one['method']} ({millions(one['parameters'])})"
             axis.plot([one["draft_ms"]], [one["tokens_per_step"]], linestyle="none", label=label, **told)
         axis.set(title=law(temperature), xlabel="milliseconds of a draft", ylabel="tokens per step")
-        axis.margins(0.15)
-        axis.set(xlim=(0, None), ylim=(1, None))
+        axis.set(xlim=(0, 1.1 * max(one["draft_ms"] for one in found)))
+        axis.set(ylim=(1, 0.4 + max(one["tokens_per_step"] for one in found)))
     if "sweep" in results:
         axis, own = axes[-1], [one for one in reversed(found) if "speed_up" in one]
         middle = [one["speed_up"]["median"] for one in own]

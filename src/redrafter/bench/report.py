@@ -28,7 +28,7 @@ h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin-top
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0 1.2rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
-.name { text-align: left; } figure { margin: 1rem 0; }
+.name { text-align: left; white-space: normal; } figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; } figcaption, footer { color: #555; font-size: .88rem; }
 dt { font-weight: 600; } dd { margin: 0 0 .5rem 1.2rem; }
 """
