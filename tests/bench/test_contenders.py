@@ -10,6 +10,7 @@ from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel
 from redrafter.bench.contenders import Contender, Told, load, read_methods
 from redrafter.bench.variants import Variant
 from redrafter.config import DecodingShape
+from redrafter.medusa import MedusaHeads
 from redrafter.target import Target
 
 MODEL = tiny_model()
@@ -104,3 +105,14 @@ def test_the_form_of_weights_is_told():
         )
     assert Contender("a", "b", TwoModel(tiny_model(seed=1))).form(target) == ("LlamaForCausalLM", "all tokens")
     assert Contender("a", "b", PromptLookup()).form(target) == Contender("alone").form(target) == ("", "")
+
+
+def test_how_a_method_drafts_is_told():
+    target = Target(MODEL)
+    drafts = [Contender("a", "b", Variant(drafter(), shape)).drafts(target, 1) for shape in ((1, 2, None), (4, 3, 9))]
+    assert drafts == ["one beam of 2 tokens", "4 beams of 3 tokens, the 9 most probable nodes"]
+    assert (
+        Contender("a", "b", MedusaHeads.fresh(MODEL, heads=3, nodes=20)).drafts(target, 1)
+        == "a tree of 20 nodes, 3 deep"
+    )
+    assert Contender("alone").drafts(target, 1) == ""

@@ -20,6 +20,7 @@ from redrafter.errors import RedrafterError
 from redrafter.head import Head
 from redrafter.proposers import Method, Proposer
 from redrafter.proposers.base import measured
+from redrafter.proposers.beams import drafted_in_words
 from redrafter.proposers.loading import load_method
 from redrafter.target import Target
 
@@ -108,6 +109,11 @@ class Contender:
         if shape is None or self.method is None:
             return None
         return self.method.proposer(target, shape.beam_width, shape.beam_length, shape.node_budget)
+
+    def drafts(self, target: Target, batch: int) -> str:
+        """How it drafts for rows together, in words; nothing where it does not."""
+        shape, proposer = self.shape(batch), self.proposer(target, batch)
+        return "" if shape is None or proposer is None else drafted_in_words(proposer, shape)
 
     def form(self, target: Target) -> tuple[str, str]:
         """What its weights are and which tokens they score, in words; nothing where it has none."""

@@ -306,8 +306,9 @@ def _heads(results: Results) -> Figure | None:
     for axis, temperature in zip(axes, kinds, strict=False):
         for place, one in enumerate(one for one in found if one["temperature"] == temperature):
             told: dict[str, Any] = {"color": tint[one["method"]], "marker": "osD^vP"[place % 6], "markersize": 8}
+            told |= {"linestyle": "none", "clip_on": False, "zorder": 3}
             label = f"{one['method']} ({millions(one['parameters'])})"
-            axis.plot([one["draft_ms"]], [one["tokens_per_step"]], linestyle="none", label=label, **told)
+            axis.plot([one["draft_ms"]], [one["tokens_per_step"]], label=label, **told)
         axis.set(title=law(temperature), xlabel="milliseconds of a draft", ylabel="tokens per step")
         axis.set(xlim=(0, 1.1 * max(one["draft_ms"] for one in found)))
         axis.set(ylim=(1, 0.4 + max(one["tokens_per_step"] for one in found)))

@@ -52,15 +52,14 @@ def methods(contenders: Iterable[Contender], model: PreTrainedModel, batch: int)
     found = []
     for one in contenders:
         told: Record = {"method": one.label}
-        shape = one.shape(batch)
-        if one.method is not None and shape is not None:
+        if one.method is not None:
             target = Target(model, one.method.layers)
             weights, scored = one.form(target)
             told |= {
                 "path": Path(one.path).resolve().name if Path(one.path).exists() else one.path,
                 "weights": weights,
                 "draft_vocabulary": scored,
-                "shape": shape.in_words,
+                "shape": one.drafts(target, batch),
                 "parameters": one.parameters(target),
             }
         found.append(told)

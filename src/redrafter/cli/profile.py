@@ -63,6 +63,7 @@ def profile(
 
     from redrafter.cli.loading import load_method, load_model
     from redrafter.profiling import bandwidth, device_name, pieces
+    from redrafter.proposers.beams import drafted_in_words
     from redrafter.stand_ins import random_drafter
 
     target = load_model(model, dtype, device)[0] if model else _stand_in(str(shape), dtype, device)
@@ -90,7 +91,7 @@ def profile(
         f"values ({batch} x {bench.context:,} tokens): at least {_floor(bench, ceiling):.3f} ms"
     )
     found = list(pieces(bench, drafting, nodes=sizes, widths=[one.beam_width for one in wider]))
-    _table(console, found, drafting.in_words)
+    _table(console, found, drafted_in_words(bench.proposer(drafting), drafting))
     told = {"target": model or shape, "device": where, "shape": drafting.model_dump(exclude={"batch"})}
     typer.echo(json.dumps(told | _plain(bench, ceiling, found), ensure_ascii=False))
 
