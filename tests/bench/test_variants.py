@@ -98,3 +98,17 @@ def test_every_node_of_unfolded_beams_is_run(monkeypatch):
         sizes.clear()
         generate(MODEL, Variant(drafter(), (12, 3, None), folded=known), [[5, 9]], max_new_tokens=12)
         assert all(size < 37 for size in sizes[1:]) if known else set(sizes[1:]) == {37}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("law", [{}, {"do_sample": True, "seed": 3}])
+def test_on_a_gpu_a_step_of_unfolded_beams_is_one_graph(captured, law):
+    model = tiny_model().cuda()
+    torch.manual_seed(0)
+    head, told = RecurrentDrafter.for_target(model), {"max_new_tokens": 40, **law}
+    prompts = [[5, 9, 12], [7], [30, 31]]
+    chains = generate(model, Variant(head, (12, 3, None), folded=False), prompts, **told)
+    assert captured[-1].refused is None
+    folded = generate(model, Variant(head, (12, 3, None)), prompts, **told)
+    assert chains.new_tokens == folded.new_tokens == generate(model, None, prompts, **told).new_tokens
+    assert chains.stats.accepted_by_position == folded.stats.accepted_by_position

@@ -154,7 +154,7 @@ def test_a_sweep_goes_through_shapes_batches_and_temperatures(say, common, draft
     words += ["--widths", "1,3,300", "--lengths", "1,2", "--budgets", "3,4,6,99", "--batches", "2"]
     status, told, err = say(*words, "--temperatures", "0,1", "--max-new-tokens", 10)
     assert status == 0, err
-    refused = "not measured: 300 beams of 1 token, 300 beams of 2 tokens: beam_width must lie between 1 and"
+    refused = "not measured: 300 beams of 1 token; 300 beams of 2 tokens: beam_width must lie between 1 and"
     assert refused in " ".join(err.split())
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     sweep = found["sweep"]

@@ -120,7 +120,7 @@ def test_times_of_this_machine_are_enough_for_a_choice(say, command, folder):
     ("words", "sentence"),
     [
         (["--batch-sizes", "0"], "--batch-sizes takes whole numbers from 1, as 1,4,10, not '0'."),
-        (["--widths", "300"], "None of the shapes can be drafted: 300 beams of 2 tokens, 300 beams of 2 tokens, the 4"),
+        (["--widths", "300"], "None of the shapes can be drafted: 300 beams of 2 tokens; 300 beams of 2 tokens, the 4"),
         (["--lengths", "x"], "--lengths takes whole numbers"),
         (["--budgets", ""], "--budgets takes whole numbers"),
         (["--context", 129], "--context 129 exceeds the model's 128 positions."),

@@ -132,7 +132,7 @@ def draftable(method: Method, target: Target, shapes: Iterable[DecodingShape]) -
             refused.setdefault(str(error), []).append(shape.in_words)
         else:
             found.append(shape)
-    return found, [f"{', '.join(words)}: {error}" for error, words in refused.items()]
+    return found, [f"{'; '.join(words)}: {error}" for error, words in refused.items()]
 
 
 def measured(
