@@ -120,27 +120,14 @@ def sweep(
     assert base.method is not None
     blind = Contender(f"{base.label}, {NO_NOISE}", base.path, Variant(base.method, coupled=False))
     contenders = [Contender(ALONE), *methods, blind, *(one.contender for one in shaped)]
-    whole = [one.label for one in methods]
-    names = [*whole, *(one.contender.label for one in shaped)]
-    pair = [one.contender.label for one in shaped if one.together]
-    units: list[Unit] = []
-    for number in range(rounds):
-        units += [Unit("decode", name, ALL, temperature, 1, number) for name in turned([ALONE, *names], number)]
-        for one in axes.temperatures:
-            order = turned([ALONE, base.label, *([blind.label] if one else [])], number)
-            units += [Unit("decode", name, ALL, one, 1, number) for name in order]
-        for rows in axes.batches:
-            order = turned([ALONE, base.label, *pair], number)
-            units += [Unit("together", name, ALL, temperature, rows, number) for name in order]
-    units += [Unit("parts", name, ALL, temperature, 1, 0) for name in (ALONE, *whole)]
-    units += [Unit("texts", name, ALL, temperature, 1, 0) for name in names]
-    records, found = setting.run(list(dict.fromkeys(units)), contenders, tell)
+    plan = _plan([one.label for one in methods], blind.label, shaped, axes, temperature=temperature, rounds=rounds)
+    records, found = setting.run(plan, contenders, tell)
     found["failed"] += refused
 
     unfolded = {one.folded.contender.label: one.contender.label for one in shaped if one.folded is not None}
     speed = {(one["method"], one["temperature"]): one for one in figures.speeds(records, unfolded=unfolded)}
     together = figures.speeds(records, "together", unfolded)
-    own = [speed[name, temperature] for name in whole if (name, temperature) in speed]
+    own = [speed[one.label, temperature] for one in methods if (one.label, temperature) in speed]
     entries = [one.told(speed[key]) for one in shaped if (key := (one.contender.label, temperature)) in speed]
     by_temperature = [
         speed[one.label, kind] | {"coupled": one is base}
@@ -190,6 +177,26 @@ class _Shaped:
         found = entry | {"axis": self.axis, "shape": {"width": width, "length": length, "budget": budget}}
         found["folded"] = self.folded is None
         return found if self.folded is None else found | {"nodes_per_draft": float(width * length)}
+
+
+def _plan(
+    methods: Sequence[str], blind: str, shaped: Sequence[_Shaped], axes: Axes, *, temperature: float, rounds: int
+) -> list[Unit]:
+    """The units of a sweep, in order; what is held against each other is measured in turn."""
+    base, names = methods[0], [*methods, *(one.contender.label for one in shaped)]
+    pair = [one.contender.label for one in shaped if one.together]
+    units: list[Unit] = []
+    for number in range(rounds):
+        units += [Unit("decode", name, ALL, temperature, 1, number) for name in turned([ALONE, *names], number)]
+        for one in axes.temperatures:
+            order = turned([ALONE, base, *([blind] if one else [])], number)
+            units += [Unit("decode", name, ALL, one, 1, number) for name in order]
+        for rows in axes.batches:
+            order = turned([ALONE, base, *pair], number)
+            units += [Unit("together", name, ALL, temperature, rows, number) for name in order]
+    units += [Unit("parts", name, ALL, temperature, 1, 0) for name in (ALONE, *methods)]
+    units += [Unit("texts", name, ALL, temperature, 1, 0) for name in names]
+    return list(dict.fromkeys(units))
 
 
 def _shapes(model: PreTrainedModel, base: Contender, axes: Axes) -> tuple[list[_Shaped], list[str]]:

@@ -199,7 +199,7 @@ def folding(results: Results, axis: str) -> Table | None:
             f"{tree['nodes_per_draft'] / chains['nodes_per_draft']:.0%}",
             f"{tree['tokens_per_step']:.2f}",
             *(f"{one['tokens_per_second']['median']:,.0f}" for one in (tree, chains)),
-            times(tree["speed_up_over_unfolded"]),
+            times(tree.get("speed_up_over_unfolded")),
         ]
         for place, tree, chains in pairs(results, axis)
     ]
