@@ -83,10 +83,13 @@ def test_unfolded_drafts_write_the_same_and_are_accepted_as_far(kind, law):
 
 def test_what_has_no_whole_beams_is_not_unfolded():
     target = Target(MODEL)
-    for method in (drafter(), MedusaHeads.fresh(MODEL, heads=3, nodes=20)):
-        budget = None if isinstance(method, MedusaHeads) else 9
+    heads = MedusaHeads.fresh(MODEL, heads=3, nodes=20)
+    heads.config = heads.config.model_copy(update={"tree": heads.config.tree[:12]})
+    assert heads.proposer(target, 3, 3, None).size == 1 + 3 * 3, "by chance as many as three beams have"
+    for method, width, budget in ((drafter(), 4, 9), (heads, 3, None), (heads, 4, None)):
         with pytest.raises(RedrafterError, match="does not draft whole beams that could be unfolded"):
-            Variant(method, folded=False).proposer(target, 4, 3, budget)
+            Variant(method, folded=False).proposer(target, width, 3, budget)
+    assert Variant(drafter(), folded=False).proposer(target, 4, 3, None).size == 13
     assert Variant(PromptLookup(), folded=False).proposer(target, 1, 0, None) is None
 
 

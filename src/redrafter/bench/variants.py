@@ -16,6 +16,7 @@ from torch import Tensor
 from redrafter.cache import SlotCache
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Method, Proposer
+from redrafter.proposers.beams import size_of, weighed
 from redrafter.sampling import Draw, Place
 from redrafter.target import Target
 from redrafter.tree import DraftTree
@@ -54,7 +55,11 @@ class Variant:
         if not self.coupled:
             found = _Changed(found, draw=_blind)
         if not self.folded:
-            if budget is not None or found.size != 1 + width * length:
+            # a beam search weighs more than its beams hold; a tree of a form of its own, as Medusa's, has no more
+            weighs = weighed(width, length)
+            whole = budget is None and found.size == size_of(width, length, None)
+            most = self.method.proposer(target, width, length, weighs) if whole else None
+            if most is None or most.size != weighs:
                 raise RedrafterError("the method does not draft whole beams that could be unfolded.")
             found = _Changed(found, tree=partial(unfolded, width=width))
         return found
