@@ -224,6 +224,8 @@ def _terms(results: Results) -> Section:
         "left out, and on CUDA the first steps of a call, in which a graph is captured.",
         "tokens per step": "Also mean acceptance length: the drafted tokens that are kept and one that the model adds.",
         "nodes a draft": "Drafted tokens that the model verifies in one step, without the root.",
+        "parameters": "Weights that drafting reads beside the model's own.",
+        "drafts among": "The draft vocabulary: how many of the model's tokens may be drafted.",
         "step, ms": "All that decoding does from one step to the next.",
         "first token, ms": "From a prompt's entry to its first token, the median.",
         "equal texts": "Texts that are token for token those without a drafter. In low precision two right ways to "
