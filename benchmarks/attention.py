@@ -139,7 +139,7 @@ def tilings(rows: int) -> list[tuple[int, int, int, int]]:
     heights = {most, 64} if most == 128 else {most}
     return [
         (height, keys, warps, stages)
-        for height, keys, warps, stages in itertools.product(sorted(heights), (16, 32), (4, 8), (2, 3, 4))
+        for height, keys, warps, stages in itertools.product(sorted(heights), (16, 32, 64, 128), (4, 8), (2, 3, 4))
         if not (height == 128 and warps == 4)
     ]
 

@@ -46,7 +46,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden": 768, "vocabulary": 16_000, "exit": 3072, "draft": 4000, "blocks": 3,
     },
 }  # fmt: skip
-PLACES = [f"redrafter.{name}.has_kernels" for name in ("beam", "drafter", "fast.eight", "fast.top", "tree")]
+PLACES = [
+    f"redrafter.{name}.has_kernels" for name in ("beam", "drafter", "fast.eight", "fast.joined", "fast.top", "tree")
+]
 WAYS = {"plain": False, "fast": True}
 
 
@@ -108,12 +110,12 @@ def same_trees(one: Any, other: Any) -> bool:
     return all(getattr(one, name).equal(getattr(other, name)) for name in vars(one))
 
 
-def agreement(pieces: dict[str, Callable[[], Any]]) -> dict[str, bool | float]:
+def agreement(pieces: dict[str, dict[str, Callable[[], Any]]]) -> dict[str, bool | float]:
     """What the fast way gives next to the plain way."""
     results = {}
     for name, fast in WAYS.items():
         with way(fast):
-            results[name] = {piece: call() for piece, call in pieces.items()}
+            results[name] = {piece: call() for piece, call in pieces[name].items()}
     plain, fast_one = results["plain"], results["fast"]
     found: dict[str, bool | float] = {}
     one, other = plain["top"], fast_one["top"]
@@ -136,7 +138,8 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
     root = torch.tensor([5], device=device)
     here = Place(root, root, text=root[:, None], length=torch.zeros_like(root), alive=root)
     target: Any = SimpleNamespace(embed=embed)
-    proposer = RecurrentProposer(drafter, target, width, LENGTH)
+    plain = RecurrentProposer(drafter, target, width, LENGTH)
+    proposers = {"plain": plain, "fast": plain.quickened()}
 
     state = torch.randn(1, width, hidden, device=device, dtype=torch.bfloat16)
     rows = torch.stack([torch.randperm(head, device=device) for _ in range(width)])
@@ -154,9 +157,10 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
     once = context[:, None]
     read = drafter.read(once)
 
-    pieces: dict[str, Callable[[], Any]] = {
-        "propose": lambda: proposer.propose(None, here, context[:, None], Draw((), None)),
-        "search": lambda: beam_search(drafter, embed, context, root, width=width, length=LENGTH),
+    def searched(by: RecurrentProposer) -> Any:
+        return beam_search(drafter, embed, context, root, width=width, length=LENGTH, joined=by.joined)
+
+    alike: dict[str, Callable[[], Any]] = {
         "top": lambda: top(logits, width),
         "grow": lambda: grow(best, drafter.draft_vocabulary, begun, scores, above),
         "fold": lambda: fold(root, beams),
@@ -165,12 +169,20 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
         "head": lambda: drafter.logits(once.expand_as(state), state, read),
         "head without read": lambda: drafter.logits(once.expand_as(state), state),
     }
+    pieces = {
+        name: {
+            "propose": lambda by=by: by.propose(None, here, context[:, None], Draw((), None)),
+            "search": lambda by=by: searched(by),
+        }
+        | alike
+        for name, by in proposers.items()
+    }
     out: dict[str, Any] = {"agreement": agreement(pieces)}
     for name, fast in WAYS.items():
         with way(fast):
-            out[name] = {piece: round(timed(call, device, replays), 1) for piece, call in pieces.items()}
+            out[name] = {piece: round(timed(call, device, replays), 1) for piece, call in pieces[name].items()}
             with contextlib.suppress(RuntimeError, AttributeError):  # profilers differ
-                out[name]["launches"] = launches(pieces["propose"])
+                out[name]["launches"] = launches(pieces[name]["propose"])
     return out
 
 

@@ -31,6 +31,8 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
         "drafter",
         "eagle",
         "fast.attention",
+        "fast.eight",
+        "fast.joined",
         "head",
         "medusa",
         "noise",

@@ -125,5 +125,6 @@ def test_a_bad_shape_is_named(tmp_path, shapes, named):
 
 
 def test_shapes_in_words():
-    words = ["3 beams of 4 tokens, the 9 most probable nodes", "2 beams of 1 tokens", "without drafting"]
+    words = ["3 beams of 4 tokens, the 9 most probable nodes", "2 beams of 1 token", "without drafting"]
     assert [shape.in_words for shape in TUNED] == words
+    assert DecodingShape(beam_width=1, beam_length=2).in_words == "one beam of 2 tokens"

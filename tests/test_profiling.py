@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from conftest import greedy, tiny_model
-from redrafter import RecurrentDrafter, profiling
+from redrafter import RecurrentDrafter, TwoModel, profiling
 from redrafter.config import DecodingShape
+from redrafter.eagle import EagleHead
 from redrafter.profiling import Bench, milliseconds
 from redrafter.request import request
 
@@ -19,10 +20,10 @@ SHAPE = DecodingShape(beam_width=3, beam_length=2, node_budget=6)
 TEXTS = [[5, 9, 12, 7], [8, 3, 30, 31]]
 
 
-def bench(model=MODEL, *, reach: int = 16, **settings) -> Bench:
+def bench(model=MODEL, *, nodes: int = 16, **settings) -> Bench:
     torch.manual_seed(0)
     drafter = RecurrentDrafter.for_target(model, context_positions=2)
-    return Bench.of(request(model, drafter, TEXTS, **settings), drafter, reach=reach, repeats=2)
+    return Bench.of(request(model, drafter, TEXTS, **settings), drafter, nodes=nodes, repeats=2)
 
 
 @pytest.fixture
@@ -121,6 +122,32 @@ def test_pieces_are_told_in_order(results):
     ]
     assert results[3][0].depth.max() == 2
     assert results[3][0].size == 3
+
+
+@pytest.mark.parametrize("kind", ["two models", "eagle"])
+def test_a_memory_is_of_the_size_that_each_shape_needs(results, kind):
+    """Whatever the call's own shape: wider beams, fewer nodes than beams; steps and trees are decoding's own."""
+    torch.manual_seed(0)
+    method = TwoModel(MODEL) if kind == "two models" else EagleHead.fresh(MODEL)
+    asked = request(MODEL, method, TEXTS, beam_width=8, beam_length=3, node_budget=4)
+    shapes = [
+        DecodingShape(beam_width=w, beam_length=3, node_budget=n)
+        for w, n in ((1, None), (2, None), (4, None), (8, 4), (2, 4))
+    ]
+    own = Bench.of(asked, method, shapes, repeats=2)
+    expected = [greedy(MODEL, text, 5) for text in TEXTS]
+    memories = set()
+    for shape in shapes:
+        own.step_ms(shape)
+        for emitted in results[-1]:
+            for row, following in enumerate(expected):
+                accepted = int(emitted.report[row, 0])
+                assert emitted.following[row, : accepted + 1].tolist() == following[1 : 2 + accepted]
+                assert accepted == 3 or kind == "eagle" or shape.beam_width > 1, "a model knows what it will say"
+        own.draft_ms(shape)
+        assert own.tree(shape).tokens.equal(results[-1][0].trimmed().tokens)
+        memories.add(own._ready(shape)[1].memory.slots - own.state.cache.slots)
+    assert memories == {0, 1 + 8 * 2 - 4, 1 + 2 * 2 - 4}
 
 
 @pytest.mark.gpu

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from conftest import tiny_model
-from redrafter import DrafterConfig, RecurrentDrafter, RedrafterError, generate, tuning
+from redrafter import DrafterConfig, PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, generate, tuning
 from redrafter.config import DecodingShape
+from redrafter.eagle import EagleHead
+from redrafter.medusa import MedusaHeads
 from redrafter.tuning import Texts, Timed, choose, record, shapes, tune
 
 MODEL = tiny_model()
@@ -43,15 +46,12 @@ def test_tokens_a_second_are_of_all_rows():
 
 
 def test_shapes_are_whole_beams_and_budgets_that_cut_what_is_weighed():
-    found = shapes([1, 2], [2, 3], [3, 4, 6, 50], head_size=61)
+    found = shapes([1, 2], [2, 3], [3, 4, 6, 50])
     assert found == [
         shape(1, 2), shape(1, 3),  # a chain has nothing to cut
         shape(2, 2), shape(2, 2, 3), shape(2, 2, 4), shape(2, 2, 6),
         shape(2, 3), shape(2, 3, 4), shape(2, 3, 6),  # three nodes cannot hold three drafted tokens
     ]  # fmt: skip
-    assert tuning.reach(found) == 7
-    with pytest.raises(RedrafterError, match="A width of 62 exceeds the drafter's 61 tokens"):
-        shapes([1, 62], [2], [4], head_size=61)
 
 
 class Bench:
@@ -113,10 +113,21 @@ def test_no_part_is_timed_twice():
 
 
 @pytest.mark.parametrize("law", [{"do_sample": False}, {"do_sample": True, "temperature": 0.8, "seed": 5}])
-@pytest.mark.parametrize("one", [shape(4, 2), shape(40, 3, 60), shape(1, 4)])
-def test_acceptance_is_what_decoding_counts(law, one):
+@pytest.mark.parametrize(
+    ("kind", "one"),
+    [("recurrent", shape(4, 2)), ("recurrent", shape(40, 3, 60)), ("recurrent", shape(1, 4)),
+     ("medusa", shape(40, 3, 20)), ("eagle", shape(40, 3, 60)), ("two models", shape(2, 3)),
+     ("prompt lookup", shape(1, 4))],
+)  # fmt: skip
+def test_acceptance_is_what_decoding_counts(law, kind, one):
     torch.manual_seed(0)
-    drafter = RecurrentDrafter.for_target(MODEL)
+    drafter = {
+        "recurrent": lambda: RecurrentDrafter.for_target(MODEL),
+        "medusa": lambda: MedusaHeads.fresh(MODEL, beam_width=40),
+        "eagle": lambda: EagleHead.fresh(MODEL),
+        "two models": lambda: TwoModel(MODEL),
+        "prompt lookup": PromptLookup,
+    }[kind]()
     prompts = [[5, 9, 12], [7], [30, 31]]
     texts = Texts.written(MODEL, drafter, prompts, max_new_tokens=24, **law)
     told = one.model_dump(exclude={"batch"})
@@ -126,7 +137,7 @@ def test_acceptance_is_what_decoding_counts(law, one):
     ).new_tokens
     drafts = stats.steps - len(prompts)
     assert texts.tokens_per_step(one) == pytest.approx(1 + stats.accepted / drafts)
-    if one.beam_width == 40:
+    if one.beam_width == 40 or kind == "two models":
         assert stats.accepted > 0, "what is never accepted shows nothing"
 
 
@@ -160,6 +171,21 @@ def test_what_was_found_is_kept_beside_all_that_the_config_says(folder):
     assert (list(config.shapes), config.tuned_on) == (found, "here")
     record(folder, found[1:], "there")
     assert list(RecurrentDrafter.from_pretrained(folder).config.shapes) == found[1:]
+
+
+@pytest.mark.parametrize("head", [MedusaHeads, EagleHead])
+def test_every_head_keeps_its_shapes(tmp_path, head):
+    head.fresh(MODEL).save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    record(tmp_path, [shape(2, 3)], "here")
+    config = head.from_pretrained(tmp_path).config
+    assert (list(config.shapes), config.tuned_on) == ([shape(2, 3)], "here")
+    assert config.drafting(4) == (2, 3, None)
+    lines = (tmp_path / "config.json").read_text().splitlines()
+    assert len(lines) == len(before.splitlines()) + 8, "a tree's paths stand on a line each"
+    with pytest.raises(ValidationError):
+        record(tmp_path, [shape(2, 9), shape(1, 1)], "there")
+    assert head.from_pretrained(tmp_path).config == config
 
 
 def test_a_copy_is_a_whole_folder_and_the_source_is_left_alone(folder, tmp_path):

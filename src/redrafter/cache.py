@@ -125,9 +125,10 @@ class SlotCache(Cache):  # type: ignore[misc]
             pool.scatter_(3, target[None, :, None, :, None].expand(shape), moved)
 
     def adopt(self, rows: list[int], other: SlotCache) -> None:
-        """Takes over another cache's rows, which has no more slots than this one, as the given rows of this one."""
+        """Takes over another cache's rows, as many of their slots as fit, as the given rows of this one."""
+        fit = min(self.slots, other.slots)
         for pool, source in zip(self.pools, other.pools, strict=True):
-            pool[:, rows, :, : source.shape[3]] = source
+            pool[:, rows, :, :fit] = source[..., :fit, :]
 
     def of_rows(self, rows: Int[Tensor, " R"]) -> SlotCache:
         """Another cache that holds the given rows of this one, a row as often as it is named."""

@@ -39,7 +39,8 @@ class DecodingShape(BaseModel):
         if not self.beam_length:
             return "without drafting"
         budget = f", the {self.node_budget} most probable nodes" if self.node_budget else ""
-        return f"{self.beam_width} beams of {self.beam_length} tokens{budget}"
+        beams = "one beam" if self.beam_width == 1 else f"{self.beam_width} beams"
+        return f"{beams} of {self.beam_length} token{'s' if self.beam_length > 1 else ''}{budget}"
 
 
 class HeadConfig(BaseModel):
@@ -113,9 +114,14 @@ class HeadConfig(BaseModel):
         return f"{self.head_size:,} of {self.vocab_size:,} tokens" if self.draft_vocab_size else "all tokens"
 
     @property
-    def head_in_words(self) -> str:
+    def weights_in_words(self) -> str:
         """The weights' form."""
         raise NotImplementedError
+
+    @property
+    def head_in_words(self) -> str:
+        """The weights' form, and what is drafted."""
+        return f"{self.weights_in_words}, drafts {self.drafted_in_words}"
 
     @property
     def context_in_words(self) -> str:
@@ -171,10 +177,10 @@ class EagleConfig(HeadConfig):
         return self
 
     @property
-    def head_in_words(self) -> str:
-        """The layer, and what is drafted."""
+    def weights_in_words(self) -> str:
+        """The layer."""
         heads = f"{self.num_attention_heads} heads of {self.hidden_size // self.num_attention_heads}"
-        return f"one transformer layer, {heads}, {self.intermediate_size:,} wide inside, drafts {self.drafted_in_words}"
+        return f"one transformer layer, {heads}, {self.intermediate_size:,} wide inside"
 
     @property
     def context_in_words(self) -> str:
@@ -226,12 +232,11 @@ class DrafterConfig(HeadConfig):
         return self.context_positions * (1 + len(self.context_layers)) * self.hidden_size
 
     @property
-    def head_in_words(self) -> str:
-        """The recurrence, the blocks and what is drafted."""
+    def weights_in_words(self) -> str:
+        """The recurrence and the blocks."""
         step = "one recurrent step" if self.rnn else "a running sum of embeddings"
         gate = ", gated" if self.gated else ""
-        blocks = f"{self.num_draft_layers} blocks of width {self.exit_dim:,}"
-        return f"{step}{gate}, {blocks}, drafts {self.drafted_in_words}"
+        return f"{step}{gate}, {self.num_draft_layers} blocks of width {self.exit_dim:,}"
 
     @property
     def context_in_words(self) -> str:
@@ -284,9 +289,14 @@ class MedusaConfig(HeadConfig):
         return self
 
     @property
+    def weights_in_words(self) -> str:
+        """Heads and blocks."""
+        return f"{self.heads} heads of {self.blocks} blocks"
+
+    @property
     def head_in_words(self) -> str:
         """Heads, blocks and what is drafted."""
-        return f"{self.heads} heads of {self.blocks} blocks, draft {self.drafted_in_words}"
+        return f"{self.weights_in_words}, draft {self.drafted_in_words}"
 
     @property
     def shape_in_words(self) -> str:
@@ -297,8 +307,12 @@ class MedusaConfig(HeadConfig):
 
     def to_json(self) -> str:
         """The text of `config.json`, each path of the tree on one line."""
-        flat = re.compile(r"\[\s+(\d[\d,\s]*?)\s+\]")
-        return flat.sub(lambda found: f"[{' '.join(found[1].split())}]", super().to_json())
+        return flat(super().to_json())
+
+
+def flat(text: str) -> str:
+    """JSON with every list of whole numbers on one line."""
+    return re.sub(r"\[\s+(\d[\d,\s]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def drawn_from(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -111,13 +111,25 @@ class Bench:
     """Whether the target's layers are compiled."""
 
     @classmethod
-    def of(cls, asked: Request, drafter: Method | None, *, reach: int, repeats: int, compile: bool = False) -> Bench:
-        """Runs the prompts of a call, which are of one length, with room for trees of `reach` nodes.
+    def of(
+        cls,
+        asked: Request,
+        drafter: Method | None,
+        shapes: Iterable[DecodingShape] = (),
+        *,
+        nodes: int = 1,
+        repeats: int,
+        compile: bool = False,
+    ) -> Bench:
+        """Runs the prompts of a call, which are of one length.
 
-        A method with a memory has that of the call's own shape, or else of what it was made for; drafts of another
-        shape may not fit into it.
+        There is room for drafts in the call's own shape and in others, `shapes`, and for trees of so many `nodes`.
         """
         target, rows = asked.target, asked.rows
+        drafts = [asked.proposer]
+        if drafter is not None:
+            drafts += [drafter.proposer(target, one.beam_width, one.beam_length, one.node_budget) for one in shapes]
+        reach = max([nodes, *(max(one.size, one.length + 1) for one in drafts if one is not None)])
         sampler = Sampler(asked.sampler.do_sample, asked.sampler.processors[:1])
         context = len(rows[0].prompt)
         slots = context + 2 * reach  # a step writes the path's tokens where its nodes end
@@ -158,28 +170,38 @@ class Bench:
             raise RedrafterError("A length of 0 drafts nothing that could be timed.")
         return found.quickened()
 
+    def _ready(self, shape: DecodingShape) -> tuple[Proposer, State]:
+        """What drafts in this shape, and the rows with a memory of the size that it has in decoding."""
+        proposer = self.proposer(shape)
+        memory = proposer.memory(batch=self.batch, slots=self.state.cache.slots)
+        if memory is not None and self.state.memory is not None:
+            memory.adopt([*range(self.batch)], self.state.memory)
+        return proposer, replace(self.state, memory=memory)
+
     def step_ms(self, shape: DecodingShape | None = None) -> float:
         """A whole step; without a shape the autoregressive one."""
-        proposer = None if shape is None else self.proposer(shape)
-        context = self.state.context.clone()
+        proposer, state = (None, self.state) if shape is None else self._ready(shape)
+        context = state.context.clone()
 
         def again() -> Emission:
-            self.state.context.copy_(context)  # where the rows stand does not change, for they are not alive
-            return step(self.target, proposer, self.sampler, self.state)
+            state.context.copy_(context)  # where the rows stand does not change, for they are not alive
+            return step(self.target, proposer, self.sampler, state)
 
-        return self._timed(again, 1 if proposer is None else proposer.size)
+        return self._timed(again, state, 1 if proposer is None else proposer.size)
 
     def verify_ms(self, nodes: int) -> float:
         """The target's run over a chain of random tokens; what the tree looks like is the same work."""
-        place = self.state.place
+        state = self.state
         tokens = torch.randint(self.target.vocab_size, (self.batch, nodes), device=self.target.device)
         tree = chain(tokens)
-        return self._timed(lambda: self.target.forward(tree, place.length, self.state.cache), nodes)
+        return self._timed(lambda: self.target.forward(tree, state.place.length, state.cache), state, nodes)
 
     def draft_ms(self, shape: DecodingShape) -> float:
         """From the target's states to the tree."""
-        draw, proposer, state = self._draw(shape), self.proposer(shape), self.state
-        return self._timed(lambda: proposer.propose(state.memory, state.place, state.context, draw), 1)
+        draw, (proposer, state) = self._draw(shape), self._ready(shape)
+        return self._timed(
+            lambda: proposer.propose(state.memory, state.place, state.context, draw), state, proposer.size
+        )
 
     def rest_ms(self, shape: DecodingShape) -> float:
         """Noise and choices, the walk, and what is kept of the cache."""
@@ -193,25 +215,27 @@ class Bench:
             path, _ = walk(tree, choice.tokens, length=shape.beam_length)
             cache.keep(path, place.length)
 
-        return self._timed(rest, tree.size)
+        return self._timed(rest, self.state, tree.size)
 
     def tree(self, shape: DecodingShape) -> DraftTree:
         """A draft as the target would be given it."""
-        state = self.state
+        proposer, state = self._ready(shape)
+        state.see(self.context + proposer.size)
         with torch.inference_mode():
-            tree = self.proposer(shape).propose(state.memory, state.place, state.context, self._draw(shape))
+            tree = proposer.propose(state.memory, state.place, state.context, self._draw(shape))
         return tree.trimmed() if self.target.device.type == "cpu" else tree  # as `step` does
 
     def _draw(self, shape: DecodingShape) -> Draw:
         return self.sampler.draw(self.state.place, depths=shape.beam_length + 1, vocabulary=self.target.vocab_size)
 
-    def _timed(self, function: Callable[[], object], nodes: int) -> float:
-        self.state.see(self.context + nodes)
+    def _timed(self, function: Callable[[], object], state: State, nodes: int) -> float:
+        state.see(self.context + nodes)
         layers = self.target.decoder_layers if self.compile else []
         if layers:
             of_any_length(self.state.cache)
         captured = self.target.device.type == "cuda"
-        quick = quicker(self.target.model, *self.modules, captured=captured)
+        models = dict.fromkeys((self.target.model, *self.modules))  # a model may draft for itself
+        quick = quicker(*models, captured=captured)
         with self.target.evaluating(), quick, compiled(layers):
             return milliseconds(function, self.target.device, self.repeats)
 

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from redrafter import hub
-from redrafter.config import DecodingShape, DrafterConfig
+from redrafter.config import DecodingShape, flat
 from redrafter.decoding import generate
 from redrafter.drafter import RecurrentDrafter
-from redrafter.errors import RedrafterError
 from redrafter.profiling import Bench
-from redrafter.proposers import RecurrentProposer
-from redrafter.proposers.beams import size_of, weighed
+from redrafter.proposers import Method
+from redrafter.proposers.beams import weighed
+from redrafter.proposers.loading import KINDS
 from redrafter.request import Request, request
 from redrafter.training.data import Row
 from redrafter.training.evaluation import Acceptance, answered, drafted_everywhere, walked
@@ -67,15 +67,8 @@ class Tuned:
         return self.best.tokens_per_second / self.alone.tokens_per_second
 
 
-def shapes(
-    widths: Sequence[int], lengths: Sequence[int], budgets: Sequence[int], head_size: int
-) -> list[DecodingShape]:
-    """Whole beams of every width and length, and every budget that cuts what their search weighs.
-
-    Raises RedrafterError for a width that the drafter has no tokens for.
-    """
-    if max(widths) > head_size:
-        raise RedrafterError(f"A width of {max(widths)} exceeds the drafter's {head_size} tokens.")
+def shapes(widths: Sequence[int], lengths: Sequence[int], budgets: Sequence[int]) -> list[DecodingShape]:
+    """Whole beams of every width and length, and every budget that cuts what their search weighs."""
     found = []
     for width, length in itertools.product(widths, lengths):
         for budget in (None, *budgets):
@@ -95,13 +88,13 @@ class Texts:
     """A target's own texts, and how it was asked for them."""
 
     model: nn.Module
-    drafter: RecurrentDrafter
+    drafter: Method
     settings: dict[str, Any]
     asked: Request
     rows: list[Row]
 
     @classmethod
-    def written(cls, model: nn.Module, drafter: RecurrentDrafter, prompts: list[list[int]], **settings: Any) -> Texts:
+    def written(cls, model: nn.Module, drafter: Method, prompts: list[list[int]], **settings: Any) -> Texts:
         """Lets the model write from the prompts, without the drafter.  Raises RedrafterError for bad prompts."""
         if settings.get("do_sample"):
             settings.setdefault("seed", 0)  # every shape drafts for the same draws
@@ -123,9 +116,9 @@ class Texts:
 
     def tokens_per_step(self, shape: DecodingShape) -> float:
         """What decoding that writes these texts writes in a step, the prompts' own runs not counted."""
-        proposer = RecurrentProposer(
-            self.drafter, self.asked.target, shape.beam_width, shape.beam_length, shape.node_budget
-        )
+        told = (shape.beam_width, shape.beam_length, shape.node_budget)
+        proposer = self.drafter.proposer(self.asked.target, *told)
+        assert proposer is not None
         verdicts = drafted_everywhere(
             self.asked.target,
             proposer,
@@ -136,11 +129,6 @@ class Texts:
         )
         found = torch.cat([walked(one) for one in verdicts])
         return Acceptance.of(found, shape.beam_length).mean_acceptance_length
-
-
-def reach(candidates: Sequence[DecodingShape]) -> int:
-    """Nodes that the largest of their trees has room for."""
-    return max(size_of(one.beam_width, one.beam_length, one.node_budget) for one in candidates)
 
 
 def tune(bench: Bench, tokens_per_step: Mapping[DecodingShape, float]) -> Tuned:
@@ -175,17 +163,17 @@ def tune(bench: Bench, tokens_per_step: Mapping[DecodingShape, float]) -> Tuned:
 
 
 def record(source: Path, shapes: Sequence[DecodingShape], tuned_on: str, output: Path | None = None) -> Path:
-    """Writes the shapes into a drafter folder's config, whatever else it says kept; or into a copy at `output`.
+    """Writes the shapes into a head's config in its folder, whatever else it says kept; or into a copy at `output`.
 
     Raises RedrafterError where it cannot be written; what was there before is then still there.
     """
     told = json.loads((source / hub.CONFIG).read_text())
     told |= {"shapes": [shape.model_dump(exclude_none=True) for shape in shapes], "tuned_on": tuned_on}
-    DrafterConfig.model_validate(told)
+    KINDS.get(str(told.get("model_type")), RecurrentDrafter).config_type.model_validate(told)
     contents = {}
     if output is not None:
         contents = {name: (source / name).read_bytes() for name in (hub.WEIGHTS, hub.CARD) if (source / name).exists()}
         contents |= {name: text.encode() for name, text in hub.CUSTOM_GENERATE.items()}
-    contents[hub.CONFIG] = (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
+    contents[hub.CONFIG] = (flat(json.dumps(told, indent=2, ensure_ascii=False)) + "\n").encode()
     hub.write_files(output or source, contents)
     return output or source

@@ -38,6 +38,10 @@ def test_medians_are_of_rounds_and_ratios_of_one_round():
     assert ours["tokens_per_second"] == {"median": 20.0, "least": 15.0, "most": 30.0}
     assert ours["speed_up"] == {"median": 3.0, "least": 2.0, "most": 3.0}  # 20/10, 15/5, 30/10
     assert ours["speed_up_over_transformers"] == {"median": 3.5, "least": 3.0, "most": 4.0}  # where it was measured
+    found = {(one["method"], one["category"]): one for one in speeds(RECORDS, unfolded={"ours": THEIRS})}
+    held = found["ours", "a"]
+    assert held["speed_up_over_unfolded"] == ours["speed_up_over_transformers"]
+    assert "speed_up_over_unfolded" not in ours
     assert ours["tokens_per_step"] == 2.5
     assert ours["acceptance_by_position"] == [0.9, 0.6]
     assert ours["nodes_per_draft"] == 8.0

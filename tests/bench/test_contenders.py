@@ -1,4 +1,4 @@
-"""How methods are named, the shapes that they then draft in, and what noise they may see."""
+"""How methods are named, the shapes that they then draft in, and what is told of their weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, generate
-from redrafter.bench.contenders import Contender, Told, Variant, in_words, load, read_methods
+from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel
+from redrafter.bench.contenders import Contender, Told, load, read_methods
+from redrafter.bench.variants import Variant
 from redrafter.config import DecodingShape
+from redrafter.medusa import MedusaHeads
 from redrafter.target import Target
 
 MODEL = tiny_model()
@@ -93,19 +95,24 @@ def test_weights_are_counted_beside_the_models_own():
     assert Contender("alone").parameters(target) == 0
 
 
-def test_without_the_noise_the_drafts_are_others_and_the_text_is_the_same():
-    head, told = drafter(), {"do_sample": True, "seed": 3, "max_new_tokens": 40}
-    known, blind = (
-        generate(MODEL, Variant(head, (4, 3, None), coupled=coupled), [[5, 9]], **told) for coupled in (True, False)
+def test_the_form_of_weights_is_told():
+    target = Target(MODEL)
+    few = RecurrentDrafter.for_target(MODEL, draft_vocabulary=torch.arange(3, 23))
+    for method in (few, Variant(few, (2, 2, None))):
+        assert Contender("a", "b", method).form(target) == (
+            "one recurrent step, 2 blocks of width 64",
+            "20 of 61 tokens",
+        )
+    assert Contender("a", "b", TwoModel(tiny_model(seed=1))).form(target) == ("LlamaForCausalLM", "all tokens")
+    assert Contender("a", "b", PromptLookup()).form(target) == Contender("alone").form(target) == ("", "")
+
+
+def test_how_a_method_drafts_is_told():
+    target = Target(MODEL)
+    drafts = [Contender("a", "b", Variant(drafter(), shape)).drafts(target, 1) for shape in ((1, 2, None), (4, 3, 9))]
+    assert drafts == ["one beam of 2 tokens", "4 beams of 3 tokens, the 9 most probable nodes"]
+    assert (
+        Contender("a", "b", MedusaHeads.fresh(MODEL, heads=3, nodes=20)).drafts(target, 1)
+        == "a tree of 20 nodes, 3 deep"
     )
-    assert known.new_tokens == blind.new_tokens == generate(MODEL, None, [[5, 9]], **told).new_tokens
-    assert known.stats.accepted > blind.stats.accepted  # the noise of a flat head is most of what decides
-    greedy = [generate(MODEL, Variant(head, None, c), [[5, 9]], max_new_tokens=20).stats.drafted for c in (True, False)]
-    assert greedy[0] == greedy[1]
-
-
-def test_shapes_in_words():
-    assert in_words(None) == "no drafts"
-    assert in_words(DecodingShape(beam_width=1, beam_length=1)) == "one beam of 1 token"
-    words = in_words(DecodingShape(beam_width=11, beam_length=10, node_budget=32))
-    assert words == "11 beams of 10 tokens, the 32 most probable nodes"
+    assert Contender("alone").drafts(target, 1) == ""

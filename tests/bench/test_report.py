@@ -39,7 +39,8 @@ def results(records=RECORDS):
         "data": {"files": ["x.jsonl"], "too_long": 2,
                  "categories": {"a": {"prompts": 4, "of": 9}, "b": {"prompts": 2, "of": 2}}},
         "methods": [{"method": ALONE}, {"method": THEIRS},
-                    {"method": "ours", "path": "drafter", "shape": "4 beams of 2 tokens", "parameters": 1_970_000}],
+                    {"method": "ours", "path": "drafter", "shape": "4 beams of 2 tokens", "parameters": 1_970_000,
+                     "weights": "one recurrent step", "draft_vocabulary": "20 of 61 tokens"}],
         "speed": speeds(records), "batches": speeds(together, "together"), "parts": parts([part]), "failed": [],
     }  # fmt: skip
     return json.loads(json.dumps(found).replace('"ours"', json.dumps(NAME)))
@@ -52,8 +53,21 @@ def swept():
     grid = [one | {"shape": {"width": w, "length": n, "budget": None}} for w in (1, 4) for n in (1, 2)]
     budgets = [one | {"shape": {"width": 4, "length": 2, "budget": budget}} for budget in (4, 8)]
     kinds = [one | {"temperature": t, "coupled": known} for t, known in ((0.0, True), (1.0, True), (1.0, False))]
+    other = one | {"method": "other", "tokens_per_step": 2.75}
+    folded = [one | {"batch": rows, "folded": True, "speed_up_over_unfolded": one["speed_up"]} for rows in (1, 2)]
+    chains = [entry | {"folded": False, "nodes_per_draft": 16.0} for entry in folded]
+    shaped = [entry | {"shape": {"width": 4, "length": 2, "budget": None}} for entry in (*folded, *chains)]
     found["sweep"] = {"grid": grid, "budgets": budgets, "temperatures": kinds, "all": [one, *grid]}
-    return found | {"speed": [], "methods": [found["methods"][0], found["methods"][2]]}
+    found["sweep"] |= {"heads": [one, other], "folding": {"widths": shaped[::2], "batches": shaped}}
+    methods = [found["methods"][0], found["methods"][2]]
+    more = {
+        "method": "other",
+        "weights": "3 heads of 1 blocks",
+        "draft_vocabulary": "all tokens",
+        "parameters": 500_000,
+    }
+    found["parts"] += [found["parts"][0] | {"method": "other", "draft_ms": 0.5}]
+    return found | {"speed": [], "methods": [*methods, methods[1] | more]}
 
 
 class Page(HTMLParser):
@@ -87,13 +101,14 @@ class Page(HTMLParser):
     [
         (
             results,
-            ["What was measured", "Speed by task", "Acceptance by position", "Where the time of a step goes",
-             "Rows together", "What the words mean"],
+            ["What was measured", "Speed by task", "Acceptance by position", "Drafters side by side",
+             "Where the time of a step goes", "Rows together", "What the words mean"],
         ),
         (
             swept,
-            ["What was measured", "Where the time of a step goes", "Width and length", "What folding saves", "Nodes",
-             "Temperature", "Rows together", "What the words mean"],
+            ["What was measured", "Drafters side by side", "Where the time of a step goes", "Width and length",
+             "What folding saves", "Folded and unfolded", "Nodes", "Temperature", "Rows together",
+             "What the words mean"],
         ),
     ],
 )  # fmt: skip
@@ -102,7 +117,8 @@ def test_the_page_is_whole_in_itself(given, headings):
     page = Page(text)
     assert page.open == []
     assert page.headings == headings
-    assert len(page.sources) == len(headings) - 2  # a picture in every section but the first and the last
+    alone = given is results  # of one drafter there is no picture beside others
+    assert len(page.sources) == len(headings) - 2 - alone  # a picture in every section but the first and the last
     for source in page.sources:
         kind, _, data = source.partition(",")
         assert kind == "data:image/svg+xml;base64"
@@ -158,12 +174,16 @@ def test_markdown_holds_the_same_figures():
     assert told in cells
     assert [name, "greedy", "2.50", "90%", "60%"] in cells
     assert [name, "greedy", "21", "2.000", "7.000", "1.000", "10.000", "20%"] in cells
+    assert [name, "one recurrent step", "20 of 61 tokens", "1.97 M", "2.000", "2.50"] in [row[:6] for row in cells]
     assert "dialogue" not in text
     assert "2 prompts were left out" in text
     assert "a 4 of 9; b 2 of 2" in text
     text = report.markdown(swept())
     assert "| width | length 1 | length 2 |" in text
     assert "| temperature 1 | without the draws' noise | 20.0 |" in text
+    assert "| other | 3 heads of 1 blocks | all tokens | 0.50 M | 0.500 | 2.75 | 20.0 | 3.00 (2.00 to 3.00) |" in text
+    assert "| rows together | nodes, folded | unfolded | left |" in text
+    assert "| 4 | 8.0 | 16.0 | 50% | 2.50 | 20 | 20 | 3.00 (2.00 to 3.00) |" in text
 
 
 def test_pictures_are_the_same_for_the_same_results():

@@ -150,10 +150,11 @@ def test_a_killed_run_goes_on(command, tmp_path):
 
 def test_a_sweep_goes_through_shapes_batches_and_temperatures(say, common, drafter_folder, tmp_path):
     words = ["sweep", *common, "--method", f"ours={drafter_folder}@4x3:9", "--prompts", 1, "--rounds", 1]
+    words += ["--method", "lookup=prompt-lookup@1x2"]
     words += ["--widths", "1,3,300", "--lengths", "1,2", "--budgets", "3,4,6,99", "--batches", "2"]
     status, told, err = say(*words, "--temperatures", "0,1", "--max-new-tokens", 10)
     assert status == 0, err
-    refused = "not measured: 300 beams of 1 token, 300 beams of 2 tokens: beam_width must lie between 1 and"
+    refused = "not measured: 300 beams of 1 token; 300 beams of 2 tokens: beam_width must lie between 1 and"
     assert refused in " ".join(err.split())
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     sweep = found["sweep"]
@@ -176,7 +177,20 @@ def test_a_sweep_goes_through_shapes_batches_and_temperatures(say, common, draft
     assert [(one["temperature"], one["coupled"]) for one in sweep["temperatures"]] == [(0, True), (1, True), (1, False)]
     known, blind = (one["tokens_per_step"] for one in sweep["temperatures"][1:])
     assert known > blind
-    assert {one["batch"] for one in found["batches"]} == {2}
+    assert {(one["method"], one["batch"]) for one in found["batches"]} == {("autoregressive", 2), ("ours", 2)}
+    assert [(one["method"], one["texts_equal"]) for one in sweep["heads"]] == [("ours", 2), ("lookup", 2)]
+    assert [one["method"] for one in found["methods"]] == ["autoregressive", "ours", "lookup"]
+    assert {one["method"] for one in found["parts"]} == {"autoregressive", "ours", "lookup"}
+    for axis, places in (("widths", [(3, 1), (4, 1)]), ("batches", [(4, 2)])):
+        tree, chains = (
+            {(one["shape"]["width"], one["batch"]): one for one in sweep["folding"][axis] if one["folded"] is folded}
+            for folded in (True, False)
+        )
+        assert sorted(tree) == sorted(chains) == places
+        for place, one in tree.items():
+            assert one["speed_up_over_unfolded"]["median"] > 0
+            assert one["acceptance_by_position"] == chains[place]["acceptance_by_position"]
+            assert one["nodes_per_draft"] < chains[place]["nodes_per_draft"] == 3 * place[0]
     assert "<h2>Width and length</h2>" in (tmp_path / "out" / "report.html").read_text()
     assert "Wrote" in told
 
@@ -193,6 +207,8 @@ def test_the_demo_needs_nothing_else(say, tmp_path, monkeypatch):
     assert found["methods"][1] == {
         "method": "recurrent",
         "path": "drafter",
+        "weights": "one recurrent step, 3 blocks of width 512",
+        "draft_vocabulary": "2,048 of 4,096 tokens",
         "shape": "4 beams of 5 tokens, the 21 most probable nodes",
         "parameters": found["methods"][1]["parameters"],
     }
@@ -254,5 +270,4 @@ def test_what_is_missing_is_asked_for(say, tmp_path, model_folder, drafter_folde
     assert "Give a --model, or --demo" in refusal(say("bench", *out))
     assert "Give a --method" in refusal(say("bench", *out, "--model", model_folder))
     assert "Give --data" in refusal(say("sweep", *out, "--model", model_folder, "--method", f"a={drafter_folder}"))
-    assert "leave --method out" in refusal(say("sweep", *out, "--demo", "--method", f"a={drafter_folder}"))
     assert "--widths takes whole numbers" in refusal(say("sweep", *out, "--demo", "--widths", "x"))

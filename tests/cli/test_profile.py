@@ -7,10 +7,13 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 from conftest import refusal
 from redrafter import profiling, tuning
 from redrafter.config import DecodingShape
+from redrafter.eagle import EagleHead
+from redrafter.medusa import MedusaHeads
 
 QUICK = ("--device", "cpu", "--repeats", 1, "--nodes", "1,8", "--widths", "1,4,300")
 
@@ -85,13 +88,28 @@ def test_a_model_and_its_drafter(say, timed, model_folder, drafter_folder, tmp_p
         assert record["shape"]["beam_width"] == width
 
 
+def test_other_methods_of_drafting(say, timed, model_folder, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    MedusaHeads.fresh(model, heads=2, nodes=9).save_pretrained(tmp_path / "medusa")
+    EagleHead.fresh(model).save_pretrained(tmp_path / "eagle")
+    every = {tmp_path / "medusa": [1, 4], tmp_path / "eagle": [1, 4], model_folder: [1, 4], "prompt-lookup": [1]}
+    for drafter, widths in every.items():
+        lines, record = profile(say, "--model", model_folder, "--drafter", drafter, "--context", 20)
+        drafted = [one["size"] for one in record["pieces"] if one["name"] == "draft, beams"]
+        assert drafted == widths, "no method has 300 beams here"
+        assert record["pieces"][-1]["name"] == "drafted step"
+        assert "nodes, 2 deep" in lines[-1] if "medusa" in str(drafter) else "tokens" in lines[-1]
+    words = ["profile", "--model", model_folder, "--drafter", "prompt-lookup", "--beam-width", 2]
+    assert "Prompt lookup drafts one beam, not 2" in refusal(say(*words, *QUICK))
+
+
 def test_heads_in_eight_bits(say, timed, model_folder, drafter_folder, monkeypatch):
     drafted = []
     of = profiling.Bench.of
 
-    def noted(asked, drafter, **more):
+    def noted(asked, drafter, shapes, **more):
         drafted.append(drafter.has_eight_bits)
-        return of(asked, drafter, **more)
+        return of(asked, drafter, shapes, **more)
 
     monkeypatch.setattr(profiling.Bench, "of", noted)
     for words in (["--shape", "tiny"], ["--model", model_folder, "--drafter", drafter_folder]):

@@ -6,10 +6,13 @@ import json
 import shutil
 
 import pytest
+import torch
 import transformers
 
 from conftest import refusal
 from redrafter import RecurrentDrafter, generate
+from redrafter.eagle import EagleHead
+from redrafter.medusa import MedusaHeads
 from redrafter.profiling import Bench
 from redrafter.prompts import prompt_ids
 from redrafter.request import request
@@ -117,17 +120,48 @@ def test_times_of_this_machine_are_enough_for_a_choice(say, command, folder):
     ("words", "sentence"),
     [
         (["--batch-sizes", "0"], "--batch-sizes takes whole numbers from 1, as 1,4,10, not '0'."),
-        (["--widths", "2,300"], "A width of 300 exceeds the drafter's 259 tokens."),
+        (["--widths", "300"], "None of the shapes can be drafted: 300 beams of 2 tokens; 300 beams of 2 tokens, the 4"),
         (["--lengths", "x"], "--lengths takes whole numbers"),
         (["--budgets", ""], "--budgets takes whole numbers"),
         (["--context", 129], "--context 129 exceeds the model's 128 positions."),
         (["--drafter", "someone/drafter"], "someone/drafter is not a folder to write into: give an --output"),
         (["--drafter", "/none/such"], "There is no drafter folder at /none/such."),
         (["--temperature", 0.5], "temperature means nothing in greedy decoding"),
+        (["--drafter", "prompt-lookup"], "prompt-lookup has no config that shapes could be kept in: add --dry-run."),
     ],
 )
 def test_bad_input_is_one_sentence(say, command, words, sentence):
     assert sentence in refusal(say(*command, *words))
+
+
+@pytest.mark.parametrize("head", [MedusaHeads, EagleHead])
+def test_other_heads_are_tuned_in_the_shapes_that_they_draft(say, command, times, model_folder, tmp_path, head):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    told = {"heads": 2, "beam_width": 40} if head is MedusaHeads else {}
+    head.fresh(model, **told).save_pretrained(tmp_path / "head")
+    status, out, err = say(*command, "--drafter", tmp_path / "head", "--widths", "40", "--batch-sizes", 1)
+    assert status == 0, err
+    assert ("not tried: 40 beams of 3 tokens" in err) == (head is MedusaHeads)
+    assert "beam_length must be at most 2, as there are heads, not 3." in err or head is EagleHead
+    (shape,) = head.from_pretrained(tmp_path / "head").config.shapes
+    assert shape.in_words in out
+    assert (shape.beam_width, shape.beam_length) == (40, 2 if head is MedusaHeads else shape.beam_length)
+
+
+def test_what_has_no_folder_is_told_its_fastest_shapes_alone(say, command, times, model_folder):
+    words = [*command, "--dry-run", "--budgets", 4, "--batch-sizes", 1]
+    status, out, err = say(*words, "--drafter", model_folder, "--widths", 2)
+    assert (status, err) == (0, "")
+    (row,) = (line.split() for line in out.splitlines() if "2 beams of 3 tokens" in line)
+    assert float(row[-4]) > 3, "a model drafts for itself"
+    status, out, err = say(*words, "--drafter", "prompt-lookup", "--widths", "1,2")
+    assert status == 0
+    assert "not tried: 2 beams of 2 tokens" in err
+    assert "Prompt lookup drafts one beam, not 2" in err
+    assert "nothing is written" in out
+    words = [*command, "--drafter", model_folder]
+    assert "has no config that shapes could be kept in: add --dry-run" in refusal(say(*words))
 
 
 def test_a_file_without_prompts_is_named(say, command, prompts):

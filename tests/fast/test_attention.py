@@ -136,13 +136,13 @@ def test_the_kernels_give_what_the_plain_way_gives(shape, what, dtype, device):
 def test_any_number_of_parts_gives_the_same(sinks, device):
     from redrafter.fast.kernels import attention as kernels
 
-    tree, length = random_tree(2, 20), torch.tensor([0, 100])
-    query, key, value = inputs(2, 1, 64, 64, 130, tree, length, device=device)
+    tree, length = random_tree(2, 40), torch.tensor([0, 100])
+    query, key, value = inputs(2, 1, 64, 64, 150, tree, length, device=device)
     mask = packed(tree, length).to(device)
     sink = torch.randn(2) if sinks else None
     wanted = reference(*doubles(query, key, value), mask.cpu(), scaling=0.2, sinks=sink)
     sink = sink.to(device) if sinks else None
-    for keys, splits in ((16, 1), (16, 3), (16, 17), (64, 2)):  # up to more than there are blocks
+    for keys, splits in ((16, 1), (16, 3), (16, 17), (64, 1), (64, 2), (128, 2)):  # up to more than there are blocks
         tile = kernels.Tiling(32, keys, 4, 2)
         found = kernels.launch(query, key, value, mask, 0.2, None, None, sink, tiling=tile, splits=splits)
         assert distance(found, wanted) < 1e-5

@@ -18,7 +18,7 @@ from redrafter.tree import ancestors_of
 from test_medusa_heads import random_heads
 
 MODEL = tiny_model()
-PROMPTS = [[5, 9, 12], [7], [30, 31, 32, 33, 34]]
+PROMPTS = [[5, 9, 12], [7], [27, 28, 29, 30, 31]]
 LAWS = [{}, {"temperature": 0.6}, {"temperature": 1.4, "top_k": 7}, {"min_p": 0.1}]
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 3), st.one_of(st.none(), st.integers(4, 80)))
@@ -104,6 +104,22 @@ def test_heads_that_know_what_follows_write_four_tokens_in_a_step():
     assert out.new_tokens == [list(range(4, 17)), list(range(11, 24))]
     assert [row.steps for row in out.stats.rows] == [4, 4], "one token, then three steps of 3 + 1"
     assert out.stats.accepted_by_position == [6, 6, 6]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("shape", [(10, 3, None), (2, 2, None), (10, 3, 8)])
+@pytest.mark.parametrize("law", [{}, {"do_sample": True, "seed": 3, "temperature": 0.8}])
+def test_on_a_gpu_a_step_is_one_graph(captured, shape, law):
+    model = counting_model()
+    heads = counting_heads(model)
+    told = dict(zip(("beam_width", "beam_length", "node_budget"), shape, strict=True))
+    told |= {"max_new_tokens": 30, "batch_size": 2, **law}
+    on_cpu = generate(model, heads, PROMPTS, **told)
+    out = generate(model.cuda(), heads.cuda(), PROMPTS, **told)
+    assert captured[-1].refused is None
+    assert out.stats.accepted > 0
+    assert out.new_tokens == on_cpu.new_tokens == generate(model, None, PROMPTS, fast=False, **told).new_tokens
 
 
 def test_a_head_that_is_wrong_stops_the_path_there():

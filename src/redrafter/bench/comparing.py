@@ -15,12 +15,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from redrafter.bench import results as figures
-from redrafter.bench.contenders import ALONE, THEIRS, Contender, Variant, in_words
-from redrafter.bench.tables import NO_NOISE, Results
+from redrafter.bench.contenders import ALONE, THEIRS, Contender
+from redrafter.bench.tables import Results
 from redrafter.bench.tasks import ALL, Tasks
-from redrafter.bench.units import Asked, Runner, Unit, of_bench, run, turned
+from redrafter.bench.units import Asked, Record, Runner, Unit, of_bench, run, turned
+from redrafter.bench.variants import NO_NOISE, UNFOLDED, Variant
 from redrafter.config import DecodingShape
 from redrafter.errors import RedrafterError
+from redrafter.proposers.base import draftable
 from redrafter.proposers.beams import weighed
 from redrafter.target import Target
 from redrafter.training.journal import Journal
@@ -104,60 +106,102 @@ class Axes:
     temperatures: Sequence[float]
 
 
-def sweep(setting: Setting, base: Contender, axes: Axes, *, temperature: float, rounds: int, tell: Tell) -> Results:
-    """One method in many shapes, and its own shape at many temperatures and batches.
+def sweep(
+    setting: Setting, methods: Sequence[Contender], axes: Axes, *, temperature: float, rounds: int, tell: Tell
+) -> Results:
+    """The first method in many shapes, its own shape at many temperatures and batches, its beams folded and not; the
+    others beside it, each in its own shape.
 
     Widths, lengths and budgets are measured one row at a time at one `temperature`.  Shapes that the method refuses are
     named among what failed.
     """
-    grid, refused = _shapes(setting.model, base, axes)
+    base = methods[0]
+    shaped, refused = _shapes(setting.model, base, axes)
     assert base.method is not None
     blind = Contender(f"{base.label}, {NO_NOISE}", base.path, Variant(base.method, coupled=False))
-    contenders = [Contender(ALONE), base, blind, *(one for one, _ in grid)]
-    names = [one.label for one, _ in grid]
-    units: list[Unit] = []
-    for number in range(rounds):
-        order = turned([ALONE, base.label, *names], number)
-        units += [Unit("decode", name, ALL, temperature, 1, number) for name in order]
-        for one in axes.temperatures:
-            order = turned([ALONE, base.label, *([blind.label] if one else [])], number)
-            units += [Unit("decode", name, ALL, one, 1, number) for name in order]
-        for rows in axes.batches:
-            order = turned([ALONE, base.label], number)
-            units += [Unit("together", name, ALL, temperature, rows, number) for name in order]
-    units += [Unit("parts", name, ALL, temperature, 1, 0) for name in (ALONE, base.label)]
-    units += [Unit("texts", name, ALL, temperature, 1, 0) for name in (base.label, *names)]
-    units = list(dict.fromkeys(units))
-    records, found = setting.run(units, contenders, tell)
-    speed = {(one["method"], one["temperature"]): one for one in figures.speeds(records)}
-    shaped = [(one, shape) for one, shape in grid if (one.label, temperature) in speed]
-    entries = [speed[one.label, temperature] | {"shape": shape} for one, shape in shaped]
+    contenders = [Contender(ALONE), *methods, blind, *(one.contender for one in shaped)]
+    plan = _plan([one.label for one in methods], blind.label, shaped, axes, temperature=temperature, rounds=rounds)
+    records, found = setting.run(plan, contenders, tell)
+    found["failed"] += refused
+
+    unfolded = {one.folded.contender.label: one.contender.label for one in shaped if one.folded is not None}
+    speed = {(one["method"], one["temperature"]): one for one in figures.speeds(records, unfolded=unfolded)}
+    together = figures.speeds(records, "together", unfolded)
+    own = [speed[one.label, temperature] for one in methods if (one.label, temperature) in speed]
+    entries = [one.told(speed[key]) for one in shaped if (key := (one.contender.label, temperature)) in speed]
     by_temperature = [
         speed[one.label, kind] | {"coupled": one is base}
         for kind in axes.temperatures
         for one in (base, blind)
         if (one.label, kind) in speed
     ]
-    own = [speed[base.label, temperature]] if (base.label, temperature) in speed else []
-    found["failed"] += refused
     return found | {
-        "methods": figures.methods([Contender(ALONE), base], setting.model, 1),
+        "methods": figures.methods([Contender(ALONE), *methods], setting.model, 1),
         "speed": [],
-        "batches": figures.speeds(records, "together"),
+        "batches": [one for one in together if one["method"] in (ALONE, base.label)],
         "parts": figures.parts(records),
         "sweep": {
-            "grid": [one for one in entries if one["shape"]["budget"] is None],
-            "budgets": [one for one in entries if one["shape"]["budget"] is not None],
+            "heads": own,
+            "grid": [one for one in entries if one["axis"] == "grid"],
+            "budgets": [one for one in entries if one["axis"] == "budgets"],
             "temperatures": by_temperature,
+            "folding": {
+                "widths": [one for one in entries if one["method"] in {*unfolded, *unfolded.values()}],
+                "batches": [one.told(entry) for one in shaped for entry in together if one.is_of(entry)],
+            },
             "all": own + entries,
         },
     }
 
 
-def _shapes(
-    model: PreTrainedModel, base: Contender, axes: Axes
-) -> tuple[list[tuple[Contender, dict[str, int | None]]], list[str]]:
-    """The base's method as whole beams of every width and length, and in its own with every budget that cuts them.
+@dataclass(frozen=True)
+class _Shaped:
+    """The base's method in a shape, folded as in decoding or not."""
+
+    contender: Contender
+    shape: DecodingShape
+    axis: str
+    """`grid`, `budgets` or `folding`."""
+    together: bool = False
+    """Whether it is also measured by rows together."""
+    folded: _Shaped | None = None
+    """Where this one is not folded, what differs in that alone."""
+
+    def is_of(self, entry: Record) -> bool:
+        """Whether the entry is of this."""
+        return bool(entry["method"] == self.contender.label)
+
+    def told(self, entry: Record) -> Record:
+        """The entry with its shape.  Of what is not folded all nodes are verified, those too that are not accepted."""
+        width, length, budget = self.shape.beam_width, self.shape.beam_length, self.shape.node_budget
+        found = entry | {"axis": self.axis, "shape": {"width": width, "length": length, "budget": budget}}
+        found["folded"] = self.folded is None
+        return found if self.folded is None else found | {"nodes_per_draft": float(width * length)}
+
+
+def _plan(
+    methods: Sequence[str], blind: str, shaped: Sequence[_Shaped], axes: Axes, *, temperature: float, rounds: int
+) -> list[Unit]:
+    """The units of a sweep, in order; what is held against each other is measured in turn."""
+    base, names = methods[0], [*methods, *(one.contender.label for one in shaped)]
+    pair = [one.contender.label for one in shaped if one.together]
+    units: list[Unit] = []
+    for number in range(rounds):
+        units += [Unit("decode", name, ALL, temperature, 1, number) for name in turned([ALONE, *names], number)]
+        for one in axes.temperatures:
+            order = turned([ALONE, base, *([blind] if one else [])], number)
+            units += [Unit("decode", name, ALL, one, 1, number) for name in order]
+        for rows in axes.batches:
+            order = turned([ALONE, base, *pair], number)
+            units += [Unit("together", name, ALL, temperature, rows, number) for name in order]
+    units += [Unit("parts", name, ALL, temperature, 1, 0) for name in (ALONE, *methods)]
+    units += [Unit("texts", name, ALL, temperature, 1, 0) for name in names]
+    return list(dict.fromkeys(units))
+
+
+def _shapes(model: PreTrainedModel, base: Contender, axes: Axes) -> tuple[list[_Shaped], list[str]]:
+    """The base's method as whole beams of every width and length, in its own with every budget that cuts them, and its
+    own whole beams, at every width, folded and not.
 
     Also sentences about what it refuses.
     """
@@ -165,23 +209,28 @@ def _shapes(
     target = Target(model, base.method.layers)
     method = base.method.method if isinstance(base.method, Variant) else base.method
     width, length, _ = base.method.drafting(0)
-    wanted: list[tuple[int, int, int | None]] = [(w, n, None) for w, n in itertools.product(axes.widths, axes.lengths)]
-    wanted += [(width, length, budget) for budget in axes.budgets if length < budget < weighed(width, length)]
-    found: list[tuple[Contender, dict[str, int | None]]] = []
-    refused: dict[str, list[str]] = {}
-    for shape in wanted:
-        told = dict(zip(("width", "length", "budget"), shape, strict=True))
-        words = in_words(DecodingShape(beam_width=shape[0], beam_length=shape[1], node_budget=shape[2]))
-        one = Contender(f"{base.label}, {words}", base.path, Variant(method, shape))
-        try:
-            one.proposer(target, 1)
-        except RedrafterError as error:
-            refused.setdefault(str(error), []).append(words)
-        else:
-            found.append((one, told))
+
+    def shape(width: int, length: int, budget: int | None = None) -> DecodingShape:
+        return DecodingShape(beam_width=width, beam_length=length, node_budget=budget)
+
+    wanted = [shape(*sides) for sides in itertools.product(axes.widths, axes.lengths)]
+    wanted += [shape(width, length, budget) for budget in axes.budgets if length < budget < weighed(width, length)]
+    drafted, refused = draftable(method, target, wanted)
+    own = [shape(width, length)] if axes.batches else []
+    beams = [one for one in dict.fromkeys([*own, *(shape(one, length) for one in axes.widths)]) if one.beam_width > 1]
+    chains, also = draftable(Variant(method, folded=False), target, draftable(method, target, beams)[0])
+    found = []
+    for one in dict.fromkeys([*drafted, *chains]):
+        told, label = (one.beam_width, one.beam_length, one.node_budget), f"{base.label}, {one.in_words}"
+        axis = "folding" if one not in drafted else "budgets" if one.node_budget else "grid"
+        made = _Shaped(Contender(label, base.path, Variant(method, told)), one, axis, one in chains and one in own)
+        found.append(made)
+        if one in chains:
+            plain = Contender(f"{label}, {UNFOLDED}", base.path, Variant(method, told, folded=False))
+            found.append(_Shaped(plain, one, "folding", made.together, folded=made))
     if not found and not axes.temperatures and not axes.batches:
         raise RedrafterError(f"{base.label} can draft in none of these shapes: {next(iter(refused), 'none is told')}")
-    return found, [f"{', '.join(shapes)}: {error}" for error, shapes in refused.items()]
+    return found, refused + [f"{UNFOLDED}, {sentence}" for sentence in also]
 
 
 def stamp(path: str) -> str | None:

@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from redrafter.cache import SlotCache
+from redrafter.bench.variants import Variant
 from redrafter.config import DecodingShape
 from redrafter.errors import RedrafterError
+from redrafter.head import Head
 from redrafter.proposers import Method, Proposer
 from redrafter.proposers.base import measured
+from redrafter.proposers.beams import drafted_in_words
 from redrafter.proposers.loading import load_method
-from redrafter.sampling import Draw, Place
 from redrafter.target import Target
-from redrafter.tree import DraftTree
 
 ALONE = "autoregressive"
 THEIRS = "transformers"
@@ -111,6 +110,20 @@ class Contender:
             return None
         return self.method.proposer(target, shape.beam_width, shape.beam_length, shape.node_budget)
 
+    def drafts(self, target: Target, batch: int) -> str:
+        """How it drafts for rows together, in words; nothing where it does not."""
+        shape, proposer = self.shape(batch), self.proposer(target, batch)
+        return "" if shape is None or proposer is None else drafted_in_words(proposer, shape)
+
+    def form(self, target: Target) -> tuple[str, str]:
+        """What its weights are and which tokens they score, in words; nothing where it has none."""
+        method = self.method.method if isinstance(self.method, Variant) else self.method
+        if isinstance(method, Head):
+            return method.config.weights_in_words, method.config.drafted_in_words
+        proposer = self.proposer(target, 1)
+        names = ", ".join(type(one).__name__ for one in (proposer.modules if proposer else ()))
+        return names, "all tokens" if names else ""
+
     def parameters(self, target: Target) -> int:
         """Weights that drafting reads beside the target's own."""
         return sum(one.numel() for one in self._weights(target))
@@ -146,69 +159,3 @@ def load(told: Sequence[Told], model: PreTrainedModel, batches: Sequence[int]) -
                 raise RedrafterError(f"--method {one.label}: {error}") from None
         found.append(made)
     return found
-
-
-def in_words(shape: DecodingShape | None) -> str:
-    """A shape for a reader."""
-    if shape is None:
-        return "no drafts"
-    words = shape.in_words.replace("1 beams", "one beam") if shape.beam_width == 1 else shape.in_words
-    return words.replace("of 1 tokens", "of 1 token")
-
-
-@dataclass(frozen=True)
-class _Blind(Draw):
-    """The draws of a step, of which a drafter is not shown the noise."""
-
-    def coupled(
-        self, logits: Float[Tensor, "B beams head"], position: int, names: Int[Tensor, " head"] | None = None
-    ) -> Float[Tensor, "B beams head"]:
-        """The logits after the warpers alone."""
-        return self.warp(logits)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method that always drafts in one shape, or is not shown the noise of the target's draws, or both."""
-
-    method: Method
-    shape: tuple[int, int, int | None] | None = None
-    coupled: bool = True
-    """Whether it may rank by the noise that the target is about to draw with, where it would."""
-
-    @property
-    def layers(self) -> Sequence[int]:
-        """As the method's."""
-        return self.method.layers
-
-    def drafting(
-        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
-    ) -> tuple[int, int, int | None]:
-        """The shape, whatever is told; without one as the method's."""
-        return self.shape or self.method.drafting(batch, width, length, budget)
-
-    def proposer(self, target: Target, width: int, length: int, budget: int | None) -> Proposer | None:
-        """The method's own."""
-        found = self.method.proposer(target, width, length, budget)
-        return found if found is None or self.coupled else _Blindfolded(found)
-
-
-class _Blindfolded:
-    """A proposer that is not shown the noise."""
-
-    def __init__(self, proposer: Proposer):
-        self._proposer = proposer
-        self.length, self.size, self.positions = proposer.length, proposer.size, proposer.positions
-        self.modules = proposer.modules
-        self.memory, self.read = proposer.memory, proposer.read
-
-    def quickened(self) -> Proposer:
-        """As the proposer's."""
-        return _Blindfolded(self._proposer.quickened())
-
-    def propose(
-        self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
-    ) -> DraftTree:
-        """As the proposer's."""
-        blind = draw if draw.noise is None else _Blind(draw.warpers, draw.noise)
-        return self._proposer.propose(memory, place, context, blind)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from redrafter.bench.contenders import ALONE, THEIRS
-from redrafter.bench.tables import NO_NOISE, Results, law, overall, temperatures
+from redrafter.bench.tables import Results, drafters, law, millions, overall, pairs, temperatures
+from redrafter.bench.variants import NO_NOISE, UNFOLDED
 from redrafter.errors import RedrafterError
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def drawn(results: Results) -> dict[str, str]:
         "budgets": _budgets,
         "temperatures": _temperatures,
         "folding": _folding,
+        "heads": _heads,
+        "unfolded": _unfolded,
     }
     look = {
         "text.parse_math": False,  # a label may hold a dollar
@@ -290,4 +293,63 @@ def _folding(results: Results) -> Figure | None:
     axis.set_xticks(widths, [str(one) for one in widths])
     axis.set(xlabel="width, beams", ylabel="nodes after folding, %", ylim=(0, 105))
     _legend(figure, axis)
+    return figure
+
+
+def _heads(results: Results) -> Figure | None:
+    """How long a draft takes and how much of it is accepted, by temperature; of a sweep also what comes of it."""
+    found = [one for one in drafters(results) if one["draft_ms"] is not None]
+    if len({one["method"] for one in found}) < 2:
+        return None
+    tint, kinds = colours(results), temperatures(found)
+    figure, axes = _panels(len(kinds) + ("sweep" in results), width=4.8)
+    for axis, temperature in zip(axes, kinds, strict=False):
+        for place, one in enumerate(one for one in found if one["temperature"] == temperature):
+            told: dict[str, Any] = {"color": tint[one["method"]], "marker": "osD^vP"[place % 6], "markersize": 8}
+            told |= {"linestyle": "none", "clip_on": False, "zorder": 3}
+            label = f"{one['method']} ({millions(one['parameters'])})"
+            axis.plot([one["draft_ms"]], [one["tokens_per_step"]], label=label, **told)
+        axis.set(title=law(temperature), xlabel="milliseconds of a draft", ylabel="tokens per step")
+        axis.set(xlim=(0, 1.1 * max(one["draft_ms"] for one in found)))
+        axis.set(ylim=(1, 0.4 + max(one["tokens_per_step"] for one in found)))
+    if "sweep" in results:
+        axis, own = axes[-1], [one for one in reversed(found) if "speed_up" in one]
+        middle = [one["speed_up"]["median"] for one in own]
+        names = [one["method"] for one in own]
+        axis.barh(names, middle, color=[tint[name] for name in names], height=0.62)
+        for place, one in enumerate(middle):
+            axis.text(one, place, f" {one:.2f}", va="center", fontsize=9)
+        axis.axvline(1, color="#555555", linewidth=1, linestyle="--")
+        axis.set(title=law(kinds[0]), xlabel="times as fast", xlim=(0, 1.15 * max(middle, default=1)))
+        axis.grid(axis="y", visible=False)
+    _legend(figure, axes[0])
+    return figure
+
+
+def _unfolded(results: Results) -> Figure | None:
+    """Nodes and speed of beams that share nodes and of beams that do not."""
+    if "sweep" not in results:
+        return None
+    ways = {"beams": pairs(results, "widths"), "rows together": pairs(results, "batches")}
+    ways = {label: found for label, found in ways.items() if found}
+    if not ways:
+        return None
+    figure, axes = _panels(2 * len(ways), width=4.4, height=3.0)
+    for row, (label, found) in enumerate(ways.items()):
+        nodes, speed = axes[2 * row : 2 * row + 2]
+        at, folded, chains = ([*column] for column in zip(*found, strict=True))
+        for name, own, colour in (("folded", folded, COLOURS[0]), (UNFOLDED, chains, COLOURS[1])):
+            told: dict[str, Any] = {"marker": "o", "markersize": 4, "color": colour, "label": name}
+            nodes.plot(at, [one["nodes_per_draft"] for one in own], **told)
+            each = [one["tokens_per_second"] for one in own]
+            middle = [one["median"] for one in each]
+            reach = [[one["median"] - one["least"] for one in each], [one["most"] - one["median"] for one in each]]
+            speed.errorbar(at, middle, reach, capsize=2, **told)
+        for axis, title in ((nodes, "nodes verified in a draft"), (speed, "tokens/s, of all rows")):
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(at, [str(one) for one in at])
+            axis.minorticks_off()
+            axis.margins(y=0.12)
+            axis.set(xlabel=label, ylabel=title, ylim=(0, None))
+    _legend(figure, axes[0])
     return figure

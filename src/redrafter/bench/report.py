@@ -16,6 +16,7 @@ from redrafter import hub
 from redrafter.bench import plots, tables
 from redrafter.bench.contenders import ALONE, THEIRS
 from redrafter.bench.tables import Results, Table, law, overall, temperatures, times
+from redrafter.bench.variants import NO_NOISE
 
 FILES = ("results.json", "report.md", "report.html")
 
@@ -26,7 +27,8 @@ h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin-top
 .lead { font-size: 1.08rem; background: #f3f6f9; border-left: 4px solid #0072b2; padding: .6rem 1rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0 1.2rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th { border-bottom: 2px solid #888; } .name { text-align: left; } figure { margin: 1rem 0; }
+th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
+.name { text-align: left; white-space: normal; } figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; } figcaption, footer { color: #555; font-size: .88rem; }
 dt { font-weight: 600; } dd { margin: 0 0 .5rem 1.2rem; }
 """
@@ -57,7 +59,7 @@ def lead(results: Results) -> list[str]:
     entries = results["sweep"]["all"] if "sweep" in results else overall(results["speed"])
     for temperature in temperatures(entries):
         own = [one for one in entries if one["temperature"] == temperature and "speed_up" in one]
-        own = [one for one in own if one["method"] != THEIRS]
+        own = [one for one in own if one["method"] != THEIRS and one.get("folded", True)]
         if not own:
             continue
         best = max(own, key=lambda one: one["speed_up"]["median"])
@@ -89,6 +91,16 @@ def sections(results: Results) -> list[Section]:
     found = [_measured(results)]
     if "sweep" not in results:
         found += _compared(results)
+    compared = tables.drafters(results)
+    if compared:
+        told = (
+            "What each method is and costs beside what it brings, over all prompts: a larger head, fewer tokens to "
+            "draft among and other training show here what they are worth. In the picture up and to the left is better."
+        )
+        several = len({one["method"] for one in compared}) > 1
+        picture = ("heads", "Tokens per step against milliseconds of a draft, by method, with its parameters.")
+        pages = [tables.heads(results, one) for one in temperatures(compared)]
+        found.append(Section("Drafters side by side", [told], picture if several else None, pages))
     if results["parts"]:
         told = (
             f"A step of {results['asked']['batch_size']} row(s) that stand at {results['parts'][0]['context']} tokens, "
@@ -130,15 +142,11 @@ def _measured(results: Results) -> Section:
     if data["too_long"]:
         sentences.append(f"{data['too_long']} prompts were left out: the model has no room for them and an answer.")
     rows = [
-        [one["method"], one.get("path", ""), one.get("shape", "no drafts"), _millions(one.get("parameters"))]
+        [one["method"], one.get("path", ""), one.get("shape", "no drafts"), tables.millions(one.get("parameters"))]
         for one in results["methods"]
     ]
     table = Table(["method", "from", "drafts", "parameters beside the model's"], rows, names=3)
     return Section("What was measured", sentences, tables=[table])
-
-
-def _millions(parameters: int | None) -> str:
-    return "" if parameters is None else f"{parameters / 1e6:,.2f} M"
 
 
 def _compared(results: Results) -> list[Section]:
@@ -182,6 +190,19 @@ def _swept(results: Results) -> list[Section]:
         nodes = tables.grid(results, "Nodes of a draft", "nodes_per_draft", ".1f")
         wide = any(one["shape"]["width"] > 1 for one in sweep["grid"])
         found.append(Section("What folding saves", [told], picture if wide else None, [nodes]))
+    pages = [tables.folding(results, axis) for axis in ("widths", "batches")]
+    if any(pages):
+        told = (
+            "The same beams, verified as one tree and as chains of their own below one root: what is accepted and "
+            "written is the same. First by beams, one row at a time; then by rows that are decoded together, with the "
+            "method's own beams."
+        )
+        device = (
+            "On a CPU a tree is cut to the nodes that the fullest row has. On CUDA, where a step has one shape, a tree "
+            "of whole beams has room for all their nodes, so folding saves no time by itself: a number of nodes does."
+        )
+        picture = ("unfolded", "Nodes and tokens a second, folded and unfolded, by beams and by rows together.")
+        found.append(Section("Folded and unfolded", [told, device], picture, pages))
     if sweep["budgets"]:
         told = "Of all nodes that the search weighed, the so many most probable are verified, the root counted."
         picture = ("budgets", "Speed-up and tokens per step by the number of nodes.")
@@ -189,7 +210,7 @@ def _swept(results: Results) -> list[Section]:
     if sweep["temperatures"]:
         told = (
             "Drafts are accepted less often where the model's draws are spread wider. A method that ranks by the noise "
-            f"that the model is about to draw with is also shown {tables.NO_NOISE}; others draft the same both ways."
+            f"that the model is about to draw with is also shown {NO_NOISE}; others draft the same both ways."
         )
         picture = ("temperatures", "Speed-up and tokens per step by temperature.")
         found.append(Section("Temperature", [told], picture, [tables.points(results, "temperatures")]))
@@ -203,6 +224,8 @@ def _terms(results: Results) -> Section:
         "left out, and on CUDA the first steps of a call, in which a graph is captured.",
         "tokens per step": "Also mean acceptance length: the drafted tokens that are kept and one that the model adds.",
         "nodes a draft": "Drafted tokens that the model verifies in one step, without the root.",
+        "parameters": "Weights that drafting reads beside the model's own.",
+        "drafts among": "The draft vocabulary: how many of the model's tokens may be drafted.",
         "step, ms": "All that decoding does from one step to the next.",
         "first token, ms": "From a prompt's entry to its first token, the median.",
         "equal texts": "Texts that are token for token those without a drafter. In low precision two right ways to "

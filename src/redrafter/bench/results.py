@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from redrafter.bench.contenders import ALONE, THEIRS, Contender, in_words
+from redrafter.bench.contenders import ALONE, THEIRS, Contender
 from redrafter.bench.tasks import ALL
 from redrafter.bench.units import Record
 from redrafter.decoding import path_of
@@ -53,18 +53,24 @@ def methods(contenders: Iterable[Contender], model: PreTrainedModel, batch: int)
     for one in contenders:
         told: Record = {"method": one.label}
         if one.method is not None:
-            name = Path(one.path).resolve().name if Path(one.path).exists() else one.path
+            target = Target(model, one.method.layers)
+            weights, scored = one.form(target)
             told |= {
-                "path": name,
-                "shape": in_words(one.shape(batch)),
-                "parameters": one.parameters(Target(model, one.method.layers)),
+                "path": Path(one.path).resolve().name if Path(one.path).exists() else one.path,
+                "weights": weights,
+                "draft_vocabulary": scored,
+                "shape": one.drafts(target, batch),
+                "parameters": one.parameters(target),
             }
         found.append(told)
     return found
 
 
-def speeds(records: Sequence[Record], kind: str = "decode") -> list[Record]:
-    """Every method × category × temperature × batch; with several categories also all of them together."""
+def speeds(records: Sequence[Record], kind: str = "decode", unfolded: Mapping[str, str] | None = None) -> list[Record]:
+    """Every method × category × temperature × batch; with several categories also all of them together.
+
+    `unfolded` names the methods that others are held against because they do not fold.
+    """
     cells: dict[tuple[Any, ...], dict[int, Record]] = {}
     for one in records:
         if one["kind"] == kind:
@@ -79,8 +85,12 @@ def speeds(records: Sequence[Record], kind: str = "decode") -> list[Record]:
                 cells[method, ALL, temperature, batch] = {
                     number: _together([part[number] for part in parts]) for number in sorted(rounds)
                 }
-    equal = _equal(records)
-    return [_speed(key, rounds, cells) | equal.get(key, {}) for key, rounds in cells.items()]
+    equal, found = _equal(records), []
+    bases = {"speed_up": ALONE, "speed_up_over_transformers": THEIRS}
+    for key, cell in cells.items():
+        own = {} if unfolded is None or key[0] not in unfolded else {"speed_up_over_unfolded": unfolded[key[0]]}
+        found.append(_speed(key, cell, cells, bases | own) | equal.get(key, {}))
+    return found
 
 
 def _together(parts: Sequence[Record]) -> Record:
@@ -93,14 +103,19 @@ def _together(parts: Sequence[Record]) -> Record:
     return found
 
 
-def _speed(key: tuple[Any, ...], rounds: dict[int, Record], cells: dict[tuple[Any, ...], dict[int, Record]]) -> Record:
-    """Medians and spread over the rounds of one cell, and its ratios to the cells beside it."""
+def _speed(
+    key: tuple[Any, ...],
+    rounds: dict[int, Record],
+    cells: dict[tuple[Any, ...], dict[int, Record]],
+    bases: Mapping[str, str],
+) -> Record:
+    """Medians and spread over the rounds of one cell, and its ratios to those of other methods, `bases`, beside it."""
     method, category, temperature, batch = key
     speed = [one["tokens"] / one["seconds"] for one in rounds.values()]
     first = next(iter(rounds.values()))
     found: Record = {"method": method, "category": category, "temperature": temperature, "batch": batch}
     found |= {"rounds": len(rounds), "tokens_per_second": _spread(speed)}
-    for name, base in (("speed_up", ALONE), ("speed_up_over_transformers", THEIRS)):
+    for name, base in bases.items():
         beside = cells.get((base, category, temperature, batch), {})
         ratios = [
             (one["tokens"] / one["seconds"]) / (beside[number]["tokens"] / beside[number]["seconds"])

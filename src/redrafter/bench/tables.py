@@ -8,10 +8,9 @@ from typing import Any
 
 from redrafter.bench.contenders import ALONE, THEIRS
 from redrafter.bench.tasks import ALL
+from redrafter.bench.variants import NO_NOISE, UNFOLDED
 
 Results = dict[str, Any]
-
-NO_NOISE = "without the draws' noise"
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,40 @@ def equal(one: dict[str, Any]) -> str:
     return f"{one['texts_equal']} of {one['texts']}" + (f", {odd} unexplained" if odd else "")
 
 
+def drafters(results: Results) -> list[dict[str, Any]]:
+    """Entries of the methods side by side, over all prompts, each with what it is and with the time of its draft."""
+    found = results["sweep"]["heads"] if "sweep" in results else overall(results["speed"])
+    about = {one["method"]: one for one in results["methods"] if "parameters" in one}
+    took = {(one["method"], one["temperature"]): one["draft_ms"] for one in results["parts"]}
+    return [
+        one | about[one["method"]] | {"draft_ms": took.get((one["method"], one["temperature"]))}
+        for one in found
+        if one["method"] in about
+    ]
+
+
+def heads(results: Results, temperature: float) -> Table:
+    """What every method is, what it costs and what it brings, at one temperature."""
+    columns = {
+        "method": lambda one: one["method"],
+        "weights": lambda one: one["weights"],
+        "drafts among": lambda one: one["draft_vocabulary"],
+        "parameters": lambda one: millions(one["parameters"]),
+        "a draft, ms": lambda one: "" if one["draft_ms"] is None else f"{one['draft_ms']:.3f}",
+        "tokens per step": lambda one: f"{one['tokens_per_step']:.2f}",
+        "tokens/s": lambda one: f"{one['tokens_per_second']['median']:,.1f}",
+        "x autoregressive": lambda one: times(one.get("speed_up")),
+    }
+    own = [one for one in drafters(results) if one["temperature"] == temperature]
+    rows = [[write(one) for write in columns.values()] for one in own]
+    return Table(list(columns), rows, law(temperature).capitalize(), names=3)
+
+
+def millions(parameters: int | None) -> str:
+    """A number of weights."""
+    return "" if parameters is None else f"{parameters / 1e6:,.2f} M" if parameters else "none"
+
+
 def acceptance(results: Results) -> Table | None:
     """Shares accepted at each position, over all prompts."""
     found = [one for one in overall(results["speed"]) if one.get("acceptance_by_position")]
@@ -144,6 +177,34 @@ def grid(results: Results, title: str, name: str, form: str) -> Table:
         for width in widths
     ]
     return Table(["width", *(f"length {one}" for one in lengths)], rows, title)
+
+
+def pairs(results: Results, axis: str) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """Beams folded and unfolded by `widths` or by `batches`: the place on that axis, and both entries there."""
+    found = results["sweep"]["folding"][axis]
+    at = [one["shape"]["width"] if axis == "widths" else one["batch"] for one in found]
+    tree, chains = (
+        {place: one for place, one in zip(at, found, strict=True) if one["folded"] is folded}
+        for folded in (True, False)
+    )
+    return [(place, tree[place], chains[place]) for place in sorted(tree) if place in chains]
+
+
+def folding(results: Results, axis: str) -> Table | None:
+    """Beams folded and unfolded, by `widths` or by `batches`."""
+    rows = [
+        [
+            str(place),
+            *(f"{one['nodes_per_draft']:.1f}" for one in (tree, chains)),
+            f"{tree['nodes_per_draft'] / chains['nodes_per_draft']:.0%}",
+            f"{tree['tokens_per_step']:.2f}",
+            *(f"{one['tokens_per_second']['median']:,.0f}" for one in (tree, chains)),
+            times(tree.get("speed_up_over_unfolded")),
+        ]
+        for place, tree, chains in pairs(results, axis)
+    ]
+    head = ["beams" if axis == "widths" else "rows together", "nodes, folded", UNFOLDED, "left", "tokens per step"]
+    return Table([*head, "tokens/s, folded", UNFOLDED, "folded x unfolded"], rows) if rows else None
 
 
 def points(results: Results, axis: str) -> Table | None:

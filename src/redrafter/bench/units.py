@@ -187,7 +187,7 @@ class Runner:
         before = torch.cuda.memory_allocated(device)
         run = self._run(unit, prompts, self.asked.max_new_tokens)
         target = request(self.model, one.method, prompts[:1], **one.settings(unit.batch)).target
-        weights = sum(one.nbytes for one in self.model.parameters()) + one.bytes(target)
+        weights = sum(weight.nbytes for weight in self.model.parameters()) + one.bytes(target)
         return run, torch.cuda.max_memory_allocated(device) - before + weights
 
     def _parts(self, unit: Unit) -> Record:
@@ -203,8 +203,7 @@ class Runner:
         tokens = itertools.cycle(itertools.chain.from_iterable(written))
         rows = [list(itertools.islice(tokens, context)) for _ in range(unit.batch)]
         asked = request(self.model, one.method, rows, **one.settings(unit.batch), **law)
-        reach = max(asked.size, asked.length + 1)
-        bench = Bench.of(asked, one.method, reach=reach, repeats=REPEATS, compile=self.asked.compile)
+        bench = Bench.of(asked, one.method, repeats=REPEATS, compile=self.asked.compile)
         found: Record = {"context": context, "step_ms": bench.step_ms(shape), "draft_ms": 0.0, "nodes": 1}
         if shape is not None:
             found |= {"nodes": bench.tree(shape).size, "draft_ms": bench.draft_ms(shape)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,31 +88,29 @@ def bench(
     together = [] if batches is None else whole_numbers(batches, "--batches")
     told = read_methods([*_demo_method(demo, model), *(method or [])])
     plots.required()
-    asked = {
-        "command": "bench",
-        "batch_size": batch_size,
-        "batches": together,
-        "transformers": transformers,
-        "temperatures": kinds,
-        "rounds": rounds,
-    }
-    sizes = [batch_size, *together]
-    setting, methods = _setting(
-        asked,
+    shared = Shared(
+        output=output,
+        model=model,
+        data=data,
+        by=by,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        compile=compile,
+        overwrite=overwrite,
+        demo=demo,
+        dtype=dtype,
+        device=device,
+    )
+    setting, methods = shared.setting(
         told,
-        output,
-        model,
-        data,
-        by,
-        prompts,
-        max_new_tokens,
-        seed,
-        compile,
-        overwrite,
-        demo,
-        dtype,
-        device,
-        sizes,
+        [batch_size, *together],
+        command="bench",
+        batch_size=batch_size,
+        batches=together,
+        transformers=transformers,
+        temperatures=kinds,
+        rounds=rounds,
     )
     from redrafter.bench.comparing import compare
 
@@ -132,7 +131,13 @@ def bench(
 def sweep(
     output: Output,
     model: Target = None,
-    method: Annotated[str | None, typer.Option(metavar="METHOD", help=MethodHelp)] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD",
+            help=f"The first goes through all axes, further ones are measured beside it as they are. {MethodHelp}",
+        ),
+    ] = None,
     data: Data = None,
     by: By = "category",
     prompts: Annotated[int, typer.Option(min=1, help="Of each category, evenly spaced in its rows.")] = 2,
@@ -155,7 +160,7 @@ def sweep(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Measure one way to draft in many shapes, batches and temperatures: heat maps and curves in one report.
+    """Measure one way to draft in many shapes, batches and temperatures, perhaps beside others: heat maps and curves.
 
     Run again with the same arguments, it goes on where it was stopped.
     """
@@ -166,28 +171,38 @@ def sweep(
     lists = {"--widths": widths, "--lengths": lengths, "--budgets": budgets, "--batches": batches}
     beams, depths, nodes, together = (whole_numbers(value, option) for option, value in lists.items())
     kinds = numbers(temperatures, "--temperatures")
-    told = read_methods([*_demo_method(demo, model)[:1], *([method] if method else [])])
-    if len(told) > 1:
-        raise RedrafterError("--demo brings its own method: leave --method out.")
+    told = read_methods([*_demo_method(demo, model)[:1], *(method or [])])
     plots.required()
-    asked = {
-        "command": "sweep",
-        "batch_size": 1,
-        "axes": {"widths": beams, "lengths": depths, "budgets": nodes, "batches": together},
-        "temperature": temperature,
-        "temperatures": kinds,
-        "rounds": rounds,
-    }
-    setting, methods = _setting(
-        asked, told, output, model, data, by, prompts, max_new_tokens, seed, compile, overwrite, demo, dtype, device,
+    shared = Shared(
+        output=output,
+        model=model,
+        data=data,
+        by=by,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        compile=compile,
+        overwrite=overwrite,
+        demo=demo,
+        dtype=dtype,
+        device=device,
+    )
+    setting, methods = shared.setting(
+        told,
         [1, *together],
-    )  # fmt: skip
+        command="sweep",
+        batch_size=1,
+        axes={"widths": beams, "lengths": depths, "budgets": nodes, "batches": together},
+        temperature=temperature,
+        temperatures=kinds,
+        rounds=rounds,
+    )
     from redrafter.bench.comparing import Axes
     from redrafter.bench.comparing import sweep as measure
 
     axes = Axes(beams, depths, nodes, together, kinds)
     with _telling() as tell:
-        found = measure(setting, methods[0], axes, temperature=temperature, rounds=rounds, tell=tell)
+        found = measure(setting, methods, axes, temperature=temperature, rounds=rounds, tell=tell)
     _written(found, output)
 
 
@@ -209,65 +224,70 @@ def _is_bundled(one: Told) -> bool:
     return Path(one.path).is_relative_to(demo_folder())
 
 
-def _setting(
-    asked: dict[str, Any],
-    told: list[Told],
-    output: Path,
-    model: str | None,
-    data: list[str] | None,
-    by: str,
-    prompts: int | None,
-    max_new_tokens: int,
-    seed: int,
-    compile: bool,
-    overwrite: bool,
-    demo: bool,
-    dtype: str,
-    device: str,
-    batches: list[int],
-) -> tuple[Setting, list[Contender]]:
-    """Everything loaded and checked; nothing is measured or written yet."""
-    if model is None and not demo:
-        raise RedrafterError("Give a --model, or --demo for the bundled pair.")
-    if not told:
-        raise RedrafterError("Give a --method, as ours=drafter_folder.")
-    if not data and not demo:
-        raise RedrafterError("Give --data: rows of prompts.")
-    path = str(model)
-    if demo:
-        from redrafter.cli.loading import demo_folder
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """The options that both commands have and that what they measure depends on."""
 
-        path = str(demo_folder() / "redrafter-demo-12m")
+    output: Path
+    model: str | None
+    data: list[str] | None
+    by: str
+    prompts: int | None
+    max_new_tokens: int
+    seed: int
+    compile: bool
+    overwrite: bool
+    demo: bool
+    dtype: str
+    device: str
 
-    from redrafter.bench.comparing import Setting
-    from redrafter.bench.contenders import load
-    from redrafter.bench.tasks import by_category, file_names, read
-    from redrafter.bench.units import Asked
-    from redrafter.cli.loading import load_model
+    def setting(self, told: list[Told], sizes: list[int], **asked: Any) -> tuple[Setting, list[Contender]]:
+        """Everything loaded and checked, for `sizes` of rows together; nothing is measured or written yet.
 
-    rows = [("--demo", {"messages": [{"role": "user", "content": text}], by: task}) for text, task in _demo_rows()]
-    records = read(data, by) if data else rows
-    target, tokenizer = load_model(path, dtype, device)
-    limit = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-    room = None if limit is None else limit - max_new_tokens
-    tasks = by_category(records, tokenizer, key=by, count=prompts, room=room)
-    methods = load(told, target, batches)
-    arguments = asked | {
-        "model": "the bundled pair's" if demo else path,
-        "methods": {one.label: one.shown if not _is_bundled(one) else "the bundled pair's" for one in told},
-        "data": file_names(data) if data else ["the demo's prompts"],
-        "by": by,
-        "prompts": prompts,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "compile": compile,
-    }
-    common = Asked(max_new_tokens, seed, compile)
-    return Setting(target, tasks, common, arguments, output, overwrite), methods
+        `asked`: the command's own options, for the journal and the report.
+        """
+        if self.model is None and not self.demo:
+            raise RedrafterError("Give a --model, or --demo for the bundled pair.")
+        if not told:
+            raise RedrafterError("Give a --method, as ours=drafter_folder.")
+        if not self.data and not self.demo:
+            raise RedrafterError("Give --data: rows of prompts.")
+        path = str(self.model)
+        if self.demo:
+            from redrafter.cli.loading import demo_folder
+
+            path = str(demo_folder() / "redrafter-demo-12m")
+
+        from redrafter.bench.comparing import Setting
+        from redrafter.bench.contenders import load
+        from redrafter.bench.tasks import by_category, file_names, read
+        from redrafter.bench.units import Asked
+        from redrafter.cli.loading import load_model
+
+        records = read(self.data, self.by) if self.data else _demo_rows(self.by)
+        target, tokenizer = load_model(path, self.dtype, self.device)
+        limit = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+        room = None if limit is None else limit - self.max_new_tokens
+        tasks = by_category(records, tokenizer, key=self.by, count=self.prompts, room=room)
+        methods = load(told, target, sizes)
+        arguments = asked | {
+            "model": "the bundled pair's" if self.demo else path,
+            "methods": {one.label: "the bundled pair's" if _is_bundled(one) else one.shown for one in told},
+            "data": file_names(self.data) if self.data else ["the demo's prompts"],
+            "by": self.by,
+            "prompts": self.prompts,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+            "compile": self.compile,
+        }
+        common = Asked(self.max_new_tokens, self.seed, self.compile)
+        return Setting(target, tasks, common, arguments, self.output, self.overwrite), methods
 
 
-def _demo_rows() -> Iterator[tuple[str, str]]:
-    yield from zip(PROMPTS, TASKS, strict=True)
+def _demo_rows(by: str) -> list[tuple[str, dict[str, Any]]]:
+    """The demo's prompts as rows of a file."""
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    return [("--demo", {"messages": chat, by: task}) for chat, task in zip(chats, TASKS, strict=True)]
 
 
 @contextmanager

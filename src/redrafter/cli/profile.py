@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redrafter.cli.loading import Budget, Compile, Device, DoSample, DraftBits, Dtype, Length, Width
+from redrafter.cli.loading import Budget, Compile, Device, DoSample, DraftBits, DrafterOrModel, Dtype, Length, Width
 from redrafter.errors import RedrafterError, reason
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from redrafter.config import DecodingShape
-    from redrafter.drafter import RecurrentDrafter
     from redrafter.profiling import Bench, Piece
+    from redrafter.proposers import Method
 
 CONTEXT = 2000
 
@@ -24,7 +24,7 @@ CONTEXT = 2000
 def profile(
     model: Annotated[str | None, typer.Option(help="The target: a folder or hub id.")] = None,
     drafter: Annotated[
-        str | None, typer.Option(help="The drafter: a folder or hub id.  \\[default: a fresh one of the released form]")
+        str | None, typer.Option(help=f"{DrafterOrModel}  \\[default: a fresh one of the released form]")
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Random weights instead of a model: llama-7b, llama-8b, llama-1b or tiny.")
@@ -61,20 +61,22 @@ def profile(
 
     from rich.console import Console
 
-    from redrafter.cli.loading import load_drafter, load_model
+    from redrafter.cli.loading import load_method, load_model
     from redrafter.profiling import bandwidth, device_name, pieces
+    from redrafter.proposers.beams import drafted_in_words
     from redrafter.stand_ins import random_drafter
 
     target = load_model(model, dtype, device)[0] if model else _stand_in(str(shape), dtype, device)
     if drafter:
-        head = load_drafter(drafter, target, draft_bits)
+        method = load_method(drafter, target, draft_bits)
     else:
-        head = random_drafter(target, exit_dim, draft_vocab, draft_bits)
-    bench, drafting = _bench(
+        method = random_drafter(target, exit_dim, draft_vocab, draft_bits)
+    bench, drafting, wider = _bench(
         target,
-        head,
+        method,
         (beam_width, beam_length, node_budget),
-        reach=max(sizes),
+        widths=beams,
+        nodes=max(sizes),
         context=context,
         batch=batch,
         do_sample=do_sample,
@@ -88,8 +90,8 @@ def profile(
         f"a step reads {bench.weight_bytes / 1e6:,.1f} MB of weights and {bench.cache_bytes / 1e6:,.1f} MB of keys and "
         f"values ({batch} x {bench.context:,} tokens): at least {_floor(bench, ceiling):.3f} ms"
     )
-    found = list(pieces(bench, drafting, nodes=sizes, widths=[one for one in beams if one <= head.config.head_size]))
-    _table(console, found, drafting.in_words)
+    found = list(pieces(bench, drafting, nodes=sizes, widths=[one.beam_width for one in wider]))
+    _table(console, found, drafted_in_words(bench.proposer(drafting), drafting))
     told = {"target": model or shape, "device": where, "shape": drafting.model_dump(exclude={"batch"})}
     typer.echo(json.dumps(told | _plain(bench, ceiling, found), ensure_ascii=False))
 
@@ -117,23 +119,26 @@ def _stand_in(shape: str, dtype: str, device: str) -> PreTrainedModel:
 
 def _bench(
     model: PreTrainedModel,
-    drafter: RecurrentDrafter,
+    drafter: Method,
     told: tuple[int | None, int | None, int | None],
     *,
-    reach: int,
+    widths: list[int],
+    nodes: int,
     context: int | None,
     batch: int,
     do_sample: bool,
     repeats: int,
     compile: bool,
-) -> tuple[Bench, DecodingShape]:
-    """Rows of random tokens, and the shape that is drafted: as told, as tuned, or as the drafter was made for."""
+) -> tuple[Bench, DecodingShape, list[DecodingShape]]:
+    """Rows of random tokens; the shape that is drafted, as told, as tuned, or as the drafter was made for; and the same
+    of all `widths` that it can be drafted in.
+    """
     import torch
 
     from redrafter.cli.loading import check_context
     from redrafter.config import DecodingShape
     from redrafter.profiling import Bench
-    from redrafter.proposers.base import measured
+    from redrafter.proposers.base import draftable, measured
     from redrafter.request import request
 
     check_context(context, model)
@@ -144,8 +149,8 @@ def _bench(
     asked = request(model, drafter, texts, do_sample=do_sample, **shape)
     width, depth, budget = drafter.drafting(batch, *shape.values())
     drafting = DecodingShape(beam_width=width, beam_length=depth, node_budget=budget)
-    reach = max(reach, asked.size, asked.length + 1)
-    return Bench.of(asked, drafter, reach=reach, repeats=repeats, compile=compile), drafting
+    wider, _ = draftable(drafter, asked.target, [drafting.model_copy(update={"beam_width": one}) for one in widths])
+    return Bench.of(asked, drafter, wider, nodes=nodes, repeats=repeats, compile=compile), drafting, wider
 
 
 def _plain(bench: Bench, ceiling: float, found: list[Piece]) -> dict[str, Any]:

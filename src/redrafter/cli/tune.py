@@ -10,7 +10,7 @@ import typer
 from redrafter.cli.loading import (
     Device,
     DoSample,
-    DrafterPath,
+    DrafterOrModel,
     Dtype,
     MinP,
     Model,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def tune(
     model: Model,
-    drafter: DrafterPath,
+    drafter: Annotated[str, typer.Option(help=f"{DrafterOrModel} The last two with --dry-run.")],
     prompts: Annotated[Path, typer.Option(help="JSONL rows of `prompt`, `messages` or `turns`.")],
     output: Annotated[Path | None, typer.Option(help="Write a copy of the drafter here, instead of into it.")] = None,
     batch_sizes: Annotated[str, typer.Option(help="Rows decoded together.")] = "1,2,4,8",
@@ -52,7 +52,7 @@ def tune(
     device: Device = "auto",
 ) -> None:
     """Find the fastest drafts for each batch size; `generate` then takes them, unless told a shape."""
-    from redrafter.cli.loading import check_context, load_drafter, load_model, read_settings, whole_numbers
+    from redrafter.cli.loading import check_context, load_method, load_model, read_settings, whole_numbers
 
     batches, beams = whole_numbers(batch_sizes, "--batch-sizes"), whole_numbers(widths, "--widths")
     depths, sizes = whole_numbers(lengths, "--lengths"), whole_numbers(budgets, "--budgets")
@@ -60,25 +60,34 @@ def tune(
     from redrafter import hub, tuning
     from redrafter.profiling import Bench, device_name
     from redrafter.prompts import prompt_ids, read_prompts
+    from redrafter.proposers.base import draftable
+    from redrafter.proposers.loading import kind_of
+    from redrafter.target import Target
 
     if not dry_run and output is None and hub.may_be_on_the_hub(drafter):
         raise RedrafterError(f"{drafter} is not a folder to write into: give an --output for the tuned drafter.")
+    if not dry_run and kind_of(drafter) is None:
+        raise RedrafterError(f"{drafter} has no config that shapes could be kept in: add --dry-run.")
     if output is not None and (output / hub.CONFIG).exists():
         raise RedrafterError(f"{output} already holds a drafter: give another --output.")
     records = read_prompts(prompts)[:limit]
     target, tokenizer = load_model(model, dtype, device)
     check_context(context, target)
-    head = load_drafter(drafter, target)
-    candidates = tuning.shapes(beams, depths, sizes, head.config.head_size)
+    method = load_method(drafter, target)
+    candidates, refused = draftable(method, Target(target, method.layers), tuning.shapes(beams, depths, sizes))
+    if not candidates:
+        raise RedrafterError(f"None of the shapes can be drafted: {refused[0]}")
+    for sentence in refused:
+        typer.echo(f"not tried: {sentence}", err=True)
     law = read_settings(
         None, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
     ids = [prompt_ids(record, tokenizer, where) for where, record in records]
-    texts = tuning.Texts.written(target, head, ids, max_new_tokens=max_new_tokens, **law)
-    length, room = context or texts.length, tuning.reach(candidates)
+    texts = tuning.Texts.written(target, method, ids, max_new_tokens=max_new_tokens, **law)
+    length = context or texts.length
     writes = {shape: texts.tokens_per_step(shape) for shape in candidates}
     found = [
-        tuning.tune(Bench.of(texts.again(batch, length), head, reach=room, repeats=repeats), writes)
+        tuning.tune(Bench.of(texts.again(batch, length), method, candidates, repeats=repeats), writes)
         for batch in batches
     ]
     _table(found)

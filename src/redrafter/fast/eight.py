@@ -9,7 +9,6 @@ its input alone.  Does not know drafters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int8
@@ -50,7 +49,7 @@ class EightBit(nn.Module):
         self.register_buffer("dtype_as", weight.new_empty(0), persistent=False)
 
     @classmethod
-    def of(cls, layer: nn.Linear) -> Self:
+    def of(cls, layer: nn.Linear) -> EightBit:
         """In place of a layer."""
         return cls(layer.weight, layer.bias)
 
@@ -59,7 +58,7 @@ class EightBit(nn.Module):
         """Of the layer that it stands for."""
         return self.dtype_as.dtype
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EightBit:
         scale = self.scale
         super()._apply(fn, recurse)
         self.scale = scale.to(self.weight.device)

@@ -6,13 +6,15 @@ another by `redrafter.proposers.loading`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from redrafter.cache import SlotCache
+from redrafter.config import DecodingShape
+from redrafter.errors import RedrafterError
 from redrafter.sampling import Draw, Place
 from redrafter.target import Target
 from redrafter.tree import DraftTree
@@ -78,7 +80,15 @@ class Proposer(Protocol):
         ...
 
 
-class Memoryless:
+class Ready:
+    """What a proposer says that has nothing to prepare."""
+
+    def quickened(self) -> Proposer:
+        """Itself."""
+        return self  # type: ignore[return-value]
+
+
+class Memoryless(Ready):
     """What a proposer says that keeps nothing between steps."""
 
     def memory(self, *, batch: int, slots: int) -> None:
@@ -86,10 +96,6 @@ class Memoryless:
 
     def read(self, memory: SlotCache | None, place: Place, states: Tensor, start: int) -> None:
         """Prompts leave nothing behind."""
-
-    def quickened(self) -> Proposer:
-        """Itself: there is nothing to prepare."""
-        return self  # type: ignore[return-value]
 
 
 @runtime_checkable
@@ -113,6 +119,20 @@ class Method(Protocol):
     def proposer(self, target: Target, width: int, length: int, budget: int | None) -> Proposer | None:
         """What drafts in that shape; None for a length of 0.  Raises RedrafterError where that cannot be."""
         ...
+
+
+def draftable(method: Method, target: Target, shapes: Iterable[DecodingShape]) -> tuple[list[DecodingShape], list[str]]:
+    """The shapes that a method can draft in, and sentences that say why not in the others."""
+    found: list[DecodingShape] = []
+    refused: dict[str, list[str]] = {}
+    for shape in shapes:
+        try:
+            method.proposer(target, shape.beam_width, shape.beam_length, shape.node_budget)
+        except RedrafterError as error:
+            refused.setdefault(str(error), []).append(shape.in_words)
+        else:
+            found.append(shape)
+    return found, [f"{'; '.join(words)}: {error}" for error, words in refused.items()]
 
 
 def measured(

@@ -6,7 +6,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from redrafter.beam import Search
+from redrafter.config import DecodingShape
 from redrafter.errors import RedrafterError
+from redrafter.proposers.base import Proposer
 from redrafter.tree import DraftTree, fold, most_probable
 
 
@@ -31,6 +33,13 @@ def tree_of(root: Int[Tensor, " B"], found: Search, budget: int | None) -> Draft
         return fold(root, found.beams)
     width, length = found.beams.shape[1:]
     return most_probable(root, found.levels, size=size_of(width, length, budget))
+
+
+def drafted_in_words(proposer: Proposer, shape: DecodingShape) -> str:
+    """A shape as its proposer drafts it, which need not be in beams."""
+    if proposer.size == size_of(shape.beam_width, shape.beam_length, shape.node_budget):
+        return shape.in_words
+    return f"a tree of {proposer.size} nodes, {shape.beam_length} deep"
 
 
 def check_shape(width: int, length: int, budget: int | None, *, tokens: int) -> None:

@@ -17,6 +17,7 @@ from redrafter.cache import SlotCache
 from redrafter.eagle import EagleHead
 from redrafter.fast import has_kernels
 from redrafter.fast.attention import packed
+from redrafter.proposers.base import Ready
 from redrafter.proposers.beams import beyond, size_of, tree_of
 from redrafter.sampling import Draw, Place
 from redrafter.target import PACKED_NODES, Target
@@ -24,7 +25,7 @@ from redrafter.tree import DraftTree, abreast, chain, tree_mask
 
 
 @dataclass(frozen=True)
-class EagleProposer:
+class EagleProposer(Ready):
     """Drafts `width` beams of `length` tokens, or of all that they weigh the `budget` most probable nodes.
 
     Its memory holds at slot p what the layer keeps of the target's feature at position p and the token after it.  So a
@@ -62,10 +63,6 @@ class EagleProposer:
         index = start + 1 + torch.arange(states.shape[1], device=states.device)
         tokens = place.text[:, index.clamp(max=place.text.shape[1] - 1)]
         self._run(memory, chain(tokens), self._features(states), torch.full_like(place.length, start))
-
-    def quickened(self) -> EagleProposer:
-        """Itself: there is nothing to prepare."""
-        return self
 
     def propose(
         self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw

@@ -38,24 +38,28 @@ def load_method(path: str | Path, model: PreTrainedModel, bits: int = 16) -> Met
     `bits`: of a weight of a recurrent drafter's head, 16 or 8.  Raises RedrafterError where there is no such thing or
     it was made for another model.
     """
-    looked_up = str(path) == PROMPT_LOOKUP
-    kind = None if looked_up else _kind(path)
+    kind = kind_of(path)
     if kind is RecurrentDrafter:
         return RecurrentDrafter.from_pretrained(path, target=model, bits=bits)
     if bits != 16:
         raise RedrafterError(f"Only a recurrent drafter's head can have {bits} bits, and {path} is none.")
-    if looked_up:
+    if str(path) == PROMPT_LOOKUP:
         return PromptLookup()
     return TwoModel(_draft_model(path, Target(model))) if kind is None else kind.from_pretrained(path, target=model)
 
 
 def load_head(path: str | Path) -> Head:
     """A head from its folder or hub id, of the kind that it says.  Raises RedrafterError for a folder of no kind."""
-    return (_kind(path) or RecurrentDrafter).from_pretrained(path)
+    return (kind_of(path) or RecurrentDrafter).from_pretrained(path)
 
 
-def _kind(path: str | Path) -> type[Head] | None:
-    """Of the head that lies there; None for a causal language model.  What is neither is a drafter, which says so."""
+def kind_of(path: str | Path) -> type[Head] | None:
+    """Of the head that lies there; None for prompt lookup and for a causal language model.
+
+    What is neither is taken for a recurrent drafter, which says what it lacks.
+    """
+    if str(path) == PROMPT_LOOKUP:
+        return None
     told = hub.config_of(path)
     found = KINDS.get(str(told.get("model_type")))
     return RecurrentDrafter if found is None and "architectures" not in told else found

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from redrafter.beam import search
 from redrafter.cache import SlotCache
 from redrafter.errors import RedrafterError
+from redrafter.proposers.base import Ready
 from redrafter.proposers.beams import beyond, check_shape, size_of, tree_of
 from redrafter.sampling import Draw, Place
 from redrafter.target import Target
@@ -68,7 +69,7 @@ class TwoModel:
 
 
 @dataclass(frozen=True)
-class TwoModelProposer:
+class TwoModelProposer(Ready):
     """Drafts `width` beams of `length` tokens by a model, or of all that they weigh the `budget` most probable nodes.
 
     Its memory holds at slot p what the draft model keeps of the text's position p.  A draft begins by taking in the
@@ -128,10 +129,6 @@ class TwoModelProposer:
         adjust = draw.ranking(self.coupled)
         found = search(following, root, width=self.width, length=self.length, adjust=adjust)
         return tree_of(root, found, self.budget)
-
-    def quickened(self) -> TwoModelProposer:
-        """Itself: kernels serve the draft model wherever they run."""
-        return self
 
     def _take_in(self, memory: SlotCache, place: Place) -> Float[Tensor, "B 1 V"]:
         """Runs the text's last L + 1 tokens again, each into its slot; the logits after the root.

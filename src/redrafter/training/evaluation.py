@@ -7,9 +7,9 @@ tokens and one more), come decoding's own counts, up to rounding.  Does not know
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -146,31 +146,50 @@ def drafted_everywhere(
     """Accepted and drafted tokens at every window, [M, 2] for each row, by position; arguments as for `acceptance`."""
     chunk = chunk or min(CHUNK, max(1, SCORES // target.vocab_size))
     verdicts: list[Tensor] = []
+    for places in everywhere(target, rows, length=proposer.length, batch_size=batch_size):
+        ids, hidden = places.ids, places.hidden
+        seed = torch.tensor((seeds or [0] * len(rows))[len(verdicts) :][: len(ids)], device=ids.device)
+        found = [torch.zeros((0, 2), dtype=torch.long, device=ids.device)]
+        if hidden is not None:
+            ids = torch.nn.functional.pad(ids, (0, proposer.length + proposer.size))  # as many slots as in decoding
+            memory = _remembered(proposer, ids, hidden, seed)
+            at_once = chunk if memory is None else min(chunk, max(1, MEMORIES // memory.row_bytes))
+            for at, t, text, wanted in places.chunks(at_once):
+                context = context_at(hidden, at, t, proposer.positions).unflatten(1, (proposer.positions, -1))
+                texts = ids[at].scatter(1, t[:, None] + 1, text[:, :1])  # a continuation has its own
+                place = Place(at, seed[at], texts, length=t + 1, alive=torch.ones_like(at))
+                own = None if memory is None else memory.of_rows(at)
+                found.append(_verdicts(target, proposer, sampler, own, place, context, text, wanted))
+        verdicts += torch.cat(found).cpu().split(places.row.bincount(minlength=len(ids)).tolist())
+    return verdicts
+
+
+class Places(NamedTuple):
+    """Every window of some rows (`loss.windows`), and the target's states along them."""
+
+    ids: Int[Tensor, "B P"]
+    hidden: Float[Tensor, "B P1 state"] | None
+    """Of all positions but the last, at which no draft begins and the model may have no room; None without windows."""
+    row: Int[Tensor, " M"]
+    position: Int[Tensor, " M"]
+    tokens: Int[Tensor, "M length1"]
+    known: Bool[Tensor, "M length"]
+
+    def chunks(self, size: int) -> Iterator[tuple[Tensor, ...]]:
+        """Rows, positions, tokens and which are known, of so many windows at a time."""
+        yield from zip(*(part.split(size) for part in self[2:]), strict=True)
+
+
+def everywhere(target: Target, rows: list[Row], *, length: int, batch_size: int) -> Iterator[Places]:
+    """All places where drafts of `length` tokens can begin, `batch_size` rows at a time."""
     with target.evaluating():
         for begin in range(0, len(rows), batch_size):
-            part = slice(begin, begin + batch_size)
-            batch = {name: value.to(target.device) for name, value in collate(rows[part]).items()}
+            collated = collate(rows[begin : begin + batch_size])
+            batch = {name: value.to(target.device) for name, value in collated.items()}
             ids = batch["input_ids"]
-            seed = torch.tensor((seeds or [0] * len(rows))[part], device=ids.device)
-            row, position, tokens, known = windows(
-                ids, batch["trained"], length=proposer.length, continuations=batch.get("continuations")
-            )
-            found = [torch.zeros((0, 2), dtype=torch.long, device=ids.device)]
-            if len(row):  # no draft begins at a row's last token, for which the model may have no position left
-                hidden = target.hidden_states(ids[:, :-1], batch["segments"][:, :-1])
-                ids = torch.nn.functional.pad(ids, (0, proposer.length + proposer.size))  # as many slots as in decoding
-                memory = _remembered(proposer, ids, hidden, seed)
-                at_once = chunk if memory is None else min(chunk, max(1, MEMORIES // memory.row_bytes))
-                parts = (x.split(at_once) for x in (row, position, tokens, known))
-                for at, t, text, wanted in zip(*parts, strict=True):
-                    context = context_at(hidden, at, t, proposer.positions).unflatten(1, (proposer.positions, -1))
-                    texts = ids[at].scatter(1, t[:, None] + 1, text[:, :1])  # a continuation has its own
-                    place = Place(at, seed[at], texts, length=t + 1, alive=torch.ones_like(at))
-                    own = None if memory is None else memory.of_rows(at)
-                    found.append(_verdicts(target, proposer, sampler, own, place, context, text, wanted))
-            counts = row.bincount(minlength=len(ids)).tolist()
-            verdicts += torch.cat(found).cpu().split(counts)
-    return verdicts
+            found = windows(ids, batch["trained"], length=length, continuations=batch.get("continuations"))
+            some = len(found[0]) > 0
+            yield Places(ids, target.hidden_states(ids[:, :-1], batch["segments"][:, :-1]) if some else None, *found)
 
 
 def _remembered(

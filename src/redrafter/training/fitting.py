@@ -12,9 +12,8 @@ from torch import Tensor
 
 from redrafter.medusa import MedusaHeads, fit_tree
 from redrafter.target import Target
-from redrafter.training.data import Row, collate
-from redrafter.training.evaluation import CHUNK
-from redrafter.training.loss import windows
+from redrafter.training.data import Row
+from redrafter.training.evaluation import CHUNK, everywhere
 
 BATCH = 8
 """Rows that go through the target together."""
@@ -49,18 +48,12 @@ def accuracies(heads: MedusaHeads, target: Target, rows: list[Row]) -> Float[Ten
     count, ranks = heads.config.heads, max(heads.config.ranks)
     right = torch.zeros((count, ranks), dtype=torch.double, device=target.device)
     seen = torch.zeros((count, 1), dtype=torch.double, device=target.device)
-    with target.evaluating():
-        for begin in range(0, len(rows), BATCH):
-            some = collate(rows[begin : begin + BATCH])
-            batch = {name: value.to(target.device) for name, value in some.items()}
-            ids = batch["input_ids"]
-            found = windows(ids, batch["trained"], length=count, continuations=batch.get("continuations"))
-            if not len(found[0]):
-                continue
-            hidden = target.hidden_states(ids[:, :-1], batch["segments"][:, :-1])
-            for row, position, tokens, known in zip(*(part.split(CHUNK) for part in found), strict=True):
-                best = heads.logits(hidden[row, position].to(heads.dtype)).topk(ranks, dim=-1).indices
-                hits = (heads.to_target_ids(best) == tokens[:, 1:, None]) & known[..., None]
-                right += hits.sum(dim=0)
-                seen += known.sum(dim=0)[:, None]
+    for places in everywhere(target, rows, length=count, batch_size=BATCH):
+        if places.hidden is None:
+            continue
+        for row, position, tokens, known in places.chunks(CHUNK):
+            best = heads.logits(places.hidden[row, position].to(heads.dtype)).topk(ranks, dim=-1).indices
+            hits = (heads.to_target_ids(best) == tokens[:, 1:, None]) & known[..., None]
+            right += hits.sum(dim=0)
+            seen += known.sum(dim=0)[:, None]
     return (right / seen.clamp(min=1)).cpu()

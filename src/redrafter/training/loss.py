@@ -240,15 +240,14 @@ def _loss_of_windows(
 
     `labelled` and `wanted` are the weights of the cross-entropy and of the distances between distributions.
     """
-    following = positions[:, None] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
-    following = following.clamp(max=hidden.shape[1] - 1)
+    steps = torch.arange(tokens.shape[1], device=tokens.device)
+    following = (positions[:, None] + 1 + steps).clamp(max=hidden.shape[1] - 1)
     if predicted is None:
         embeddings = embed(tokens).to(drafter.dtype)
         features = context_at(hidden, rows, positions, drafter.positions, segments)
         logits = drafter.unrolled(features.to(drafter.dtype), embeddings)
     else:
         assert head is not None
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
         found = predicted[steps, rows[:, None], following - 1]
         logits = head(found.flatten(0, 1)).unflatten(0, found.shape[:2])
     own = logits.log_softmax(-1, dtype=torch.float32)

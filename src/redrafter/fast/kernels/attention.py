@@ -18,14 +18,14 @@ from torch import Tensor
 PROGRAMS_PER_PROCESSOR = 3  # that the keys of a few queries are cut for; of many one, whose partial results are large
 RESIDENT = 2  # programs whose blocks fit a processor's shared memory
 MAX_SPLITS, LEAST_KEYS = 32, 128  # parts of the keys; keys of a part
-KEYS = 32  # of a block: a block's part of the mask is then in two words
+KEYS = 32  # of a block that the tree's slots reach into: its part of the mask is then in two words
 STAGES = 3  # blocks in flight, of few queries; of many one more
 ROWS = 128  # queries of a block, at most
 SHARED_MEMORY = 96 << 10  # bytes of a processor where it does not tell
 
 
 class Tiling(NamedTuple):
-    """How a program goes about its work; `rows` and `keys` of a block are powers of two, 16 to 128 and 16 to KEYS."""
+    """How a program goes about its work; `rows`, and `keys` of a block of committed slots, are powers of two to 128."""
 
     rows: int
     keys: int
@@ -88,9 +88,12 @@ def _attend(
     stride_mb, stride_mn, words, slots, nodes, splits, scale, softcap,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, WHOLE: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one head of keys, row = node * GROUP + head in group, over a part of its keys, or all (WHOLE)."""
+    """The queries of one head of keys, row = node * GROUP + head in group, over a part of its keys, or all (WHOLE).
+
+    Parts are cut into blocks of BLOCK_C committed keys; what the tree's slots reach into, into some of BLOCK_N.
+    """
     split = tl.program_id(0)
     pair = tl.program_id(1)  # of row and head of keys
     b = (pair // HEADS).to(tl.int64)
@@ -117,21 +120,22 @@ def _attend(
     if WINDOW > 0:
         first = tl.maximum(length - (WINDOW - 1), 0)
     end = tl.minimum(length + nodes, slots)
-    blocks = (end - first + BLOCK_N - 1) // BLOCK_N
+    blocks = (end - first + BLOCK_C - 1) // BLOCK_C
     begin = split * blocks // splits
     stop = (split + 1) * blocks // splits
-    committed = (length - first) // BLOCK_N  # blocks that end before the tree begins
+    committed = (length - first) // BLOCK_C  # blocks that end before the tree begins
+    reached = tl.minimum(stop * BLOCK_C, end - first)
 
     acc = tl.full([BLOCK_M, BLOCK_DV], 0.0, tl.float32)
     top = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.full([BLOCK_M], 0.0, tl.float32)
     for i in range(begin, tl.minimum(stop, committed)):
         acc, top, total = _block(
-            acc, top, total, q, k_base, v_base, mask_row, mask_base, depth, first + i * BLOCK_N, end, length, words,
+            acc, top, total, q, k_base, v_base, mask_row, mask_base, depth, first + i * BLOCK_C, end, length, words,
             stride_ks, stride_vs, stride_mn, scale, softcap,
-            False, WINDOW, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            False, WINDOW, SOFTCAP, D, DV, BLOCK_C, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-    for i in range(tl.maximum(begin, committed), stop):
+    for i in range(tl.maximum(begin, committed) * (BLOCK_C // BLOCK_N), (reached + BLOCK_N - 1) // BLOCK_N):
         acc, top, total = _block(
             acc, top, total, q, k_base, v_base, mask_row, mask_base, depth, first + i * BLOCK_N, end, length, words,
             stride_ks, stride_vs, stride_mn, scale, softcap,
@@ -265,7 +269,7 @@ def launch(
         slots, nodes, splits, scale, cap,
         WINDOW=window or 0, SOFTCAP=softcap is not None, SINKS=sinks is not None, WHOLE=splits == 1,
         HEADS=kv_heads, GROUP=group, D=size, DV=value_size,
-        BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        BLOCK_M=tile.rows, BLOCK_C=tile.keys, BLOCK_N=min(tile.keys, KEYS), BLOCK_D=block_d, BLOCK_DV=block_dv,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:

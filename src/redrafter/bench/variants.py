@@ -1,0 +1,137 @@
+"""Methods as a bench measures them: in one shape, without the noise of the target's draws, or with beams unfolded.
+
+Promises that what is compared differs in that alone, and that no text does.  Does not know what is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from redrafter.cache import SlotCache
+from redrafter.errors import RedrafterError
+from redrafter.proposers import Method, Proposer
+from redrafter.proposers.beams import size_of, weighed
+from redrafter.sampling import Draw, Place
+from redrafter.target import Target
+from redrafter.tree import DraftTree
+
+NO_NOISE = "without the draws' noise"
+UNFOLDED = "unfolded"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method that always drafts in one shape, or is not shown the noise of the target's draws, or does not fold."""
+
+    method: Method
+    shape: tuple[int, int, int | None] | None = None
+    coupled: bool = True
+    """Whether it may rank by the noise that the target is about to draw with, where it would."""
+    folded: bool = True
+    """Whether beams that begin alike share nodes, as in decoding; else the target runs each as a chain of its own."""
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """As the method's."""
+        return self.method.layers
+
+    def drafting(
+        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
+    ) -> tuple[int, int, int | None]:
+        """The shape, whatever is told; without one as the method's."""
+        return self.shape or self.method.drafting(batch, width, length, budget)
+
+    def proposer(self, target: Target, width: int, length: int, budget: int | None) -> Proposer | None:
+        """The method's own, changed so.  Raises RedrafterError where there are no whole beams to unfold."""
+        found = self.method.proposer(target, width, length, budget)
+        if found is None:
+            return None
+        if not self.coupled:
+            found = _Changed(found, draw=_blind)
+        if not self.folded:
+            # a beam search weighs more than its beams hold; a tree of a form of its own, as Medusa's, has no more
+            weighs = weighed(width, length)
+            whole = budget is None and found.size == size_of(width, length, None)
+            most = self.method.proposer(target, width, length, weighs) if whole else None
+            if most is None or most.size != weighs:
+                raise RedrafterError("the method does not draft whole beams that could be unfolded.")
+            found = _Changed(found, tree=partial(unfolded, width=width))
+        return found
+
+
+class _Changed:
+    """A proposer that is shown other draws, or whose trees are made others."""
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        draw: Callable[[Draw], Draw] = lambda draw: draw,
+        tree: Callable[[DraftTree], DraftTree] = lambda tree: tree,
+    ):
+        self._proposer, self._draw, self._tree = proposer, draw, tree
+        self.length, self.size, self.positions = proposer.length, proposer.size, proposer.positions
+        self.modules = proposer.modules
+        self.memory, self.read = proposer.memory, proposer.read
+
+    def quickened(self) -> Proposer:
+        """As the proposer's."""
+        return _Changed(self._proposer.quickened(), self._draw, self._tree)
+
+    def propose(
+        self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
+    ) -> DraftTree:
+        """The proposer's, changed."""
+        return self._tree(self._proposer.propose(memory, place, context, self._draw(draw)))
+
+
+@dataclass(frozen=True)
+class _Blind(Draw):
+    """The draws of a step, of which a drafter is not shown the noise."""
+
+    def coupled(
+        self, logits: Float[Tensor, "B beams head"], position: int, names: Int[Tensor, " head"] | None = None
+    ) -> Float[Tensor, "B beams head"]:
+        """The logits after the warpers alone."""
+        return self.warp(logits)
+
+
+def _blind(draw: Draw) -> Draw:
+    return draw if draw.noise is None else _Blind(draw.warpers, draw.noise)
+
+
+class _Whole(DraftTree):
+    """A tree of which every node is run, valid or not."""
+
+    def trimmed(self) -> DraftTree:
+        """Itself."""
+        return self
+
+
+def unfolded(tree: DraftTree, width: int) -> DraftTree:
+    """Folded beams, each again in nodes of its own below the root: what is verified where nothing is folded.
+
+    `tree` holds `width` beams, no two of them alike (`tree.fold`).  A node that an earlier beam has too comes last, as
+    padding does: it is run and its beam attends to it, but only the earlier one is accepted, so that a path is accepted
+    once.  To choose after a node is to choose after its equal, so parents are those of the folded tree.
+    """
+    length = (tree.size - 1) // width
+    levels = [tree.valid.sum(dim=1, keepdim=True) - width + torch.arange(width, device=tree.tokens.device)]
+    for _ in range(length - 1):  # from the beams' ends, which are the last nodes, up
+        levels.insert(0, tree.parents.gather(1, levels[0]))
+    nodes = torch.cat(levels, dim=1)  # [B, L·W]: each beam's at each depth; a node's number rises where it is first met
+    first = torch.cat((torch.zeros_like(nodes[:, :1]), nodes[:, :-1].cummax(dim=1).values), dim=1) < nodes
+    order = (~first).int().argsort(dim=1, stable=True)
+
+    def rooted(values: Int[Tensor, "B LW"], root: int) -> Int[Tensor, "B N"]:
+        return torch.nn.functional.pad(values, (1, 0), value=root)
+
+    node, beam, depth = rooted(nodes.gather(1, order), 0), rooted(order % width, -1), rooted(order // width + 1, 0)
+    ancestors = (beam[:, :, None] == beam[:, None]) & (depth[:, None] <= depth[:, :, None])
+    ancestors[:, :, 0] = True
+    return _Whole(tree.tokens.gather(1, node), tree.parents.gather(1, node), depth, tree.valid, ancestors)
