@@ -52,7 +52,11 @@ EXIT = {"recurrent-released": 2}
 MULTI_TURN = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 """Categories of MT-bench, which are one task of Spec-Bench."""
 
-LEAST = 30  # seconds for which a measurement is begun
+LEAST = 120  # seconds for which a measurement is begun
+SETTLED = 75  # of those in which it loads, ends its last unit and writes the report
+
+COUPLED = {"eagle-coupled": {"EAGLE, by the noise": "@8x4:32"}}
+"""The same weights, ranked by the noise of the target's draws when sampling, as the other heads are."""
 
 
 def main() -> None:
@@ -76,11 +80,13 @@ def main() -> None:
     _write_prompts(given, corpus, target)
     there = {}
     for name in given.methods:
-        record = json.loads(awaited(_record(given.output, name)).read_text())
+        record = json.loads(awaited(_record(given.output, name), until).read_text())
         if "failed" in record:
             say(begin, f"{name} is not there: {record['failed']}")
         else:
             there[name] = given.output / "methods" / name
+    if "eagle" in there:
+        there["eagle-coupled"] = _coupled(there["eagle"], given.output / "methods" / f"eagle-coupled-{part}")
     jobs = [(cost, data) for data in ("held-out", "spec") for cost in ("own", "grown")]
     family = AutoConfig.from_pretrained(target).model_type
     jobs = [
@@ -139,6 +145,15 @@ def heads(target: Any) -> dict[str, Way]:
         "medusa": Way(lambda model, _: MedusaHeads.fresh(model, heads=LENGTH), KL),
         "eagle": Way(lambda model, _: EagleHead.fresh(model, beam_length=LENGTH), EAGLE),
     }
+
+
+def _coupled(folder: Path, output: Path) -> Path:
+    """The head in a folder of its own, each process in another; that is not published, but on equal terms."""
+    if not (output / "config.json").exists():
+        head = EagleHead.from_pretrained(folder)
+        head.config = head.config.model_copy(update={"coupled": True})
+        head.save_pretrained(output)
+    return output
 
 
 def _record(output: Path, name: str) -> Path:
@@ -213,11 +228,10 @@ def by_task(row: dict[str, Any]) -> dict[str, Any]:
     return {"category": "multi-turn" if many else row["category"].replace("_", " "), "turns": row["turns"]}
 
 
-def _grow(
-    given: argparse.Namespace, target: Path, there: dict[str, Path], begin: float
-) -> tuple[Path, dict[str, Path]]:
-    """The target and its methods at the cost of a larger shape; the draft model stays as it is."""
-    folder, grown = given.output / "grown", {}
+def _grow(given: argparse.Namespace, target: Path, there: dict[str, Path], begin: float) -> dict[str, str]:
+    """Folders of the target and its methods at the cost of a larger shape; the draft model stays as it is."""
+    folder = given.output / "grown"
+    grown = {"target": str(folder / "target")}
     sizes = {"hidden": given.hidden, "heads": given.heads, "inner": given.inner}
     kind: dict[str, Any] = {"device": stages.device(), "dtype": torch.bfloat16}
     torch.manual_seed(0)
@@ -231,9 +245,9 @@ def _grow(
         del new
     for name, path in there.items():
         if name == DRAFT:
-            grown[name] = path
+            grown[name] = str(path)
             continue
-        grown[name] = folder / name
+        grown[name] = str(folder / name)
         if (folder / f"{name}.json").exists():
             continue
         head = load_head(path)
@@ -252,7 +266,7 @@ def _grow(
         del head
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return folder / "target", grown
+    return grown
 
 
 def _measure(
@@ -265,15 +279,21 @@ def _measure(
     if time.monotonic() + LEAST > until:
         return f"no time was left to measure at {cost} cost on {data} prompts"
     if cost == "grown":
-        target, there = _grow(given, target, there, begin)
+        if data == "held-out":
+            put(given.output / "grown.json", _grow(given, target, there, begin))
+        grown = json.loads(awaited(given.output / "grown.json", until).read_text())
+        there = {name: Path(path) for name, path in grown.items()}
+        target = there.pop("target")
     count = given.grown_prompts if cost == "grown" else given.spec_prompts if data == "spec" else given.bench_prompts
     words = ["bench", "--model", target, "--data", _prompts(given, data), "--output", folder, "--prompts", count]
     words += ["--max-new-tokens", given.new_tokens, "--rounds", 1 if cost == "grown" else given.rounds]
     words += ["--transformers", *(["--compile"] if torch.cuda.is_available() else [])]
     for name, path in there.items():
-        for label, way in SHAPES[name].items():
+        for label, way in (SHAPES | COUPLED)[name].items():
             words += ["--method", f"{label}={path}{way}"]
     words += ["--method", "prompt lookup=prompt-lookup"]
+    if until < math.inf:
+        words += ["--minutes", max(0.0, until - time.monotonic() - SETTLED) / 60]
     status = command(list(map(str, words)), until)
     if status == 2:  # perhaps it was begun with other methods
         status = command([*map(str, words), "--overwrite"], until)

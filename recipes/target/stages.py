@@ -6,6 +6,7 @@ Promises that a stage which is done is not run again, and that of several proces
 from __future__ import annotations
 
 import argparse
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -88,11 +89,13 @@ def target(given: argparse.Namespace, corpus: Corpus) -> Path:
     return folder
 
 
-def awaited(file: Path) -> Path:
-    """The file or folder, once another process has written it."""
+def awaited(file: Path, until: float = math.inf) -> Path:
+    """The file or folder, once another process has written it; ends this one after `until`, by `time.monotonic`."""
     if not file.exists():
         print(f"waiting for {file}", flush=True)
     while not file.exists():
+        if time.monotonic() > until:
+            raise SystemExit(f"No time was left to wait for {file}.")
         time.sleep(0.5)
     return file
 

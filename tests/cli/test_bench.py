@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 
@@ -110,6 +112,24 @@ def test_a_second_run_measures_only_what_is_missing(say, command, tmp_path, monk
     sentence = refusal(say(*command, "--seed", 9))
     assert "was begun with other options (seed 0, now 9): give the same" in sentence
     assert "temperatures [0.0], now [0.5]" in refusal(say(*command, "--temperatures", "0.5"))
+
+
+def test_what_there_was_no_time_for_is_told_and_measured_by_the_same_command(say, command, tmp_path, monkeypatch):
+    command = [*command, "--rounds", 1, "--temperatures", 0]
+    with monkeypatch.context() as patched:
+        patched.setattr(units, "time", SimpleNamespace(monotonic=count().__next__))  # each look at it is a second
+        status, _, err = say(*command, "--minutes", 0)
+        assert (status, "Nothing could be measured: 13 measurements, for which no time was left" in err) == (2, True)
+        status, _, err = say(*command, "--minutes", 0.07)
+    assert status == 0
+    assert "not measured: 9 measurements, for which no time was left; the same command goes on" in err
+    begun = (tmp_path / "out" / "measurements.jsonl").read_text()
+    assert begun.count("\n") == 4
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["speed"]) == 4
+    status, _, err = say(*command)
+    assert (status, "not measured" in err) == (0, False)
+    assert (tmp_path / "out" / "measurements.jsonl").read_text().startswith(begun)
+    assert len(lines_of(tmp_path / "out")) == 13
 
 
 def test_other_weights_at_the_same_place_are_other_work(say, command, drafter_folder):

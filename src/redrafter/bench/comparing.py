@@ -44,6 +44,8 @@ class Setting:
     """The command's arguments, for the journal and the report."""
     folder: Path
     overwrite: bool = False
+    minutes: float | None = None
+    """After which nothing more is begun."""
 
     def run(self, units: Sequence[Unit], contenders: Sequence[Contender], tell: Tell) -> tuple[list[Any], Results]:
         """Measures what is missing; the records, and what is in every kind of results.
@@ -57,7 +59,8 @@ class Setting:
         journal = Journal(self.folder / MEASUREMENTS, depends, overwrite=self.overwrite)
         runner = Runner(self.model, {one.label: one for one in contenders}, self.tasks, self.asked)
         numbers = itertools.count()
-        records, failed = run(units, runner, journal, lambda unit: tell(unit, next(numbers), len(units)))
+        seconds = None if self.minutes is None else 60 * self.minutes
+        records, failed = run(units, runner, journal, lambda unit: tell(unit, next(numbers), len(units)), seconds)
         if not records:
             raise RedrafterError(f"Nothing could be measured: {failed[0]}")
         kinds = {name: {"prompts": len(own), "of": self.tasks.of[name]} for name, own in self.tasks.prompts.items()}

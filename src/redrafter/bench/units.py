@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -236,13 +237,18 @@ class Runner:
 
 
 def run(
-    units: Iterable[Unit], runner: Runner, journal: Journal, tell: Callable[[Unit], None]
+    units: Iterable[Unit],
+    runner: Runner,
+    journal: Journal,
+    tell: Callable[[Unit], None],
+    seconds: float | None = None,
 ) -> tuple[list[Record], list[str]]:
     """All units measured or read from the journal, and what failed, of which nothing more is tried.
 
-    `tell` hears of every unit before it is measured.  Raises RedrafterError where the journal cannot be
-    written.
+    `tell` hears of every unit before it is measured.  After `seconds` none is begun.  Raises RedrafterError where the
+    journal cannot be written.
     """
+    begin, late = time.monotonic(), 0
     journal.open()
     with journal.path.open(encoding="utf-8") as lines:
         there = [json.loads(line) for line in lines]
@@ -256,6 +262,9 @@ def run(
             alike = unit[:-1]  # the same in another round
             if alike in failed:
                 continue
+            if seconds is not None and time.monotonic() - begin >= seconds:
+                late += 1
+                continue
             try:
                 found = unit._asdict() | runner.measure(unit)
             except RedrafterError as error:  # the others are still wanted
@@ -266,4 +275,5 @@ def run(
         runner.remember(unit, found)
         records.append(found)
     journal.close()
-    return records, list(failed.values())
+    unbegun = f"{late} measurements, for which no time was left; the same command goes on with them."
+    return records, [*failed.values(), *([unbegun] if late else [])]

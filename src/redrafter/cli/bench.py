@@ -42,6 +42,9 @@ SeedOfAll = Annotated[int, typer.Option(min=0, help="Of all draws.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Throw away what the folder's measurements.jsonl holds, and begin anew.")
 ]
+Minutes = Annotated[
+    float | None, typer.Option(help="After which nothing more is begun; the report is of what there is by then.")
+]
 Demo = Annotated[bool, typer.Option("--demo", help="Measure all that is bundled on the demo's eight prompts.")]
 MethodHelp = (
     "NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES: what to call it, where it lies, and perhaps how it drafts: "
@@ -72,6 +75,7 @@ def bench(
     seed: SeedOfAll = 0,
     compile: Compile = False,
     overwrite: Overwrite = False,
+    minutes: Minutes = None,
     demo: Demo = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -98,6 +102,7 @@ def bench(
         seed=seed,
         compile=compile,
         overwrite=overwrite,
+        minutes=minutes,
         demo=demo,
         dtype=dtype,
         device=device,
@@ -156,6 +161,7 @@ def sweep(
     seed: SeedOfAll = 0,
     compile: Compile = False,
     overwrite: Overwrite = False,
+    minutes: Minutes = None,
     demo: Demo = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -183,6 +189,7 @@ def sweep(
         seed=seed,
         compile=compile,
         overwrite=overwrite,
+        minutes=minutes,
         demo=demo,
         dtype=dtype,
         device=device,
@@ -237,6 +244,7 @@ class Shared:
     seed: int
     compile: bool
     overwrite: bool
+    minutes: float | None
     demo: bool
     dtype: str
     device: str
@@ -281,7 +289,7 @@ class Shared:
             "compile": self.compile,
         }
         common = Asked(self.max_new_tokens, self.seed, self.compile)
-        return Setting(target, tasks, common, arguments, self.output, self.overwrite), methods
+        return Setting(target, tasks, common, arguments, self.output, self.overwrite, self.minutes), methods
 
 
 def _demo_rows(by: str) -> list[tuple[str, dict[str, Any]]]:
