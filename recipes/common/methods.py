@@ -20,6 +20,7 @@ from recipes.common import pretrain
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from redrafter.cli.train import FEATURES
+from redrafter.errors import RedrafterError
 from redrafter.head import Head
 from redrafter.target import Target
 from redrafter.training.data import Row, collate, pack
@@ -116,6 +117,8 @@ def train_draft_model(
     def tell(step: int, found: torch.Tensor, progress: float) -> None:
         if step % 50 == 0:
             curve.append((step, round(found.item(), 4)))
+            if not found.isfinite():
+                raise RedrafterError(f"The draft model's loss is not finite at step {step}: lower the learning rate.")
 
     begin = time.monotonic()
     steps = pretrain.fit(draft, loss, seconds=effort.seconds, peak_rate=effort.rate, weight_decay=0.0, tell=tell)
