@@ -75,22 +75,25 @@ MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
 """Models that others trained; tests that use them skip where they are absent."""
 
 
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""The shape of a model for tests, in the words of most families' configs."""
+
+
 def tiny_model(family: str = "llama", *, seed: int = 0, spread: float = 0.4, **changes: object):
     """A random causal language model of two layers; `spread` sets logits far enough apart for a clear choice."""
     torch.manual_seed(seed)
-    shape = {
-        "vocab_size": 61,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "initializer_range": spread,
-    }
+    shape = TINY | {"initializer_range": spread}
     if family == "gpt2":
         shape = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "eos_token_id": 2}
         shape |= {"initializer_range": spread, "bos_token_id": 1, "pad_token_id": 0}

@@ -11,23 +11,11 @@ import pytest
 import torch
 import transformers
 
-from conftest import greedy
+from conftest import TINY, greedy
 from redrafter import RecurrentDrafter, RedrafterError, generate
 from redrafter.target import Target
 
-BASE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.4,
-}
+BASE = TINY | {"initializer_range": 0.4}
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.4}
 GPT2 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WINDOW = {"sliding_window": 6}  # shorter than the longest prompt below

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import redrafter
 
@@ -14,6 +16,12 @@ def test_every_public_name_is_there():
         assert getattr(redrafter, name) is not None
     assert set(redrafter.__all__) == set(dir(redrafter))
     assert redrafter.__version__ == version("redrafter")
+
+
+def test_the_docs_show_every_public_name():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "api.md").read_text()
+    shown = re.findall(r"^::: redrafter\.(\w+)$", page, re.MULTILINE)
+    assert {*shown, "__version__"} == set(redrafter.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error():

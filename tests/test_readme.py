@@ -23,6 +23,19 @@ def test_the_python_example_runs_as_printed():
     assert float(figure.removesuffix(" tokens per step")) > 2.5
 
 
+def headings(page: str) -> set[str]:
+    """What a link may name after `#`."""
+    titles = re.findall(r"^#+ (.*)", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https://)(.*?)\)", README))))
+def test_every_link_leads_to_a_page_and_its_heading(link):
+    path, _, heading = link.partition("#")
+    page = (ROOT / path).read_text()
+    assert not heading or heading in headings(page)
+
+
 @pytest.mark.parametrize("name", re.findall(r"^  (\w[\w/]*\.py|\w+/)", README, re.MULTILINE))
 def test_the_tree_shows_what_is_there(name):
     assert (ROOT / "src" / "redrafter" / name).exists()

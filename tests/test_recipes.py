@@ -220,7 +220,7 @@ def test_a_comparison_goes_from_data_to_a_table_and_does_nothing_twice(corpus, t
     for name in ("own-held-out", "grown-held-out", "own-spec", "grown-spec"):
         found = json.loads((tmp_path / "bench" / name / "results.json").read_text())
         speed = found["speed"]
-        assert len(found["methods"]) == 2 + 6
+        assert len(found["methods"]) == 2 + 5
         assert all(one["texts_equal"] == one["texts"] > 0 for one in speed if "texts" in one)
         assert set(found["data"]["categories"]) == {"dialogue" if "held-out" in name else "multi-turn"}
         assert f"{name.replace('-', ' cost, ', 1)} prompts, on " in page

@@ -38,13 +38,17 @@ from redrafter.training.data import Row
 DRAFT = "draft"
 SHAPES = {
     "recurrent": {"recurrent": "@10x4:32", "recurrent, 4 beams": "@4x4"},
-    DRAFT: {"two models": "@1x5", "two models, tree": "@4x4:16"},
+    DRAFT: {"two models": "@1x5", "two models, by the noise": "@1x5,coupled", "two models, tree": "@4x4:16,coupled"},
     "recurrent-released": {"recurrent, released": "@10x4"},
     "medusa": {"Medusa": "", "Medusa, 32 nodes": "@10x4:32"},
     "recurrent-wide": {"recurrent, wide": "@10x4:32"},
-    "eagle": {"EAGLE": "@8x4:32"},
+    "eagle": {"EAGLE": "@8x4:32", "EAGLE, by the noise": "@8x4:32,coupled"},
 }
-"""What is trained, by folder, and in which shapes it is measured under which name; in the order of the training."""
+"""What is trained, by folder, and in which shapes it is measured under which name; in the order of the training.
+
+When sampling, EAGLE and two models rank by their own probabilities, as published, and once more by the noise of the
+target's draws, as the recurrent drafter and Medusa do.
+"""
 
 EXIT = {"recurrent-released": 2}
 """Width of a grown recurrent drafter's head in hidden sizes, where it is not one: this is the released form."""
@@ -54,9 +58,6 @@ MULTI_TURN = {"writing", "roleplay", "reasoning", "math", "coding", "extraction"
 
 LEAST = 120  # seconds for which a measurement is begun
 SETTLED = 75  # of those in which it loads, ends its last unit and writes the report
-
-COUPLED = {"eagle-coupled": {"EAGLE, by the noise": "@8x4:32"}}
-"""The same weights, ranked by the noise of the target's draws when sampling, as the other heads are."""
 
 
 def main() -> None:
@@ -85,8 +86,6 @@ def main() -> None:
             say(begin, f"{name} is not there: {record['failed']}")
         else:
             there[name] = given.output / "methods" / name
-    if "eagle" in there:
-        there["eagle-coupled"] = _coupled(there["eagle"], given.output / "methods" / f"eagle-coupled-{part}")
     jobs = [(cost, data) for data in ("held-out", "spec") for cost in ("own", "grown")]
     family = AutoConfig.from_pretrained(target).model_type
     jobs = [
@@ -145,15 +144,6 @@ def heads(target: Any) -> dict[str, Way]:
         "medusa": Way(lambda model, _: MedusaHeads.fresh(model, heads=LENGTH), KL),
         "eagle": Way(lambda model, _: EagleHead.fresh(model, beam_length=LENGTH), EAGLE),
     }
-
-
-def _coupled(folder: Path, output: Path) -> Path:
-    """The head in a folder of its own, each process in another; that is not published, but on equal terms."""
-    if not (output / "config.json").exists():
-        head = EagleHead.from_pretrained(folder)
-        head.config = head.config.model_copy(update={"coupled": True})
-        head.save_pretrained(output)
-    return output
 
 
 def _record(output: Path, name: str) -> Path:
@@ -289,7 +279,7 @@ def _measure(
     words += ["--max-new-tokens", given.new_tokens, "--rounds", 1 if cost == "grown" else given.rounds]
     words += ["--transformers", *(["--compile"] if torch.cuda.is_available() else [])]
     for name, path in there.items():
-        for label, way in (SHAPES | COUPLED)[name].items():
+        for label, way in SHAPES[name].items():
             words += ["--method", f"{label}={path}{way}"]
     words += ["--method", "prompt lookup=prompt-lookup"]
     if until < math.inf:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,11 +35,14 @@ def drafter(**told) -> RecurrentDrafter:
         ("some/folder", Told("folder", "some/folder")),
         ("some/folder@2x3", Told("folder 2x3", "some/folder", 2, 3)),
         ("at=me@home/folder", Told("at", "me@home/folder")),
+        ("a=b@uncoupled", Told("a", "b", coupled=False)),
+        ("b@2x3:4,coupled", Told("b 2x3:4,coupled", "b", 2, 3, 4, True)),
+        ("a=b@2x3uncoupled", Told("a", "b@2x3uncoupled")),
     ],
 )
-def test_a_method_is_a_name_a_place_and_a_shape(text, told):
+def test_a_method_is_a_name_a_place_and_how_it_drafts(text, told):
     assert Told.read(text) == told
-    assert Told.read(f"x={told.shown}") == Told("x", told.path, told.width, told.length, told.budget)
+    assert Told.read(f"x={told.shown}") == replace(told, label="x")
 
 
 @pytest.mark.parametrize("text", ["", "=folder", "a=", "a=folder@10x", "a=folder@0x4", "a=folder@x", "a=b@1:2:3"])
@@ -68,6 +73,12 @@ def test_a_shape_is_what_is_told_and_whole_beams_without_nodes(text, shape):
     assert (found.beam_width, found.beam_length, found.node_budget) == shape
     proposer = one.proposer(Target(MODEL), 1)
     assert (proposer.width, proposer.length, proposer.budget) == shape
+
+
+def test_what_is_told_of_the_noise_is_heeded_in_the_methods_own_shape():
+    told, method = Told.read("a=b@uncoupled"), drafter(node_budget=9)
+    assert told.shaped(method) == Variant(method, None, coupled=False)
+    assert Contender("a", "b", told.shaped(method)).shape(1) == Contender("a", "b", method).shape(1)
 
 
 def test_a_method_that_is_tuned_off_is_measured_as_it_was_made():

@@ -35,6 +35,22 @@ def test_without_the_noise_the_drafts_are_others_and_the_text_is_the_same():
     assert greedy[0] == greedy[1]
 
 
+def test_every_method_is_made_to_rank_by_the_noise_or_not():
+    """The noise decides most of what a flat head drafts."""
+    law = {"do_sample": True, "seed": 3, "max_new_tokens": 40}
+    plain = generate(MODEL, None, [[5, 9]], **law).new_tokens
+    eagle = EagleHead.fresh(MODEL, beam_width=4, beam_length=3)
+    couples = {drafter(): True, MedusaHeads.fresh(MODEL): True, eagle: False, TwoModel(MODEL): False}
+    for method, by_default in couples.items():
+        found = {}
+        for coupled in (None, True, False):
+            out = generate(MODEL, Variant(method, coupled=coupled), [[5, 9]], **law)
+            assert out.new_tokens == plain
+            found[coupled] = out.stats
+        assert found[True].accepted > found[False].accepted
+        assert found[None].accepted_by_position == found[by_default].accepted_by_position
+
+
 def attended(tree, row: int, node: int) -> tuple[int, ...]:
     """The drafted tokens that a node sees, by depth."""
     seen = sorted(tree.ancestors[row, node].nonzero().flatten().tolist(), key=lambda one: int(tree.depth[row, one]))

@@ -28,50 +28,58 @@ ALONE = "autoregressive"
 THEIRS = "transformers"
 
 _SHAPE = re.compile(r"(\d+)?(?:x(\d+))?(?::(\d+))?")
-_SHAPED = re.compile(r"[\dx:]+")
+_HOW = re.compile(r"([\dx:]+)?(?:(?(1),|)(coupled|uncoupled))?")
 
 
 @dataclass(frozen=True)
 class Told:
-    """A method as a user names it: `LABEL=PATH@WIDTHxLENGTH:NODES`, of which the path alone must be there."""
+    """A method as a user names it: `LABEL=PATH@WIDTHxLENGTH:NODES,uncoupled`, of which the path alone must be there."""
 
     label: str
     path: str
     width: int | None = None
     length: int | None = None
     budget: int | None = None
+    coupled: bool | None = None
 
     @classmethod
     def read(cls, text: str) -> Told:
-        """`ours=folder`, `folder@10x4:32`, `lookup=prompt-lookup@1x10`.  Raises RedrafterError for what is not that."""
+        """`ours=folder`, `folder@10x4:32`, `folder@:32,uncoupled`.  Raises RedrafterError for what is not that."""
         label, equals, rest = text.partition("=")
         label, rest = (label.strip(), rest.strip()) if equals else ("", text.strip())
-        path, at, shape = rest.rpartition("@")
-        if not (at and _SHAPED.fullmatch(shape)):
-            path, shape = rest, ""
-        found = _SHAPE.fullmatch(shape)
+        path, at, how = rest.rpartition("@")
+        told = _HOW.fullmatch(how) if at and how else None
+        if told is None:
+            path, how = rest, ""
+        shape, draws = told.groups() if told else (None, None)
+        found = _SHAPE.fullmatch(shape or "")
         numbers = [None if one is None else int(one) for one in found.groups()] if found else []
         if found is None or 0 in numbers or not path or (equals and not label):
             raise RedrafterError(
                 f"--method takes NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES, as ours=folder@10x4:32, not {text!r}."
             )
         name = Path(path).name or path
-        return cls(label or (f"{name} {shape}" if shape else name), path, *numbers)
+        width, length, budget = numbers
+        coupled = None if draws is None else draws == "coupled"
+        return cls(label or (f"{name} {how}" if how else name), path, width, length, budget, coupled)
 
     @property
     def shown(self) -> str:
-        """The path and the shape, as they were told."""
+        """The path and how it drafts, as they were told."""
         beams = "" if self.width is None else str(self.width)
         beams += "" if self.length is None else f"x{self.length}"
         beams += "" if self.budget is None else f":{self.budget}"
-        return f"{self.path}@{beams}" if beams else self.path
+        draws = {None: "", True: "coupled", False: "uncoupled"}[self.coupled]
+        how = ",".join(filter(None, (beams, draws)))
+        return f"{self.path}@{how}" if how else self.path
 
     def shaped(self, method: Method) -> Method:
-        """The method in this shape: whole beams unless nodes are told; what else is not told is as it was made for."""
-        if (self.width, self.length, self.budget) == (None, None, None):
-            return method
-        width, length, _ = method.drafting(0)
-        return Variant(method, (self.width or width, self.length or length, self.budget))
+        """The method as told: whole beams unless nodes are told; what is not told is as it was made for."""
+        shape = None
+        if (self.width, self.length, self.budget) != (None, None, None):
+            width, length, _ = method.drafting(0)
+            shape = (self.width or width, self.length or length, self.budget)
+        return method if shape is None and self.coupled is None else Variant(method, shape, self.coupled)
 
 
 def read_methods(texts: Sequence[str]) -> list[Told]:

@@ -1,4 +1,4 @@
-"""Methods as a bench measures them: in one shape, without the noise of the target's draws, or with beams unfolded.
+"""Methods as a bench measures them: in one shape, with the noise of the target's draws or not, or with beams unfolded.
 
 Promises that what is compared differs in that alone, and that no text does.  Does not know what is measured.
 """
@@ -27,12 +27,12 @@ UNFOLDED = "unfolded"
 
 @dataclass(frozen=True)
 class Variant:
-    """A method that always drafts in one shape, or is not shown the noise of the target's draws, or does not fold."""
+    """A method that always drafts in one shape, ranks by the noise of the target's draws or not, or does not fold."""
 
     method: Method
     shape: tuple[int, int, int | None] | None = None
-    coupled: bool = True
-    """Whether it may rank by the noise that the target is about to draw with, where it would."""
+    coupled: bool | None = None
+    """Whether drafts are ranked by the noise that the target is about to draw with; by default as the method does."""
     folded: bool = True
     """Whether beams that begin alike share nodes, as in decoding; else the target runs each as a chain of its own."""
 
@@ -52,8 +52,8 @@ class Variant:
         found = self.method.proposer(target, width, length, budget)
         if found is None:
             return None
-        if not self.coupled:
-            found = _Changed(found, draw=_blind)
+        if self.coupled is not None:
+            found = _Changed(found, draw=partial(_ranked, coupled=self.coupled))
         if not self.folded:
             # a beam search weighs more than its beams hold; a tree of a form of its own, as Medusa's, has no more
             weighs = weighed(width, length)
@@ -91,18 +91,20 @@ class _Changed:
 
 
 @dataclass(frozen=True)
-class _Blind(Draw):
-    """The draws of a step, of which a drafter is not shown the noise."""
+class _Ranked(Draw):
+    """The draws of a step, by whose noise drafters rank or not, whatever they ask for."""
 
-    def coupled(
-        self, logits: Float[Tensor, "B beams head"], position: int, names: Int[Tensor, " head"] | None = None
-    ) -> Float[Tensor, "B beams head"]:
-        """The logits after the warpers alone."""
-        return self.warp(logits)
+    by_noise: bool = True
+
+    def ranking(
+        self, coupled: bool = True, names: Int[Tensor, " head"] | None = None
+    ) -> Callable[[Tensor, int], Tensor] | None:
+        """As `Draw.ranking`."""
+        return super().ranking(self.by_noise, names)
 
 
-def _blind(draw: Draw) -> Draw:
-    return draw if draw.noise is None else _Blind(draw.warpers, draw.noise)
+def _ranked(draw: Draw, coupled: bool) -> Draw:
+    return _Ranked(draw.warpers, draw.noise, coupled)
 
 
 class _Whole(DraftTree):

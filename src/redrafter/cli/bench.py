@@ -49,7 +49,7 @@ Demo = Annotated[bool, typer.Option("--demo", help="Measure all that is bundled 
 MethodHelp = (
     "NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES: what to call it, where it lies, and perhaps how it drafts: "
     "@10x4 is 10 whole beams of 4 tokens, @10x4:32 the 32 most probable nodes of what they weigh, @:32 the same with "
-    "the folder's own beams."
+    "the folder's own beams; @uncoupled or @10x4,coupled says whether drafts are ranked by the noise of the draws."
 )
 
 

@@ -11,7 +11,7 @@ from redrafter.cli.loading import (
     Budget,
     Device,
     DraftBits,
-    DrafterPath,
+    DrafterOrModel,
     Dtype,
     Length,
     Model,
@@ -29,7 +29,7 @@ FIGURES = ("decoding", "walked", "teacher_forced")
 
 def evaluate(
     model: Model,
-    drafter: DrafterPath,
+    drafter: Annotated[str, typer.Option(help=DrafterOrModel)],
     data: Annotated[list[str], typer.Option(help=f"Rows of `prompt`, `messages` or `turns`. {Sources}")],
     more: Annotated[list[str] | None, typer.Argument(metavar="[DATA]...", help="More of the same.")] = None,
     max_new_tokens: NewTokens = 128,

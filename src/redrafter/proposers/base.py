@@ -7,7 +7,7 @@ another by `redrafter.proposers.loading`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -133,6 +133,24 @@ def draftable(method: Method, target: Target, shapes: Iterable[DecodingShape]) -
         else:
             found.append(shape)
     return found, [f"{'; '.join(words)}: {error}" for error, words in refused.items()]
+
+
+class ByText:
+    """What a method says that reads the text alone, and drafts one beam unless told."""
+
+    beam_length: ClassVar[int]
+    """Tokens that it drafts unless told."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+    def drafting(
+        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
+    ) -> tuple[int, int, int | None]:
+        """As told or by default, for any number of rows."""
+        return 1 if width is None else width, self.beam_length if length is None else length, budget
 
 
 def measured(

@@ -50,11 +50,10 @@ class MedusaProposer(Memoryless):
         self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
     ) -> DraftTree:
         """Trees below the root; the heads compute in their own dtype, and coupled to the target's draws."""
-        batch, names = len(context), self.heads.draft_vocabulary
+        batch = len(context)
         logits = self.heads.logits(context[:, -1].to(self.heads.dtype), self.depths)
-        if draw.noise is not None:
-            each = logits.split(1, dim=1)
-            logits = torch.cat([draw.coupled(one, depth, names) for depth, one in enumerate(each)], dim=1)
+        if adjust := draw.ranking(names=self.heads.draft_vocabulary):
+            logits = torch.cat([adjust(one, depth) for depth, one in enumerate(logits.split(1, dim=1))], dim=1)
         best = top(logits.flatten(0, 1), self.ranks).ids.view(batch, -1)  # [B, depths · ranks]
         tokens = self.heads.to_target_ids(best[:, self._picked])
         return DraftTree(

@@ -15,32 +15,20 @@ from torch import Tensor, nn
 
 from redrafter.cache import SlotCache
 from redrafter.errors import RedrafterError
-from redrafter.proposers.base import Memoryless
+from redrafter.proposers.base import ByText, Memoryless
 from redrafter.proposers.beams import check_shape
 from redrafter.sampling import Draw, Place
 from redrafter.target import Target
 from redrafter.tree import DraftTree, chain
 
-BEAM_LENGTH = 10
-"""Tokens that are drafted where nobody says how many."""
-
 
 @dataclass(frozen=True)
-class PromptLookup:
+class PromptLookup(ByText):
     """Drafts by looking up the text's last `ngram` tokens, or fewer, in the text before them."""
 
+    beam_length = 10
+
     ngram: int = 3
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """None: it reads the text."""
-        return ()
-
-    def drafting(
-        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
-    ) -> tuple[int, int, int | None]:
-        """As told; by default BEAM_LENGTH tokens."""
-        return 1 if width is None else width, BEAM_LENGTH if length is None else length, budget
 
     def proposer(self, target: Target, width: int, length: int, budget: int | None) -> PromptLookupProposer | None:
         """What drafts so; None for a length of 0.  Raises RedrafterError for more than one beam, or a budget."""

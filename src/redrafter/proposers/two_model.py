@@ -16,18 +16,15 @@ from torch import Tensor, nn
 from redrafter.beam import search
 from redrafter.cache import SlotCache
 from redrafter.errors import RedrafterError
-from redrafter.proposers.base import Ready
+from redrafter.proposers.base import ByText, Ready
 from redrafter.proposers.beams import beyond, check_shape, size_of, tree_of
 from redrafter.sampling import Draw, Place
 from redrafter.target import Target
 from redrafter.tree import DraftTree, abreast, chain
 
-BEAM_LENGTH = 5
-"""Tokens that are drafted where nobody says how many."""
-
 
 @dataclass(frozen=True)
-class TwoModel:
+class TwoModel(ByText):
     """Drafts by another causal language model of transformers that has the target's vocabulary and device.
 
     By default a chain of its greedy continuation.  When sampling it ranks by its own probabilities under the target's
@@ -35,19 +32,10 @@ class TwoModel:
     as the recurrent drafter does.
     """
 
+    beam_length = 5
+
     model: nn.Module
     coupled: bool = False
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """None: it reads the text."""
-        return ()
-
-    def drafting(
-        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
-    ) -> tuple[int, int, int | None]:
-        """As told; by default one beam of BEAM_LENGTH tokens."""
-        return 1 if width is None else width, BEAM_LENGTH if length is None else length, budget
 
     def proposer(self, target: Target, width: int, length: int, budget: int | None) -> TwoModelProposer | None:
         """What drafts so for a target; None for a length of 0.
