@@ -115,10 +115,12 @@ class _MeasuredAtTheEnd(TrainerCallback):  # type: ignore[misc]
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+        measured = args.eval_strategy != "no"
         if isinstance(lr_scheduler, ByTheClock) and lr_scheduler.progress >= 1:
-            control.should_training_stop = control.should_save = True
+            control.should_training_stop = True
+            control.should_save |= measured  # the best is sought among what was saved
         if control.should_training_stop or state.global_step >= state.max_steps:
-            control.should_evaluate = args.eval_strategy != "no"
+            control.should_evaluate = measured
 
 
 class Checkpointing(Trainer):  # type: ignore[misc]
