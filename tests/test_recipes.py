@@ -232,6 +232,15 @@ def test_a_comparison_goes_from_data_to_a_table_and_does_nothing_twice(corpus, t
         assert parameters[1][name] > parameters[0][name]
     assert parameters[1]["two models"] == parameters[0]["two models"]
 
+    file = tmp_path / "bench" / "own-spec" / "results.json"
+    found = json.loads(file.read_text())
+    lines = file.with_name("measurements.jsonl").read_text()
+    file.write_text(json.dumps(found | {"failed": ["3 measurements, for which no time was left; …"]}))
+    compare.main()
+    assert len(ran) == 5, "what there was no time for is measured by the same command"
+    assert json.loads(file.read_text()) == found
+    assert file.with_name("measurements.jsonl").read_text() == lines
+
     def never(*args, **kwargs):
         raise AssertionError("all is done")
 

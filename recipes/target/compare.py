@@ -194,9 +194,8 @@ def _train(
 
 
 def _write_prompts(given: argparse.Namespace, corpus: Corpus, target: Path) -> None:
-    """What `redrafter bench` reads; each process writes its own file, and all the same."""
-    folder = given.output / "prompts"
-    folder.mkdir(exist_ok=True)
+    """What `redrafter bench` reads; every process writes the same, none half of it."""
+    (given.output / "prompts").mkdir(exist_ok=True)
     asked = {"held-out": prompts.rows(corpus, AutoTokenizer.from_pretrained(target), given.held_out)}
     if given.spec_bench:
         opened = lzma.open if given.spec_bench.suffix == ".xz" else open
@@ -204,11 +203,14 @@ def _write_prompts(given: argparse.Namespace, corpus: Corpus, target: Path) -> N
             asked["spec"] = [by_task(json.loads(line)) for line in lines]
     for name, rows in asked.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (_prompts(given, name)).write_text(text, encoding="utf-8")
+        file = _prompts(given, name)
+        part = file.with_suffix(f".{given.part[0]}")
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
 
 
 def _prompts(given: argparse.Namespace, name: str) -> Path:
-    file: Path = given.output / "prompts" / f"{name}-{given.part[0]}.jsonl"
+    file: Path = given.output / "prompts" / f"{name}.jsonl"
     return file
 
 
@@ -264,7 +266,7 @@ def _measure(
 ) -> str | None:
     """Runs `redrafter bench`, unless its results are there; a sentence where it could not."""
     folder = given.output / "bench" / f"{cost}-{data}"
-    if (folder / "results.json").exists():
+    if _is_whole(folder):
         return None
     if time.monotonic() + LEAST > until:
         return f"no time was left to measure at {cost} cost on {data} prompts"
@@ -287,7 +289,17 @@ def _measure(
     status = command(list(map(str, words)), until)
     if status == 2:  # perhaps it was begun with other methods
         status = command([*map(str, words), "--overwrite"], until)
-    return None if status == 0 else f"redrafter bench at {cost} cost on {data} prompts ended with status {status}"
+    if status == 0:
+        return (
+            None if _is_whole(folder) else f"not everything could be measured at {cost} cost on {data} prompts in time"
+        )
+    return f"redrafter bench at {cost} cost on {data} prompts ended with status {status}"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether nothing is left to measure there for want of time."""
+    file = folder / "results.json"
+    return file.exists() and not any("no time was left" in one for one in json.loads(file.read_text())["failed"])
 
 
 def command(words: list[str], until: float) -> int:
