@@ -166,9 +166,6 @@ def test_medusa_heads_from_rows_to_text(say, model_folder, rows, tmp_path):
     for way in ("greedy", "sampled"):
         assert counts[way]["decoding"] == counts[way]["walked"]
         assert counts[way]["decoding"]["draft_tokens"] == 19 * counts[way]["decoding"]["drafts"]
-    for command in ("tune", "profile"):
-        more = ("--prompts", prompts) if command == "tune" else ()
-        assert "does not describe a recurrent drafter" in refusal(say(command, *told, *more))
 
 
 def test_a_cartesian_tree_and_a_part_of_the_vocabulary(say, model_folder, rows, tmp_path):
