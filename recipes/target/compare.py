@@ -37,10 +37,14 @@ from redrafter.training.data import Row
 
 DRAFT = "draft"
 SHAPES = {
-    "recurrent": {"recurrent": "@10x4:32", "recurrent, 4 beams": "@4x4"},
+    "recurrent": {
+        "recurrent": "@10x4:32",
+        "recurrent, without the noise": "@10x4:32,uncoupled",
+        "recurrent, 4 beams": "@4x4",
+    },
     DRAFT: {"two models": "@1x5", "two models, by the noise": "@1x5,coupled", "two models, tree": "@4x4:16,coupled"},
     "recurrent-released": {"recurrent, released": "@10x4"},
-    "medusa": {"Medusa": "", "Medusa, 32 nodes": "@10x4:32"},
+    "medusa": {"Medusa": "", "Medusa, without the noise": "@uncoupled", "Medusa, 32 nodes": "@10x4:32"},
     "recurrent-wide": {"recurrent, wide": "@10x4:32"},
     "eagle": {"EAGLE": "@8x4:32", "EAGLE, by the noise": "@8x4:32,coupled"},
 }
