@@ -79,7 +79,7 @@ def main() -> None:
     if DRAFT in mine and part:  # while part 0 trains the target
         _pretrain_draft_model(given, corpus)
         say(begin, "trained the draft model on text")
-    target = stages.target(given, corpus)
+    target = stages.target(given, corpus, until)
     say(begin, "the target is there")
     _train(given, corpus, target, mine, begin, until)
     _write_prompts(given, corpus, target)
@@ -172,7 +172,7 @@ def _train(
     tokenizer = AutoTokenizer.from_pretrained(target)
     asked = prompts_of(corpus, tokenizer, shape.SHARES, given.prompts, output)
     held_out = measured_on(corpus, shape.CATEGORIES, tokenizer, given.held_out)
-    own, _ = written_by(model, asked, held_out, output, given.new_tokens, given.part, begin)
+    own, _ = written_by(model, asked, held_out, output, given.new_tokens, given.part, begin, until)
     rows = own["greedy"] + own["sampled"]
     effort = Effort(given.each, given.method_batch, given.method_rate)
     made = heads(model.config)

@@ -7,6 +7,7 @@ processes which share a folder share the work.  Does not know how the target was
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
@@ -182,6 +183,7 @@ def written_by(
     new_tokens: int,
     part: tuple[int, int],
     begin: float,
+    until: float = math.inf,
 ) -> tuple[dict[str, list[Row]], dict[str, Texts]]:
     """The target's answers to `asked`, and its texts to the held-out prompts, both ways; each way by one process."""
     folder = output / "answers"
@@ -195,7 +197,7 @@ def written_by(
         say(begin, f"wrote {sum(row.learnt for row in learnt):,} tokens of answers, {way}")
     own, texts = {}, {}
     for way in WAYS:
-        told = json.loads(awaited(folder / f"{way}.json").read_text())
+        told = json.loads(awaited(folder / f"{way}.json", until).read_text())
         own[way] = restored(told["answers"])
         texts[way] = {name: restored(rows) for name, rows in told["texts"].items()}
     say(begin, "all answers are there")

@@ -75,7 +75,7 @@ def pretrained(
     )
 
 
-def target(given: argparse.Namespace, corpus: Corpus) -> Path:
+def target(given: argparse.Namespace, corpus: Corpus, until: float = math.inf) -> Path:
     """The folder of the target, told or trained by part 0."""
     if given.target:
         if not (given.target / "config.json").exists():
@@ -85,7 +85,7 @@ def target(given: argparse.Namespace, corpus: Corpus) -> Path:
     folder: Path = given.output / "target"
     if given.part[0] == 0:
         pretrained(given, corpus, folder, width=given.width, layers=given.layers, minutes=given.minutes)
-    awaited(folder / "training.json")  # written last of all
+    awaited(folder / "training.json", until)  # written last of all
     return folder
 
 

@@ -219,26 +219,32 @@ def test_all_files_are_written(tmp_path):
     assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == sorted(file.name for file in files)
 
 
-def test_the_readmes_block_is_put_between_its_markers():
-    page = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
-    new = readme.put(page, results())
-    assert new.startswith(
-        f"before\n{readme.BEGIN}\n\ntiny (12 M, float32) on a device, torch 2, transformers 5: 6 prompts"
-    )
-    assert new.endswith(f"\n\n{readme.END}\nafter\n")
-    assert "old" not in new
-    assert "| 4 beams of 2 tokens | greedy | 2.50 | 20 | 1.33 | 4 of 6, 1 unexplained |" in new
-    assert readme.put(new, results()) == new
+def test_a_page_shows_the_results_that_its_markers_name(tmp_path):
     slower = copy.deepcopy(results())
     slower["speed"][-1]["tokens_per_second"]["median"] = 7.0
-    assert readme.put(new, slower) != new
-    for bad in ("none", f"{readme.END}{readme.BEGIN}", page + page):
-        with pytest.raises(RedrafterError, match="The README needs one"):
-            readme.put(bad, results())
+    for name, found in (("one.json", results()), ("two.json", slower)):
+        (tmp_path / name).write_text(json.dumps(found))
+    page = "before\n<!-- results {} -->\nold\n<!-- /results -->\nafter\n"
+    new = readme.put(page.format("one.json"), tmp_path)
+    assert new.startswith(
+        "before\n<!-- results one.json -->\n\ntiny (12 M, float32) on a device, torch 2, transformers 5: 6 prompts"
+    )
+    assert new.endswith("\n\n<!-- /results -->\nafter\n")
+    assert "old" not in new
+    assert "| 4 beams of 2 tokens | greedy | 2.50 | 20 | 1.33 | 4 of 6, 1 unexplained |" in new
+    assert readme.put(new, tmp_path) == new
+    other = readme.put(page.format("two.json"), tmp_path)
+    assert other != new.replace("one.json", "two.json")
+    assert readme.put(new + other, tmp_path) == new + other, "each has its own"
+
+
+def test_a_page_without_results_is_refused(tmp_path):
+    with pytest.raises(RedrafterError, match="There is no <!-- results FILE --> with <!-- /results --> after it"):
+        readme.put("<!-- /results -->\n<!-- results one.json -->\n", tmp_path)
+    with pytest.raises(RedrafterError, match=r"one\.json cannot be read: .*No such file"):
+        readme.put("<!-- results one.json -->\n<!-- /results -->", tmp_path)
 
 
 def test_the_readme_shows_the_committed_results():
-    """Nothing to hold against each other until both are there."""
-    committed, page = ROOT / "docs" / "bench" / "results.json", (ROOT / "README.md").read_text()
-    if committed.exists() and readme.BEGIN in page:
-        assert readme.put(page, json.loads(committed.read_text())) == page
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.put(page, ROOT) == page

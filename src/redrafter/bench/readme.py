@@ -1,21 +1,24 @@
-"""The table of results in a README, from a results.json that lies beside the code.
+"""Tables of results in a page of Markdown, each from a results.json that its marker names.
 
-    python -m redrafter.bench.readme docs/bench/results.json README.md
+    python -m redrafter.bench.readme README.md
 
-Promises that nothing outside the two markers is touched.
+puts them between `<!-- results FILE -->`, FILE as seen from the page's folder, and `<!-- /results -->`.  Promises that
+nothing outside the markers is touched.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 from redrafter.bench.contenders import ALONE
-from redrafter.bench.tables import Results, Table, equal, law, overall, times
-from redrafter.errors import RedrafterError
+from redrafter.bench.tables import Results, Table, counted, equal, law, overall, times
+from redrafter.errors import RedrafterError, reason
 
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+MARKED = re.compile(r"(<!-- results (\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def block(results: Results) -> str:
@@ -25,8 +28,9 @@ def block(results: Results) -> str:
     versions = about["versions"]
     told = (
         f"{about['model']} ({about['parameters'] / 1e6:,.0f} M, {about['dtype']}) on {about['device']}, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}: {prompts} prompts of "
-        f"{', '.join(data['files'])}, up to {asked['max_new_tokens']} tokens each, medians of {asked['rounds']} rounds."
+        f"{versions['torch']}, transformers {versions['transformers']}: {counted(prompts, 'prompt')} "
+        f"({', '.join(data['files'])}), up to {asked['max_new_tokens']} tokens each, medians of "
+        f"{counted(asked['rounds'], 'round')}."
     )
     shapes = {one["method"]: one.get("shape", "") for one in results["methods"]}
     rows = [
@@ -43,17 +47,33 @@ def block(results: Results) -> str:
         if one["method"] != ALONE
     ]
     head = ["method", "drafts", "decoding", "tokens per step", "tokens/s", "times as fast", "equal texts"]
-    return f"{told}\n\n{Table(head, rows, names=3).markdown}"
+    return f"{textwrap.fill(told, 120)}\n\n{Table(head, rows, names=3).markdown}"
 
 
-def put(readme: str, results: Results) -> str:
-    """The README with this block between its markers.  Raises RedrafterError where they are not there once each."""
-    if not (readme.count(BEGIN) == readme.count(END) == 1 and readme.index(BEGIN) < readme.index(END)):
-        raise RedrafterError(f"The README needs one {BEGIN} and after it one {END}.")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{block(results)}\n\n{END}{rest.split(END)[1]}"
+def put(page: str, folder: Path) -> str:
+    """The page, which lies in a folder, with a block between each pair of markers.
+
+    Raises RedrafterError where there is none, and where a file that one names cannot be read.
+    """
+
+    def block_of(found: re.Match[str]) -> str:
+        begin, name, end = found.groups()
+        try:
+            results = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RedrafterError(f"{name} cannot be read: {reason(error)}.") from error
+        return f"{begin}\n{block(results)}\n\n{end}"
+
+    new, count = MARKED.subn(block_of, page)
+    if not count:
+        raise RedrafterError("There is no <!-- results FILE --> with <!-- /results --> after it.")
+    return new
 
 
 if __name__ == "__main__":
-    source, page = map(Path, sys.argv[1:])
-    page.write_text(put(page.read_text(encoding="utf-8"), json.loads(source.read_text(encoding="utf-8"))), "utf-8")
+    (path,) = map(Path, sys.argv[1:])
+    try:
+        filled = put(path.read_text(encoding="utf-8"), path.parent)
+    except RedrafterError as error:
+        sys.exit(f"{path}: {error}")
+    path.write_text(filled, encoding="utf-8")

@@ -15,7 +15,7 @@ from pathlib import Path
 from redrafter import hub
 from redrafter.bench import plots, tables
 from redrafter.bench.contenders import ALONE, THEIRS
-from redrafter.bench.tables import Results, Table, law, overall, temperatures, times
+from redrafter.bench.tables import Results, Table, counted, law, overall, temperatures, times
 from redrafter.bench.variants import NO_NOISE
 
 FILES = ("results.json", "report.md", "report.html")
@@ -103,7 +103,7 @@ def sections(results: Results) -> list[Section]:
         found.append(Section("Drafters side by side", [told], picture if several else None, pages))
     if results["parts"]:
         told = (
-            f"A step of {results['asked']['batch_size']} row(s) that stand at {results['parts'][0]['context']} tokens, "
+            f"A step of {counted(results['asked']['batch_size'], 'row')} at {results['parts'][0]['context']} tokens, "
             "timed piece by piece: making the draft, the model's run over all its nodes, and the rest of the step, "
             "which chooses and keeps tokens."
         )
@@ -134,10 +134,11 @@ def _measured(results: Results) -> Section:
         f"{about['device']}, {about['system']}. Versions: {versions}. A step is {about['path']['a step']}; attention: "
         f"{about['path']['attention']}.",
         f"Prompts: {whole} of {', '.join(data['files'])} ({kinds}; of a chat its first turn), to each of which up to "
-        f"{asked['max_new_tokens']} tokens are written, {asked['batch_size']} prompt(s) at a time, "
-        f"{', '.join(law(one) for one in asked['temperatures'])}. Measured in {asked['rounds']} round(s), in each of "
-        "which all ways take their turn on the same prompts; figures are medians of the rounds, in brackets the least "
-        "and the most. Where tokens are drawn, a text is a function of its seed: the same with any drafter or none.",
+        f"{asked['max_new_tokens']} tokens are written, {counted(asked['batch_size'], 'prompt')} at a time, "
+        f"{', '.join(law(one) for one in asked['temperatures'])}. Measured in {counted(asked['rounds'], 'round')}, in "
+        "each of which all ways take their turn on the same prompts; figures are medians of the rounds, in brackets "
+        "the least and the most. Where tokens are drawn, a text is a function of its seed: the same with any drafter "
+        "or none.",
     ]
     if data["too_long"]:
         sentences.append(f"{data['too_long']} prompts were left out: the model has no room for them and an answer.")
