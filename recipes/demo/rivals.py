@@ -13,7 +13,7 @@ import torch
 from recipes.common import pretrain
 from recipes.common.answers import draft_vocabulary
 from recipes.common.corpus import Corpus
-from recipes.common.methods import COUPLED, EAGLE, Effort, Way, train_draft_model, train_head
+from recipes.common.methods import EAGLE, Effort, Way, train_draft_model, train_head
 from recipes.demo import drafter, shape
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,7 +30,7 @@ WAYS = {
             draft_vocabulary=draft_vocabulary(rows, drafter.VOCABULARY),
             node_budget=drafter.BUDGET,
         ),
-        COUPLED,
+        drafter.OBJECTIVE,
     ),
     "eagle": Way(
         lambda model, _: EagleHead.fresh(

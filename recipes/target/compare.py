@@ -32,6 +32,7 @@ from recipes.target.variants import variants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from redrafter import EagleHead, MedusaHeads, RecurrentDrafter, RedrafterError
+from redrafter.bench.tables import Table, equal, law, overall, temperatures, times
 from redrafter.proposers.loading import load_head
 from redrafter.training.data import Row
 
@@ -317,49 +318,40 @@ def command(words: list[str], until: float) -> int:
 
 def page(output: Path) -> str:
     """What was trained and measured so far, as Markdown."""
-    rows = [["method", "parameters", "seconds", "steps", "tokens", "loss"]]
+    head = ["method", "parameters", "seconds", "steps", "tokens", "loss"]
+    rows = []
     for name in SHAPES:
         if _record(output, name).exists():
             record = json.loads(_record(output, name).read_text())
-            if "failed" in record:
-                rows.append([name, record["failed"]])
-                continue
-            rows.append([name, *(f"{record[key]:,}" for key in rows[0][1:])])
-    lines = ["Trained on the target's answers:", "", *_markdown(rows)]
+            failed = [record.get("failed", ""), *[""] * (len(head) - 2)]
+            rows.append([name, *(failed if "failed" in record else (f"{record[key]:,}" for key in head[1:]))])
+    lines = ["Trained on the target's answers:", "", Table(head, rows).markdown]
     for folder in sorted((output / "bench").glob("*")):
         if (folder / "results.json").exists():
             found = json.loads((folder / "results.json").read_text())
             lines += ["", f"{folder.name.replace('-', ' cost, ', 1)} prompts, on {found['about']['device']}:", ""]
-            lines += _markdown(_measured(found))
+            lines += [_measured(found).markdown]
     return "\n".join([*lines, ""])
 
 
-def _measured(found: Record) -> list[list[str]]:
+def _measured(found: Record) -> Table:
     """A row for each method over all categories: tokens a step, times as fast, and the time of a draft."""
-    kinds = sorted({one["temperature"] for one in found["speed"]})
-    several = len({one["category"] for one in found["speed"]}) > 1
-    speed = {
-        (one["method"], one["temperature"]): one for one in found["speed"] if one["category"] == "all" or not several
-    }
+    speed = {(one["method"], one["temperature"]): one for one in overall(found["speed"])}
     drafts = {one["method"]: one["draft_ms"] for one in reversed(found["parts"])}
-    titles = ("tokens a step", "times as fast", "of transformers'", "texts equal")
-    rows = [["method", "parameters", "ms a draft", *(f"{title}, T = {kind:g}" for kind in kinds for title in titles)]]
+    kinds = temperatures(found["speed"])
+    titles = ("tokens per step", "times as fast", "of transformers'", "texts equal")
+    rows = []
     for one in found["methods"]:
         name = one["method"]
         row = [name, f"{one['parameters']:,}" if "parameters" in one else "", f"{drafts.get(name, 0.0):.2f}"]
         for kind in kinds:
             cell = speed.get((name, kind), {})
-            faster = (cell.get(key, {}).get("median") for key in ("speed_up", "speed_up_over_transformers"))
-            row += [f"{value:.2f}" if value else "" for value in (cell.get("tokens_per_step"), *faster)]
-            row += [f"{cell['texts_equal']} of {cell['texts']}" if "texts" in cell else ""]
+            row += [f"{cell['tokens_per_step']:.2f}" if "tokens_per_step" in cell else ""]
+            row += [times(cell.get(key)) for key in ("speed_up", "speed_up_over_transformers")]
+            row += [equal(cell)]
         rows.append(row)
-    return rows
-
-
-def _markdown(rows: list[list[str]]) -> list[str]:
-    filled = [row + [""] * (len(rows[0]) - len(row)) for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in filled]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+    laws = [f"{title}, {law(kind)}" for kind in kinds for title in titles]
+    return Table(["method", "parameters", "ms a draft", *laws], rows)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from typing import Any
 
 from recipes.target.measure import WAYS
 
+from redrafter.bench.tables import Table
+
 PAPER = {"head": {}, "vocabulary": 1}
 NAMES = {"greedy": "greedy", "sampled": "temperature 1"}
 ANSWER = 400  # characters shown of a sample
@@ -219,7 +221,7 @@ def _checks(found: Record) -> list[str]:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return Table(head, rows, names=len(head)).markdown.splitlines()
 
 
 if __name__ == "__main__":

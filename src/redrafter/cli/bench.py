@@ -177,7 +177,7 @@ def sweep(
     lists = {"--widths": widths, "--lengths": lengths, "--budgets": budgets, "--batches": batches}
     beams, depths, nodes, together = (whole_numbers(value, option) for option, value in lists.items())
     kinds = numbers(temperatures, "--temperatures")
-    told = read_methods([*_demo_method(demo, model)[:1], *(method or [])])
+    told = read_methods([*_demo_method(demo, model)[:1], *(method or [])])  # the recurrent drafter alone
     plots.required()
     shared = Shared(
         output=output,
