@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from conftest import tiny_model
+from redrafter import generate
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
 from redrafter.target import Target, _base_name, _public_name
@@ -99,6 +100,16 @@ def test_an_attention_implementation_without_masks_is_refused():
 
 
 @torch.no_grad()
+def test_a_model_that_was_converted_is_probed_anew():
+    model = tiny_model()
+    generate(model, None, [[1, 2, 3]], max_new_tokens=3)
+    model.double()
+    out = generate(model, None, [[1, 2, 3]], max_new_tokens=8)
+    expected = model.generate(torch.tensor([[1, 2, 3]]), do_sample=False, max_new_tokens=8, pad_token_id=0)
+    assert out.new_tokens == [expected[0, 3:].tolist()]
+    assert Target(model).new_cache(batch=1, slots=4).layers[0].keys.dtype == torch.float64
+
+
 def test_evaluation_mode_is_lent_and_given_back():
     model = tiny_model(attention_dropout=0.5).train()
     target = Target(model)

@@ -31,7 +31,11 @@ PACKED_NODES = 256
 """Nodes of a tree that the kernels of `fast.attention` verify at once; longer chunks of a prompt see a dense mask."""
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_probed: weakref.WeakKeyDictionary[nn.Module, tuple[list[LayerShape], bool, bool]] = weakref.WeakKeyDictionary()
+_Kinds = list[tuple[torch.device, torch.dtype]]
+_probed: weakref.WeakKeyDictionary[nn.Module, tuple[_Kinds, tuple[list[LayerShape], bool, bool]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""What is known of a model, and where and in what dtype its weights were when it was found out."""
 
 
 def packed_mask(
@@ -75,10 +79,11 @@ class Target:
             self._window = None
         self._shapes: list[LayerShape] = []
         self.packs = False
-        if self.model not in _probed:
+        kinds = [(one.device, one.dtype) for one in self.model.parameters()]
+        if self.model not in _probed or _probed[self.model][0] != kinds:
             with torch.no_grad(), self.evaluating():
-                _probed[self.model] = self._probe()
-        self._shapes, self.head_alone, self.packs = _probed[self.model]
+                _probed[self.model] = kinds, self._probe()
+        self._shapes, self.head_alone, self.packs = _probed[self.model][1]
         """`head_alone`: `logits` asks the output head and nothing else.  `packs`: trees are verified by kernels."""
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from redrafter import __version__
 from redrafter.bench.contenders import ALONE, THEIRS, Contender
 from redrafter.bench.tasks import ALL
 from redrafter.bench.units import Record
@@ -29,7 +30,7 @@ _SUMMED = ("tokens", "seconds", "steps", "drafts", "drafted", "accepted")
 def about(model: PreTrainedModel) -> Record:
     """The model, the machine and the versions that figures hold for."""
     target = Target(model)
-    found = {"redrafter": version("redrafter"), "python": platform.python_version()}
+    found = {"redrafter": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "triton"):
         try:
             found[name] = version(name)

@@ -56,7 +56,9 @@ MethodHelp = (
 def bench(
     output: Output,
     model: Target = None,
-    method: Annotated[list[str] | None, typer.Option(metavar="METHOD", help=f"Once or more: {MethodHelp}")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", metavar="METHOD", help=f"Once or more: {MethodHelp}")
+    ] = None,
     data: Data = None,
     by: By = "category",
     prompts: Annotated[
@@ -139,6 +141,7 @@ def sweep(
     method: Annotated[
         list[str] | None,
         typer.Option(
+            "--method",
             metavar="METHOD",
             help=f"The first goes through all axes, further ones are measured beside it as they are. {MethodHelp}",
         ),

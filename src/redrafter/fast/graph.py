@@ -6,8 +6,10 @@ nothing, and plainly ever after where it cannot be captured, which is said once.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Generic, TypeVar
 
 import torch
@@ -15,6 +17,14 @@ import torch
 from redrafter.errors import RedrafterError, first_line
 
 T = TypeVar("T")
+
+_capturing = threading.Lock()
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Of all captures, one at a time: torch keeps a workspace for products, 33 MiB on Hopper, for each stream used."""
+    return torch.cuda.Stream(device)
 
 
 class Captured(Generic[T]):
@@ -80,10 +90,10 @@ class Captured(Generic[T]):
 
     def _capture(self) -> T:
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
+        stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):
+            with _capturing, torch.cuda.stream(stream):
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     self._result = self._function()
