@@ -107,7 +107,7 @@ def write_rivals(target: Path, output: Path) -> None:
         if "before" in made:
             library, text = "transformers", made["before"]
             seen = f"{text['tokens']:,} tokens in {text['minutes']:g} minutes"
-            before = f"from scratch on the target's own data ({seen}), then "
+            before = f"from scratch on the target's own data ({seen}), then\n"
         (output / name / "README.md").write_text(
             f"""---
 library_name: {library}
@@ -119,8 +119,8 @@ tags:
 
 # {title} for {target.name}
 
-{kind} of {made["parameters"]:,} parameters: {made["head"]}. What it is there for is to be compared with the recurrent
-drafter beside it, by `redrafter bench --demo`.
+{kind} of {made["parameters"]:,} parameters: {made["head"]}.
+It is there to be compared with the recurrent drafter beside it, by `redrafter bench --demo`.
 
 Trained by `recipes/demo` of redrafter {before}on answers that the target itself wrote, half of them greedy and half
 sampled at temperature 1, for {made["seconds"]:g} seconds: {made["steps"]:,} steps, {made["tokens"]:,} tokens read. It

@@ -291,7 +291,7 @@ class MedusaConfig(HeadConfig):
     @property
     def weights_in_words(self) -> str:
         """Heads and blocks."""
-        return f"{self.heads} heads of {self.blocks} blocks"
+        return f"{self.heads} heads of {self.blocks} block{'s' if self.blocks != 1 else ''}"
 
     @property
     def head_in_words(self) -> str:

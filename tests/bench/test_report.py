@@ -62,7 +62,7 @@ def swept():
     methods = [found["methods"][0], found["methods"][2]]
     more = {
         "method": "other",
-        "weights": "3 heads of 1 blocks",
+        "weights": "3 heads of 1 block",
         "draft_vocabulary": "all tokens",
         "parameters": 500_000,
     }
@@ -181,7 +181,7 @@ def test_markdown_holds_the_same_figures():
     text = report.markdown(swept())
     assert "| width | length 1 | length 2 |" in text
     assert "| temperature 1 | without the draws' noise | 20.0 |" in text
-    assert "| other | 3 heads of 1 blocks | all tokens | 0.50 M | 0.500 | 2.75 | 20.0 | 3.00 (2.00 to 3.00) |" in text
+    assert "| other | 3 heads of 1 block | all tokens | 0.50 M | 0.500 | 2.75 | 20.0 | 3.00 (2.00 to 3.00) |" in text
     assert "| rows together | nodes, folded | unfolded | left |" in text
     assert "| 4 | 8.0 | 16.0 | 50% | 2.50 | 20 | 20 | 3.00 (2.00 to 3.00) |" in text
 

@@ -147,7 +147,7 @@ def test_medusa_heads_from_rows_to_text(say, model_folder, rows, tmp_path):
     assert "# Medusa heads for tiny" in (folder / "README.md").read_text()
     status, out, _ = say("info", folder)
     assert status == 0
-    assert "3 heads of 1 blocks" in out
+    assert "3 heads of 1 block" in out
     assert "a tree of 20 nodes, 3 deep, fitted on 5 held-out rows" in " ".join(out.split())
 
     prompts.write_text("\n".join(json.dumps({"prompt": text}) for text in ("9 sheep", "went over")))

@@ -113,7 +113,7 @@ def test_heads_learn_and_the_folder_holds_what_they_became(tmp_path):
     assert again.config.fitted_on == "4 held-out rows"
     assert all(torch.equal(a, b) for a, b in zip(heads.parameters(), again.parameters(), strict=True))
     card = (tmp_path / "b" / "README.md").read_text()
-    for words in ("# Medusa heads for", "| 3 heads of 1 blocks, draft all tokens |", "a tree of 20 nodes, 3 deep"):
+    for words in ("# Medusa heads for", "| 3 heads of 1 block, draft all tokens |", "a tree of 20 nodes, 3 deep"):
         assert words in card, words
 
 
