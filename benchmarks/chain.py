@@ -43,8 +43,8 @@ LENGTH, SLOTS = 1_850, 2_048
 LINE = tl.constexpr(64)  # numbers of 16 bits in a line of the second cache
 FAR = 0.02  # of a result in bfloat16, that a product may be away from torch's
 
-# Tilings to try, of one row and of more; at most about 100 KB of shared memory, so that a processor also has room for
-# programs of the next kernel.
+# Tilings to try, of one row and of more: at most 120 KiB of shared memory and mostly much less, so that a processor has
+# room for programs of the next kernel too.
 ONE = [(16, 256, 3, 4), (8, 512, 3, 4), (4, 1024, 3, 4), (8, 512, 1, 4), (16, 256, 4, 4), (32, 256, 3, 8)]
 ONE += [(8, 1024, 3, 8), (8, 1024, 1, 8)]
 SOME = [(16, 256, 4, 4), (32, 256, 3, 4), (32, 128, 4, 4), (32, 256, 4, 4), (64, 128, 4, 4), (16, 512, 3, 4)]
