@@ -9,7 +9,7 @@ import torch
 
 from conftest import tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel
-from redrafter.bench.contenders import Contender, Told, load, read_methods
+from redrafter.bench.contenders import ALONE, Contender, Told, greedy_twins, load, read_methods
 from redrafter.bench.variants import Variant
 from redrafter.config import DecodingShape
 from redrafter.medusa import MedusaHeads
@@ -79,6 +79,22 @@ def test_what_is_told_of_the_noise_is_heeded_in_the_methods_own_shape():
     told, method = Told.read("a=b@uncoupled"), drafter(node_budget=9)
     assert told.shaped(method) == Variant(method, None, coupled=False)
     assert Contender("a", "b", told.shaped(method)).shape(1) == Contender("a", "b", method).shape(1)
+
+
+def test_methods_that_differ_in_coupling_alone_are_one_where_decoding_is_greedy():
+    method = drafter()
+
+    def made(text: str) -> Contender:
+        told = Told.read(text)
+        return Contender(told.label, told.path, told.shaped(method))
+
+    found = [made(text) for text in ("a=x", "b=x@uncoupled", "c=x@2x2", "d=x@2x2,uncoupled", "e=x", "f=y@uncoupled")]
+    assert greedy_twins([Contender(ALONE), *found], [1]) == {"b": "a", "d": "c"}
+    method.config = method.config.model_copy(
+        update={"shapes": (DecodingShape(batch=2, beam_width=2, beam_length=2, node_budget=None),)}
+    )
+    assert greedy_twins([made("a=x"), made("b=x@4x3,uncoupled")], [1]) == {"b": "a"}
+    assert greedy_twins([made("a=x"), made("b=x@4x3,uncoupled")], [1, 2]) == {}, "tuned otherwise for two rows"
 
 
 def test_a_method_that_is_tuned_off_is_measured_as_it_was_made():

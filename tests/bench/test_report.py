@@ -193,8 +193,11 @@ def test_pictures_are_the_same_for_the_same_results():
 def test_a_colour_belongs_to_a_method():
     found = results()
     assert plots.colours(found)[NAME] == plots.COLOURS[0]
-    many = found | {"methods": [{"method": str(number)} for number in range(9)]}
-    assert len(plots.colours(many)) == 9 + 2
+    many = found | {"methods": [{"method": str(number), "path": f"folder {number // 2}"} for number in range(18)]}
+    tints = plots.colours(many)
+    assert len(set(tints.values())) == 18 + 2, "with more folders than colours too"
+    assert tints["0"] == plots.COLOURS[0]
+    assert tints["2"] == plots.COLOURS[1]
 
 
 def test_without_matplotlib_one_sentence_says_what_to_install(monkeypatch):

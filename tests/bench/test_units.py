@@ -24,6 +24,14 @@ def plan(**told):
     return of_bench([ALONE, "ours", THEIRS], ["a", "b"], [0.0, 1.0], **how)
 
 
+def test_what_greedy_decoding_does_not_tell_apart_is_measured_where_tokens_are_drawn():
+    found, whole = plan(batches=[2], only_sampling={"ours"}), plan(batches=[2])
+    assert [one for one in whole if one not in found] == [
+        one for one in whole if one.method == "ours" and one.temperature == 0
+    ]
+    assert {one.kind for one in found if one.method == "ours"} == {"decode", "together", "parts", "texts"}
+
+
 def runner(drafter=None, **told) -> Runner:
     if drafter is None:
         torch.manual_seed(0)

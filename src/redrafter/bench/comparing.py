@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from redrafter.bench import results as figures
-from redrafter.bench.contenders import ALONE, THEIRS, Contender
+from redrafter.bench.contenders import ALONE, THEIRS, Contender, greedy_twins
 from redrafter.bench.tables import Results
 from redrafter.bench.tasks import ALL, Tasks
 from redrafter.bench.units import Asked, Record, Runner, Unit, of_bench, run, turned
@@ -79,7 +79,11 @@ def compare(
     rounds: int,
     tell: Tell,
 ) -> Results:
-    """Every method beside decoding without one: by category and temperature, and by rows together for `batches`."""
+    """Every method beside decoding without one: by category and temperature, and by rows together for `batches`.
+
+    Greedily, one that differs from another in coupling alone is that one, and is not measured again.
+    """
+    twins = greedy_twins(methods, [batch, *batches])
     contenders = [Contender(ALONE), *([Contender(THEIRS)] if transformers else []), *methods]
     units = of_bench(
         [one.label for one in contenders],
@@ -88,10 +92,11 @@ def compare(
         batch=batch,
         batches=batches,
         rounds=rounds,
+        only_sampling=twins,
     )
     records, found = setting.run(units, contenders, tell)
     return found | {
-        "methods": figures.methods(contenders, setting.model, batch),
+        "methods": figures.methods(contenders, setting.model, batch, twins),
         "speed": figures.speeds(records),
         "batches": figures.speeds(records, "together"),
         "parts": figures.parts(records),

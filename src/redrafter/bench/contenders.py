@@ -100,6 +100,11 @@ class Contender:
     path: str = ""
     method: Method | None = None
 
+    @property
+    def coupled(self) -> bool | None:
+        """Whether it was told to rank by the draws' noise."""
+        return self.method.coupled if isinstance(self.method, Variant) else None
+
     def settings(self, batch: int) -> dict[str, Any]:
         """What to tell `generate` beside the drafter, for so many rows together."""
         return {} if self.method is None else measured(self.method, batch)
@@ -145,6 +150,21 @@ class Contender:
         own = {id(one) for one in target.model.parameters()}
         found = {id(one): one for module in (proposer.modules if proposer else ()) for one in module.parameters()}
         return [one for key, one in found.items() if key not in own]
+
+
+def greedy_twins(contenders: Sequence[Contender], batches: Sequence[int]) -> dict[str, str]:
+    """Of each that differs from an earlier one in nothing but whether the draws' noise ranks its drafts: that one.
+
+    By their labels.  Greedy decoding has no such noise, so there they are the same.
+    """
+    first: dict[tuple[str, tuple[DecodingShape | None, ...]], Contender] = {}
+    found = {}
+    for one in contenders:
+        if one.method is not None:
+            twin = first.setdefault((one.path, tuple(one.shape(batch) for batch in batches)), one)
+            if twin.coupled != one.coupled:
+                found[one.label] = twin.label
+    return found
 
 
 def load(told: Sequence[Told], model: PreTrainedModel, batches: Sequence[int]) -> list[Contender]:

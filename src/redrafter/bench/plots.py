@@ -86,9 +86,17 @@ def _panels(count: int, *, width: float = 5.0, height: float = 3.4, columns: int
 
 
 def colours(results: Results) -> dict[str, str]:
-    """A colour for every method, the same in all pictures."""
-    drafted = [one["method"] for one in results["methods"] if one["method"] not in (ALONE, THEIRS)]
-    found = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(drafted)}
+    """A colour for every method, the same in all pictures; what drafts from one folder shares it, in paler tints."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    drafted = [one for one in results["methods"] if one["method"] not in (ALONE, THEIRS)]
+    folders = list(dict.fromkeys(one["path"] for one in drafted))
+    found, used = {}, dict.fromkeys(COLOURS, 0)
+    for one in drafted:
+        colour = COLOURS[folders.index(one["path"]) % len(COLOURS)]
+        depth = 0.6 ** used[colour]
+        found[one["method"]] = to_hex([1 - depth * (1 - part) for part in to_rgb(colour)])
+        used[colour] += 1
     return {ALONE: "#777777", THEIRS: "#222222"} | found
 
 

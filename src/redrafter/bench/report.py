@@ -142,10 +142,10 @@ def _measured(results: Results) -> Section:
     ]
     if data["too_long"]:
         sentences.append(f"{data['too_long']} prompts were left out: the model has no room for them and an answer.")
-    rows = [
-        [one["method"], one.get("path", ""), one.get("shape", "no drafts"), tables.millions(one.get("parameters"))]
-        for one in results["methods"]
-    ]
+    rows = []
+    for one in results["methods"]:
+        drafts = one.get("shape", "no drafts") + (f"; greedily as {one['greedily']}" if "greedily" in one else "")
+        rows.append([one["method"], one.get("path", ""), drafts, tables.millions(one.get("parameters"))])
     table = Table(["method", "from", "drafts", "parameters beside the model's"], rows, names=3)
     return Section("What was measured", sentences, tables=[table])
 

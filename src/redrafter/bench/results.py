@@ -48,8 +48,10 @@ def about(model: PreTrainedModel) -> Record:
     }
 
 
-def methods(contenders: Iterable[Contender], model: PreTrainedModel, batch: int) -> list[Record]:
-    """What was compared, in the order of the command."""
+def methods(
+    contenders: Iterable[Contender], model: PreTrainedModel, batch: int, twins: Mapping[str, str] | None = None
+) -> list[Record]:
+    """What was compared, in the order of the command; with the one as which it drafts greedily, where there is one."""
     found = []
     for one in contenders:
         told: Record = {"method": one.label}
@@ -63,6 +65,8 @@ def methods(contenders: Iterable[Contender], model: PreTrainedModel, batch: int)
                 "shape": one.drafts(target, batch),
                 "parameters": one.parameters(target),
             }
+        if one.label in (twins or {}):
+            told["greedily"] = (twins or {})[one.label]
         found.append(told)
     return found
 

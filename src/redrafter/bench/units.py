@@ -10,7 +10,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -84,9 +84,13 @@ def of_bench(
     batch: int,
     batches: Sequence[int],
     rounds: int,
+    only_sampling: Collection[str] = (),
 ) -> list[Unit]:
-    """The units of a comparison, in order; the first of the contenders is the one without a drafter."""
-    found = []
+    """The units of a comparison, in order; the first of the contenders is the one without a drafter.
+
+    Those of `only_sampling` are not measured where decoding is greedy.
+    """
+    found: list[Unit] = []
     for number in range(rounds):
         order = turned(contenders, number)
         for temperature, category in itertools.product(temperatures, categories):
@@ -98,7 +102,7 @@ def of_bench(
         found += [Unit("parts", name, ALL, temperature, batch, 0) for name in own]
         for category in categories:
             found += [Unit("texts", name, category, temperature, batch, 0) for name in own[1:]]
-    return found
+    return [unit for unit in found if unit.temperature or unit.method not in only_sampling]
 
 
 @dataclass

@@ -217,15 +217,15 @@ def sweep(
 
 
 def _demo_method(demo: bool, model: str | None) -> list[str]:
-    """Every bundled way to draft that is there, and prompt lookup, which needs no folder."""
+    """Every bundled way to draft, and prompt lookup, which needs no folder."""
     from redrafter.cli.loading import demo_folder
 
     if demo and model is not None:
         raise RedrafterError("--demo brings its own model: leave --model out.")
     if not demo:
         return []
-    there = {name: path for name, folder in BUNDLED.items() if (path := demo_folder() / folder).is_dir()}
-    return [*(f"{name}={path}" for name, path in there.items()), "prompt lookup=prompt-lookup"]
+    bundled = (f"{name}={demo_folder() / folder}" for name, folder in BUNDLED.items())
+    return [*bundled, "prompt lookup=prompt-lookup"]
 
 
 def _is_bundled(one: Told) -> bool:
