@@ -241,6 +241,23 @@ def test_a_page_shows_the_results_that_its_markers_name(tmp_path):
     assert readme.put(new + other, tmp_path) == new + other, "each has its own"
 
 
+def test_several_results_stand_side_by_side(tmp_path):
+    larger = copy.deepcopy(results())
+    larger["about"]["parameters"] = 7_000_000_000
+    for one in larger["speed"]:
+        if "speed_up" in one:
+            one["speed_up"]["median"] = 2.5
+    for name, found in (("one.json", results()), ("two.json", larger)):
+        (tmp_path / name).write_text(json.dumps(found))
+    new = readme.put("<!-- results one.json two.json -->\n<!-- /results -->", tmp_path)
+    assert "\n1. tiny (12 M, float32) on a device" in new
+    assert "\n2. tiny (7,000 M, float32) on a device" in new
+    assert "| method | 1: greedy | 2: greedy |" in new
+    assert " | 1.33 (2.50) | 2.50 (2.50) |" in new
+    assert "autoregressive" not in new
+    assert readme.put(new, tmp_path) == new
+
+
 def test_a_page_without_results_is_refused(tmp_path):
     with pytest.raises(RedrafterError, match="There is no <!-- results FILE --> with <!-- /results --> after it"):
         readme.put("<!-- /results -->\n<!-- results one.json -->\n", tmp_path)
@@ -248,6 +265,8 @@ def test_a_page_without_results_is_refused(tmp_path):
         readme.put("<!-- results one.json -->\n<!-- /results -->", tmp_path)
 
 
-def test_the_readme_shows_the_committed_results():
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.put(page, ROOT) == page
+@pytest.mark.parametrize("name", ["README.md", "docs/comparison.md"])
+def test_pages_show_the_committed_results(name):
+    page = ROOT / name
+    text = page.read_text(encoding="utf-8")
+    assert readme.put(text, page.parent) == text

@@ -1,4 +1,4 @@
-"""Tables of results in a page of Markdown, each from a results.json that its marker names.
+"""Tables of results in a page of Markdown, each from what its marker names: a results.json, or several side by side.
 
     python -m redrafter.bench.readme README.md
 
@@ -12,26 +12,18 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from redrafter.bench.contenders import ALONE
-from redrafter.bench.tables import Results, Table, counted, equal, law, overall, times
+from redrafter.bench.tables import Results, Table, counted, equal, law, overall, temperatures, times
 from redrafter.errors import RedrafterError, reason
 
-MARKED = re.compile(r"(<!-- results (\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- results (\S+(?: \S+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def block(results: Results) -> str:
     """A sentence and a table over all prompts, one line for each method and temperature."""
-    about, data, asked = results["about"], results["data"], results["asked"]
-    prompts = sum(one["prompts"] for one in data["categories"].values())
-    versions = about["versions"]
-    told = (
-        f"{about['model']} ({about['parameters'] / 1e6:,.0f} M, {about['dtype']}) on {about['device']}, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}: {counted(prompts, 'prompt')} "
-        f"({', '.join(data['files'])}), up to {asked['max_new_tokens']} tokens each, medians of "
-        f"{counted(asked['rounds'], 'round')}."
-    )
     shapes = {one["method"]: one.get("shape", "") for one in results["methods"]}
     rows = [
         [
@@ -47,7 +39,39 @@ def block(results: Results) -> str:
         if one["method"] != ALONE
     ]
     head = ["method", "drafts", "decoding", "tokens per step", "tokens/s", "times as fast", "equal texts"]
-    return f"{textwrap.fill(told, 120)}\n\n{Table(head, rows, names=3).markdown}"
+    return f"{_measured_on(results)}\n\n{Table(head, rows, names=3).markdown}"
+
+
+def beside(many: Sequence[Results]) -> str:
+    """Sentences and one table over all prompts: how many times as fast each method is, and its tokens per step.
+
+    A column for each of the results and temperature.
+    """
+    cells: dict[tuple[str, int, float], str] = {}
+    columns = [(number, kind) for number, found in enumerate(many) for kind in temperatures(found["speed"])]
+    for number, found in enumerate(many):
+        for one in overall(found["speed"]):
+            if "speed_up" in one:
+                step = f" ({one['tokens_per_step']:.2f})" if "tokens_per_step" in one else ""
+                cells[one["method"], number, one["temperature"]] = f"{one['speed_up']['median']:.2f}{step}"
+    names = list(dict.fromkeys(name for name, _, _ in cells))
+    rows = [[name, *(cells.get((name, *place), "") for place in columns)] for name in names]
+    head = ["method", *(f"{number + 1}: {law(kind)}" for number, kind in columns)]
+    told = [f"{number}. {_measured_on(found, '   ').lstrip()}" for number, found in enumerate(many, start=1)]
+    return "\n".join([*told, "", Table(head, rows).markdown])
+
+
+def _measured_on(results: Results, margin: str = "") -> str:
+    about, data, asked = results["about"], results["data"], results["asked"]
+    prompts = sum(one["prompts"] for one in data["categories"].values())
+    versions = about["versions"]
+    told = (
+        f"{about['model']} ({about['parameters'] / 1e6:,.0f} M, {about['dtype']}) on {about['device']}, torch "
+        f"{versions['torch']}, transformers {versions['transformers']}: {counted(prompts, 'prompt')} "
+        f"({', '.join(data['files'])}), up to {asked['max_new_tokens']} tokens each, medians of "
+        f"{counted(asked['rounds'], 'round')}."
+    )
+    return textwrap.fill(told, 120, initial_indent=margin, subsequent_indent=margin)
 
 
 def put(page: str, folder: Path) -> str:
@@ -57,17 +81,21 @@ def put(page: str, folder: Path) -> str:
     """
 
     def block_of(found: re.Match[str]) -> str:
-        begin, name, end = found.groups()
-        try:
-            results = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RedrafterError(f"{name} cannot be read: {reason(error)}.") from error
-        return f"{begin}\n{block(results)}\n\n{end}"
+        begin, names, end = found.groups()
+        many = [_read(folder, name) for name in names.split()]
+        return f"{begin}\n{block(*many) if len(many) == 1 else beside(many)}\n\n{end}"
 
     new, count = MARKED.subn(block_of, page)
     if not count:
         raise RedrafterError("There is no <!-- results FILE --> with <!-- /results --> after it.")
     return new
+
+
+def _read(folder: Path, name: str) -> Results:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise RedrafterError(f"{name} cannot be read: {reason(error)}.") from error
 
 
 if __name__ == "__main__":
