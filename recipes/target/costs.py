@@ -34,7 +34,7 @@ EXIT = {"recurrent-released": 2}
 """Width of a grown recurrent drafter's head in hidden sizes, where it is not one: this is the released form."""
 
 TUNED = ("recurrent", "eagle", "recurrent-released", "recurrent-wide")
-TUNING = 150  # seconds that it may take to tune one, which else drafts as it was made
+TUNING = 180  # seconds that it may take to tune one, which else drafts as it was made
 
 
 def grown(given: argparse.Namespace, target: Path, there: Mapping[str, Path], begin: float) -> dict[str, Path]:
