@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from conftest import tiny_model
-from redrafter import EagleHead, MedusaHeads, RecurrentDrafter, RedrafterError, generate
+from redrafter import EagleHead, MedusaHeads, RecurrentDrafter, RedrafterError, TwoModel, generate
 
 sys.path.append(str(Path(__file__).parent.parent))
 from recipes.target import grown
@@ -83,6 +83,32 @@ def test_a_grown_pair_drafts_and_writes_the_same(head, exit_dim):
         assert after.new_tokens == before.new_tokens
         assert after.stats.accepted_by_position == before.stats.accepted_by_position
         assert before.stats.accepted > 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_draft_model_of_one_head_grows_beside_its_target(tied):
+    model, _ = pair("released")
+    sizes = {"hidden_size": 8, "intermediate_size": 10, "num_attention_heads": 1, "num_key_value_heads": 1}
+    draft = tiny_model(seed=1, head_dim=8, num_hidden_layers=1, tie_word_embeddings=tied, **sizes).double()
+    larger = grown_target(draft, hidden=24, layers=2, heads=3, inner=40)
+    assert larger.config.head_dim == 8
+    new, prompts = grown_target(model, **SHAPE), [[3, 4, 5], [7, 8, 9, 10, 11], [30]]
+    for law in ({"do_sample": False}, {"do_sample": True, "seed": 1}):
+        shape = {"beam_width": 12, "beam_length": 2, "max_new_tokens": 24}
+        before = generate(model, TwoModel(draft), prompts, **shape, **law)
+        after = generate(new, TwoModel(larger), prompts, **shape, **law)
+        assert after.new_tokens == before.new_tokens
+        assert after.stats.accepted_by_position == before.stats.accepted_by_position
+        assert before.stats.accepted > 0
+
+
+def test_what_was_tuned_at_the_cost_before_is_not_kept():
+    _, drafter = pair("projected")
+    told = {"shapes": ({"batch": 1, "beam_width": 2, "beam_length": 2},), "tuned_on": "another machine"}
+    drafter.config = type(drafter.config).model_validate(drafter.config.model_dump() | told)
+    head = grown_drafter(drafter, hidden=48)
+    assert head.config.shapes == ()
+    assert head.config.tuned_on is None
 
 
 def test_the_drafters_logits_are_the_same():

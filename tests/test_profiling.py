@@ -101,6 +101,21 @@ def test_the_rest_keeps_the_path_of_the_trees_that_are_drafted(results, monkeypa
     assert kept == [((2, 3), [4, 4])] * 2
 
 
+@pytest.mark.parametrize("length", [2, 6])
+def test_a_shape_of_another_length_is_drafted_as_if_it_were_the_calls_own(length):
+    torch.manual_seed(0)
+    head = EagleHead.fresh(MODEL, beam_length=4)  # a draft reads as many positions as a step may write
+    texts = [[*range(5, 16)], [*range(40, 29, -1)]]
+    told = {"beam_width": 3, "beam_length": length}
+    shape = DecodingShape(**told)
+    own, other = (
+        Bench.of(request(MODEL, head, texts, **told), head, [shape], repeats=1) for told in (told, {"beam_width": 2})
+    )
+    assert torch.equal(other.tree(shape).tokens, own.tree(shape).tokens)
+    assert other.step_ms(shape) > 0
+    assert torch.equal(other.tree(shape).tokens, own.tree(shape).tokens), "every measurement begins at the same place"
+
+
 def test_a_sampled_draft_reckons_with_the_noise(results):
     drafts = []
     for seed in (1, 2):

@@ -25,7 +25,7 @@ from recipes.common.answers import answers, contexts
 from recipes.common.corpus import Corpus, is_held_out, train_tokenizer
 from recipes.demo import cards, drafter, rivals
 from recipes.demo import shape as demo
-from recipes.target import compare, shape
+from recipes.target import commands, compare, costs, shape
 
 WORDS = "table hotel seven tonight please book the a in at for two good cheap rating bus from to".split()
 
@@ -193,34 +193,40 @@ def test_a_comparison_goes_from_data_to_a_table_and_does_nothing_twice(corpus, t
     monkeypatch.setattr(shape, "CATEGORIES", {"dialogue": "sgd"})
     monkeypatch.setattr(compare.prompts, "CATEGORIES", {"dialogue": "sgd"})
     monkeypatch.setattr(shape, "PEAK_RATE", 1e-2)
+    monkeypatch.setattr(commands, "GRID", {"widths": "2", "lengths": "2", "budgets": "3"})
+    monkeypatch.setattr(commands, "REPEATS", 1)
+    monkeypatch.setattr(costs, "PUBLISHED", {"hidden": 96, "layers": 2, "heads": 2, "inner": 200})
     first = {name: dict([next(iter(shapes.items()))]) for name, shapes in compare.SHAPES.items()}
     monkeypatch.setattr(compare, "SHAPES", first)
     ran = []
 
     def command(words, until):
-        status, _, err = say(*words, "--temperatures", "0")
-        ran.append((status, "not measured" in err, err))
+        status, _, err = say(*words, *(["--temperatures", 0] if words[0] == "bench" else []))
+        ran.append((words[0], status, "not measured" in err, err))
         return status
 
-    monkeypatch.setattr(compare, "command", command)
+    monkeypatch.setattr(commands, "command", command)
     spec = tmp_path / "spec.jsonl"
     spec.write_text(json.dumps({"category": "coding", "turns": ["book a bus", "no"]}) + "\n")
     words = f"compare --data {corpus.folder} --output {tmp_path} --width 64 --layers 2 --minutes 1 --batch 4"
     words += " --prompts 8 --held-out 2 --new-tokens 8 --each 3 --draft-minutes 0.05 --method-batch 1 --rounds 1"
     words += " --bench-prompts 2 --grown-prompts 2 --hidden 128 --grown-layers 3 --heads 2 --inner 180"
-    words += f" --spec-bench {spec} --methods recurrent draft medusa eagle"
+    words += f" --small-width 64 --small-layers 1 --spec-bench {spec}"
+    words += " --methods recurrent draft medusa draft-small eagle"
     monkeypatch.setattr(sys, "argv", words.split())
     compare.main()
     told = capsys.readouterr().out
-    assert [one[:2] for one in ran] == [(0, False)] * 4, ran
+    assert [one[1:3] for one in ran] == [(0, False)] * 10, ran
+    heads = ["tune", "tune", "bench"]
+    assert [one[0] for one in ran] == ["tune", "bench", *heads, *heads, "bench", "bench"]
     page = (tmp_path / "compare-0.md").read_text()
     assert told.endswith(page)
-    names = [line.split(" | ")[0] for line in page.splitlines()[4:8]]
-    assert names == ["| recurrent", "| draft", "| medusa", "| eagle"]
+    names = [line.split(" | ")[0] for line in page.splitlines()[4:9]]
+    assert names == ["| recurrent", "| draft", "| medusa", "| draft-small", "| eagle"]
     for name in ("own-held-out", "grown-held-out", "own-spec", "grown-spec"):
         found = json.loads((tmp_path / "bench" / name / "results.json").read_text())
         speed = found["speed"]
-        assert len(found["methods"]) == 2 + 5
+        assert len(found["methods"]) == 2 + 6
         assert all(one["texts_equal"] == one["texts"] > 0 for one in speed if "texts" in one)
         assert set(found["data"]["categories"]) == {"dialogue" if "held-out" in name else "multi-turn"}
         assert f"{name.replace('-', ' cost, ', 1)} prompts, on " in page
@@ -228,25 +234,39 @@ def test_a_comparison_goes_from_data_to_a_table_and_does_nothing_twice(corpus, t
         {one["method"]: one.get("parameters") for one in json.loads(file.read_text())["methods"]}
         for file in (tmp_path / "bench" / f"{cost}-spec" / "results.json" for cost in ("own", "grown"))
     ]
-    for name in ("recurrent", "Medusa", "EAGLE"):
+    for name in (label for ways in first.values() for label in ways if label in parameters[0]):
         assert parameters[1][name] > parameters[0][name]
-    assert parameters[1]["two models"] == parameters[0]["two models"]
+    assert len(parameters[0]) == 2 + 6
+    for folder in ("methods", "grown"):
+        told = {name: tmp_path / folder / name / "config.json" for name in words.split("--methods ")[1].split()}
+        assert {name for name, file in told.items() if "tuned_on" in file.read_text()} == {"recurrent", "eagle"}
+    small = json.loads((tmp_path / "grown" / "draft-small" / "config.json").read_text())
+    assert (small["hidden_size"], small["num_hidden_layers"], small["head_dim"]) == (96, 2, 64)
+    on = [(tmp_path / "prompts" / f"{name}.jsonl").read_text().splitlines() for name in ("held-out", "tuning")]
+    assert len(on[0]) == 2
+    assert len(on[1]) == 4
+    assert not {*on[0]} & {*on[1]}
 
     file = tmp_path / "bench" / "own-spec" / "results.json"
     found = json.loads(file.read_text())
     lines = file.with_name("measurements.jsonl").read_text()
     file.write_text(json.dumps(found | {"failed": ["3 measurements, for which no time was left; …"]}))
     compare.main()
-    assert len(ran) == 5, "what there was no time for is measured by the same command"
+    assert len(ran) == 11, "what there was no time for is measured by the same command"
     assert json.loads(file.read_text()) == found
     assert file.with_name("measurements.jsonl").read_text() == lines
 
     def never(*args, **kwargs):
         raise AssertionError("all is done")
 
-    for name in ("train_head", "train_draft_model", "grown_target", "command"):
-        monkeypatch.setattr(compare, name, never)
-    monkeypatch.setattr(pretrain, "train", never)
+    for module, name in (
+        (compare, "train_head"),
+        (compare, "train_draft_model"),
+        (costs, "grown_target"),
+        (commands, "command"),
+        (pretrain, "train"),
+    ):
+        monkeypatch.setattr(module, name, never)
     compare.main()
     assert (tmp_path / "compare-0.md").read_text() == page
 
@@ -262,6 +282,7 @@ def test_what_fails_is_named_and_nothing_is_begun_without_time(
         raise ValueError("no such luck")
 
     monkeypatch.setattr(compare, "train_head", fails)
+    monkeypatch.setattr(commands, "rehearse", lambda *_: None)
     monkeypatch.setattr(compare, "LEAST", 10**9)
     words = f"compare --data {corpus.folder} --output {tmp_path} --target {target} --tokenizer {target} --prompts 4"
     words += " --held-out 1 --new-tokens 2 --each 1 --methods medusa eagle --seconds 1000"
@@ -274,3 +295,31 @@ def test_what_fails_is_named_and_nothing_is_begun_without_time(
     monkeypatch.setattr(sys, "argv", words.replace("--each 1", "--each 2000").split())
     compare.main()
     assert "eagle is not there: no time was left to train it" in capsys.readouterr().out
+
+
+def test_nothing_is_trained_for_a_command_that_does_not_run(corpus, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(shape, "corpus", lambda folder: corpus)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    asked = []
+
+    def command(words, until):
+        asked.append(words[0])
+        return 2 if words[0] == "bench" else 0
+
+    monkeypatch.setattr(commands, "command", command)
+    monkeypatch.setattr(sys, "argv", f"compare --data {corpus.folder} --output {tmp_path}".split())
+    with pytest.raises(SystemExit, match=r"^redrafter bench was tried and ended with status 2: nothing is trained\.$"):
+        compare.main()
+    assert asked == ["tune", "bench", "bench"]
+    assert not (tmp_path / "target").exists()
+
+
+def test_draft_models_grow_to_the_proportions_of_published_pairs(data):
+    full = shape.corpus(data)
+    larger = {"hidden": 4096, "layers": 32, "heads": 64, "inner": 11008}
+    before = [shape.configuration(full, "llama", *sizes) for sizes in ((384, 3), (768, 12))]
+    assert costs.grown_draft("draft", larger, *before) == {"hidden": 2048, "layers": 8, "heads": 32, "inner": 5504}
+    small = costs.grown_draft("draft-small", larger, shape.configuration(full, "llama", 128, 2), before[1])
+    assert small["hidden"] == small["heads"] * shape.HEAD
+    assert all(size <= larger[name] for name, size in small.items())
+    assert sum(len(ways) for ways in compare.SHAPES.values()) == 13, "each of two costs takes time"

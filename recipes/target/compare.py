@@ -13,8 +13,6 @@ import argparse
 import json
 import lzma
 import math
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -24,39 +22,39 @@ import torch
 from recipes.common.answers import put
 from recipes.common.corpus import Corpus
 from recipes.common.methods import EAGLE, KL, Effort, Record, Way, train_draft_model, train_head
-from recipes.target import prompts, shape, stages
+from recipes.target import commands, costs, prompts, shape, stages
+from recipes.target.costs import DRAFT, SMALL
 from recipes.target.drafters import LENGTH, drafter_of, measured_on, prompts_of, written_by
-from recipes.target.grown import grown_head, grown_target
 from recipes.target.stages import awaited, say, survived
 from recipes.target.variants import variants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from redrafter import EagleHead, MedusaHeads, RecurrentDrafter, RedrafterError
+from redrafter import EagleHead, MedusaHeads, RecurrentDrafter
 from redrafter.bench.tables import Table, equal, law, overall, temperatures, times
-from redrafter.proposers.loading import load_head
 from redrafter.training.data import Row
 
-DRAFT = "draft"
 SHAPES = {
     "recurrent": {
-        "recurrent": "@10x4:32",
-        "recurrent, without the noise": "@10x4:32,uncoupled",
-        "recurrent, 4 beams": "@4x4",
+        "recurrent": "",
+        "recurrent, without the noise": "@uncoupled",
+        "recurrent, 10 whole beams": "@10x4",
     },
-    DRAFT: {"two models": "@1x5", "two models, by the noise": "@1x5,coupled", "two models, tree": "@4x4:16,coupled"},
-    "recurrent-released": {"recurrent, released": "@10x4"},
-    "medusa": {"Medusa": "", "Medusa, without the noise": "@uncoupled", "Medusa, 32 nodes": "@10x4:32"},
-    "recurrent-wide": {"recurrent, wide": "@10x4:32"},
-    "eagle": {"EAGLE": "@8x4:32", "EAGLE, by the noise": "@8x4:32,coupled"},
+    DRAFT: {"two models, chain of 3": "@1x3", "two models, tree by the noise": "@4x4:16,coupled"},
+    "medusa": {"Medusa": "", "Medusa, without the noise": "@uncoupled"},
+    SMALL: {"small draft model, chain of 5": "@1x5", "small draft model, tree by the noise": "@4x4:16,coupled"},
+    "eagle": {"EAGLE": "", "EAGLE, by the noise": "@coupled"},
+    "recurrent-released": {"recurrent, released": ""},
+    "recurrent-wide": {"recurrent, wide": ""},
 }
 """What is trained, by folder, and in which shapes it is measured under which name; in the order of the training.
 
+Where no shape is told, a head drafts in the one that `redrafter tune` finds for it, and Medusa heads their fitted tree.
 When sampling, EAGLE and two models rank by their own probabilities, as published, and once more by the noise of the
 target's draws, as the recurrent drafter and Medusa do.
 """
 
-EXIT = {"recurrent-released": 2}
-"""Width of a grown recurrent drafter's head in hidden sizes, where it is not one: this is the released form."""
+TO_TUNE = 4
+"""Prompts of each category to tune on, which are not among those that are measured."""
 
 MULTI_TURN = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 """Categories of MT-bench, which are one task of Spec-Bench."""
@@ -76,10 +74,15 @@ def main() -> None:
         stages.tokenizer(given, corpus)
     if given.only_tokenizer:
         return
+    if not all(_record(given.output, name).exists() for name in given.methods):
+        tokenizer = awaited(stages.tokenizer(given, corpus), until)
+        commands.rehearse(given.output / f"rehearsal-{part}", corpus, tokenizer, until)
+        say(begin, "tune and bench do what is needed later")
     mine = [name for number, name in enumerate(given.methods) if number % parts == part]
-    if DRAFT in mine and part:  # while part 0 trains the target
-        _pretrain_draft_model(given, corpus)
-        say(begin, "trained the draft model on text")
+    for name in (DRAFT, SMALL):
+        if name in mine and part:  # while part 0 trains the target
+            _pretrain_draft_model(given, corpus, name)
+            say(begin, f"{name}: trained on text")
     target = stages.target(given, corpus, until)
     say(begin, "the target is there")
     _train(given, corpus, target, mine, begin, until)
@@ -114,9 +117,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--each", type=float, default=60.0, help="seconds of training each method")
     parser.add_argument("--method-batch", type=int, default=8, help="packed rows of 1,024 tokens in a step")
     parser.add_argument("--method-rate", type=float, default=1e-3, help="learning rate at its peak")
-    parser.add_argument("--draft-minutes", type=float, default=2.0, help="of training the draft model on text before")
+    parser.add_argument("--draft-minutes", type=float, default=2.0, help="of training a draft model on text before")
     parser.add_argument("--draft-width", type=int, help="by default half of the target's")
     parser.add_argument("--draft-layers", type=int, help="by default a quarter of the target's")
+    parser.add_argument("--small-width", type=int, default=128, help="of the small draft model")
+    parser.add_argument("--small-layers", type=int, default=2, help="of the small draft model")
+    parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help="heads before measuring")
     parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's questions, JSON lines, perhaps under xz")
     parser.add_argument("--spec-prompts", type=int, default=4, help="of each of its tasks")
     parser.add_argument("--bench-prompts", type=int, default=12, help="held-out prompts of each category")
@@ -131,7 +137,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def heads(target: Any) -> dict[str, Way]:
-    """All that is trained but the draft model, for a target of this config."""
+    """All that is trained but the draft models, for a target of this config."""
     known = {variant.name: variant for variant in variants(target)}
 
     def recurrent(name: str) -> Way:
@@ -155,10 +161,12 @@ def _record(output: Path, name: str) -> Path:
     return output / "methods" / f"{name}.json"
 
 
-def _pretrain_draft_model(given: argparse.Namespace, corpus: Corpus) -> Path:
-    folder: Path = given.output / "methods" / f"{DRAFT}-before"
-    width = given.draft_width or max(1, given.width // 2 // shape.HEAD) * shape.HEAD
-    layers = given.draft_layers or max(1, given.layers // 4)
+def _pretrain_draft_model(given: argparse.Namespace, corpus: Corpus, name: str) -> Path:
+    folder: Path = given.output / "methods" / f"{name}-before"
+    width, layers = given.small_width, given.small_layers
+    if name == DRAFT:
+        width = given.draft_width or max(1, given.width // 2 // shape.HEAD) * shape.HEAD
+        layers = given.draft_layers or max(1, given.layers // 4)
     stages.pretrained(given, corpus, folder, width=width, layers=layers, minutes=given.draft_minutes)
     return folder
 
@@ -182,9 +190,9 @@ def _train(
         folder = output / "methods" / name
         if time.monotonic() + given.each > until:
             return {"failed": "no time was left to train it"}
-        if name != DRAFT:
+        if name in made:
             return train_head(made[name], model, rows, folder, effort)
-        before = _pretrain_draft_model(given, corpus)
+        before = _pretrain_draft_model(given, corpus, name)
         return train_draft_model(before, model, tokenizer, rows, folder, effort)
 
     for name in names:
@@ -201,7 +209,11 @@ def _train(
 def _write_prompts(given: argparse.Namespace, corpus: Corpus, target: Path) -> None:
     """What `redrafter bench` reads; every process writes the same, none half of it."""
     (given.output / "prompts").mkdir(exist_ok=True)
-    asked = {"held-out": prompts.rows(corpus, AutoTokenizer.from_pretrained(target), given.held_out)}
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    asked = {
+        "held-out": prompts.rows(corpus, tokenizer, given.held_out),
+        "tuning": prompts.rows(corpus, tokenizer, TO_TUNE, after=given.held_out),
+    }
     if given.spec_bench:
         opened = lzma.open if given.spec_bench.suffix == ".xz" else open
         with opened(given.spec_bench, "rt", encoding="utf-8") as lines:
@@ -225,47 +237,6 @@ def by_task(row: dict[str, Any]) -> dict[str, Any]:
     return {"category": "multi-turn" if many else row["category"].replace("_", " "), "turns": row["turns"]}
 
 
-def _grow(given: argparse.Namespace, target: Path, there: dict[str, Path], begin: float) -> dict[str, str]:
-    """Folders of the target and its methods at the cost of a larger shape; the draft model stays as it is."""
-    folder = given.output / "grown"
-    grown = {"target": str(folder / "target")}
-    sizes = {"hidden": given.hidden, "heads": given.heads, "inner": given.inner}
-    kind: dict[str, Any] = {"device": stages.device(), "dtype": torch.bfloat16}
-    torch.manual_seed(0)
-    if not (folder / "target.json").exists():
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-        new = grown_target(model, layers=given.grown_layers, **sizes, **kind)
-        new.save_pretrained(folder / "target")
-        AutoTokenizer.from_pretrained(target).save_pretrained(folder / "target")
-        put(folder / "target.json", {"parameters": new.num_parameters()})
-        say(begin, f"the target has grown to {new.num_parameters():,} parameters")
-        del new
-    for name, path in there.items():
-        if name == DRAFT:
-            grown[name] = str(path)
-            continue
-        grown[name] = str(folder / name)
-        if (folder / f"{name}.json").exists():
-            continue
-        head = load_head(path)
-        told = {}
-        if isinstance(head, RecurrentDrafter):
-            told = {"exit_dim": max(head.config.exit_dim, EXIT.get(name, 1) * given.hidden)}
-        try:
-            head = grown_head(head, target="target", **told, **sizes, **kind)
-        except RedrafterError as error:
-            del grown[name]
-            say(begin, f"{name} cannot grow: {error}")
-            continue
-        head.save_pretrained(folder / name)
-        put(folder / f"{name}.json", {"parameters": sum(one.numel() for one in head.parameters())})
-        say(begin, f"{name} has grown")
-        del head
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return grown
-
-
 def _measure(
     given: argparse.Namespace, cost: str, data: str, target: Path, there: dict[str, Path], begin: float, until: float
 ) -> str | None:
@@ -275,45 +246,33 @@ def _measure(
         return None
     if time.monotonic() + LEAST > until:
         return f"no time was left to measure at {cost} cost on {data} prompts"
-    if cost == "grown":
-        if data == "held-out":
-            put(given.output / "grown.json", _grow(given, target, there, begin))
-        grown = json.loads(awaited(given.output / "grown.json", until).read_text())
-        there = {name: Path(path) for name, path in grown.items()}
-        target = there.pop("target")
+    if data == "held-out":
+        folders = costs.grown(given, target, there, begin) if cost == "grown" else {"target": target} | there
+        if given.tune:
+            costs.tune(folders, _prompts(given, "tuning"), given.new_tokens, begin, until)
+        put(given.output / f"{cost}.json", {name: str(path) for name, path in folders.items()})
+    told = json.loads(awaited(given.output / f"{cost}.json", until).read_text())
     count = given.grown_prompts if cost == "grown" else given.spec_prompts if data == "spec" else given.bench_prompts
-    words = ["bench", "--model", target, "--data", _prompts(given, data), "--output", folder, "--prompts", count]
-    words += ["--max-new-tokens", given.new_tokens, "--rounds", 1 if cost == "grown" else given.rounds]
-    words += ["--transformers", *(["--compile"] if torch.cuda.is_available() else [])]
-    for name, path in there.items():
-        for label, way in SHAPES[name].items():
-            words += ["--method", f"{label}={path}{way}"]
-    words += ["--method", "prompt lookup=prompt-lookup"]
-    if until < math.inf:
-        words += ["--minutes", max(0.0, until - time.monotonic() - SETTLED) / 60]
-    status = command(list(map(str, words)), until)
-    if status == 2:  # perhaps it was begun with other methods
-        status = command([*map(str, words), "--overwrite"], until)
-    if status == 0:
-        return (
-            None if _is_whole(folder) else f"not everything could be measured at {cost} cost on {data} prompts in time"
-        )
-    return f"redrafter bench at {cost} cost on {data} prompts ended with status {status}"
+    status = commands.bench(
+        told.pop("target"),
+        _prompts(given, data),
+        folder,
+        [f"{label}={path}{way}" for name, path in told.items() for label, way in SHAPES[name].items()],
+        until,
+        new_tokens=given.new_tokens,
+        prompts=count,
+        rounds=1 if cost == "grown" else given.rounds,
+        minutes=None if until == math.inf else max(0.0, until - time.monotonic() - SETTLED) / 60,
+    )
+    if status:
+        return f"redrafter bench at {cost} cost on {data} prompts ended with status {status}"
+    return None if _is_whole(folder) else f"not everything could be measured at {cost} cost on {data} prompts in time"
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether nothing is left to measure there for want of time."""
     file = folder / "results.json"
     return file.exists() and not any("no time was left" in one for one in json.loads(file.read_text())["failed"])
-
-
-def command(words: list[str], until: float) -> int:
-    """Runs a command of redrafter in a process of its own, which frees the GPU's memory; 124 where time ran out."""
-    left = None if until == math.inf else max(1.0, until - time.monotonic())
-    try:
-        return subprocess.run([sys.executable, "-m", "redrafter", *words], timeout=left, check=False).returncode
-    except subprocess.TimeoutExpired:
-        return 124
 
 
 def page(output: Path) -> str:
@@ -343,7 +302,12 @@ def _measured(found: Record) -> Table:
     rows = []
     for one in found["methods"]:
         name = one["method"]
-        row = [name, f"{one['parameters']:,}" if "parameters" in one else "", f"{drafts.get(name, 0.0):.2f}"]
+        row = [
+            name,
+            one.get("shape", ""),
+            f"{one['parameters']:,}" if "parameters" in one else "",
+            f"{drafts.get(name, 0.0):.2f}",
+        ]
         for kind in kinds:
             cell = speed.get((name, kind), {})
             row += [f"{cell['tokens_per_step']:.2f}" if "tokens_per_step" in cell else ""]
@@ -351,7 +315,7 @@ def _measured(found: Record) -> Table:
             row += [equal(cell)]
         rows.append(row)
     laws = [f"{title}, {law(kind)}" for kind in kinds for title in titles]
-    return Table(["method", "parameters", "ms a draft", *laws], rows)
+    return Table(["method", "drafts", "parameters", "ms a draft", *laws], rows)
 
 
 if __name__ == "__main__":

@@ -291,8 +291,9 @@ def _check_growth(old: Any, sizes: dict[str, int]) -> None:
 def _larger(
     head: Any, sizes: dict[str, Any], target: str | None, device: torch.device | str, dtype: torch.dtype | None
 ) -> Any:
-    """One of the same kind and vocabulary with other sizes, all its weights random."""
-    config = head.config.model_copy(update=sizes | {"target": target or head.config.target})
+    """One of the same kind and vocabulary with other sizes, all its weights random; not tuned, for steps cost more."""
+    untuned = {"shapes": (), "tuned_on": None}
+    config = head.config.model_copy(update=sizes | untuned | {"target": target or head.config.target})
     with torch.device(device):
         new = type(head)(config).to(dtype or head.dtype).eval()
     for parameter in new.parameters():

@@ -128,15 +128,16 @@ class Bench:
         target, rows = asked.target, asked.rows
         drafts = [asked.proposer]
         if drafter is not None:
+            if asked.proposer is None:
+                drafts = [drafter.proposer(target, *drafter.drafting(0))]
             drafts += [drafter.proposer(target, one.beam_width, one.beam_length, one.node_budget) for one in shapes]
-        reach = max([nodes, *(max(one.size, one.length + 1) for one in drafts if one is not None)])
+        made = [one for one in drafts if one is not None]
+        reach = max([nodes, *(max(one.size, one.length + 1) for one in made)])
         sampler = Sampler(asked.sampler.do_sample, asked.sampler.processors[:1])
         context = len(rows[0].prompt)
         slots = context + 2 * reach  # a step writes the path's tokens where its nodes end
+        proposer = max(made, key=lambda one: one.positions, default=None)  # the others see the last of its positions
         with target.evaluating(), torch.inference_mode():
-            proposer = asked.proposer
-            if proposer is None and drafter is not None:
-                proposer = drafter.proposer(target, *drafter.drafting(0))
             state = empty(target, proposer, batch=len(rows), slots=slots)
             prefill(target, proposer, sampler, rows, state)
             state.place.alive.zero_()  # so that no step leads on from where they stand
@@ -171,12 +172,13 @@ class Bench:
         return found.quickened()
 
     def _ready(self, shape: DecodingShape) -> tuple[Proposer, State]:
-        """What drafts in this shape, and the rows with a memory of the size that it has in decoding."""
+        """What drafts in this shape, and the rows with a memory and positions as many as it has in decoding."""
         proposer = self.proposer(shape)
         memory = proposer.memory(batch=self.batch, slots=self.state.cache.slots)
         if memory is not None and self.state.memory is not None:
             memory.adopt([*range(self.batch)], self.state.memory)
-        return proposer, replace(self.state, memory=memory)
+        context = self.state.context[:, -proposer.positions :].clone()
+        return proposer, replace(self.state, memory=memory, context=context)
 
     def step_ms(self, shape: DecodingShape | None = None) -> float:
         """A whole step; without a shape the autoregressive one."""

@@ -202,6 +202,22 @@ def test_the_command_says_how_long_it_compiled(model_folder, say, graphs):
     assert [line.split(" in ")[0] for line in err.splitlines()][:-1] == ["compiled LlamaDecoderLayer"]
 
 
+def test_shapes_are_tuned_for_compiled_layers_where_that_is_asked_for(
+    model_folder, drafter_folder, tmp_path, say, graphs
+):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Once"}')
+    words = ["tune", "--model", model_folder, "--drafter", drafter_folder, "--prompts", tmp_path / "rows.jsonl"]
+    words += ["--batch-sizes", 1, "--widths", 2, "--lengths", 2, "--budgets", 4, "--repeats", 1, "--context", 8]
+    words += ["--max-new-tokens", 4]
+    status, out, err = say(*words, "--output", tmp_path / "plain")
+    assert (status, len(graphs)) == (0, 0), err
+    assert "compiled" not in out
+    status, out, err = say(*words, "--output", tmp_path / "compiled", "--compile")
+    assert status == 0, err
+    assert len(graphs) == 3, "trees of 1, 4 and 5 nodes"
+    assert RecurrentDrafter.from_pretrained(tmp_path / "compiled").config.tuned_on.endswith(", compiled layers")
+
+
 @pytest.mark.parametrize("told", [{"fast": False}, {}])
 def test_nothing_is_compiled_where_the_kernels_do_not_run(told, graphs, monkeypatch):
     if not told:

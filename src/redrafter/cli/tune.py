@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from redrafter.cli.loading import (
+    Compile,
     Device,
     DoSample,
     DrafterOrModel,
@@ -48,6 +49,7 @@ def tune(
     seed: Seed = None,
     repeats: Annotated[int, typer.Option(min=1, help="Times to measure each; the median counts.")] = 20,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is fastest, and write nothing.")] = False,
+    compile: Compile = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -87,13 +89,14 @@ def tune(
     length = context or texts.length
     writes = {shape: texts.tokens_per_step(shape) for shape in candidates}
     found = [
-        tuning.tune(Bench.of(texts.again(batch, length), method, candidates, repeats=repeats), writes)
+        tuning.tune(Bench.of(texts.again(batch, length), method, candidates, repeats=repeats, compile=compile), writes)
         for batch in batches
     ]
     _table(found)
     kind = str(target.dtype).removeprefix("torch.")
     way = "sampled" if do_sample else "greedy"
     tuned_on = f"{device_name(target.device)}, {kind}, {way}, {length} tokens of context"
+    tuned_on += ", compiled layers" if compile and Target(target).packs else ""
     if dry_run:
         typer.echo(f"Measured on {tuned_on}; nothing is written.")
         return

@@ -1,0 +1,99 @@
+"""`redrafter tune` and `redrafter bench` as the comparison calls them, each in a process of its own.
+
+Promises that both can be tried, from the first option to the report, before anything is trained for them.  Does not
+know what is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from recipes.common.corpus import Corpus
+from recipes.target import shape
+from recipes.target.stages import device
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from redrafter.stand_ins import random_drafter
+
+GRID = {"widths": "4,10,16", "lengths": "3,4,5,6", "budgets": "16,32,48"}
+"""Shapes that a head is tried in, beside whole beams."""
+
+LEAST_GRID = {"widths": "1", "lengths": "2", "budgets": "4"}
+
+REPEATS = 10  # of everything that tune times
+
+
+def tune(model: Path, head: Path, data: Path, until: float, *, new_tokens: int, grid: dict[str, str]) -> int:
+    """Writes the fastest greedy shape for a row alone into a head's folder; the exit status."""
+    words = ["tune", "--model", model, "--drafter", head, "--prompts", data, "--batch-sizes", 1]
+    for name, sizes in grid.items():
+        words += [f"--{name}", sizes]
+    return command([*words, "--max-new-tokens", new_tokens, "--repeats", REPEATS, *_compiled()], until)
+
+
+def bench(
+    model: Path,
+    data: Path,
+    output: Path,
+    methods: Sequence[str],
+    until: float,
+    *,
+    new_tokens: int,
+    prompts: int,
+    rounds: int,
+    minutes: float | None = None,
+) -> int:
+    """Measures methods, each told as NAME=PATH, and prompt lookup; the exit status.
+
+    `minutes`: after which nothing more is begun.
+    """
+    words = ["bench", "--model", model, "--data", data, "--output", output, "--prompts", prompts, "--rounds", rounds]
+    words += ["--max-new-tokens", new_tokens, "--transformers", *_compiled()]
+    for told in (*methods, "prompt lookup=prompt-lookup"):
+        words += ["--method", told]
+    words += [] if minutes is None else ["--minutes", minutes]
+    status = command(words, until)
+    return command([*words, "--overwrite"], until) if status == 2 else status  # perhaps it was begun with others
+
+
+def _compiled() -> list[str]:
+    return ["--compile"] if torch.cuda.is_available() else []
+
+
+def command(words: Sequence[object], until: float) -> int:
+    """Runs a command of redrafter in a process of its own, which frees the GPU's memory; 124 where time ran out."""
+    left = None if until == math.inf else max(1.0, until - time.monotonic())
+    line = [sys.executable, "-m", "redrafter", *map(str, words)]
+    try:
+        return subprocess.run(line, timeout=left, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return 124
+
+
+def rehearse(folder: Path, corpus: Corpus, tokenizer: Path, until: float) -> None:
+    """Tunes and measures a random drafter of a tiny random model.  Ends the process where a command fails."""
+    read = AutoTokenizer.from_pretrained(tokenizer)
+    config = shape.configuration(corpus, "llama", width=shape.HEAD, layers=1)
+    config.vocab_size = len(read)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device())
+    target, drafter, data = folder / "target", folder / "drafter", folder / "prompts.jsonl"
+    model.save_pretrained(target)
+    read.save_pretrained(target)
+    random_drafter(model).save_pretrained(drafter)
+    data.write_text(json.dumps({"category": "a", "prompt": "a"}) + "\n")
+    few: dict[str, Any] = {"new_tokens": 4, "prompts": 1, "rounds": 1, "minutes": 10}
+    statuses = {
+        "tune": tune(target, drafter, data, until, new_tokens=4, grid=LEAST_GRID),
+        "bench": bench(target, data, folder / "bench", [f"one={drafter}@2x2:4,uncoupled"], until, **few),
+    }
+    for name, status in statuses.items():
+        if status:
+            raise SystemExit(f"redrafter {name} was tried and ended with status {status}: nothing is trained.")

@@ -1,0 +1,113 @@
+"""What is measured at a cost: the target's own, or that of a larger one, to which all that drafts for it grows too.
+
+Promises that heads draft in the shape that is fastest at that cost, and draft models keep the proportions of published
+pairs.  Does not know how any of them was trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from recipes.common.answers import put
+from recipes.target import commands, stages
+from recipes.target.grown import grown_head, grown_target
+from recipes.target.stages import say
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from redrafter import RecurrentDrafter, RedrafterError
+from redrafter.head import Head
+from redrafter.proposers.loading import load_head
+
+DRAFT, SMALL = "draft", "draft-small"
+"""Draft models, which are trained on text before they learn the target's answers; all others are heads."""
+
+PUBLISHED = {"hidden": 768, "layers": 2, "heads": 12, "inner": 3072}
+"""What the small draft model grows to: the shape of https://huggingface.co/JackFram/llama-68m, which drafts for 7B."""
+
+EXIT = {"recurrent-released": 2}
+"""Width of a grown recurrent drafter's head in hidden sizes, where it is not one: this is the released form."""
+
+TUNED = ("recurrent", "eagle", "recurrent-released", "recurrent-wide")
+TUNING = 180  # seconds that it may take to tune one, which else drafts as it was made
+
+
+def grown(given: argparse.Namespace, target: Path, there: Mapping[str, Path], begin: float) -> dict[str, Path]:
+    """Folders of `target` and of all that drafts for it, at the cost of a larger shape; without what cannot grow."""
+    folder = given.output / "grown"
+    sizes = {"hidden": given.hidden, "heads": given.heads, "inner": given.inner}
+    kind: dict[str, Any] = {"device": stages.device(), "dtype": torch.bfloat16}
+    torch.manual_seed(0)
+
+    def model(name: str, source: Path) -> PreTrainedModel:
+        own = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        larger = sizes | {"layers": given.grown_layers}
+        if name != "target":
+            larger = grown_draft(name, larger, own.config, AutoConfig.from_pretrained(target))
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder / name)
+        return grown_target(own, **larger, **kind)
+
+    def head(name: str, source: Path) -> Head:
+        own = load_head(source)
+        exit_dim = None
+        if isinstance(own, RecurrentDrafter):
+            exit_dim = max(own.config.exit_dim, EXIT.get(name, 1) * given.hidden)
+        return grown_head(own, target="target", exit_dim=exit_dim, **sizes, **kind)
+
+    found = {}
+    for name, source in ({"target": target} | dict(there)).items():
+        if not (folder / f"{name}.json").exists():
+            try:
+                new = (model if name in ("target", DRAFT, SMALL) else head)(name, source)
+            except RedrafterError as error:
+                if name == "target":
+                    raise
+                say(begin, f"{name} cannot grow: {error}")
+                continue
+            new.save_pretrained(folder / name)
+            parameters = sum(one.numel() for one in new.parameters())
+            put(folder / f"{name}.json", {"parameters": parameters})
+            say(begin, f"{name} has grown to {parameters:,} parameters")
+            del new
+        found[name] = folder / name
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+def grown_draft(name: str, larger: dict[str, int], own: Any, target: Any) -> dict[str, int]:
+    """The shape that a draft model grows to where its target grows to `larger`; the configs of both before.
+
+    The larger one keeps its proportions to the target, the small one becomes as PUBLISHED.
+    """
+    if name == SMALL:
+        return PUBLISHED
+    words = {
+        "hidden": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "inner": "intermediate_size",
+    }
+    return {key: round(size * getattr(own, words[key]) / getattr(target, words[key])) for key, size in larger.items()}
+
+
+def tune(folders: Mapping[str, Path], data: Path, new_tokens: int, begin: float, until: float) -> None:
+    """Heads in these folders that are not tuned for the target beside them: the fastest shape on a file's prompts."""
+    for name in TUNED:
+        if name not in folders or "tuned_on" in json.loads((folders[name] / "config.json").read_text()):
+            continue
+        status = commands.tune(
+            folders["target"],
+            folders[name],
+            data,
+            min(until, time.monotonic() + TUNING),
+            new_tokens=new_tokens,
+            grid=commands.GRID,
+        )
+        ended = "tuned" if status == 0 else f"drafts as it was made, for redrafter tune ended with status {status}"
+        say(begin, f"{folders[name]}: {ended}")
