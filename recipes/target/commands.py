@@ -1,7 +1,7 @@
-"""`redrafter tune` and `redrafter bench` as the comparison calls them, each in a process of its own.
+"""`redrafter tune`, `bench` and `sweep` as the comparison calls them, each in a process of its own.
 
-Promises that both can be tried, from the first option to the report, before anything is trained for them.  Does not
-know what is compared.
+Promises that the first two can be tried, from the first option to the report, before anything is trained for them.
+Does not know what is compared.
 """
 
 from __future__ import annotations
@@ -62,6 +62,16 @@ def bench(
     words += [] if minutes is None else ["--minutes", minutes]
     status = command(words, until)
     return command([*words, "--overwrite"], until) if status == 2 else status  # perhaps it was begun with others
+
+
+def sweep(
+    model: Path, data: Path, output: Path, methods: Sequence[str], until: float, *, minutes: float | None = None
+) -> int:
+    """Measures the first method in all shapes, a prompt of each category once, the others beside; the exit status."""
+    words = ["sweep", "--model", model, "--data", data, "--output", output, "--prompts", 1, "--rounds", 1]
+    for told in methods:
+        words += ["--method", told]
+    return command([*words, *([] if minutes is None else ["--minutes", minutes])], until)
 
 
 def _compiled() -> list[str]:

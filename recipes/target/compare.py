@@ -26,12 +26,15 @@ from recipes.target import commands, costs, prompts, shape, stages
 from recipes.target.costs import DRAFT, SMALL
 from recipes.target.drafters import LENGTH, drafter_of, measured_on, prompts_of, written_by
 from recipes.target.stages import awaited, say, survived
-from recipes.target.variants import variants
+from recipes.target.variants import Variant, variants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from redrafter import EagleHead, MedusaHeads, RecurrentDrafter
 from redrafter.bench.tables import Table, equal, law, overall, temperatures, times
 from redrafter.training.data import Row
+
+NOT_DISTILLED = "recurrent-text"
+"""Learns what people wrote, as the target did, where all others learn what the target writes."""
 
 SHAPES = {
     "recurrent": {
@@ -39,12 +42,21 @@ SHAPES = {
         "recurrent, without the noise": "@uncoupled",
         "recurrent, 10 whole beams": "@10x4",
     },
-    DRAFT: {"two models, chain of 3": "@1x3", "two models, tree by the noise": "@4x4:16,coupled"},
+    DRAFT: {
+        "two models, chain of 3": "@1x3",
+        "two models, tree": "@4x4:16",
+        "two models, tree by the noise": "@4x4:16,coupled",
+    },
     "medusa": {"Medusa": "", "Medusa, without the noise": "@uncoupled"},
-    SMALL: {"small draft model, chain of 5": "@1x5", "small draft model, tree by the noise": "@4x4:16,coupled"},
+    SMALL: {
+        "small draft model, chain of 5": "@1x5",
+        "small draft model, tree": "@4x4:16",
+        "small draft model, tree by the noise": "@4x4:16,coupled",
+    },
     "eagle": {"EAGLE": "", "EAGLE, by the noise": "@coupled"},
-    "recurrent-released": {"recurrent, released": ""},
-    "recurrent-wide": {"recurrent, wide": ""},
+    "recurrent-quarter": {"recurrent, a quarter of the vocabulary": ""},
+    "recurrent-released": {"recurrent, the answers' tokens": ""},
+    NOT_DISTILLED: {"recurrent, not distilled": ""},
 }
 """What is trained, by folder, and in which shapes it is measured under which name; in the order of the training.
 
@@ -53,11 +65,21 @@ When sampling, EAGLE and two models rank by their own probabilities, as publishe
 target's draws, as the recurrent drafter and Medusa do.
 """
 
+RECURRENT = {
+    "recurrent": "answers, KL and coupled, decay 0.8",
+    "recurrent-quarter": "answers, KL and coupled, decay 0.8, V/4",
+    "recurrent-released": "answers, tokens",
+    NOT_DISTILLED: "released: the text's own tokens",
+}
+"""The recurrent drafters, each as one of `variants.py`; a sweep goes through the first and has the others beside it."""
+
 TO_TUNE = 4
 """Prompts of each category to tune on, which are not among those that are measured."""
 
 MULTI_TURN = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 """Categories of MT-bench, which are one task of Spec-Bench."""
+
+SWEEP = "sweep"
 
 LEAST = 120  # seconds for which a measurement is begun
 SETTLED = 75  # of those in which it loads, ends its last unit and writes the report
@@ -94,13 +116,11 @@ def main() -> None:
             say(begin, f"{name} is not there: {record['failed']}")
         else:
             there[name] = given.output / "methods" / name
-    jobs = [(cost, data) for data in ("held-out", "spec") for cost in ("own", "grown")]
-    family = AutoConfig.from_pretrained(target).model_type
-    jobs = [
-        (cost, data)
-        for cost, data in jobs
-        if (cost == "own" or (given.grown and family == "llama")) and (data == "held-out" or given.spec_bench)
-    ]
+    costs_there = ["own"]
+    if given.grown and AutoConfig.from_pretrained(target).model_type == "llama":
+        costs_there.append("grown")
+    jobs = [(cost, data) for data in ("held-out", *(["spec"] if given.spec_bench else [])) for cost in costs_there]
+    jobs += [("own", SWEEP)] if given.sweep else []
     for number, (cost, data) in enumerate(jobs):
         if number % parts == part:
             result = survived(partial(_measure, given, cost, data, target, there, begin, until))
@@ -117,12 +137,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--each", type=float, default=60.0, help="seconds of training each method")
     parser.add_argument("--method-batch", type=int, default=8, help="packed rows of 1,024 tokens in a step")
     parser.add_argument("--method-rate", type=float, default=1e-3, help="learning rate at its peak")
-    parser.add_argument("--draft-minutes", type=float, default=2.0, help="of training a draft model on text before")
+    parser.add_argument("--draft-minutes", type=float, default=0.5, help="of training a draft model on text before")
     parser.add_argument("--draft-width", type=int, help="by default half of the target's")
     parser.add_argument("--draft-layers", type=int, help="by default a quarter of the target's")
     parser.add_argument("--small-width", type=int, default=128, help="of the small draft model")
     parser.add_argument("--small-layers", type=int, default=2, help="of the small draft model")
     parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help="heads before measuring")
+    parser.add_argument("--sweep", action="store_true", help="also sweep the recurrent drafter, others of it beside")
     parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's questions, JSON lines, perhaps under xz")
     parser.add_argument("--spec-prompts", type=int, default=4, help="of each of its tasks")
     parser.add_argument("--bench-prompts", type=int, default=12, help="held-out prompts of each category")
@@ -140,18 +161,13 @@ def heads(target: Any) -> dict[str, Way]:
     """All that is trained but the draft models, for a target of this config."""
     known = {variant.name: variant for variant in variants(target)}
 
-    def recurrent(name: str) -> Way:
-        variant = known[name]
-
+    def recurrent(variant: Variant) -> Way:
         def make(model: PreTrainedModel, rows: list[Row]) -> RecurrentDrafter:
             return drafter_of(variant, model, variant.scored(rows, model.config.vocab_size))
 
         return Way(make, variant.objective)
 
-    return {
-        "recurrent": recurrent("answers, KL and coupled, decay 0.8"),
-        "recurrent-released": recurrent("answers, tokens"),
-        "recurrent-wide": recurrent("exit width 4 H, three blocks, V/4"),
+    return {name: recurrent(known[variant]) for name, variant in RECURRENT.items()} | {
         "medusa": Way(lambda model, _: MedusaHeads.fresh(model, heads=LENGTH), KL),
         "eagle": Way(lambda model, _: EagleHead.fresh(model, beam_length=LENGTH), EAGLE),
     }
@@ -191,7 +207,7 @@ def _train(
         if time.monotonic() + given.each > until:
             return {"failed": "no time was left to train it"}
         if name in made:
-            return train_head(made[name], model, rows, folder, effort)
+            return train_head(made[name], model, asked if name == NOT_DISTILLED else rows, folder, effort)
         before = _pretrain_draft_model(given, corpus, name)
         return train_draft_model(before, model, tokenizer, rows, folder, effort)
 
@@ -252,6 +268,11 @@ def _measure(
             costs.tune(folders, _prompts(given, "tuning"), given.new_tokens, begin, until)
         put(given.output / f"{cost}.json", {name: str(path) for name, path in folders.items()})
     told = json.loads(awaited(given.output / f"{cost}.json", until).read_text())
+    minutes = None if until == math.inf else max(0.0, until - time.monotonic() - SETTLED) / 60
+    if data == SWEEP:
+        methods = [f"{next(iter(SHAPES[name]))}={told[name]}" for name in RECURRENT if name in told]
+        status = commands.sweep(told["target"], _prompts(given, "held-out"), folder, methods, until, minutes=minutes)
+        return f"redrafter sweep ended with status {status}" if status else None
     count = given.grown_prompts if cost == "grown" else given.spec_prompts if data == "spec" else given.bench_prompts
     status = commands.bench(
         told.pop("target"),
@@ -262,7 +283,7 @@ def _measure(
         new_tokens=given.new_tokens,
         prompts=count,
         rounds=1 if cost == "grown" else given.rounds,
-        minutes=None if until == math.inf else max(0.0, until - time.monotonic() - SETTLED) / 60,
+        minutes=minutes,
     )
     if status:
         return f"redrafter bench at {cost} cost on {data} prompts ended with status {status}"

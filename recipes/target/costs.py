@@ -33,7 +33,7 @@ PUBLISHED = {"hidden": 768, "layers": 2, "heads": 12, "inner": 3072}
 EXIT = {"recurrent-released": 2}
 """Width of a grown recurrent drafter's head in hidden sizes, where it is not one: this is the released form."""
 
-TUNED = ("recurrent", "eagle", "recurrent-released", "recurrent-wide")
+TUNED = ("recurrent", "eagle", "recurrent-quarter", "recurrent-released", "recurrent-text")
 TUNING = 180  # seconds that it may take to tune one, which else drafts as it was made
 
 

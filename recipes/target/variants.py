@@ -61,6 +61,7 @@ def variants(target: PretrainedConfig) -> list[Variant]:
         Variant("text, KL, decay 0.8", "text", KL),
         head("gated cell", gated=True),
         Variant("answers, KL, decay 0.8, V/4", "both", KL, vocabulary=4),
+        Variant("answers, KL and coupled, decay 0.8, V/4", "both", COUPLED, vocabulary=4),
         Variant("answers, tokens", "both"),
         head("states of three layers more", context_layers=layers),
         head("exit width 6 H, three blocks, V/4", 4, exit_dim=6 * hidden, num_draft_layers=3),
