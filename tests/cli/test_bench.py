@@ -241,6 +241,18 @@ def test_the_demo_measures_all_that_is_bundled_and_needs_nothing_else(say, tmp_p
     assert not found["failed"]
 
 
+def test_a_sweep_of_the_demo_has_its_rivals_beside_the_recurrent_drafter(say, tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "REPEATS", 1)
+    words = ["sweep", "--demo", "--output", tmp_path, "--rounds", 1, "--prompts", 1, "--max-new-tokens", 6]
+    axes = ["--widths", "2", "--lengths", "1", "--budgets", "4", "--batches", "1", "--temperatures", "0"]
+    status, _, err = say(*words, *axes, "--device", "cpu")
+    assert status == 0, err
+    found = json.loads((tmp_path / "results.json").read_text())
+    names = ["recurrent", "Medusa", "EAGLE", "two models", "prompt lookup"]
+    assert [one["method"] for one in found["sweep"]["heads"]] == names
+    assert {one["shape"]["width"] for one in found["sweep"]["grid"]} == {2}
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

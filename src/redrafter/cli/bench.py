@@ -180,7 +180,7 @@ def sweep(
     lists = {"--widths": widths, "--lengths": lengths, "--budgets": budgets, "--batches": batches}
     beams, depths, nodes, together = (whole_numbers(value, option) for option, value in lists.items())
     kinds = numbers(temperatures, "--temperatures")
-    told = read_methods([*_demo_method(demo, model)[:1], *(method or [])])  # the recurrent drafter alone
+    told = read_methods([*_demo_method(demo, model), *(method or [])])
     plots.required()
     shared = Shared(
         output=output,
@@ -217,7 +217,7 @@ def sweep(
 
 
 def _demo_method(demo: bool, model: str | None) -> list[str]:
-    """Every bundled way to draft, and prompt lookup, which needs no folder."""
+    """Every bundled way to draft, the recurrent drafter first, and prompt lookup, which needs no folder."""
     from redrafter.cli.loading import demo_folder
 
     if demo and model is not None:
