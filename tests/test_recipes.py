@@ -271,6 +271,39 @@ def test_a_comparison_goes_from_data_to_a_table_and_does_nothing_twice(corpus, t
     assert (tmp_path / "compare-0.md").read_text() == page
 
 
+def test_a_sweep_has_what_was_not_distilled_beside_the_first(corpus, tokenizer, target, tmp_path, monkeypatch):
+    monkeypatch.setattr(shape, "corpus", lambda folder: corpus)
+    monkeypatch.setattr(shape, "CATEGORIES", {"dialogue": "sgd"})
+    monkeypatch.setattr(compare.prompts, "CATEGORIES", {"dialogue": "sgd"})
+    monkeypatch.setattr(commands, "rehearse", lambda *_: None)
+    taught, asked = {}, []
+
+    def train_head(way, model, rows, folder, effort):
+        taught[folder.name] = [row.input_ids for row in rows]
+        return dict.fromkeys(("parameters", "seconds", "steps", "tokens", "loss"), 1)
+
+    def command(words, until):
+        asked.append([str(word) for word in words])
+        return 2 if len(asked) == 2 else 0
+
+    monkeypatch.setattr(compare, "train_head", train_head)
+    monkeypatch.setattr(commands, "command", command)
+    words = f"compare --data {corpus.folder} --output {tmp_path} --target {target} --tokenizer {target} --prompts 6"
+    words += " --held-out 1 --new-tokens 2 --each 1 --methods medusa recurrent-text recurrent --no-tune --no-grown"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--sweep"])
+    compare.main()
+    prompts = round(6 * shape.SHARES["sgd"])
+    written = [row.input_ids for row in contexts(corpus, "sgd", tokenizer, held_out=False, count=prompts)]
+    assert sorted(taught["recurrent-text"]) == sorted(written), "what people wrote"
+    assert taught["recurrent"] == taught["medusa"]
+    assert not [row for row in taught["recurrent"] if row in written], "what the target answered itself"
+    assert [one[0] for one in asked] == ["bench", "sweep", "sweep"]
+    assert asked[2] == [*asked[1], "--overwrite"], "one that was begun with others is begun anew"
+    methods = [asked[1][place + 1] for place, word in enumerate(asked[1]) if word == "--method"]
+    folder = tmp_path / "methods"
+    assert methods == [f"recurrent={folder / 'recurrent'}", f"recurrent, not distilled={folder / 'recurrent-text'}"]
+
+
 def test_what_fails_is_named_and_nothing_is_begun_without_time(
     corpus, tokenizer, target, tmp_path, monkeypatch, capsys
 ):

@@ -99,7 +99,6 @@ def test_an_attention_implementation_without_masks_is_refused():
         Target(model)
 
 
-@torch.no_grad()
 def test_a_model_that_was_converted_is_probed_anew():
     model = tiny_model()
     generate(model, None, [[1, 2, 3]], max_new_tokens=3)
@@ -110,6 +109,7 @@ def test_a_model_that_was_converted_is_probed_anew():
     assert Target(model).new_cache(batch=1, slots=4).layers[0].keys.dtype == torch.float64
 
 
+@torch.no_grad()
 def test_evaluation_mode_is_lent_and_given_back():
     model = tiny_model(attention_dropout=0.5).train()
     target = Target(model)

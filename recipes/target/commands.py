@@ -59,9 +59,7 @@ def bench(
     words += ["--max-new-tokens", new_tokens, "--transformers", *_compiled()]
     for told in (*methods, "prompt lookup=prompt-lookup"):
         words += ["--method", told]
-    words += [] if minutes is None else ["--minutes", minutes]
-    status = command(words, until)
-    return command([*words, "--overwrite"], until) if status == 2 else status  # perhaps it was begun with others
+    return _measured(words, minutes, until)
 
 
 def sweep(
@@ -71,7 +69,14 @@ def sweep(
     words = ["sweep", "--model", model, "--data", data, "--output", output, "--prompts", 1, "--rounds", 1]
     for told in methods:
         words += ["--method", told]
-    return command([*words, *([] if minutes is None else ["--minutes", minutes])], until)
+    return _measured(words, minutes, until)
+
+
+def _measured(words: Sequence[object], minutes: float | None, until: float) -> int:
+    """A command that goes on where it was stopped, or anew where it is refused: perhaps it was begun with others."""
+    words = [*words, *([] if minutes is None else ["--minutes", minutes])]
+    status = command(words, until)
+    return command([*words, "--overwrite"], until) if status == 2 else status
 
 
 def _compiled() -> list[str]:

@@ -55,7 +55,7 @@ SHAPES = {
     },
     "eagle": {"EAGLE": "", "EAGLE, by the noise": "@coupled"},
     "recurrent-quarter": {"recurrent, a quarter of the vocabulary": ""},
-    "recurrent-released": {"recurrent, the answers' tokens": ""},
+    "recurrent-released": {"recurrent, released": ""},
     NOT_DISTILLED: {"recurrent, not distilled": ""},
 }
 """What is trained, by folder, and in which shapes it is measured under which name; in the order of the training.
@@ -256,7 +256,7 @@ def by_task(row: dict[str, Any]) -> dict[str, Any]:
 def _measure(
     given: argparse.Namespace, cost: str, data: str, target: Path, there: dict[str, Path], begin: float, until: float
 ) -> str | None:
-    """Runs `redrafter bench`, unless its results are there; a sentence where it could not."""
+    """Runs `redrafter bench`, or `sweep`, unless its results are there; a sentence where it could not."""
     folder = given.output / "bench" / f"{cost}-{data}"
     if _is_whole(folder):
         return None
@@ -265,28 +265,30 @@ def _measure(
     if data == "held-out":
         folders = costs.grown(given, target, there, begin) if cost == "grown" else {"target": target} | there
         if given.tune:
-            costs.tune(folders, _prompts(given, "tuning"), given.new_tokens, begin, until)
+            tuned = (*RECURRENT, "eagle")
+            costs.tune(folders, tuned, _prompts(given, "tuning"), given.new_tokens, begin, until)
         put(given.output / f"{cost}.json", {name: str(path) for name, path in folders.items()})
     told = json.loads(awaited(given.output / f"{cost}.json", until).read_text())
+    model = told.pop("target")
     minutes = None if until == math.inf else max(0.0, until - time.monotonic() - SETTLED) / 60
     if data == SWEEP:
         methods = [f"{next(iter(SHAPES[name]))}={told[name]}" for name in RECURRENT if name in told]
-        status = commands.sweep(told["target"], _prompts(given, "held-out"), folder, methods, until, minutes=minutes)
-        return f"redrafter sweep ended with status {status}" if status else None
-    count = given.grown_prompts if cost == "grown" else given.spec_prompts if data == "spec" else given.bench_prompts
-    status = commands.bench(
-        told.pop("target"),
-        _prompts(given, data),
-        folder,
-        [f"{label}={path}{way}" for name, path in told.items() for label, way in SHAPES[name].items()],
-        until,
-        new_tokens=given.new_tokens,
-        prompts=count,
-        rounds=1 if cost == "grown" else given.rounds,
-        minutes=minutes,
-    )
+        status = commands.sweep(model, _prompts(given, "held-out"), folder, methods, until, minutes=minutes)
+    else:
+        asked = {"own": given.spec_prompts if data == "spec" else given.bench_prompts, "grown": given.grown_prompts}
+        status = commands.bench(
+            model,
+            _prompts(given, data),
+            folder,
+            [f"{label}={path}{way}" for name, path in told.items() for label, way in SHAPES[name].items()],
+            until,
+            new_tokens=given.new_tokens,
+            prompts=asked[cost],
+            rounds=1 if cost == "grown" else given.rounds,
+            minutes=minutes,
+        )
     if status:
-        return f"redrafter bench at {cost} cost on {data} prompts ended with status {status}"
+        return f"redrafter at {cost} cost on {data} prompts ended with status {status}"
     return None if _is_whole(folder) else f"not everything could be measured at {cost} cost on {data} prompts in time"
 
 
@@ -307,7 +309,7 @@ def page(output: Path) -> str:
             rows.append([name, *(failed if "failed" in record else (f"{record[key]:,}" for key in head[1:]))])
     lines = ["Trained on the target's answers:", "", Table(head, rows).markdown]
     for folder in sorted((output / "bench").glob("*")):
-        if (folder / "results.json").exists():
+        if folder.name != f"own-{SWEEP}" and (folder / "results.json").exists():
             found = json.loads((folder / "results.json").read_text())
             lines += ["", f"{folder.name.replace('-', ' cost, ', 1)} prompts, on {found['about']['device']}:", ""]
             lines += [_measured(found).markdown]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ PUBLISHED = {"hidden": 768, "layers": 2, "heads": 12, "inner": 3072}
 EXIT = {"recurrent-released": 2}
 """Width of a grown recurrent drafter's head in hidden sizes, where it is not one: this is the released form."""
 
-TUNED = ("recurrent", "eagle", "recurrent-quarter", "recurrent-released", "recurrent-text")
 TUNING = 180  # seconds that it may take to tune one, which else drafts as it was made
 
 
@@ -96,9 +95,11 @@ def grown_draft(name: str, larger: dict[str, int], own: Any, target: Any) -> dic
     return {key: round(size * getattr(own, words[key]) / getattr(target, words[key])) for key, size in larger.items()}
 
 
-def tune(folders: Mapping[str, Path], data: Path, new_tokens: int, begin: float, until: float) -> None:
-    """Heads in these folders that are not tuned for the target beside them: the fastest shape on a file's prompts."""
-    for name in TUNED:
+def tune(
+    folders: Mapping[str, Path], names: Iterable[str], data: Path, new_tokens: int, begin: float, until: float
+) -> None:
+    """Heads of these names that are not tuned for the target beside them: the fastest shape on a file's prompts."""
+    for name in names:
         if name not in folders or "tuned_on" in json.loads((folders[name] / "config.json").read_text()):
             continue
         status = commands.tune(

@@ -19,6 +19,11 @@ MOST_NODES = 1024
 """Of a tree that is kept in a config, the root counted."""
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of what a noun names."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 class DecodingShape(BaseModel):
     """How to draft where `batch` rows or more are decoded together.
 
@@ -40,7 +45,7 @@ class DecodingShape(BaseModel):
             return "without drafting"
         budget = f", the {self.node_budget} most probable nodes" if self.node_budget else ""
         beams = "one beam" if self.beam_width == 1 else f"{self.beam_width} beams"
-        return f"{beams} of {self.beam_length} token{'s' if self.beam_length > 1 else ''}{budget}"
+        return f"{beams} of {counted(self.beam_length, 'token')}{budget}"
 
 
 class HeadConfig(BaseModel):
@@ -291,7 +296,7 @@ class MedusaConfig(HeadConfig):
     @property
     def weights_in_words(self) -> str:
         """Heads and blocks."""
-        return f"{self.heads} heads of {self.blocks} block{'s' if self.blocks != 1 else ''}"
+        return f"{self.heads} heads of {counted(self.blocks, 'block')}"
 
     @property
     def head_in_words(self) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from redrafter.config import DecodingShape
+from redrafter.config import DecodingShape, counted
 from redrafter.errors import RedrafterError
 from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
@@ -88,8 +88,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        threads = torch.get_num_threads()
-        return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+        return f"{platform.machine()} CPU, {counted(torch.get_num_threads(), 'thread')}"
     return device.type
 
 

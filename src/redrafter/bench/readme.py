@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redrafter.bench.contenders import ALONE
-from redrafter.bench.tables import Results, Table, counted, equal, law, overall, temperatures, times
+from redrafter.bench.tables import Results, Table, equal, law, overall, temperatures, times
+from redrafter.config import counted
 from redrafter.errors import RedrafterError, reason
 
 MARKED = re.compile(r"(<!-- results (\S+(?: \S+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
@@ -48,15 +49,15 @@ def beside(many: Sequence[Results]) -> str:
     A column for each of the results and temperature.
     """
     cells: dict[tuple[str, int, float], str] = {}
-    columns = [(number, kind) for number, found in enumerate(many) for kind in temperatures(found["speed"])]
-    for number, found in enumerate(many):
+    columns = [(number, kind) for number, found in enumerate(many, start=1) for kind in temperatures(found["speed"])]
+    for number, found in enumerate(many, start=1):
         for one in overall(found["speed"]):
             if "speed_up" in one:
                 step = f" ({one['tokens_per_step']:.2f})" if "tokens_per_step" in one else ""
                 cells[one["method"], number, one["temperature"]] = f"{one['speed_up']['median']:.2f}{step}"
     names = list(dict.fromkeys(name for name, _, _ in cells))
     rows = [[name, *(cells.get((name, *place), "") for place in columns)] for name in names]
-    head = ["method", *(f"{number + 1}: {law(kind)}" for number, kind in columns)]
+    head = ["method", *(f"{number}: {law(kind)}" for number, kind in columns)]
     told = [f"{number}. {_measured_on(found, '   ').lstrip()}" for number, found in enumerate(many, start=1)]
     return "\n".join([*told, "", Table(head, rows).markdown])
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from redrafter import hub
 from redrafter.bench import plots, tables
 from redrafter.bench.contenders import ALONE, THEIRS
-from redrafter.bench.tables import Results, Table, counted, law, overall, temperatures, times
+from redrafter.bench.tables import Results, Table, law, overall, temperatures, times
 from redrafter.bench.variants import NO_NOISE
+from redrafter.config import counted
 
 FILES = ("results.json", "report.md", "report.html")
 

@@ -65,8 +65,8 @@ def methods(
                 "shape": one.drafts(target, batch),
                 "parameters": one.parameters(target),
             }
-        if one.label in (twins or {}):
-            told["greedily"] = (twins or {})[one.label]
+        if twins and one.label in twins:
+            told["greedily"] = twins[one.label]
         found.append(told)
     return found
 

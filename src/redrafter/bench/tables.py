@@ -31,11 +31,6 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def counted(number: int, noun: str) -> str:
-    """So many of what a noun names."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
 def law(temperature: float) -> str:
     """How tokens are chosen, for a reader."""
     return f"temperature {temperature:g}" if temperature else "greedy"

@@ -92,7 +92,7 @@ def bench(
 
     kinds = numbers(temperatures, "--temperatures")
     together = [] if batches is None else whole_numbers(batches, "--batches")
-    told = read_methods([*_demo_method(demo, model), *(method or [])])
+    told = read_methods([*_demo_methods(demo, model), *(method or [])])
     plots.required()
     shared = Shared(
         output=output,
@@ -180,7 +180,7 @@ def sweep(
     lists = {"--widths": widths, "--lengths": lengths, "--budgets": budgets, "--batches": batches}
     beams, depths, nodes, together = (whole_numbers(value, option) for option, value in lists.items())
     kinds = numbers(temperatures, "--temperatures")
-    told = read_methods([*_demo_method(demo, model), *(method or [])])
+    told = read_methods([*_demo_methods(demo, model), *(method or [])])
     plots.required()
     shared = Shared(
         output=output,
@@ -216,7 +216,7 @@ def sweep(
     _written(found, output)
 
 
-def _demo_method(demo: bool, model: str | None) -> list[str]:
+def _demo_methods(demo: bool, model: str | None) -> list[str]:
     """Every bundled way to draft, the recurrent drafter first, and prompt lookup, which needs no folder."""
     from redrafter.cli.loading import demo_folder
 

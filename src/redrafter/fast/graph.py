@@ -90,21 +90,22 @@ class Captured(Generic[T]):
 
     def _capture(self) -> T:
         graph = torch.cuda.CUDAGraph()
-        stream = _side_stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
+        stream, current = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
         try:
-            with _capturing, torch.cuda.stream(stream):
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    self._result = self._function()
-                finally:
-                    graph.capture_end()
+            with _capturing:  # another thread's capture on that stream cannot be waited for
+                stream.wait_stream(current)
+                with torch.cuda.stream(stream):
+                    graph.capture_begin(capture_error_mode="thread_local")
+                    try:
+                        self._result = self._function()
+                    finally:
+                        graph.capture_end()
+                current.wait_stream(stream)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             self._refuse(first_line(error))
             return self._function()
-        torch.cuda.current_stream().wait_stream(stream)
         self._graph = graph
         return self()
 
