@@ -32,7 +32,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from products import median
 from redrafter.fast.attention import packed
 from redrafter.fast.kernels import attention
-from redrafter.fast.kernels.eight import FEW, Tiling
+from redrafter.fast.kernels.product import FEW, Tiling
 from redrafter.profiling import bandwidth, milliseconds
 from redrafter.tree import DraftTree, ancestors_of
 
@@ -167,7 +167,7 @@ def product(
     _product[(triton.cdiv(columns, block),)](
         x, weight, out, rows, columns, inner, min(ahead, inner // tile.inner),
         GATED=gate, WHOLE=inner % tile.inner == 0, STAGES=tile.stages,
-        BLOCK_M=1 if rows == 1 else max(FEW, triton.next_power_of_2(rows)), BLOCK_N=block, BLOCK_K=tile.inner,
+        BLOCK_M=tile.rows, BLOCK_N=block, BLOCK_K=tile.inner,
         num_warps=tile.warps, launch_pdl=dependent,
     )  # fmt: skip
 
@@ -284,6 +284,7 @@ def apart(found: Tensor, right: Tensor) -> float:
 def quickest(step: Step, replays: int) -> tuple[list[Tiling], dict[str, Any]]:
     """The tiling of each product; and microseconds by name, torch's too.  ValueError where none of them will do."""
     rows = len(step.x)
+    height = 1 if rows == 1 else max(FEW, triton.next_power_of_2(rows))
     tiles, told = [], {}
     for place, name in enumerate(("joined", "output", "up", "down")):
         weights = [layer[place] for layer in step.layers[:8]]  # many times the second cache
@@ -291,7 +292,7 @@ def quickest(step: Step, replays: int) -> tuple[list[Tiling], dict[str, Any]]:
         right = nn.functional.linear(x, weights[0])
         out = torch.empty_like(right)
         found: dict[Tiling, float] = {}
-        for tile in itertools.starmap(Tiling, ONE if rows == 1 else SOME if rows <= FEW else MANY):
+        for tile in itertools.starmap(partial(Tiling, height), ONE if rows == 1 else SOME if rows <= FEW else MANY):
             try:
                 product(tile, x, weights[0], out)
                 if (distance := apart(out, right)) > FAR:

@@ -4,9 +4,10 @@
 
 Drafters with random weights in bfloat16, the head of one in 8 bits, next to an embedding of the target's vocabulary;
 4 tokens deep, 10 and 50 beams wide.  Medians over replays, of the whole draft and of its pieces: the best tokens of the
-head's logits, a step of the beam search, folding, the most probable of 64 nodes, and the head's products.  Whether both
-ways give the same is said too: the same tree for the same beams, the same tokens where scores are not tied.  What fails
-is reported, and the rest is measured.  The last line is JSON.
+head's logits, a step of the beam search, folding, the most probable of 64 nodes, and the head's products; "library" is
+the fast way but for products in 16 bits, which torch's library computes.  Whether the plain and the fast way give the
+same is said too: the same tree for the same beams, the same tokens where scores are not tied.  What fails is reported,
+and the rest is measured.  The last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from redrafter.beam import Level, beam_search, grow
 from redrafter.config import DrafterConfig
 from redrafter.drafter import RecurrentDrafter
+from redrafter.fast import merged, product
 from redrafter.fast.graph import Captured
 from redrafter.fast.top import Top, top
 from redrafter.proposers import RecurrentProposer
@@ -46,18 +48,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden": 768, "vocabulary": 16_000, "exit": 3072, "draft": 4000, "blocks": 3,
     },
 }  # fmt: skip
-PLACES = [
-    f"redrafter.{name}.has_kernels" for name in ("beam", "drafter", "fast.eight", "fast.joined", "fast.top", "tree")
-]
-WAYS = {"plain": False, "fast": True}
+PLACES = [f"redrafter.{name}.has_kernels" for name in ("beam", "fast.joined", "fast.product", "fast.top", "tree")]
+WAYS = ("plain", "library", "fast")
+"""Without kernels; with all but that of products in 16 bits; with all."""
 
 
 @contextlib.contextmanager
-def way(fast: bool) -> Iterator[None]:
-    """Without kernels, unless `fast`."""
+def way(name: str, drafter: RecurrentDrafter) -> Iterator[None]:
+    """A draft as decoding makes it, in one of the ways."""
     with contextlib.ExitStack() as stack:
-        for place in [] if fast else PLACES:
+        for place in PLACES if name == "plain" else []:
             stack.enter_context(mock.patch(place, return_value=False))
+        for module in [] if name == "fast" else [product, merged]:
+            stack.enter_context(mock.patch.object(module, "FEW", 0))
+        stack.enter_context(merged.merged(drafter))
         yield
 
 
@@ -110,11 +114,11 @@ def same_trees(one: Any, other: Any) -> bool:
     return all(getattr(one, name).equal(getattr(other, name)) for name in vars(one))
 
 
-def agreement(pieces: dict[str, dict[str, Callable[[], Any]]]) -> dict[str, bool | float]:
+def agreement(pieces: dict[str, dict[str, Callable[[], Any]]], drafter: RecurrentDrafter) -> dict[str, bool | float]:
     """What the fast way gives next to the plain way."""
     results = {}
-    for name, fast in WAYS.items():
-        with way(fast):
+    for name in WAYS:
+        with way(name, drafter):
             results[name] = {piece: call() for piece, call in pieces[name].items()}
     plain, fast_one = results["plain"], results["fast"]
     found: dict[str, bool | float] = {}
@@ -139,7 +143,7 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
     here = Place(root, root, text=root[:, None], length=torch.zeros_like(root), alive=root)
     target: Any = SimpleNamespace(embed=embed)
     plain = RecurrentProposer(drafter, target, width, LENGTH)
-    proposers = {"plain": plain, "fast": plain.quickened()}
+    proposers = {"plain": plain} | dict.fromkeys(("library", "fast"), plain.quickened())
 
     state = torch.randn(1, width, hidden, device=device, dtype=torch.bfloat16)
     rows = torch.stack([torch.randperm(head, device=device) for _ in range(width)])
@@ -177,9 +181,9 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
         | alike
         for name, by in proposers.items()
     }
-    out: dict[str, Any] = {"agreement": agreement(pieces)}
-    for name, fast in WAYS.items():
-        with way(fast):
+    out: dict[str, Any] = {"agreement": agreement(pieces, drafter)}
+    for name in WAYS:
+        with way(name, drafter):
             out[name] = {piece: round(timed(call, device, replays), 1) for piece, call in pieces[name].items()}
             with contextlib.suppress(RuntimeError, AttributeError):  # profilers differ
                 out[name]["launches"] = launches(pieces[name]["propose"])
@@ -234,8 +238,8 @@ def main() -> int:
                     out[title] = f"{type(error).__name__}: {str(error)[:300]}"
                     continue
                 print(f"{title}  ({time.monotonic() - begun:.0f} s)  {found['agreement']}", flush=True)
-                for piece in [name for name in found["plain"] if name in found["fast"]]:
-                    print(f"  {piece:18s} plain {found['plain'][piece]:8.1f}   fast {found['fast'][piece]:8.1f}")
+                for piece in [name for name in found["plain"] if all(name in found[one] for one in WAYS)]:
+                    print(f"  {piece:18s}" + "".join(f" {one} {found[one][piece]:8.1f}  " for one in WAYS))
         if time.monotonic() - begun < given.seconds:
             out["chunks"] = trials(device, given.replays)
     print(json.dumps(out))

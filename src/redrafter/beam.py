@@ -73,22 +73,21 @@ def beam_search(
     state = drafter.step(None, embed(root))[:, None]  # [B, 1, H], then [B, W, H]
     context = drafter.context(context)[:, None]
     read = drafter.read(context)
-    added = None if joined is None else joined.added(read)
+    seen = None if joined is None else drafter.seen(context.expand_as(state), state)
     carried = state  # what joined products made of it for the next step
 
     def following(beams: Tensor, parents: Tensor) -> Tensor:
-        nonlocal state, carried
+        nonlocal state, seen, carried
         position = beams.shape[2]
-        if position and joined is not None:
-            state = joined.moved(beams[..., -1], parents, carried)
-        elif position:
-            begun = state.gather(1, parents[..., None].expand(-1, -1, state.shape[-1]))
-            state = drafter.step(begun, embed(beams[..., -1]))
-        if joined is None or position == length - 1:  # after the last state there is no step to prepare
+        if joined is None or read is None:
+            if position:
+                begun = state.gather(1, parents[..., None].expand(-1, -1, state.shape[-1]))
+                state = drafter.step(begun, embed(beams[..., -1]))
             return drafter.logits(context.expand_as(state), state, read)
-        assert added is not None
-        carried, first = joined.products(state, added)
-        return drafter.scores(first, context.expand_as(state), state)
+        if position:
+            state, seen = joined.moved(beams[..., -1], parents, carried, context)
+        carried, first = joined.products(state, seen, read, last=position == length - 1)
+        return drafter.scores(first)
 
     return search(following, root, width=width, length=length, adjust=adjust, names=drafter.draft_vocabulary)
 

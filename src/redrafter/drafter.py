@@ -17,26 +17,13 @@ from torch import Tensor, nn
 
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
-from redrafter.fast import has_kernels
 from redrafter.fast.eight import EightBit
+from redrafter.fast.product import activated, fused, product
 from redrafter.head import Head
 
 if TYPE_CHECKING:
     from redrafter.proposers import RecurrentProposer
     from redrafter.target import Target
-
-
-def activated(x: Tensor, more: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
-    """`onto + SiLU(x + more)`, of equal shapes; where nothing is to be differentiated, in one launch on a GPU."""
-    if not torch.is_grad_enabled() and has_kernels(x.device, x.dtype):
-        given = [one for one in (x, more, onto) if one is not None]
-        if all((one.shape, one.dtype, one.device) == (x.shape, x.dtype, x.device) for one in given):
-            from redrafter.fast.kernels import drafting
-
-            with torch.cuda.device_of(x):
-                return drafting.activated(x, more, onto)
-    silu = nn.functional.silu(x if more is None else x + more)
-    return silu if onto is None else onto + silu
 
 
 class ResidualBlock(nn.Module):
@@ -48,7 +35,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
         """Same shape out as in."""
-        return activated(self.linear(x), onto=x)
+        layer = self.linear
+        if not fused(x, layer.weight):
+            return activated(layer(x), onto=x)
+        scale = layer.scale if isinstance(layer, EightBit) else None
+        return product(x, layer.weight, layer.bias, scale=scale, onto=x, silu=True)
 
 
 class RecurrentDrafter(Head):
@@ -211,7 +202,7 @@ class RecurrentDrafter(Head):
         if not self.config.rnn:
             return embedding if state is None else state + embedding
         if state is None:
-            moved = activated(nn.functional.linear(embedding, self.rnn_w.weight, self.rnn_u.bias))
+            moved = product(embedding, self.rnn_w.weight, self.rnn_u.bias, silu=True)
         else:
             moved = activated(self.rnn_w(embedding), self.rnn_u(state))
         if not self.config.gated:
@@ -246,27 +237,22 @@ class RecurrentDrafter(Head):
         if read is None or layer is None:
             x = torch.cat((context, state), dim=-1)
             return self.lm_head(self.input_proj(x) if hasattr(self, "input_proj") else x)  # type: ignore[no-any-return]
-        rest = layer.weight[:, self.config.hidden_size :]
-        if len(read) == 1:  # added by the product itself
-            first = nn.functional.linear(state, rest, read.flatten())
-        else:
-            first = nn.functional.linear(state, rest) + read
-        return self.scores(first, context, state)
+        seen = self.seen(context, state)
+        return self.scores(
+            product(state, layer.weight[:, self.config.hidden_size :], read, onto=seen, silu=seen is not None)
+        )
 
-    def scores(
-        self,
-        first: Float[Tensor, "*batch exit"],
-        context: Float[Tensor, "*batch hidden"],
-        state: Float[Tensor, "*batch hidden"],
-    ) -> Float[Tensor, "*batch head"]:
-        """As `logits`, from what `reader` gave for `context` and `state`."""
+    def seen(
+        self, context: Float[Tensor, "*batch hidden"], state: Float[Tensor, "*batch hidden"]
+    ) -> Float[Tensor, "*batch both"] | None:
+        """Context and state, where the head begins with a block, whose result is added to them; else None."""
+        return None if hasattr(self, "input_proj") else torch.cat((context, state), dim=-1)
+
+    def scores(self, first: Float[Tensor, "*batch exit"]) -> Float[Tensor, "*batch head"]:
+        """As `logits`, from what the head's projection gave, or else its first block."""
         x: Tensor = first.flatten(0, -2)  # products would copy a slice of more dimensions
-        if hasattr(self, "input_proj"):
-            x = self.lm_head(x)
-        else:
-            x = activated(x, onto=torch.cat((context, state), dim=-1).flatten(0, -2))
-            for module in list(self.lm_head)[1:]:
-                x = module(x)
+        for module in list(self.lm_head)[0 if hasattr(self, "input_proj") else 1 :]:
+            x = module(x)
         return x.unflatten(0, first.shape[:-1])  # type: ignore[no-any-return]
 
     def read(self, context: Float[Tensor, "B 1 hidden"]) -> Float[Tensor, "B 1 exit"] | None:
@@ -274,7 +260,7 @@ class RecurrentDrafter(Head):
         layer = self.reader
         if layer is None:
             return None
-        return nn.functional.linear(context, layer.weight[:, : self.config.hidden_size], layer.bias)
+        return product(context, layer.weight[:, : self.config.hidden_size], layer.bias)
 
     @property
     def reader(self) -> nn.Linear | None:

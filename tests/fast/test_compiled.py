@@ -17,6 +17,7 @@ from conftest import tiny_model
 from redrafter import RecurrentDrafter, decoding, generate
 from redrafter.cache import LayerShape, SlotCache
 from redrafter.fast import compiled as module
+from redrafter.fast import merged, product
 from redrafter.fast.compiled import compiled
 from redrafter.tree import DraftTree
 
@@ -85,6 +86,20 @@ def test_layers_that_are_alike_are_compiled_once_for_a_shape(family, kinds, chan
             got = generate(model, drafting, PROMPTS, max_new_tokens=count, compile=True)
             assert got.new_tokens == plain.new_tokens
             assert len(graphs) == kinds * (shapes if count == 8 else 2)
+
+
+def test_products_of_few_rows_are_one_operator_in_the_same_code(graphs, monkeypatch):
+    """Torch stands in for their kernel; a layer's query, key and value, output, gate and up, and down."""
+    monkeypatch.setattr(merged, "measured", lambda weight: True)
+    monkeypatch.setattr(merged, "LARGE", 0)
+    monkeypatch.setattr(product, "_launched", lambda x, weight, bias, *_: nn.functional.linear(x, weight, bias))
+    model = tiny_model("qwen2", num_hidden_layers=4)
+    for drafter in (None, RecurrentDrafter.for_target(model, beam_width=3, beam_length=3)):
+        plain = generate(model, drafter, PROMPTS, max_new_tokens=8, fast=False)
+        assert generate(model, drafter, PROMPTS, max_new_tokens=8, compile=True).new_tokens == plain.new_tokens
+    calls = [[node.target for node in graph.graph.nodes if node.op == "call_function"] for graph in graphs]
+    operator = torch.ops.redrafter.product.default
+    assert [one.count(operator) for one in calls] == [4, 0]  # of 2 rows, and of 2 trees with 10 nodes each
 
 
 def test_another_model_of_the_same_shape_needs_no_compilation(graphs):

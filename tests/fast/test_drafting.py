@@ -12,8 +12,8 @@ from interpreting import INTERPRETED, on_cpu, on_kernels
 from conftest import rooted, tiny_model
 from redrafter import RecurrentDrafter, fast
 from redrafter.beam import beam_search, grow, plain_grow
-from redrafter.drafter import activated
 from redrafter.fast import has_kernels
+from redrafter.fast.product import activated
 from redrafter.fast.top import Top, plain_top, top
 from redrafter.noise import gumbel
 from redrafter.proposers import RecurrentProposer
@@ -234,7 +234,7 @@ def test_proposals(form, budget, noisy, batch, device, monkeypatch):
     assert (quick.joined is None) == ("rnn" in form or "gated" in form)
     found = quick.propose(*told)
     monkeypatch.undo()
-    for name in ("beam", "drafter", "fast.top", "tree"):
+    for name in ("beam", "fast.joined", "fast.product", "fast.top", "tree"):
         monkeypatch.setattr(f"redrafter.{name}.has_kernels", lambda *_: False)
     wanted = proposer.propose(*told)
     for name in FIELDS:
@@ -284,6 +284,6 @@ def test_a_graph_holds_a_search():
 @on_cpu
 def test_no_kernel_takes_part_where_gradients_are_asked(monkeypatch):
     x = torch.randn(4, 5, requires_grad=True)
-    monkeypatch.setattr("redrafter.drafter.has_kernels", lambda *_: pytest.fail("it was asked"))
+    monkeypatch.setattr("redrafter.fast.product.has_kernels", lambda *_: pytest.fail("it was asked"))
     activated(x, onto=x).sum().backward()
     assert x.grad is not None

@@ -13,6 +13,7 @@ from torch import nn
 from conftest import rooted, tiny_model
 from redrafter import RecurrentDrafter
 from redrafter.fast.eight import ROWS, EightBit
+from redrafter.fast.product import plain
 from redrafter.proposers import RecurrentProposer
 from redrafter.sampling import Draw
 from redrafter.target import Target
@@ -55,7 +56,7 @@ def assert_near(found: torch.Tensor, layer: EightBit, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @torch.no_grad()
 def test_the_kernel(size, rows, dtype, device, monkeypatch):
-    monkeypatch.setattr(EightBit, "plain", None)
+    monkeypatch.setattr("redrafter.fast.product.plain", None)
     layer = EightBit.of(layer_of(*size, dtype, bias=rows != 10)).to(device)
     x = torch.randn(rows, size[1]).to(device, dtype)
     assert_near(layer(x), layer, x)
@@ -64,7 +65,7 @@ def test_the_kernel(size, rows, dtype, device, monkeypatch):
 @on_kernels
 @torch.no_grad()
 def test_rows_however_they_lie(device, monkeypatch):
-    monkeypatch.setattr(EightBit, "plain", None)
+    monkeypatch.setattr("redrafter.fast.product.plain", None)
     layer = EightBit.of(layer_of(20, 48, torch.float32)).to(device)
     whole = torch.randn(3, 5, 96, device=device)
     for x in (
@@ -82,13 +83,19 @@ def test_rows_however_they_lie(device, monkeypatch):
 @on_kernels
 @torch.no_grad()
 def test_wide_layers_take_other_blocks(device, monkeypatch):
-    from redrafter.fast.kernels import eight
+    from redrafter.fast.kernels import product
 
-    monkeypatch.setattr(EightBit, "plain", None)
-    monkeypatch.setattr(eight, "MANY_COLUMNS", 100)
+    monkeypatch.setattr("redrafter.fast.product.plain", None)
+    monkeypatch.setattr(product, "MANY_COLUMNS", 100)
     layer = EightBit.of(layer_of(130, 140, torch.float32)).to(device)
     x = torch.randn(3, 140, device=device)
     assert_near(layer(x), layer, x)
+
+
+def of_sixteen_bits(*given, scale=None, **told):
+    """The plain way of the products that are not in 8 bits."""
+    assert scale is None
+    return plain(*given, **told)
 
 
 @on_kernels
@@ -107,9 +114,9 @@ def test_proposals(device, monkeypatch):
     quick = proposer.quickened()
     assert quick.joined is not None
     with monkeypatch.context() as patch:
-        patch.setattr(EightBit, "plain", None)
+        patch.setattr("redrafter.fast.product.plain", of_sixteen_bits)
         found = quick.propose(*told)
-    for name in ("beam", "drafter", "fast.eight", "fast.joined", "fast.top", "tree"):
+    for name in ("beam", "fast.joined", "fast.product", "fast.top", "tree"):
         monkeypatch.setattr(f"redrafter.{name}.has_kernels", lambda *_: False)
     wanted = proposer.propose(*told)
     assert found.tokens.equal(wanted.tokens)
@@ -164,7 +171,7 @@ def test_a_conversion_leaves_the_weights_alone():
 
 @on_cpu
 def test_no_kernel_takes_part_where_gradients_are_asked(monkeypatch):
-    monkeypatch.setattr("redrafter.fast.eight.has_kernels", lambda *_: pytest.fail("it was asked"))
+    monkeypatch.setattr("redrafter.fast.product.has_kernels", lambda *_: pytest.fail("it was asked"))
     layer = EightBit.of(layer_of(20, 30, torch.float32))
     x = torch.randn(4, 30, requires_grad=True)
     layer(x).sum().backward()

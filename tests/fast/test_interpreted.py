@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("kernels", ["attention", "store", "drafting", "eight"])
+@pytest.mark.parametrize("kernels", ["attention", "store", "drafting", "eight", "product"])
 def test_under_the_interpreter(kernels):
     pytest.importorskip("triton")
     told = os.environ | {"TRITON_INTERPRET": "1"}

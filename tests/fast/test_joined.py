@@ -31,13 +31,20 @@ def test_what_is_joined_gives_what_the_drafter_gives(form, batch):
     state, context = torch.randn(2, batch, 5, 32, dtype=torch.double).unbind()
     context = context[:, :1]
     read = drafter.read(context)
-    carried, first = found.products(state, found.added(read))
+    seen = drafter.seen(context.expand_as(state), state)
+    carried, first = found.products(state, seen, read)
     wanted = drafter.logits(context.expand_as(state), state)
-    torch.testing.assert_close(drafter.scores(first, context.expand_as(state), state), wanted)
+    torch.testing.assert_close(drafter.scores(first), wanted)
+    none, first = found.products(state, seen, read, last=True)
+    assert none.shape[-1] == 0
+    torch.testing.assert_close(drafter.scores(first), wanted)
 
     tokens, parents = torch.randint(3, 50, (batch, 4)), torch.randint(0, 5, (batch, 4))
     begun = state.gather(1, parents[..., None].expand(-1, -1, 32))
-    torch.testing.assert_close(found.plain_moved(tokens, parents, carried), drafter.step(begun, embed(tokens)))
+    moved, seen = found.plain_moved(tokens, parents, carried, context)
+    torch.testing.assert_close(moved, drafter.step(begun, embed(tokens)))
+    wanted = drafter.seen(context.expand_as(moved), moved)
+    assert seen is wanted is None or seen.equal(wanted)
 
 
 @pytest.mark.parametrize("form", [{"rnn": False}, {"gated": True}, {"num_draft_layers": 0}], ids=str)

@@ -70,6 +70,15 @@ def test_merging_again_takes_no_more_memory():
             torch.testing.assert_close(model(torch.tensor([PROMPT])).logits, expected)
 
 
+def test_weights_of_a_model_that_is_moved_are_not_kept():
+    model = tiny_model()
+    with merged(model):
+        place = model.model.layers[0].self_attn.q_proj
+        group = place.group
+        assert group.weight.data_ptr() == place.weight.data_ptr()
+    assert not any(isinstance(one, torch.Tensor) for one in vars(group).values())
+
+
 def test_changed_layers_are_left_alone():
     class Adapted(nn.Linear):
         pass

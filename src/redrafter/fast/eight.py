@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from redrafter.fast import has_kernels
+from redrafter.fast.product import product
 
 LEVELS = 127
 """The largest weight of a row."""
@@ -66,18 +66,4 @@ class EightBit(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The product, in the dtype of `x`; by the kernel where nothing is to be differentiated."""
-        if torch.is_grad_enabled() or not has_kernels(x.device, x.dtype):
-            return self.plain(x)
-        from redrafter.fast.kernels import eight
-
-        with torch.cuda.device_of(x):
-            return eight.product(x, self.weight, self.scale, self.bias)
-
-    def plain(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """As `forward`, on any device.
-
-        The weights are scaled before the product: sums of unscaled ones exceed what float16 can hold.
-        """
-        precise = torch.promote_types(x.dtype, self.scale.dtype)
-        weight = (self.weight * self.scale[:, None].to(precise)).to(x.dtype)
-        return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return product(x, self.weight, self.bias, scale=self.scale)

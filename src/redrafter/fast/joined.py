@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from redrafter.drafter import RecurrentDrafter, activated
+from redrafter.drafter import RecurrentDrafter
 from redrafter.fast import has_kernels
+from redrafter.fast.product import activated, fused, product
 
 LARGEST = 2**29
 """Bytes of a table at most."""
@@ -32,6 +33,8 @@ class Joined:
     """`W e + b` of the recurrence."""
     rows: Int[Tensor, " V"] | None
     """The table's row of each of the target's ids that can be drafted, where the draft vocabulary is its own."""
+    block: bool
+    """Whether the head begins with a block, whose result is added to context and state."""
 
     @classmethod
     def of(cls, drafter: RecurrentDrafter, embed: Callable[[Tensor], Tensor]) -> Joined | None:
@@ -48,45 +51,59 @@ class Joined:
         with torch.no_grad():
             weight = torch.cat((drafter.rnn_u.weight, reader.weight[:, config.hidden_size :]))
             table = nn.functional.linear(embed(ids), drafter.rnn_w.weight, drafter.rnn_u.bias)
+        block = config.exit_dim == 2 * config.hidden_size
         if names is None:
-            return cls(weight, table, None)
+            return cls(weight, table, None, block)
         rows = torch.zeros(config.vocab_size, dtype=torch.long, device=names.device)
-        return cls(weight, table, rows.index_copy_(0, names, torch.arange(len(names), device=names.device)))
-
-    def added(self, read: Float[Tensor, "B 1 exit"] | None) -> Tensor:
-        """What every product of a draft adds: `read`, as `drafter.read` gives it; of one row as a bias."""
-        assert read is not None  # other heads are not joined
-        return nn.functional.pad(read.flatten(), (len(self.weight) - read.shape[-1], 0)) if len(read) == 1 else read
+        return cls(weight, table, rows.index_copy_(0, names, torch.arange(len(names), device=names.device)), block)
 
     def products(
-        self, state: Float[Tensor, "B beams hidden"], added: Tensor
-    ) -> tuple[Float[Tensor, "B beams hidden"], Float[Tensor, "B beams exit"]]:
-        """`U s` for the next step, without bias, and what the head's first layer gives."""
-        hidden = state.shape[-1]
-        both = nn.functional.linear(state, self.weight, added if added.ndim == 1 else None)
-        carried, first = both[..., :hidden], both[..., hidden:]
-        return carried, first if added.ndim == 1 else first + added
+        self,
+        state: Float[Tensor, "B beams hidden"],
+        seen: Float[Tensor, "B beams both"] | None,
+        read: Float[Tensor, "B 1 exit"],
+        *,
+        last: bool = False,
+    ) -> tuple[Float[Tensor, "B beams carried"], Float[Tensor, "B beams exit"]]:
+        """`U s` for the next step, without bias, and what the head's projection or first block gives.
+
+        `seen` and `read` are what the drafter's functions of these names give.  After the `last` state there is no step
+        to prepare, and `U s` is empty.
+        """
+        begin = 0 if last else state.shape[-1]
+        weight = self.weight[state.shape[-1] - begin :]
+        if fused(state, weight):
+            both = product(state, weight, read, onto=seen, silu=seen is not None, begin=begin)
+            return both[..., :begin], both[..., begin:]
+        flat = nn.functional.linear(state.flatten(0, 1), weight)  # a slice of more dimensions might be copied
+        both = flat.unflatten(0, state.shape[:2])
+        first = both[..., begin:]
+        return both[..., :begin], first + read if seen is None else activated(first, read.expand_as(first), seen)
 
     def moved(
         self,
         tokens: Int[Tensor, "B beams"],
         parents: Int[Tensor, "B beams"],
         carried: Float[Tensor, "B above hidden"],
-    ) -> Float[Tensor, "B beams hidden"]:
-        """The state after the tokens, drafted ones, from `carried` of the beam that each continues."""
+        context: Float[Tensor, "B 1 hidden"],
+    ) -> tuple[Float[Tensor, "B beams hidden"], Float[Tensor, "B beams both"] | None]:
+        """The state after the tokens, drafted ones, from `carried` of the beam that each continues; `drafter.seen`."""
         if not has_kernels(carried.device, carried.dtype):
-            return self.plain_moved(tokens, parents, carried)
+            return self.plain_moved(tokens, parents, carried, context)
         from redrafter.fast.kernels import drafting
 
         with torch.cuda.device_of(carried):
-            return drafting.moved(self.table, self.rows, tokens, parents, carried)
+            out = drafting.moved(self.table, self.rows, tokens, parents, carried, context if self.block else None)
+        return out[..., -carried.shape[-1] :], out if self.block else None
 
     def plain_moved(
         self,
         tokens: Int[Tensor, "B beams"],
         parents: Int[Tensor, "B beams"],
         carried: Float[Tensor, "B above hidden"],
-    ) -> Float[Tensor, "B beams hidden"]:
+        context: Float[Tensor, "B 1 hidden"],
+    ) -> tuple[Float[Tensor, "B beams hidden"], Float[Tensor, "B beams both"] | None]:
         """As `moved`, on any device."""
         known = self.table[tokens if self.rows is None else self.rows[tokens]]
-        return activated(known, carried.gather(1, parents[..., None].expand_as(known)))
+        state = activated(known, carried.gather(1, parents[..., None].expand_as(known)))
+        return state, torch.cat((context.expand_as(state), state), dim=-1) if self.block else None

@@ -18,7 +18,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from redrafter.fast.merged import Group, entered, joined_bias, merged, plain, together
+from redrafter.fast.merged import Group, apart, entered, joined_bias, merged, together
 
 LARGEST = 2**30
 """Bytes of weights at most that are kept once more."""
@@ -28,9 +28,7 @@ LARGEST = 2**30
 def packed(*models: nn.Module) -> Iterator[int]:
     """Yields the number of products that are computed from packed weights until it is left."""
     groups = [parts for model in models for parts in together(model) if all(map(_packable, parts))]
-    grouped = {part for parts in groups for part in parts}
-    alone = (layer for model in models for layer in model.modules() if plain(layer) and layer not in grouped)
-    groups += [[layer] for layer in alone if _packable(layer)]
+    groups += [[layer] for layer in apart(models, groups) if _packable(layer)]
     size = sum(part.weight.nbytes for parts in groups for part in parts)
     if size > LARGEST or not _works() or torch.is_autocast_enabled("cpu"):
         groups = []
@@ -67,6 +65,9 @@ class _Packed(Group):
             self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([part.weight.detach() for part in parts]))
             self.seen = seen
         self.bias = joined_bias(parts)
+
+    def release(self) -> None:
+        """What is packed serves the next call."""
 
     def output(self, place: int, input: Tensor) -> Tensor:
         """What the layer in this place gives; a lone row is left to torch, so that undrafted logits are the model's."""

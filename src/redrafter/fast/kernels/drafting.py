@@ -1,8 +1,8 @@
 """Kernels of drafting in Triton: the best scores, a step of the beam search, trees, and the drafter's activations.
 
 Promises what the plain counterparts give, up to rounding: `redrafter.fast.top.plain_top`, `redrafter.beam.plain_grow`,
-`redrafter.tree.plain_fold` and `plain_most_probable`, `redrafter.drafter.activated`, and `plain_moved` of
-`redrafter.fast.joined`.  Imports triton, so it is imported on first use.  Everything works on the current device and
+`redrafter.tree.plain_fold` and `plain_most_probable`, `redrafter.fast.product.activated`, and `plain_moved`
+of `redrafter.fast.joined`.  Imports triton, so it is imported on first use.  Everything works on the current device and
 asks it nothing.
 
 What is ranked is packed into one number of 64 bits: the score's bits in an order that integers have, then the place,
@@ -361,31 +361,46 @@ def as_rows(x: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["beams", "stride_tb", "stride_tw"])
 def _moved(
-    table, rows, tokens, parents, carried, out, beams, columns, stride_tb, stride_tw, stride_b, stride,
-    NAMED: tl.constexpr, BLOCK: tl.constexpr,
+    table, rows, tokens, parents, carried, context, out,
+    beams, columns, first, stride_tb, stride_tw, stride_b, stride, stride_c,
+    NAMED: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A block of a beam's state; BESIDE: of `first` numbers of context and the state."""
     beam = tl.program_id(1)
     b, w = (beam // beams).to(tl.int64), beam % beams
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = at < columns
+    to = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = to - first
+    there = (at >= 0) & (at < columns)
     place = tl.load(tokens + b * stride_tb + w * stride_tw)
     parent = tl.load(parents + beam)
     if NAMED:
         place = tl.load(rows + place)
     value = tl.load(table + place * columns + at, mask=there, other=0.0).to(tl.float32)
     value += tl.load(carried + b * stride_b + parent * stride + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + beam.to(tl.int64) * columns + at, value / (1.0 + tl.exp(-value)), mask=there)
+    value = value / (1.0 + tl.exp(-value))
+    if BESIDE:
+        known = tl.load(context + b * stride_c + to, mask=to < first, other=0.0).to(tl.float32)
+        value = tl.where(to < first, known, value)
+    tl.store(out + beam.to(tl.int64) * (first + columns) + to, value, mask=to < first + columns)
 
 
-def moved(table: Tensor, rows: Tensor | None, tokens: Tensor, parents: Tensor, carried: Tensor) -> Tensor:
-    """As `redrafter.fast.joined.Joined.plain_moved`, in one launch."""
+def moved(
+    table: Tensor,
+    rows: Tensor | None,
+    tokens: Tensor,
+    parents: Tensor,
+    carried: Tensor,
+    context: Tensor | None = None,
+) -> Tensor:
+    """The state of `redrafter.fast.joined.Joined.plain_moved`, after the `context` if it is given, in one launch."""
     batch, beams = tokens.shape
-    columns = carried.shape[2]
+    columns, first = carried.shape[2], 0 if context is None else context.shape[2]
     carried = carried if carried.stride(2) == 1 else carried.contiguous()
-    out = torch.empty((batch, beams, columns), dtype=carried.dtype, device=carried.device)
-    _moved[(triton.cdiv(columns, ELEMENTS), batch * beams)](
-        table, table if rows is None else rows, tokens, parents.contiguous(), carried, out,
-        beams, columns, *tokens.stride(), carried.stride(0), carried.stride(1),
-        NAMED=rows is not None, BLOCK=ELEMENTS, num_warps=4,
+    beside = carried if context is None else as_rows(context)
+    out = torch.empty((batch, beams, first + columns), dtype=carried.dtype, device=carried.device)
+    _moved[(triton.cdiv(first + columns, ELEMENTS), batch * beams)](
+        table, table if rows is None else rows, tokens, parents.contiguous(), carried, beside, out,
+        beams, columns, first, *tokens.stride(), carried.stride(0), carried.stride(1), beside.stride(0),
+        NAMED=rows is not None, BESIDE=context is not None, BLOCK=ELEMENTS, num_warps=4,
     )  # fmt: skip
     return out
