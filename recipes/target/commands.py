@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redrafter.stand_ins import random_drafter
 
-GRID = {"widths": "4,10,16", "lengths": "4,5,6", "budgets": "32,48"}
+GRID = {"widths": "10,16", "lengths": "4,5,6", "budgets": "32,48"}
 """Shapes that a head is tried in, beside whole beams."""
 
 LEAST_GRID = {"widths": "1", "lengths": "2", "budgets": "4"}

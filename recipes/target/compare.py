@@ -40,6 +40,7 @@ SHAPES = {
     "recurrent": {
         "recurrent": "",
         "recurrent, without the noise": "@uncoupled",
+        "recurrent, 10 beams of 4, 32 nodes": "@10x4:32",
         "recurrent, 10 whole beams": "@10x4",
     },
     DRAFT: {
@@ -54,24 +55,28 @@ SHAPES = {
         "small draft model, tree by the noise": "@4x4:16,coupled",
     },
     "eagle": {"EAGLE": "", "EAGLE, by the noise": "@coupled"},
-    "recurrent-quarter": {"recurrent, a quarter of the vocabulary": ""},
-    "recurrent-released": {"recurrent, released": ""},
-    NOT_DISTILLED: {"recurrent, not distilled": ""},
+    "recurrent-whole": {"recurrent, the whole vocabulary": "@10x4:32"},
+    "recurrent-released": {"recurrent, released": "@10x4:32"},
+    NOT_DISTILLED: {"recurrent, not distilled": "@10x4:32"},
 }
 """What is trained, by folder, and in which shapes it is measured under which name; in the order of the training.
 
-Where no shape is told, a head drafts in the one that `redrafter tune` finds for it, and Medusa heads their fitted tree.
+Where no shape is told, a head drafts in the one that `redrafter tune` finds for it, and Medusa heads their fitted tree;
+forms of the recurrent drafter are compared in one shape.
 When sampling, EAGLE and two models rank by their own probabilities, as published, and once more by the noise of the
 target's draws, as the recurrent drafter and Medusa do.
 """
 
 RECURRENT = {
-    "recurrent": "answers, KL and coupled, decay 0.8",
-    "recurrent-quarter": "answers, KL and coupled, decay 0.8, V/4",
+    "recurrent": "answers, KL and coupled, decay 0.8, V/4",
+    "recurrent-whole": "answers, KL and coupled, decay 0.8",
     "recurrent-released": "answers, tokens",
     NOT_DISTILLED: "released: the text's own tokens",
 }
 """The recurrent drafters, each as one of `variants.py`; a sweep goes through the first and has the others beside it."""
+
+TUNED = ("recurrent", "eagle")
+"""Heads whose shape `redrafter tune` finds."""
 
 TO_TUNE = 4
 """Prompts of each category to tune on, which are not among those that are measured."""
@@ -265,8 +270,7 @@ def _measure(
     if data == "held-out":
         folders = costs.grown(given, target, there, begin) if cost == "grown" else {"target": target} | there
         if given.tune:
-            tuned = (*RECURRENT, "eagle")
-            costs.tune(folders, tuned, _prompts(given, "tuning"), given.new_tokens, begin, until)
+            costs.tune(folders, TUNED, _prompts(given, "tuning"), given.new_tokens, begin, until)
         put(given.output / f"{cost}.json", {name: str(path) for name, path in folders.items()})
     told = json.loads(awaited(given.output / f"{cost}.json", until).read_text())
     model = told.pop("target")
