@@ -92,7 +92,6 @@ def test_products_of_few_rows_are_one_operator_in_the_same_code(graphs, monkeypa
     """Torch stands in for their kernel; a layer's query, key and value, output, gate and up, and down."""
     monkeypatch.setattr(merged, "measured", lambda weight: True)
     monkeypatch.setattr(merged, "LARGE", 0)
-    monkeypatch.setattr(merged, "FEW", 16)
     monkeypatch.setattr(product, "_launched", lambda x, weight, bias, *_: nn.functional.linear(x, weight, bias))
     model = tiny_model("qwen2", num_hidden_layers=4)
     for drafter in (None, RecurrentDrafter.for_target(model, beam_width=3, beam_length=3)):

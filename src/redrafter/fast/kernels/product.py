@@ -99,22 +99,20 @@ def _product(
 def tiling_for(rows: int, weight: Tensor, wide: bool = False) -> Tiling:
     """The fastest blocks of an H100 and an H200; `wide`: of rows of more than 2 bytes a number half as many fit.
 
-    `docs/log.md`, 2026-11-25 and 26, has figures, of weights of 7B shapes and more; narrower ones are cut so that no
-    processor is idle.  `benchmarks/products.py --trial` tries others.
+    `docs/log.md`, 2026-11-25, has figures, of weights of 7B shapes and more; narrower ones are cut so that no processor
+    is idle.  `benchmarks/products.py --trial` tries others.
     """
     columns, inner = weight.shape
-    halves = not wide and weight.element_size() > 1
-    height = FEW if rows <= FEW else ROWS if halves else min(ROWS, triton.next_power_of_2(rows))
+    eight = weight.element_size() == 1
     least = 16
-    if rows == 1 and halves:
+    if rows == 1 and not (eight or wide):
         tile = Tiling(1, 8, 1024, 3, 8) if columns * inner >= 2**25 else Tiling(1, 16, 256, 4, 4)
         least = 4
-    elif columns >= MANY_COLUMNS or (rows > FEW and not halves):
-        return _narrowed(Tiling(height, 64, 128, 6 if rows > FEW and halves else 3, 4), wide)
-    elif rows > FEW:
-        tile = Tiling(height, 32, 128, 3 if columns >= 8192 else 6, 4)
+    elif rows > FEW or columns >= MANY_COLUMNS:
+        height = max(FEW, min(ROWS, triton.next_power_of_2(rows)))
+        return _narrowed(Tiling(height, 64, 128, 3 if eight else 4, 4), wide)
     else:
-        tile = Tiling(height, 32, 128 if halves and columns >= 8192 else 256, 4, 4)
+        tile = Tiling(FEW, 32, 256, 4, 4) if eight or columns < 8192 else Tiling(FEW, 32, 128, 4, 4)
     while tile.columns > least and triton.cdiv(columns, tile.columns) < BUSY:
         tile = tile._replace(columns=tile.columns // 2)
     return _narrowed(tile, wide)
