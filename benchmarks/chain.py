@@ -32,7 +32,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from products import median
 from redrafter.fast.attention import packed
 from redrafter.fast.kernels import attention
-from redrafter.fast.kernels.dependent import ask, prefetch
 from redrafter.fast.kernels.product import FEW, Tiling
 from redrafter.profiling import bandwidth, milliseconds
 from redrafter.tree import DraftTree, ancestors_of
@@ -54,10 +53,26 @@ MANY = [(32, 128, 4, 4), (64, 128, 3, 4), (64, 64, 5, 4), (16, 256, 3, 4), (32, 
 
 
 @triton.jit
+def _prefetch(line):
+    """Asks the second cache for what these addresses point to, and waits for none."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _fetch(weight, lines, BLOCK: tl.constexpr):
     """Asks for the first lines of a weight."""
     line = tl.minimum(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), lines - 1)
-    prefetch(weight + line.to(tl.int64) * LINE)
+    _prefetch(weight + line.to(tl.int64) * LINE)
+
+
+@triton.jit
+def _ask(place, tiles, BLOCK_K: tl.constexpr):
+    """Asks for the first tiles of a program's rows of a weight, which begin at `place`."""
+    line = place[:, None] + LINE * tl.arange(0, BLOCK_K // LINE)[None, :]
+    for tile in range(tiles):
+        _prefetch(line + tile * BLOCK_K)
 
 
 @triton.jit
@@ -116,9 +131,9 @@ def _product(
     inside = (m < rows)[:, None]
     place = weight + tl.where(n < N, n, 0).to(tl.int64) * K  # what is read beyond the last column is not written
     up = N.to(tl.int64) * K
-    ask(place, ahead, BLOCK_K)
+    _ask(place, ahead, BLOCK_K)
     if GATED:
-        ask(place + up, ahead, BLOCK_K)
+        _ask(place + up, ahead, BLOCK_K)
     x_ptr = x + m[:, None] * K + k[None, :]
     w_ptr = place[:, None] + k[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_K] if BLOCK_M == 1 else [BLOCK_M, BLOCK_N], tl.float32)

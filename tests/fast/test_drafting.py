@@ -12,7 +12,7 @@ from interpreting import INTERPRETED, on_cpu, on_kernels
 from conftest import rooted, tiny_model
 from redrafter import RecurrentDrafter, fast
 from redrafter.beam import beam_search, grow, plain_grow
-from redrafter.fast import has_kernels, merged
+from redrafter.fast import has_kernels
 from redrafter.fast.product import activated
 from redrafter.fast.top import Top, plain_top, top
 from redrafter.noise import gumbel
@@ -279,49 +279,6 @@ def test_a_graph_holds_a_search():
         for found, wanted in zip(held, search(), strict=True):
             for name in FIELDS:
                 assert getattr(found, name).equal(getattr(wanted, name)), name
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("bits", "budget"), [(16, None), (16, 32), (8, 32)])
-@torch.no_grad()
-def test_dependent_launches_change_no_bit(bits, budget, monkeypatch):
-    """200 drafts in a row, which nobody waits for: a kernel that did not wait would meet what another is at work on."""
-    from redrafter.fast.kernels import dependent
-
-    if not dependent.can_depend(torch.device("cuda", torch.cuda.current_device())):
-        pytest.skip("this GPU launches no kernel dependently")
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # by kernels between ours
-    model = tiny_model(vocab_size=16_000, hidden_size=768).to("cuda", torch.bfloat16)
-    drafter = RecurrentDrafter.for_target(model, draft_vocabulary=torch.arange(0, 16_000, 4), exit_dim=1536)
-    contexts, roots = torch.randn(200, 1, 1, 768, device="cuda"), torch.randint(0, 16_000, (200, 1), device="cuda")
-    for parameter in drafter.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    drafter = drafter.to_eight_bits() if bits == 8 else drafter
-    proposer = RecurrentProposer(drafter, Target(model), 10, 4, budget).quickened()
-
-    def drafts(wanted):
-        monkeypatch.setattr(dependent, "WANTED", wanted)
-        context, root = contexts[0].clone(), roots[0].clone()
-
-        def draft():  # begins with copies, which are no kernels
-            return proposer.propose(None, rooted(root.clone()), context.clone(), Draw((), None))
-
-        draft()
-        graph, found = torch.cuda.CUDAGraph(), []
-        with torch.cuda.graph(graph):
-            held = draft()
-        for given in zip(contexts, roots, strict=True):
-            context.copy_(given[0])
-            root.copy_(given[1])
-            graph.replay()
-            found.append([getattr(held, name).clone() for name in FIELDS])
-        return [torch.stack(field) for field in zip(*found, strict=True)]
-
-    with merged.merged(drafter):  # its head's last layer is a product of ours too
-        both = drafts(True), drafts(False)
-    for name, found, wanted in zip(FIELDS, *both, strict=True):
-        assert found.equal(wanted), name
-        assert name != "tokens" or len(set(map(tuple, found.flatten(1).tolist()))) == 200
 
 
 @on_cpu

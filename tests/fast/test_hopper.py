@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
@@ -11,13 +9,9 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver, jit  # noqa: E402
 
-from redrafter.fast.kernels import attention, dependent, drafting, product, store  # noqa: E402
+from redrafter.fast.kernels import attention, drafting, product, store  # noqa: E402
 
 BEAMS = torch.zeros(2, 50, dtype=torch.long)
-TOUCHES = re.compile(
-    r"^\s*(?:@!?%p\d+\s+)?(?!ld\.param)(ld|st|atom|red|cp|multimem|call|bra|brx|ret|exit)\b.*", re.MULTILINE
-)
-"""What reads or writes memory, parameters aside, or leads past what follows, in PTX."""
 
 
 class Hopper:
@@ -33,37 +27,15 @@ class Hopper:
         return 0
 
 
-def assert_waits(ptx: str) -> None:
-    """Every program lets the next kernel begin and waits for the one before, and until then only prefetches."""
-    before, wait, _ = ptx[ptx.index(".entry") :].partition("\tgriddepcontrol.wait;")
-    assert wait
-    assert "\tgriddepcontrol.launch_dependents;" in before
-    assert not [found.group() for found in TOUCHES.finditer(before)]
-
-
 @pytest.fixture(autouse=True)
-def waiting(monkeypatch):
-    """The kernels, of those that are compiled, that would be launched dependently, and their code."""
-    monkeypatch.setattr(dependent, "can_depend", lambda device: True)
-    return {}
-
-
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch, waiting):
+def compiled(monkeypatch):
     """The kernels that are compiled instead of launched."""
     names: list[str] = []
 
     def launched(kernel, grid):
-        def run(*told, launch_pdl=False, **named):
-            made = kernel.warmup(*told, grid=grid, launch_pdl=launch_pdl, **named)
-            assert made.asm["cubin"]
-            assert made.metadata.launch_pdl == launch_pdl
+        def run(*told, **named):
+            assert kernel.warmup(*told, grid=grid, **named).asm["cubin"]
             names.append(kernel.fn.__name__)
-            if launch_pdl:
-                assert_waits(made.asm["ptx"])
-                waiting[names[-1]] = made.asm["ptx"]
-            else:
-                assert "griddepcontrol" not in made.asm["ptx"]
 
         return run
 
@@ -94,9 +66,7 @@ def test_what_is_written_to_the_cache(compiled):
     assert compiled == ["_store"]
 
 
-@pytest.mark.parametrize("wanted", [True, False], ids=["dependent", "waiting"])
-def test_drafting(wanted, compiled, waiting, monkeypatch):
-    monkeypatch.setattr(dependent, "WANTED", wanted)
+def test_drafting(compiled):
     drafting.top(torch.randn(100, 8192, dtype=torch.bfloat16), 50)
     best = torch.randn(100, 50), torch.zeros(100, 50, dtype=torch.long), torch.randn(100)
     drafting.grow(*best, torch.arange(90), BEAMS[..., None], torch.randn(2, 50), BEAMS)
@@ -106,39 +76,27 @@ def test_drafting(wanted, compiled, waiting, monkeypatch):
     x = torch.randn(2, 50, 64, dtype=torch.bfloat16)
     drafting.moved(x[0], BEAMS[0], BEAMS, BEAMS, x, x[:, :1])
     drafting.activated(x, None, x)
-    kernels = ["_best_of_chunk", "_best_of_row", "_grow", "_fold", "_most_probable", "_moved", "_activated"]
-    assert compiled == kernels
-    assert list(waiting) == (kernels if wanted else [])
+    wanted = ["_best_of_chunk", "_best_of_row", "_grow", "_fold", "_most_probable", "_moved", "_activated"]
+    assert compiled == wanted
 
 
 @pytest.mark.parametrize(
     ("rows", "columns", "inner"),
     [(1, 2304, 768), (1, 12_288, 4096), (10, 2304, 768), (10, 4096, 11_008), (10, 1536, 70), (32, 32_000, 4096)],
 )
-def test_products_of_16_bits(rows, columns, inner, compiled, waiting):
+def test_products_of_16_bits(rows, columns, inner, compiled):
     weight = torch.empty(columns, inner, dtype=torch.bfloat16)
     x, onto = weight.new_empty(1, rows, inner), weight.new_empty(1, rows, columns - 768)
     product.product(x, weight, onto[:, :1], onto=onto, silu=True, begin=768)
     product.product(x.half(), weight.half())
     assert compiled == ["_product", "_product"]
-    assert bool(waiting) == (columns * inner <= 2304 * 768)  # the others take longer so
 
 
 @pytest.mark.parametrize(
     ("rows", "dtype"), [(1, torch.bfloat16), (16, torch.float16), (50, torch.bfloat16), (1, torch.float32)], ids=str
 )
-def test_products_of_8_bits(rows, dtype, compiled, waiting):
+def test_products_of_8_bits(rows, dtype, compiled):
     weight, scale = torch.empty(1536, 768, dtype=torch.int8), torch.empty(1536)
     x = torch.empty(rows, 768, dtype=dtype)
     product.product(x, weight, scale.to(dtype), scale=scale, onto=x.new_empty(rows, 1536), silu=True)
     assert compiled == ["_product"]
-    assert list(waiting) == ["_product"]
-
-
-@pytest.mark.parametrize("tiling", [None, (1, 8, 32, 3, 4), (16, 16, 64, 2, 4)], ids=str)
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_tiles_asked_for_before_the_wait(ahead, tiling, waiting):
-    weight = torch.empty(2304, 768, dtype=torch.bfloat16)
-    tile = product.Tiling(*tiling) if tiling else None
-    product.product(weight[: tile.rows if tile else 1], weight, tiling=tile, ahead=ahead)
-    assert ("prefetch.global.L2" in waiting["_product"]) == (ahead > 0)

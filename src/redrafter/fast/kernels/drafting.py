@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redrafter.fast.kernels.dependent import begin, dependently
-
 CHUNK = 1024  # columns of a program, at least
 CANDIDATES = 4096  # of a row, at most, that its chunks hand on; more columns make larger chunks
 LOWEST = tl.constexpr(-(1 << 63))  # ranks below every score
@@ -54,11 +52,9 @@ def _place_of(rank):
 
 @triton.jit(do_not_specialize=["columns", "chunks"])
 def _best_of_chunk(
-    scores, ranks, tops, totals, stride, columns, chunks,
-    CHUNK: tl.constexpr, K: tl.constexpr, DEPENDENT: tl.constexpr,
+    scores, ranks, tops, totals, stride, columns, chunks, CHUNK: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
     """The K best of a chunk of a row, its highest score and the sum of the exponentials below that."""
-    begin(DEPENDENT)
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     column = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -76,10 +72,9 @@ def _best_of_chunk(
 @triton.jit(do_not_specialize=["chunks", "width"])
 def _best_of_row(
     ranks, tops, totals, values, ids, logsumexp, chunks, width,
-    CANDIDATES: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, DEPENDENT: tl.constexpr,
+    CANDIDATES: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """The best of what a row's chunks hand on."""
-    begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, CHUNKS)
     highest = tl.load(tops + row * chunks + c, mask=c < chunks, other=-1e30)
@@ -106,16 +101,15 @@ def top(scores: Tensor, width: int, chunk: int | None = None) -> tuple[Tensor, T
     ranks = torch.empty((rows, chunks, k), dtype=torch.int64, device=device)
     tops, totals = torch.empty((2, rows, chunks), dtype=torch.float32, device=device)
     _best_of_chunk[(chunks, rows)](
-        scores, ranks, tops, totals, scores.stride(0), columns, chunks,
-        CHUNK=chunk, K=k, num_warps=_warps(chunk), **dependently(device),
-    )  # fmt: skip
+        scores, ranks, tops, totals, scores.stride(0), columns, chunks, CHUNK=chunk, K=k, num_warps=_warps(chunk)
+    )
     values = torch.empty((rows, width), dtype=torch.float32, device=device)
     ids = torch.empty((rows, width), dtype=torch.int64, device=device)
     logsumexp = torch.empty((rows,), dtype=torch.float32, device=device)
     candidates = _power(chunks * k)
     _best_of_row[(rows,)](
         ranks, tops, totals, values, ids, logsumexp, chunks, width,
-        CANDIDATES=candidates, CHUNKS=_power(chunks), K=k, num_warps=_warps(candidates), **dependently(device),
+        CANDIDATES=candidates, CHUNKS=_power(chunks), K=k, num_warps=_warps(candidates),
     )  # fmt: skip
     return values, ids, logsumexp
 
@@ -134,10 +128,9 @@ def _grow(
     values, ids, logsumexp, names, beams, scores, above,
     level_tokens, level_parents, level_scores, new_beams, new_scores, new_above, parents,
     beams_above, width, position,
-    NAMED: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr, BLOCK_L: tl.constexpr, DEPENDENT: tl.constexpr,
+    NAMED: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """OWN entries of a row, which grow its beams: each that fewer than `width` others surpass is a beam from now on."""
-    begin(DEPENDENT)
     row = tl.program_id(1).to(tl.int64)
     entries = beams_above * width
     entry = tl.program_id(0) * OWN + tl.arange(0, OWN)
@@ -199,7 +192,6 @@ def grow(
         level_tokens, level_parents, level_scores, new_beams, new_scores, new_above, parents,
         beams_above, width, position,
         NAMED=names is not None, OWN=OWN, OTHERS=min(OTHERS, _power(entries)), BLOCK_L=_power(position + 1),
-        **dependently(beams.device),
     )  # fmt: skip
     return level_tokens, level_parents, level_scores, new_beams, new_scores, new_above, parents
 
@@ -224,10 +216,9 @@ def _own_and_root(ancestors, row, size, NODES: tl.constexpr):
 @triton.jit(do_not_specialize=["width"])
 def _fold(
     root, beams, tokens, parents, depth, valid, ancestors, width,
-    LENGTH: tl.constexpr, W: tl.constexpr, L: tl.constexpr, NODES: tl.constexpr, DEPENDENT: tl.constexpr,
+    LENGTH: tl.constexpr, W: tl.constexpr, L: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """A row's beams as a prefix tree; the outputs are cleared before."""
-    begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     size = 1 + width * LENGTH
     w = tl.arange(0, W)
@@ -270,7 +261,6 @@ def fold(root: Tensor, beams: Tensor) -> tuple[Tensor, ...]:
         root.contiguous(), beams.contiguous(), tokens, parents, depth,
         valid.view(torch.int8), ancestors.view(torch.int8), width,
         LENGTH=length, W=block, L=_power(length), NODES=_power(1 + width * length), num_warps=_warps(block * block),
-        **dependently(beams.device),
     )  # fmt: skip
     return tree
 
@@ -279,10 +269,9 @@ def fold(root: Tensor, beams: Tensor) -> tuple[Tensor, ...]:
 def _most_probable(
     root, level_tokens, level_parents, level_scores, numbers, tokens, parents, depth, valid, ancestors,
     first, each, entries, size,
-    DEPTHS: tl.constexpr, ENTRIES: tl.constexpr, K: tl.constexpr, NODES: tl.constexpr, DEPENDENT: tl.constexpr,
+    DEPTHS: tl.constexpr, ENTRIES: tl.constexpr, K: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """The best `size - 1` of a row's candidates as a tree; the outputs are cleared before."""
-    begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     entry = tl.arange(0, ENTRIES)
     there = entry < entries
@@ -331,7 +320,6 @@ def most_probable(
         root.contiguous(), *levels, numbers, *tree[:3], *(flag.view(torch.int8) for flag in tree[3:]),
         first, each, entries, size,
         DEPTHS=depths, ENTRIES=block, K=_power(size - 1), NODES=_power(size), num_warps=_warps(block),
-        **dependently(root.device),
     )  # fmt: skip
     return tree
 
@@ -339,9 +327,8 @@ def most_probable(
 @triton.jit
 def _activated(
     x, more, onto, out, columns, stride_x, stride_m, stride_o,
-    MORE: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+    MORE: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin(DEPENDENT)
     row = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = at < columns
@@ -361,7 +348,7 @@ def activated(x: Tensor, more: Tensor | None, onto: Tensor | None) -> Tensor:
     count, columns = rows[0].shape
     _activated[(triton.cdiv(columns, ELEMENTS), count)](
         *rows, out, columns, *(one.stride(0) for one in rows),
-        MORE=more is not None, ONTO=onto is not None, BLOCK=ELEMENTS, num_warps=4, **dependently(x.device),
+        MORE=more is not None, ONTO=onto is not None, BLOCK=ELEMENTS, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -376,10 +363,9 @@ def as_rows(x: Tensor) -> Tensor:
 def _moved(
     table, rows, tokens, parents, carried, context, out,
     beams, columns, first, stride_tb, stride_tw, stride_b, stride, stride_c,
-    NAMED: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+    NAMED: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of a beam's state; BESIDE: of `first` numbers of context and the state."""
-    begin(DEPENDENT)
     beam = tl.program_id(1)
     b, w = (beam // beams).to(tl.int64), beam % beams
     to = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -416,6 +402,5 @@ def moved(
         table, table if rows is None else rows, tokens, parents.contiguous(), carried, beside, out,
         beams, columns, first, *tokens.stride(), carried.stride(0), carried.stride(1), beside.stride(0),
         NAMED=rows is not None, BESIDE=context is not None, BLOCK=ELEMENTS, num_warps=4,
-        **dependently(carried.device),
     )  # fmt: skip
     return out

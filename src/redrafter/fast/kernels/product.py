@@ -11,16 +11,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from redrafter.fast.kernels.dependent import ask, dependently
 from redrafter.fast.kernels.drafting import as_rows
 
 ROWS = 64  # of a program, at most
 FEW = 16  # rows that one instruction of the tensor cores takes, at least
 BUSY = 128  # programs that leave few of a GPU's processors, 132 of an H100, without work
 MANY_COLUMNS = 16_384  # from which on wider blocks still leave none without
-SMALL = 2**24  # bytes of a weight, at most, whose product is launched dependently; by 2**25 and more 16 rows only lost
 
 
 class Tiling(NamedTuple):
@@ -41,25 +38,19 @@ class Tiling(NamedTuple):
 def _product(
     x, weight, scale, bias, onto, out, rows, each, begin, stride_x, stride_w, stride_o, N, K,
     SCALE: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, ONTO: tl.constexpr,
-    WHOLE: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr, AHEAD: tl.constexpr,
+    WHOLE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A block of rows and columns; WHOLE: blocks of the inner dimension divide it.
 
     A row of the bias serves `each` rows; before the column `begin` there is nothing but the product.
-    DEPENDENT: while the kernel before is not yet waited for, AHEAD tiles of the weight are asked for.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = (m < rows)[:, None]
     read = tl.where(n < N, n, 0)  # what is read beyond the last column is not written
-    place = weight + read.to(tl.int64) * stride_w
-    if DEPENDENT:
-        gdc_launch_dependents()
-        ask(place, AHEAD, BLOCK_K)
-        gdc_wait()
-    w_ptr = place[:, None] + k[None, :]
+    w_ptr = weight + read[:, None].to(tl.int64) * stride_w + k[None, :]
     if BLOCK_M == 1:
         x_ptr = x + tl.program_id(0).to(tl.int64) * stride_x + k
         products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -141,9 +132,8 @@ def product(
     silu: bool = False,
     begin: int = 0,
     tiling: Tiling | None = None,
-    ahead: int = 1,
 ) -> Tensor:
-    """As `redrafter.fast.product.plain`, on the current device; `tiling` and `ahead`, in tiles, are for trials."""
+    """As `redrafter.fast.product.plain`, on the current device; `tiling` is for trials."""
     columns, inner = weight.shape
     out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
     given = as_rows(x)
@@ -158,8 +148,7 @@ def product(
         given, weight, given if scale is None else scale, biases, added, out,
         rows, max(1, rows // len(biases)), begin, given.stride(0), weight.stride(0), added.stride(0), columns, inner,
         SCALE=scale is not None, BIAS=bias is not None, SILU=silu, ONTO=onto is not None,
-        WHOLE=inner % tile.inner == 0, STAGES=tile.stages, AHEAD=min(ahead, inner // tile.inner),
+        WHOLE=inner % tile.inner == 0, STAGES=tile.stages,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, num_warps=tile.warps,
-        **dependently(x.device, weight.nbytes <= SMALL),
     )  # fmt: skip
     return out
