@@ -44,6 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "7B, 128,256, H, 8,192": {"hidden": 4096, "vocabulary": 128_256, "exit": 4096, "draft": 8192},
     "7B, 128,256, H, 16,384": {"hidden": 4096, "vocabulary": 128_256, "exit": 4096, "draft": 16_384},
     "110M, 16,000, 2H": {"hidden": 768, "vocabulary": 16_000, "exit": 1536},
+    "110M, 16,000, 2H, 4,000": {"hidden": 768, "vocabulary": 16_000, "exit": 1536, "draft": 4000},
     "110M, 16,000, 4H, 3 blocks, 4,000": {
         "hidden": 768, "vocabulary": 16_000, "exit": 3072, "draft": 4000, "blocks": 3,
     },

@@ -150,9 +150,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help="heads before measuring")
     parser.add_argument("--sweep", action="store_true", help="also sweep the recurrent drafter, others of it beside")
     parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's questions, JSON lines, perhaps under xz")
-    parser.add_argument("--spec-prompts", type=int, default=4, help="of each of its tasks")
+    parser.add_argument("--spec-prompts", type=int, default=4, help="of each of its tasks, at grown cost half as many")
     parser.add_argument("--bench-prompts", type=int, default=12, help="held-out prompts of each category")
-    parser.add_argument("--grown-prompts", type=int, default=4, help="of each category or task, at grown cost")
+    parser.add_argument("--grown-prompts", type=int, default=4, help="of each category, at grown cost")
     parser.add_argument("--rounds", type=int, default=2, help="of every measurement at own cost; at grown cost one")
     parser.add_argument("--grown", action=argparse.BooleanOptionalAction, default=True, help="a Llama alone can be")
     parser.add_argument("--hidden", type=int, default=4096, help="of the grown target")
@@ -279,7 +279,9 @@ def _measure(
         methods = [f"{next(iter(SHAPES[name]))}={told[name]}" for name in RECURRENT if name in told]
         status = commands.sweep(model, _prompts(given, "held-out"), folder, methods, until, minutes=minutes)
     else:
-        asked = {"own": given.spec_prompts if data == "spec" else given.bench_prompts, "grown": given.grown_prompts}
+        asked = {"own": given.bench_prompts, "grown": given.grown_prompts}
+        if data == "spec":
+            asked = {"own": given.spec_prompts, "grown": math.ceil(given.spec_prompts / 2)}
         status = commands.bench(
             model,
             _prompts(given, data),
