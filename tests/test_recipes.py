@@ -330,6 +330,59 @@ def test_what_fails_is_named_and_nothing_is_begun_without_time(
     assert "eagle is not there: no time was left to train it" in capsys.readouterr().out
 
 
+def test_where_nothing_can_be_measured_no_process_waits_for_it(corpus, target, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shape, "corpus", lambda folder: corpus)
+    monkeypatch.setattr(shape, "CATEGORIES", {"dialogue": "sgd"})
+    monkeypatch.setattr(compare.prompts, "CATEGORIES", {"dialogue": "sgd"})
+    asked = []
+
+    def fails(*args):
+        raise MemoryError("too large")
+
+    def train_head(way, model, rows, folder, effort):
+        return dict.fromkeys(("parameters", "seconds", "steps", "tokens", "loss"), 1)
+
+    def awaited(file, until=0.0):
+        assert file.exists(), "nobody will write it"
+        return file
+
+    def command(words, until):
+        asked.append((words[0], Path(words[words.index("--output") + 1]).name))
+        return 0
+
+    monkeypatch.setattr(compare, "train_head", train_head)
+    monkeypatch.setattr(compare, "awaited", awaited)
+    monkeypatch.setattr(costs, "grown", fails)
+    monkeypatch.setattr(commands, "command", command)
+    monkeypatch.setattr(commands, "rehearse", lambda *_: None)
+    spec = tmp_path / "spec.jsonl"
+    spec.write_text(json.dumps({"category": "coding", "turns": ["book a bus", "no"]}) + "\n")
+    words = f"compare --data {corpus.folder} --output {tmp_path} --target {target} --tokenizer {target} --prompts 4"
+    words += f" --held-out 1 --new-tokens 2 --each 1 --methods medusa --no-tune --spec-bench {spec}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    compare.main()
+    assert capsys.readouterr().out.count("nothing can be measured at grown cost: MemoryError: too large") == 2
+    assert asked == [("bench", "own-held-out"), ("bench", "own-spec")]
+    assert (tmp_path / "compare-0.md").exists()
+
+    monkeypatch.setattr(costs, "grown", lambda given, target, there, begin: {"target": target} | there)
+    compare.main()
+    assert asked[2:] == [("bench", f"{cost}-{data}") for data in ("held-out", "spec") for cost in ("own", "grown")]
+
+
+def test_a_command_finds_the_memory_that_this_process_does_not_use(monkeypatch):
+    did = []
+
+    def run(line, **more):
+        did.append(line[-1])
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: did.append("emptied"))
+    monkeypatch.setattr(commands.subprocess, "run", run)
+    assert commands.command(["info"], float("inf")) == 3
+    assert did == ["emptied", "info"]
+
+
 def test_nothing_is_trained_for_a_command_that_does_not_run(corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(shape, "corpus", lambda folder: corpus)
     tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -84,7 +84,11 @@ def _compiled() -> list[str]:
 
 
 def command(words: Sequence[object], until: float) -> int:
-    """Runs a command of redrafter in a process of its own, which frees the GPU's memory; 124 where time ran out."""
+    """Runs a command of redrafter in a process of its own, which frees the GPU's memory; 124 where time ran out.
+
+    It finds there what this process keeps but does not use.
+    """
+    torch.cuda.empty_cache()  # nothing where there is no GPU
     left = None if until == math.inf else max(1.0, until - time.monotonic())
     line = [sys.executable, "-m", "redrafter", *map(str, words)]
     try:

@@ -267,12 +267,13 @@ def _measure(
         return None
     if time.monotonic() + LEAST > until:
         return f"no time was left to measure at {cost} cost on {data} prompts"
+    drafting = given.output / f"{cost}.json"
     if data == "held-out":
-        folders = costs.grown(given, target, there, begin) if cost == "grown" else {"target": target} | there
-        if given.tune:
-            costs.tune(folders, TUNED, _prompts(given, "tuning"), given.new_tokens, begin, until)
-        put(given.output / f"{cost}.json", {name: str(path) for name, path in folders.items()})
-    told = json.loads(awaited(given.output / f"{cost}.json", until).read_text())
+        found = survived(partial(_prepared, given, cost, target, there, begin, until))
+        put(drafting, {"failed": found} if isinstance(found, str) else found)
+    told = json.loads(awaited(drafting, until).read_text())
+    if "failed" in told:
+        return f"nothing can be measured at {cost} cost: {told['failed']}"
     model = told.pop("target")
     minutes = None if until == math.inf else max(0.0, until - time.monotonic() - SETTLED) / 60
     if data == SWEEP:
@@ -296,6 +297,16 @@ def _measure(
     if status:
         return f"redrafter at {cost} cost on {data} prompts ended with status {status}"
     return None if _is_whole(folder) else f"not everything could be measured at {cost} cost on {data} prompts in time"
+
+
+def _prepared(
+    given: argparse.Namespace, cost: str, target: Path, there: dict[str, Path], begin: float, until: float
+) -> dict[str, str]:
+    """Folders of the target and of all that drafts for it at a cost, tuned."""
+    folders = costs.grown(given, target, there, begin) if cost == "grown" else {"target": target} | there
+    if given.tune:
+        costs.tune(folders, TUNED, _prompts(given, "tuning"), given.new_tokens, begin, until)
+    return {name: str(path) for name, path in folders.items()}
 
 
 def _is_whole(folder: Path) -> bool:

@@ -74,8 +74,6 @@ def grown(given: argparse.Namespace, target: Path, there: Mapping[str, Path], be
             say(begin, f"{name} has grown to {parameters:,} parameters")
             del new
         found[name] = folder / name
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     return found
 
 
