@@ -18,6 +18,7 @@ ROWS = 64  # of a program, at most
 FEW = 16  # rows that one instruction of the tensor cores takes, at least
 BUSY = 128  # programs that leave few of a GPU's processors, 132 of an H100, without work
 MANY_COLUMNS = 16_384  # from which on wider blocks still leave none without
+SMALL = 2**23  # numbers of a weight that the second cache keeps for a draft's next product with it
 
 
 class Tiling(NamedTuple):
@@ -111,6 +112,9 @@ def tiling_for(rows: int, weight: Tensor, wide: bool = False) -> Tiling:
     elif rows > FEW or columns >= MANY_COLUMNS:
         height = max(FEW, min(ROWS, triton.next_power_of_2(rows)))
         return _narrowed(Tiling(height, 64, 128, 3 if eight else 4, 4), wide)
+    elif not eight and columns * inner <= SMALL:
+        tile = Tiling(FEW, 32, 128, 3, 4) if columns >= 2048 else Tiling(FEW, 16, 256, 3, 4)
+        return _narrowed(tile, wide)
     else:
         tile = Tiling(FEW, 32, 256, 4, 4) if eight or columns < 8192 else Tiling(FEW, 32, 128, 4, 4)
     while tile.columns > least and triton.cdiv(columns, tile.columns) < BUSY:
