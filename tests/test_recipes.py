@@ -370,6 +370,30 @@ def test_where_nothing_can_be_measured_no_process_waits_for_it(corpus, target, t
     assert asked[2:] == [("bench", f"{cost}-{data}") for data in ("held-out", "spec") for cost in ("own", "grown")]
 
 
+def test_a_process_that_goes_on_forgets_its_own_failures_before_others_read_them(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(shape, "corpus", lambda folder: corpus)
+    monkeypatch.setattr(commands, "rehearse", lambda *_: None)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "methods").mkdir()
+    records = [tmp_path / "methods" / f"{name}.json" for name in ("medusa", "eagle", "recurrent", "recurrent-text")]
+    files = [tmp_path / "own.json", tmp_path / "grown.json", *records]
+    left = []
+
+    def target(*args):
+        left.append({file.stem for file in files if file.exists()})
+        raise SystemExit
+
+    monkeypatch.setattr(compare.stages, "target", target)
+    words = f"compare --data {corpus.folder} --output {tmp_path} --methods medusa eagle recurrent recurrent-text --part"
+    for part in ("1/2", "0/2"):
+        for file in files:
+            file.write_text(json.dumps({"steps": 1} if file.stem == "recurrent-text" else {"failed": "no time"}))
+        monkeypatch.setattr(sys, "argv", [*words.split(), part])
+        with pytest.raises(SystemExit):
+            compare.main()
+    assert left == [{"own", "medusa", "recurrent", "recurrent-text"}, {"grown", "eagle", "recurrent-text"}]
+
+
 def test_a_command_finds_the_memory_that_this_process_does_not_use(monkeypatch):
     did = []
 

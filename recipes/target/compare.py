@@ -84,6 +84,9 @@ TO_TUNE = 4
 MULTI_TURN = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 """Categories of MT-bench, which are one task of Spec-Bench."""
 
+COSTS = ("own", "grown")
+"""At which all is measured, first of all on held-out prompts: so each is prepared by the part of its number here."""
+
 SWEEP = "sweep"
 
 LEAST = 120  # seconds for which a measurement is begun
@@ -101,11 +104,12 @@ def main() -> None:
         stages.tokenizer(given, corpus)
     if given.only_tokenizer:
         return
+    mine = [name for number, name in enumerate(given.methods) if number % parts == part]
+    _forget_failures(given, mine)
     if not all(_record(given.output, name).exists() for name in given.methods):
         tokenizer = awaited(stages.tokenizer(given, corpus), until)
         commands.rehearse(given.output / f"rehearsal-{part}", corpus, tokenizer, until)
         say(begin, "tune and bench do what is needed later")
-    mine = [name for number, name in enumerate(given.methods) if number % parts == part]
     for name in (DRAFT, SMALL):
         if name in mine and part:  # while part 0 trains the target
             _pretrain_draft_model(given, corpus, name)
@@ -121,9 +125,8 @@ def main() -> None:
             say(begin, f"{name} is not there: {record['failed']}")
         else:
             there[name] = given.output / "methods" / name
-    costs_there = ["own"]
-    if given.grown and AutoConfig.from_pretrained(target).model_type == "llama":
-        costs_there.append("grown")
+    can_grow = given.grown and AutoConfig.from_pretrained(target).model_type == "llama"
+    costs_there = COSTS if can_grow else COSTS[:1]
     jobs = [(cost, data) for data in ("held-out", *(["spec"] if given.spec_bench else [])) for cost in costs_there]
     jobs += [("own", SWEEP)] if given.sweep else []
     for number, (cost, data) in enumerate(jobs):
@@ -182,6 +185,20 @@ def _record(output: Path, name: str) -> Path:
     return output / "methods" / f"{name}.json"
 
 
+def _folders(output: Path, cost: str) -> Path:
+    return output / f"{cost}.json"
+
+
+def _forget_failures(given: argparse.Namespace, methods: list[str]) -> None:
+    """Those of this process in a run before: all is tried again, and others shall wait for what comes of that."""
+    part, parts = given.part
+    costs_here = [cost for number, cost in enumerate(COSTS) if number % parts == part]
+    files = [_record(given.output, name) for name in methods] + [_folders(given.output, cost) for cost in costs_here]
+    for file in files:
+        if file.exists() and "failed" in json.loads(file.read_text()):
+            file.unlink()
+
+
 def _pretrain_draft_model(given: argparse.Namespace, corpus: Corpus, name: str) -> Path:
     folder: Path = given.output / "methods" / f"{name}-before"
     width, layers = given.small_width, given.small_layers
@@ -218,7 +235,7 @@ def _train(
 
     for name in names:
         file = _record(output, name)
-        if file.exists() and "failed" not in json.loads(file.read_text()):
+        if file.exists():
             continue
         result = survived(partial(train, name))
         record = {"failed": result} if isinstance(result, str) else result
@@ -267,7 +284,7 @@ def _measure(
         return None
     if time.monotonic() + LEAST > until:
         return f"no time was left to measure at {cost} cost on {data} prompts"
-    drafting = given.output / f"{cost}.json"
+    drafting = _folders(given.output, cost)
     if data == "held-out":
         found = survived(partial(_prepared, given, cost, target, there, begin, until))
         put(drafting, {"failed": found} if isinstance(found, str) else found)
