@@ -193,8 +193,6 @@ def test_a_comparison_goes_from_data_to_a_table_and_does_nothing_twice(corpus, t
     monkeypatch.setattr(shape, "CATEGORIES", {"dialogue": "sgd"})
     monkeypatch.setattr(compare.prompts, "CATEGORIES", {"dialogue": "sgd"})
     monkeypatch.setattr(shape, "PEAK_RATE", 1e-2)
-    monkeypatch.setattr(commands, "GRID", {"widths": "2", "lengths": "2", "budgets": "3"})
-    monkeypatch.setattr(commands, "REPEATS", 1)
     monkeypatch.setattr(costs, "PUBLISHED", {"hidden": 96, "layers": 2, "heads": 2, "inner": 200})
     first = {name: dict([next(iter(shapes.items()))]) for name, shapes in compare.SHAPES.items()}
     monkeypatch.setattr(compare, "SHAPES", first)
@@ -216,9 +214,8 @@ def test_a_comparison_goes_from_data_to_a_table_and_does_nothing_twice(corpus, t
     monkeypatch.setattr(sys, "argv", words.split())
     compare.main()
     told = capsys.readouterr().out
-    assert [one[1:3] for one in ran] == [(0, False)] * 10, ran
-    heads = ["tune", "tune", "bench"]
-    assert [one[0] for one in ran] == ["tune", "bench", *heads, *heads, "bench", "bench"]
+    assert [one[1:3] for one in ran] == [(0, False)] * 5, ran
+    assert [one[0] for one in ran] == ["bench"] * 5  # the first is a rehearsal
     page = (tmp_path / "compare-0.md").read_text()
     assert told.endswith(page)
     names = [line.split(" | ")[0] for line in page.splitlines()[4:9]]
@@ -237,22 +234,16 @@ def test_a_comparison_goes_from_data_to_a_table_and_does_nothing_twice(corpus, t
     for name in (label for ways in first.values() for label in ways if label in parameters[0]):
         assert parameters[1][name] > parameters[0][name]
     assert len(parameters[0]) == 2 + 6
-    for folder in ("methods", "grown"):
-        told = {name: tmp_path / folder / name / "config.json" for name in words.split("--methods ")[1].split()}
-        assert {name for name, file in told.items() if "tuned_on" in file.read_text()} == {"recurrent", "eagle"}
     small = json.loads((tmp_path / "grown" / "draft-small" / "config.json").read_text())
     assert (small["hidden_size"], small["num_hidden_layers"], small["head_dim"]) == (96, 2, 64)
-    on = [(tmp_path / "prompts" / f"{name}.jsonl").read_text().splitlines() for name in ("held-out", "tuning")]
-    assert len(on[0]) == 2
-    assert len(on[1]) == 4
-    assert not {*on[0]} & {*on[1]}
+    assert len((tmp_path / "prompts" / "held-out.jsonl").read_text().splitlines()) == 2
 
     file = tmp_path / "bench" / "own-spec" / "results.json"
     found = json.loads(file.read_text())
     lines = file.with_name("measurements.jsonl").read_text()
     file.write_text(json.dumps(found | {"failed": ["3 measurements, for which no time was left; …"]}))
     compare.main()
-    assert len(ran) == 11, "what there was no time for is measured by the same command"
+    assert len(ran) == 6, "what there was no time for is measured by the same command"
     assert json.loads(file.read_text()) == found
     assert file.with_name("measurements.jsonl").read_text() == lines
 
@@ -289,7 +280,7 @@ def test_a_sweep_has_what_was_not_distilled_beside_the_first(corpus, tokenizer, 
     monkeypatch.setattr(compare, "train_head", train_head)
     monkeypatch.setattr(commands, "command", command)
     words = f"compare --data {corpus.folder} --output {tmp_path} --target {target} --tokenizer {target} --prompts 6"
-    words += " --held-out 1 --new-tokens 2 --each 1 --methods medusa recurrent-text recurrent --no-tune --no-grown"
+    words += " --held-out 1 --new-tokens 2 --each 1 --methods medusa recurrent-text recurrent --no-grown"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--sweep"])
     compare.main()
     prompts = round(6 * shape.SHARES["sgd"])
@@ -358,7 +349,7 @@ def test_where_nothing_can_be_measured_no_process_waits_for_it(corpus, target, t
     spec = tmp_path / "spec.jsonl"
     spec.write_text(json.dumps({"category": "coding", "turns": ["book a bus", "no"]}) + "\n")
     words = f"compare --data {corpus.folder} --output {tmp_path} --target {target} --tokenizer {target} --prompts 4"
-    words += f" --held-out 1 --new-tokens 2 --each 1 --methods medusa --no-tune --spec-bench {spec}"
+    words += f" --held-out 1 --new-tokens 2 --each 1 --methods medusa --spec-bench {spec}"
     monkeypatch.setattr(sys, "argv", words.split())
     compare.main()
     assert capsys.readouterr().out.count("nothing can be measured at grown cost: MemoryError: too large") == 2
@@ -420,7 +411,7 @@ def test_nothing_is_trained_for_a_command_that_does_not_run(corpus, tokenizer, t
     monkeypatch.setattr(sys, "argv", f"compare --data {corpus.folder} --output {tmp_path}".split())
     with pytest.raises(SystemExit, match=r"^redrafter bench was tried and ended with status 2: nothing is trained\.$"):
         compare.main()
-    assert asked == ["tune", "bench", "bench"]
+    assert asked == ["bench", "bench"]
     assert not (tmp_path / "target").exists()
 
 

@@ -1,6 +1,6 @@
-"""`redrafter tune`, `bench` and `sweep` as the comparison calls them, each in a process of its own.
+"""`redrafter bench` and `sweep` as the comparison calls them, each in a process of its own.
 
-Promises that the first two can be tried, from the first option to the report, before anything is trained for them.
+Promises that the first can be tried, from the first option to the report, before anything is trained for them.
 Does not know what is compared.
 """
 
@@ -22,21 +22,6 @@ from recipes.target.stages import device
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redrafter.stand_ins import random_drafter
-
-GRID = {"widths": "10,16", "lengths": "4,5,6", "budgets": "32,48"}
-"""Shapes that a head is tried in, beside whole beams."""
-
-LEAST_GRID = {"widths": "1", "lengths": "2", "budgets": "4"}
-
-REPEATS = 10  # of everything that tune times
-
-
-def tune(model: Path, head: Path, data: Path, until: float, *, new_tokens: int, grid: dict[str, str]) -> int:
-    """Writes the fastest greedy shape for a row alone into a head's folder; the exit status."""
-    words = ["tune", "--model", model, "--drafter", head, "--prompts", data, "--batch-sizes", 1]
-    for name, sizes in grid.items():
-        words += [f"--{name}", sizes]
-    return command([*words, "--max-new-tokens", new_tokens, "--repeats", REPEATS, *_compiled()], until)
 
 
 def bench(
@@ -98,10 +83,10 @@ def command(words: Sequence[object], until: float) -> int:
 
 
 def rehearse(folder: Path, corpus: Corpus, tokenizer: Path, until: float) -> None:
-    """Tunes and measures a random drafter of a tiny random model.  Ends the process where a command fails."""
+    """Measures a random drafter of a tiny random model.  Ends the process where the command fails."""
     read = AutoTokenizer.from_pretrained(tokenizer)
     config = shape.configuration(corpus, "llama", width=shape.HEAD, layers=1)
-    config.vocab_size = len(read)
+    config.vocab_size, config.eos_token_id = len(read), None  # so that no text ends early
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device())
     target, drafter, data = folder / "target", folder / "drafter", folder / "prompts.jsonl"
     model.save_pretrained(target)
@@ -109,10 +94,5 @@ def rehearse(folder: Path, corpus: Corpus, tokenizer: Path, until: float) -> Non
     random_drafter(model).save_pretrained(drafter)
     data.write_text(json.dumps({"category": "a", "prompt": "a"}) + "\n")
     few: dict[str, Any] = {"new_tokens": 4, "prompts": 1, "rounds": 1, "minutes": 10}
-    statuses = {
-        "tune": tune(target, drafter, data, until, new_tokens=4, grid=LEAST_GRID),
-        "bench": bench(target, data, folder / "bench", [f"one={drafter}@2x2:4,uncoupled"], until, **few),
-    }
-    for name, status in statuses.items():
-        if status:
-            raise SystemExit(f"redrafter {name} was tried and ended with status {status}: nothing is trained.")
+    if status := bench(target, data, folder / "bench", [f"one={drafter}@2x2:4,uncoupled"], until, **few):
+        raise SystemExit(f"redrafter bench was tried and ended with status {status}: nothing is trained.")

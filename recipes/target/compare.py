@@ -38,8 +38,8 @@ NOT_DISTILLED = "recurrent-text"
 
 SHAPES = {
     "recurrent": {
-        "recurrent": "",
-        "recurrent, without the noise": "@uncoupled",
+        "recurrent": "@16x5:48",
+        "recurrent, without the noise": "@16x5:48,uncoupled",
         "recurrent, 10 beams of 4, 32 nodes": "@10x4:32",
         "recurrent, 10 whole beams": "@10x4",
     },
@@ -51,18 +51,20 @@ SHAPES = {
     "medusa": {"Medusa": "", "Medusa, without the noise": "@uncoupled"},
     SMALL: {
         "small draft model, chain of 5": "@1x5",
-        "small draft model, tree": "@4x4:16",
         "small draft model, tree by the noise": "@4x4:16,coupled",
     },
-    "eagle": {"EAGLE": "", "EAGLE, by the noise": "@coupled"},
+    "eagle": {
+        "EAGLE": "@10x4:32",
+        "EAGLE, by the noise": "@10x4:32,coupled",
+        "EAGLE, 16 beams of 5, 48 nodes": "@16x5:48,coupled",
+    },
     "recurrent-whole": {"recurrent, the whole vocabulary": "@10x4:32"},
     "recurrent-released": {"recurrent, released": "@10x4:32"},
     NOT_DISTILLED: {"recurrent, not distilled": "@10x4:32"},
 }
 """What is trained, by folder, and in which shapes it is measured under which name; in the order of the training.
 
-Where no shape is told, a head drafts in the one that `redrafter tune` finds for it, and Medusa heads their fitted tree;
-forms of the recurrent drafter are compared in one shape.
+Medusa heads draft their fitted tree; forms of the recurrent drafter are compared in one shape.
 When sampling, EAGLE and two models rank by their own probabilities, as published, and once more by the noise of the
 target's draws, as the recurrent drafter and Medusa do.
 """
@@ -74,12 +76,6 @@ RECURRENT = {
     NOT_DISTILLED: "released: the text's own tokens",
 }
 """The recurrent drafters, each as one of `variants.py`; a sweep goes through the first and has the others beside it."""
-
-TUNED = ("recurrent", "eagle")
-"""Heads whose shape `redrafter tune` finds."""
-
-TO_TUNE = 4
-"""Prompts of each category to tune on, which are not among those that are measured."""
 
 MULTI_TURN = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 """Categories of MT-bench, which are one task of Spec-Bench."""
@@ -109,7 +105,7 @@ def main() -> None:
     if not all(_record(given.output, name).exists() for name in given.methods):
         tokenizer = awaited(stages.tokenizer(given, corpus), until)
         commands.rehearse(given.output / f"rehearsal-{part}", corpus, tokenizer, until)
-        say(begin, "tune and bench do what is needed later")
+        say(begin, "bench does what is needed later")
     for name in (DRAFT, SMALL):
         if name in mine and part:  # while part 0 trains the target
             _pretrain_draft_model(given, corpus, name)
@@ -150,7 +146,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--draft-layers", type=int, help="by default a quarter of the target's")
     parser.add_argument("--small-width", type=int, default=128, help="of the small draft model")
     parser.add_argument("--small-layers", type=int, default=2, help="of the small draft model")
-    parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help="heads before measuring")
     parser.add_argument("--sweep", action="store_true", help="also sweep the recurrent drafter, others of it beside")
     parser.add_argument("--spec-bench", type=Path, help="Spec-Bench's questions, JSON lines, perhaps under xz")
     parser.add_argument("--spec-prompts", type=int, default=4, help="of each of its tasks, at grown cost half as many")
@@ -250,7 +245,6 @@ def _write_prompts(given: argparse.Namespace, corpus: Corpus, target: Path) -> N
     tokenizer = AutoTokenizer.from_pretrained(target)
     asked = {
         "held-out": prompts.rows(corpus, tokenizer, given.held_out),
-        "tuning": prompts.rows(corpus, tokenizer, TO_TUNE, after=given.held_out),
     }
     if given.spec_bench:
         opened = lzma.open if given.spec_bench.suffix == ".xz" else open
@@ -319,10 +313,8 @@ def _measure(
 def _prepared(
     given: argparse.Namespace, cost: str, target: Path, there: dict[str, Path], begin: float, until: float
 ) -> dict[str, str]:
-    """Folders of the target and of all that drafts for it at a cost, tuned."""
+    """Folders of the target and of all that drafts for it at a cost."""
     folders = costs.grown(given, target, there, begin) if cost == "grown" else {"target": target} | there
-    if given.tune:
-        costs.tune(folders, TUNED, _prompts(given, "tuning"), given.new_tokens, begin, until)
     return {name: str(path) for name, path in folders.items()}
 
 

@@ -1,21 +1,18 @@
 """What is measured at a cost: the target's own, or that of a larger one, to which all that drafts for it grows too.
 
-Promises that heads draft in the shape that is fastest at that cost, and draft models keep the proportions of published
-pairs.  Does not know how any of them was trained.
+Promises that draft models keep the proportions of published pairs.  Does not know how any of them was trained.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from recipes.common.answers import put
-from recipes.target import commands, stages
+from recipes.target import stages
 from recipes.target.grown import grown_head, grown_target
 from recipes.target.stages import say
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -32,8 +29,6 @@ PUBLISHED = {"hidden": 768, "layers": 2, "heads": 12, "inner": 3072}
 
 EXIT = {"recurrent-released": 2}
 """Width of a grown recurrent drafter's head in hidden sizes, where it is not one: this is the released form."""
-
-TUNING = 180  # seconds that it may take to tune one, which else drafts as it was made
 
 
 def grown(given: argparse.Namespace, target: Path, there: Mapping[str, Path], begin: float) -> dict[str, Path]:
@@ -91,22 +86,3 @@ def grown_draft(name: str, larger: dict[str, int], own: Any, target: Any) -> dic
         "inner": "intermediate_size",
     }
     return {key: round(size * getattr(own, words[key]) / getattr(target, words[key])) for key, size in larger.items()}
-
-
-def tune(
-    folders: Mapping[str, Path], names: Iterable[str], data: Path, new_tokens: int, begin: float, until: float
-) -> None:
-    """Heads of these names that are not tuned for the target beside them: the fastest shape on a file's prompts."""
-    for name in names:
-        if name not in folders or "tuned_on" in json.loads((folders[name] / "config.json").read_text()):
-            continue
-        status = commands.tune(
-            folders["target"],
-            folders[name],
-            data,
-            min(until, time.monotonic() + TUNING),
-            new_tokens=new_tokens,
-            grid=commands.GRID,
-        )
-        ended = "tuned" if status == 0 else f"drafts as it was made, for redrafter tune ended with status {status}"
-        say(begin, f"{folders[name]}: {ended}")

@@ -20,13 +20,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from redrafter.prompts import prompt_ids
 
 
-def rows(data: Corpus, tokenizer: PreTrainedTokenizerBase, count: int, after: int = 0) -> list[dict[str, str]]:
-    """So many prompts of each category as text, `after` so many others; those that would be read as other tokens are
-    left out.
-    """
+def rows(data: Corpus, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, str]]:
+    """So many prompts of each category as text; those that would be read as other tokens are left out."""
     found = []
-    for category, own in measured_on(data, CATEGORIES, tokenizer, after + count).items():
-        for ids in map(prompt_of, own[after:]):
+    for category, own in measured_on(data, CATEGORIES, tokenizer, count).items():
+        for ids in map(prompt_of, own):
             row = {"category": category, "prompt": tokenizer.decode(ids)}
             if prompt_ids(row, tokenizer, category) == ids:
                 found.append(row)
