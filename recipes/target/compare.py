@@ -38,8 +38,8 @@ NOT_DISTILLED = "recurrent-text"
 
 SHAPES = {
     "recurrent": {
-        "recurrent": "@16x5:48",
-        "recurrent, without the noise": "@16x5:48,uncoupled",
+        "recurrent": "@16x5:64",
+        "recurrent, without the noise": "@16x5:64,uncoupled",
         "recurrent, 10 beams of 4, 32 nodes": "@10x4:32",
         "recurrent, 10 whole beams": "@10x4",
     },
@@ -54,9 +54,9 @@ SHAPES = {
         "small draft model, tree by the noise": "@4x4:16,coupled",
     },
     "eagle": {
-        "EAGLE": "@10x4:32",
-        "EAGLE, by the noise": "@10x4:32,coupled",
-        "EAGLE, 16 beams of 5, 48 nodes": "@16x5:48,coupled",
+        "EAGLE": "@10x5:64",
+        "EAGLE, by the noise": "@10x5:64,coupled",
+        "EAGLE, 10 beams of 4, 32 nodes": "@10x4:32",
     },
     "recurrent-whole": {"recurrent, the whole vocabulary": "@10x4:32"},
     "recurrent-released": {"recurrent, released": "@10x4:32"},
