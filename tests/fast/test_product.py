@@ -207,6 +207,15 @@ def test_few_rows_of_a_models_layers(launched, monkeypatch):
 
 
 @on_cpu
+def test_long_sums_of_more_rows_than_one_are_torchs(asked, monkeypatch):
+    monkeypatch.setattr(merged, "LARGE", 32)
+    few = [merged.few(torch.empty(size)) for size in ((4, 9), (4, 8), (9, 4), (4, 7))]
+    assert few == [1, merged.FEW, merged.FEW, 0]
+    monkeypatch.setattr(merged, "FEW", 0)
+    assert merged.few(torch.empty(4, 9)) == 0
+
+
+@on_cpu
 @pytest.mark.parametrize("weight", [torch.empty(8, 8), torch.empty(8, 8, dtype=torch.bfloat16)], ids=["wide", "half"])
 def test_nothing_is_asked_of_it_on_a_cpu(weight):
     assert not product.measured(weight)
