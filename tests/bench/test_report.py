@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.colors import to_hex
 from test_bench_results import RECORDS
 
 from redrafter import RedrafterError
@@ -198,6 +199,20 @@ def test_a_colour_belongs_to_a_method():
     assert len(set(tints.values())) == 18 + 2, "with more folders than colours too"
     assert tints["0"] == plots.COLOURS[0]
     assert tints["2"] == plots.COLOURS[1]
+
+
+@pytest.mark.parametrize("draw", [plots._speed, plots._acceptance])
+def test_a_legend_names_what_any_panel_shows_in_its_colour(draw):
+    found = results()
+    warm = [one | {"method": "warm", "temperature": 1.0} for one in found["speed"] if one["method"] == NAME]
+    found |= {"speed": found["speed"] + warm, "methods": [*found["methods"], {"method": "warm", "path": "warm"}]}
+    (legend,) = draw(found).legends
+    tints = plots.colours(found)
+    shown = {}
+    for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True):
+        colour = handle.get_facecolor() if hasattr(handle, "get_facecolor") else handle.get_color()
+        shown[text.get_text()] = to_hex(colour)
+    assert shown.items() >= {name: tints[name] for name in (NAME, "warm")}.items()
 
 
 def test_without_matplotlib_one_sentence_says_what_to_install(monkeypatch):

@@ -7,6 +7,7 @@ when the first picture is drawn.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,8 @@ def _speed(results: Results) -> Figure | None:
             own = {
                 o["category"]: o["speed_up"] for o in speed if (o["method"], o["temperature"]) == (name, temperature)
             }
+            if not own:  # measured at other temperatures alone
+                continue
             at = [i for i, category in enumerate(categories) if category in own]
             found = [own[categories[i]] for i in at]
             size = 0.8 / len(names)
@@ -128,15 +131,18 @@ def _speed(results: Results) -> Figure | None:
         axis.set(title=law(temperature), ylabel="times as fast")
         axis.grid(axis="x", visible=False)
         axis.set_ylim(0, 1.05 * max(one["speed_up"]["most"] for one in speed))
-    _legend(figure, axes[0])
+    _legend(figure, axes)
     return figure
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
-    """One legend below all panels, in rows of few names."""
-    handles, names = axis.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3))
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend of all panels, below them, in rows of few names."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    if found:
+        figure.legend([*found.values()], [*found], loc="outside lower center", ncols=min(len(found), 3))
 
 
 def _acceptance(results: Results) -> Figure | None:
@@ -155,7 +161,7 @@ def _acceptance(results: Results) -> Figure | None:
         _whole(axis)
         axis.set(title=law(temperature), xlabel="position in the draft", ylabel="drafts accepted so far, %")
         axis.set_ylim(0, 100)
-    _legend(figure, axes[0])
+    _legend(figure, axes)
     return figure
 
 
@@ -185,7 +191,7 @@ def _parts(results: Results) -> Figure | None:
             axis.text(end, place, f" {own[name]['step_ms']:.3g}", va="center", fontsize=9)
         axis.set(title=law(temperature), xlabel="milliseconds of a step", xlim=(0, 1.15 * max(left)))
         axis.grid(axis="y", visible=False)
-    _legend(figure, axes[0])
+    _legend(figure, axes)
     return figure
 
 
@@ -208,7 +214,7 @@ def _batches(results: Results) -> Figure | None:
         axis.set(title=law(temperature), xlabel="milliseconds a token, of one row", ylabel="tokens/s, of all rows")
         axis.margins(0.12)
         axis.set(xlim=(0, None), ylim=(0, None))
-    _legend(figure, axes[0])
+    _legend(figure, axes)
     return figure
 
 
@@ -279,7 +285,7 @@ def _curves(label: str, lines: Sequence[tuple[str, Sequence[tuple[float, dict[st
     left.set(xlabel=label, ylabel="times as fast")
     right.set(xlabel=label, ylabel="tokens per step", ylim=(1, None))
     left.set_ylim(bottom=0)
-    _legend(figure, left)
+    _legend(figure, [left])
     return figure
 
 
@@ -300,7 +306,7 @@ def _folding(results: Results) -> Figure | None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(widths, [str(one) for one in widths])
     axis.set(xlabel="width, beams", ylabel="nodes after folding, %", ylim=(0, 105))
-    _legend(figure, axis)
+    _legend(figure, [axis])
     return figure
 
 
@@ -310,10 +316,11 @@ def _heads(results: Results) -> Figure | None:
     if len({one["method"] for one in found}) < 2:
         return None
     tint, kinds = colours(results), temperatures(found)
+    marks = dict(zip(tint, itertools.cycle("osD^vP"), strict=False))
     figure, axes = _panels(len(kinds) + ("sweep" in results), width=4.8)
     for axis, temperature in zip(axes, kinds, strict=False):
-        for place, one in enumerate(one for one in found if one["temperature"] == temperature):
-            told: dict[str, Any] = {"color": tint[one["method"]], "marker": "osD^vP"[place % 6], "markersize": 8}
+        for one in (one for one in found if one["temperature"] == temperature):
+            told: dict[str, Any] = {"color": tint[one["method"]], "marker": marks[one["method"]], "markersize": 8}
             told |= {"linestyle": "none", "clip_on": False, "zorder": 3}
             label = f"{one['method']} ({millions(one['parameters'])})"
             axis.plot([one["draft_ms"]], [one["tokens_per_step"]], label=label, **told)
@@ -330,7 +337,7 @@ def _heads(results: Results) -> Figure | None:
         axis.axvline(1, color="#555555", linewidth=1, linestyle="--")
         axis.set(title=law(kinds[0]), xlabel="times as fast", xlim=(0, 1.15 * max(middle, default=1)))
         axis.grid(axis="y", visible=False)
-    _legend(figure, axes[0])
+    _legend(figure, axes)
     return figure
 
 
@@ -359,5 +366,5 @@ def _unfolded(results: Results) -> Figure | None:
             axis.minorticks_off()
             axis.margins(y=0.12)
             axis.set(xlabel=label, ylabel=title, ylim=(0, None))
-    _legend(figure, axes[0])
+    _legend(figure, axes)
     return figure
