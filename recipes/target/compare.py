@@ -44,19 +44,19 @@ SHAPES = {
         "recurrent, 10 whole beams": "@10x4",
     },
     DRAFT: {
-        "two models, chain of 3": "@1x3",
-        "two models, tree": "@4x4:16",
-        "two models, tree by the noise": "@4x4:16,coupled",
+        "two models, chain of 3": "@1x3,uncoupled",
+        "two models, tree": "@4x4:16,uncoupled",
+        "two models, tree by the noise": "@4x4:16",
     },
     "medusa": {"Medusa": "", "Medusa, without the noise": "@uncoupled"},
     SMALL: {
-        "small draft model, chain of 5": "@1x5",
-        "small draft model, tree by the noise": "@4x4:16,coupled",
+        "small draft model, chain of 5": "@1x5,uncoupled",
+        "small draft model, tree by the noise": "@4x4:16",
     },
     "eagle": {
-        "EAGLE": "@10x5:64",
-        "EAGLE, by the noise": "@10x5:64,coupled",
-        "EAGLE, 10 beams of 4, 32 nodes": "@10x4:32",
+        "EAGLE": "@10x5:64,uncoupled",
+        "EAGLE, by the noise": "@10x5:64",
+        "EAGLE, 10 beams of 4, 32 nodes": "@10x4:32,uncoupled",
     },
     "recurrent-whole": {"recurrent, the whole vocabulary": "@10x4:32"},
     "recurrent-released": {"recurrent, released": "@10x4:32"},
@@ -65,7 +65,7 @@ SHAPES = {
 """What is trained, by folder, and in which shapes it is measured under which name; in the order of the training.
 
 Medusa heads draft their fitted tree; forms of the recurrent drafter are compared in one shape.
-When sampling, EAGLE and two models rank by their own probabilities, as published, and once more by the noise of the
+When sampling, EAGLE and two models rank by their own probabilities alone, and once more by the noise of the
 target's draws, as the recurrent drafter and Medusa do.
 """
 

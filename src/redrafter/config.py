@@ -158,8 +158,8 @@ class EagleConfig(HeadConfig):
 
     Its one layer is as wide as the target: `intermediate_size`, the numbers of heads, `rms_norm_eps` and `rope_theta`
     are that layer's.  With a `node_budget` drafts are the so many most probable nodes (EAGLE-2), not whole beams.
-    `coupled`: when sampling, drafts are ranked by the noise that the target is about to draw with too, not, as
-    published, by the head's probabilities alone.
+    `coupled`: when sampling, drafts are ranked by the noise that the target is about to draw with too, as all methods
+    do here; without it, as published, by the head's probabilities alone.
     """
 
     kind: ClassVar[str] = "an EAGLE head"
@@ -171,7 +171,7 @@ class EagleConfig(HeadConfig):
     rms_norm_eps: PositiveFloat = 1e-6
     rope_theta: PositiveFloat = 10_000.0
     draft_vocab_size: None = None
-    coupled: bool = False
+    coupled: bool = True
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -40,8 +40,9 @@ def test_every_method_is_made_to_rank_by_the_noise_or_not():
     law = {"do_sample": True, "seed": 3, "max_new_tokens": 40}
     plain = generate(MODEL, None, [[5, 9]], **law).new_tokens
     eagle = EagleHead.fresh(MODEL, beam_width=4, beam_length=3)
-    couples = {drafter(): True, MedusaHeads.fresh(MODEL): True, eagle: False, TwoModel(MODEL): False}
-    for method, by_default in couples.items():
+    alone = EagleHead(eagle.config.model_copy(update={"coupled": False}))
+    couples = {drafter(): True, MedusaHeads.fresh(MODEL): True, eagle: True, alone: False, TwoModel(MODEL): True}
+    for method, by_default in (couples | {TwoModel(MODEL, coupled=False): False}).items():
         found = {}
         for coupled in (None, True, False):
             out = generate(MODEL, Variant(method, coupled=coupled), [[5, 9]], **law)

@@ -65,8 +65,7 @@ def test_a_head_that_knows_the_target_has_every_draft_accepted(law):
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
-    config = EagleHead.fresh(model, beam_length=3, beam_width=1).config.model_copy(update={"coupled": True})
-    head = Echo(config)
+    head = Echo(EagleHead.fresh(model, beam_length=3, beam_width=1).config)
     object.__setattr__(head, "known", model.model.norm)
     out = generate(model, head, [[5], [7, 8]], max_new_tokens=41, **LAWS[law])
     assert out.stats.accepted_by_position == [20, 20, 20]  # two rows: one token, then ten steps of 3 + 1

@@ -28,14 +28,14 @@ class TwoModel(ByText):
     """Drafts by another causal language model of transformers that has the target's vocabulary and device.
 
     By default a chain of its greedy continuation.  When sampling it ranks by its own probabilities under the target's
-    temperature and truncation, as published; with `coupled`, by the noise that the target is about to draw with too,
-    as the recurrent drafter does.
+    temperature and truncation and by the noise that the target is about to draw with, as all methods do here; without
+    `coupled`, by its probabilities alone.
     """
 
     beam_length = 5
 
     model: nn.Module
-    coupled: bool = False
+    coupled: bool = True
 
     def proposer(self, target: Target, width: int, length: int, budget: int | None) -> TwoModelProposer | None:
         """What drafts so for a target; None for a length of 0.
@@ -70,7 +70,7 @@ class TwoModelProposer(Ready):
     width: int
     length: int
     budget: int | None = None
-    coupled: bool = False
+    coupled: bool = True
 
     @property
     def size(self) -> int:
