@@ -315,6 +315,7 @@ def test_what_fails_is_named_and_nothing_is_begun_without_time(
     told = capsys.readouterr().out
     assert "medusa is not there: ValueError: no such luck" in told
     assert "no time was left to measure at own cost on held-out prompts" in told
+    assert json.loads((tmp_path / "own.json").read_text()) == {"failed": "no time was left"}  # for who waits for it
     assert "| eagle | ValueError: no such luck |" in told
     monkeypatch.setattr(sys, "argv", words.replace("--each 1", "--each 2000").split())
     compare.main()

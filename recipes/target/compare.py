@@ -243,9 +243,7 @@ def _write_prompts(given: argparse.Namespace, corpus: Corpus, target: Path) -> N
     """What `redrafter bench` reads; every process writes the same, none half of it."""
     (given.output / "prompts").mkdir(exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    asked = {
-        "held-out": prompts.rows(corpus, tokenizer, given.held_out),
-    }
+    asked = {"held-out": prompts.rows(corpus, tokenizer, given.held_out)}
     if given.spec_bench:
         opened = lzma.open if given.spec_bench.suffix == ".xz" else open
         with opened(given.spec_bench, "rt", encoding="utf-8") as lines:
@@ -276,9 +274,11 @@ def _measure(
     folder = given.output / "bench" / f"{cost}-{data}"
     if _is_whole(folder):
         return None
-    if time.monotonic() + LEAST > until:
-        return f"no time was left to measure at {cost} cost on {data} prompts"
     drafting = _folders(given.output, cost)
+    if time.monotonic() + LEAST > until:
+        if data == "held-out":
+            put(drafting, {"failed": "no time was left"})
+        return f"no time was left to measure at {cost} cost on {data} prompts"
     if data == "held-out":
         found = survived(partial(_prepared, given, cost, target, there, begin, until))
         put(drafting, {"failed": found} if isinstance(found, str) else found)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from redrafter.config import DrafterConfig
 from redrafter.errors import RedrafterError
 from redrafter.fast.eight import EightBit
+from redrafter.fast.merged import unchanged
 from redrafter.fast.product import activated, fused, product
 from redrafter.head import Head
 
@@ -36,9 +37,10 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
         """Same shape out as in."""
         layer = self.linear
-        if not fused(x, layer.weight):
-            return activated(layer(x), onto=x)
         scale = layer.scale if isinstance(layer, EightBit) else None
+        own = scale is not None or unchanged(layer)  # an adapted layer's product is its own affair
+        if not (own and fused(x, layer.weight, scale)):
+            return activated(layer(x), onto=x)
         return product(x, layer.weight, layer.bias, scale=scale, onto=x, silu=True)
 
 

@@ -215,6 +215,20 @@ def test_a_legend_names_what_any_panel_shows_in_its_colour(draw):
     assert shown.items() >= {name: tints[name] for name in (NAME, "warm")}.items()
 
 
+def test_a_mark_belongs_to_a_method():
+    found = swept()
+    warm = [one | {"temperature": 1.0} for one in found["parts"] if one["method"] == "other"]
+    heads = [one | {"temperature": 1.0} for one in found["sweep"]["heads"] if one["method"] == "other"]
+    found["parts"] += warm
+    found["sweep"]["heads"] += heads
+    marks = {}
+    for axis in plots._heads(found).axes:
+        for line in axis.get_lines():
+            marks.setdefault(line.get_label().split(" (")[0], set()).add(line.get_marker())
+    assert len(marks["other"]) == len(marks[NAME]) == 1
+    assert marks["other"] != marks[NAME]
+
+
 def test_without_matplotlib_one_sentence_says_what_to_install(monkeypatch):
     original = builtins.__import__
 

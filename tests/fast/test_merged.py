@@ -79,6 +79,23 @@ def test_weights_of_a_model_that_is_moved_are_not_kept():
     assert not any(isinstance(one, torch.Tensor) for one in vars(group).values())
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_biases_outlive_a_call_and_are_written_anew_where_they_lie(inference):
+    """A graph that another call captured while this one lasted may read them."""
+    model = tiny_model("qwen2")
+    layer = model.model.layers[0].self_attn.q_proj
+    with merged(model), torch.inference_mode(inference):
+        group, place = layer.group, layer.group.bias.data_ptr()
+        with merged(model) as again:
+            assert again == 0
+    assert group.bias[: layer.out_features].equal(layer.bias)
+    with torch.no_grad():
+        layer.bias += 1
+    with torch.inference_mode(not inference), merged(model):
+        assert group.bias.data_ptr() == place
+        assert group.bias[: layer.out_features].equal(layer.bias)
+
+
 def test_changed_layers_are_left_alone():
     class Adapted(nn.Linear):
         pass

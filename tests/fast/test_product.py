@@ -39,7 +39,7 @@ def assert_near(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The kernel is asked wherever its rows are few, of any dtype, and nothing else may stand in where it is not."""
+    """The kernel is asked wherever its rows are few, of any dtype."""
     for module in (product, merged):
         monkeypatch.setattr(module, "measured", lambda weight: True)
 
@@ -85,7 +85,7 @@ def test_every_way_to_cut_the_work(device):
 
 
 @on_kernels
-def test_narrow_weights_are_cut_so_that_no_processor_is_idle(device):
+def test_blocks_are_the_fastest_measured_and_leave_few_processors_idle(device):
     from redrafter.fast.kernels import product as kernel
 
     def chosen(rows, columns, inner, dtype=torch.bfloat16):
@@ -204,6 +204,52 @@ def test_few_rows_of_a_models_layers(launched, monkeypatch):
             model(few)
     assert launched[9:] == [(3, (64, 32)), (3, (96, 32))] * 2 + [(3, (61, 32))]
     assert all(type(one) is not merged._Part for one in model.modules())
+
+
+@on_cpu
+def test_it_was_measured_on_nvidias_hopper_alone(monkeypatch):
+    monkeypatch.setattr(product, "has_kernels", lambda *_: True)
+    for major, hip, wanted in ((8, None, False), (9, None, True), (9, "7.0", False), (10, None, False)):
+        product._known.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, major=major: (major, 0))
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert product._known(torch.device("cuda")) is wanted
+        assert not product._known(torch.device("cpu"))
+    product._known.cache_clear()
+    monkeypatch.setattr(product, "_known", lambda _: True)
+    half = torch.empty(8, 8, dtype=torch.bfloat16)
+    assert product.measured(half)
+    assert product.measured(nn.Parameter(half))
+    assert not product.measured(half.float())
+    assert not product.measured(half.as_subclass(Quantised))
+
+
+class Quantised(torch.Tensor):
+    """As others keep weights: not what it says it holds."""
+
+
+@on_cpu
+def test_an_adapted_layer_of_a_block_is_asked_itself(launched):
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    block, x = ResidualBlock(5), torch.randn(4, 5)
+    adapted = Adapted(5, 5)
+    adapted.load_state_dict(block.linear.state_dict())
+    block.linear = adapted
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), x + nn.functional.silu(adapted(x)))
+    assert not launched
+
+
+@on_cpu
+def test_nothing_is_asked_under_autocast(asked, monkeypatch):
+    monkeypatch.setattr(merged, "LARGE", 0)
+    weight = torch.empty(8, 8)
+    assert merged.few(weight) == merged.FEW
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    assert merged.few(weight) == 0
 
 
 @on_cpu

@@ -25,14 +25,15 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FEW = 16
 """Rows of a layer's product, at most, that the kernel computes; with 0 it computes none.
 
-A chain of 32 layers of a 7B shape took an H100 0.92 of the library's time for 1 row, 0.95 for 16, and as long for 64.
+With it an H100 took 0.92 of the time for a step of a 7B shape with 1 row and 0.97 with 8 and 16; with 32 and 64 an H200
+lost by it.
 """
 
 LONG = 2
 """Times a weight's columns, beyond which its sums are long: those of an MLP's last layer are."""
 
 LARGE = 4_000_000
-"""Numbers of a weight, at least, for the kernel; the smallest that was measured has 16 million."""
+"""Numbers of a weight, at least, for the kernel; measured were 2 and 12 million, and more."""
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def merged(*models: nn.Module) -> Iterator[int]:
 def few(weight: Tensor) -> int:
     """Rows, at most, whose product with a layer's weight is the kernel's.
 
-    One where the sums are long and few: of more rows torch splits them, and an H100 took the kernel 1.05 of its time.
+    One where the sums are long and few: of more rows torch splits them, and the kernel took an H100 1.05 of its time.
     """
     if weight.numel() < LARGE or torch.is_autocast_enabled("cuda") or not measured(weight):
         return 0
@@ -92,6 +93,11 @@ def plain(layer: object) -> TypeGuard[nn.Linear]:
     return type(layer) is nn.Linear and "forward" not in vars(layer) and layer.weight.device.type != "meta"
 
 
+def unchanged(layer: object) -> bool:
+    """Whether its product is that of its own weight and bias, also while a group computes it."""
+    return type(layer) in (nn.Linear, _Part) and "forward" not in vars(layer)
+
+
 class Group:
     """Layers whose weights lie one after another.  Does not keep them alive."""
 
@@ -110,7 +116,7 @@ class Group:
         self.parts = [weakref.ref(part) for part in parts]
         self.sizes = [part.out_features for part in parts]
         self.weight: Tensor
-        self.bias: Tensor | None
+        self.bias: Tensor | None = None
         self.few = 0
         self.read: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
@@ -118,7 +124,7 @@ class Group:
     def join(self, parts: list[nn.Linear]) -> None:
         """Takes the weights as they are now."""
         self.weight = _joined([part.weight for part in parts])
-        self.bias = joined_bias(parts)
+        self.bias = joined_bias(parts, self.bias)
         self.few = few(self.weight)
 
     def enter(self) -> None:
@@ -138,8 +144,11 @@ class Group:
         self.release()
 
     def release(self) -> None:
-        """Keeps no weights: the model may be moved, and its memory be wanted."""
-        del self.weight, self.bias
+        """Keeps no weights: the model may be moved, and its memory be wanted.
+
+        The biases stay, for a graph that another call captured meanwhile may read them, which have no other owner.
+        """
+        del self.weight
 
     def product(self, input: Tensor) -> Tensor:
         """What all layers give, one after another."""
@@ -166,10 +175,16 @@ class _Part(nn.Linear):
         return self.group.output(self.place, input)
 
 
-def joined_bias(parts: Sequence[nn.Linear]) -> Tensor | None:
-    """The layers' biases, one after another."""
+def joined_bias(parts: Sequence[nn.Linear], kept: Tensor | None = None) -> Tensor | None:
+    """The layers' biases, one after another, in memory that was `kept` for them if they fit; of one layer its own."""
     biases = [part.bias.detach() for part in parts if part.bias is not None]
-    return torch.cat(biases) if biases else None
+    if len(biases) < 2:
+        return biases[0] if biases else None
+    with torch.inference_mode(False):  # or what is kept could not be written outside of it
+        whole = torch.cat(biases)
+    if kept is None or (kept.shape, kept.dtype, kept.device) != (whole.shape, whole.dtype, whole.device):
+        return whole
+    return kept.copy_(whole)
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from redrafter.fast.kernels.drafting import as_rows
 ROWS = 64  # of a program, at most
 FEW = 16  # rows that one instruction of the tensor cores takes, at least
 BUSY = 128  # programs that leave few of a GPU's processors, 132 of an H100, without work
-MANY_COLUMNS = 16_384  # from which on wider blocks still leave none without
+MANY_COLUMNS = 16_384  # from which on wider blocks still give every processor work
 SMALL = 2**23  # numbers of a weight that the second cache keeps for a draft's next product with it
 
 
@@ -100,8 +100,8 @@ def _product(
 def tiling_for(rows: int, weight: Tensor, wide: bool = False) -> Tiling:
     """The fastest blocks of an H100 and an H200; `wide`: of rows of more than 2 bytes a number half as many fit.
 
-    `docs/log.md`, 2026-11-25, has figures, of weights of 7B shapes and more; narrower ones are cut so that no processor
-    is idle.  `benchmarks/products.py --trial` tries others.
+    `docs/log.md`, 2026-11-25 and 26, has figures; weights that were not measured are cut so that few processors are
+    idle.  `benchmarks/products.py --trial` tries others.
     """
     columns, inner = weight.shape
     eight = weight.element_size() == 1
