@@ -1,7 +1,7 @@
 """`redrafter bench` and `sweep` as the comparison calls them, each in a process of its own.
 
-Promises that the first can be tried, from the first option to the report, before anything is trained for them.
-Does not know what is compared.
+Promises that the first can be tried, from the first option to the report, before anything is trained for it.  Does not
+know what is compared.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from recipes.common.corpus import Corpus
@@ -93,6 +92,7 @@ def rehearse(folder: Path, corpus: Corpus, tokenizer: Path, until: float) -> Non
     read.save_pretrained(target)
     random_drafter(model).save_pretrained(drafter)
     data.write_text(json.dumps({"category": "a", "prompt": "a"}) + "\n")
-    few: dict[str, Any] = {"new_tokens": 4, "prompts": 1, "rounds": 1, "minutes": 10}
-    if status := bench(target, data, folder / "bench", [f"one={drafter}@2x2:4,uncoupled"], until, **few):
+    methods = [f"one={drafter}@2x2:4,uncoupled"]
+    status = bench(target, data, folder / "bench", methods, until, new_tokens=4, prompts=1, rounds=1, minutes=10)
+    if status:
         raise SystemExit(f"redrafter bench was tried and ended with status {status}: nothing is trained.")

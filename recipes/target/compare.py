@@ -64,9 +64,9 @@ SHAPES = {
 }
 """What is trained, by folder, and in which shapes it is measured under which name; in the order of the training.
 
-Medusa heads draft their fitted tree; forms of the recurrent drafter are compared in one shape.
-When sampling, EAGLE and two models rank by their own probabilities alone, and once more by the noise of the
-target's draws, as the recurrent drafter and Medusa do.
+Medusa heads draft their fitted tree; forms of the recurrent drafter are compared in one shape.  When sampling, EAGLE
+and two models rank by their own probabilities alone, and once more by the noise of the target's draws, as the recurrent
+drafter and Medusa do.
 """
 
 RECURRENT = {
@@ -180,7 +180,7 @@ def _record(output: Path, name: str) -> Path:
     return output / "methods" / f"{name}.json"
 
 
-def _folders(output: Path, cost: str) -> Path:
+def _folders_file(output: Path, cost: str) -> Path:
     return output / f"{cost}.json"
 
 
@@ -188,8 +188,8 @@ def _forget_failures(given: argparse.Namespace, methods: list[str]) -> None:
     """Those of this process in a run before: all is tried again, and others shall wait for what comes of that."""
     part, parts = given.part
     costs_here = [cost for number, cost in enumerate(COSTS) if number % parts == part]
-    files = [_record(given.output, name) for name in methods] + [_folders(given.output, cost) for cost in costs_here]
-    for file in files:
+    records = [_record(given.output, name) for name in methods]
+    for file in records + [_folders_file(given.output, cost) for cost in costs_here]:
         if file.exists() and "failed" in json.loads(file.read_text()):
             file.unlink()
 
@@ -274,7 +274,7 @@ def _measure(
     folder = given.output / "bench" / f"{cost}-{data}"
     if _is_whole(folder):
         return None
-    drafting = _folders(given.output, cost)
+    drafting = _folders_file(given.output, cost)
     if time.monotonic() + LEAST > until:
         if data == "held-out":
             put(drafting, {"failed": "no time was left"})
@@ -291,9 +291,10 @@ def _measure(
         methods = [f"{next(iter(SHAPES[name]))}={told[name]}" for name in RECURRENT if name in told]
         status = commands.sweep(model, _prompts(given, "held-out"), folder, methods, until, minutes=minutes)
     else:
-        asked = {"own": given.bench_prompts, "grown": given.grown_prompts}
-        if data == "spec":
-            asked = {"own": given.spec_prompts, "grown": math.ceil(given.spec_prompts / 2)}
+        asked = {
+            "held-out": {"own": given.bench_prompts, "grown": given.grown_prompts},
+            "spec": {"own": given.spec_prompts, "grown": math.ceil(given.spec_prompts / 2)},
+        }
         status = commands.bench(
             model,
             _prompts(given, data),
@@ -301,7 +302,7 @@ def _measure(
             [f"{label}={path}{way}" for name, path in told.items() for label, way in SHAPES[name].items()],
             until,
             new_tokens=given.new_tokens,
-            prompts=asked[cost],
+            prompts=asked[data][cost],
             rounds=1 if cost == "grown" else given.rounds,
             minutes=minutes,
         )

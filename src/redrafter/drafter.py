@@ -238,7 +238,7 @@ class RecurrentDrafter(Head):
         layer = self.reader
         if read is None or layer is None:
             x = torch.cat((context, state), dim=-1)
-            return self.lm_head(self.input_proj(x) if hasattr(self, "input_proj") else x)  # type: ignore[no-any-return]
+            return self.lm_head(x if self.begins_with_block else self.input_proj(x))  # type: ignore[no-any-return]
         seen = self.seen(context, state)
         return self.scores(
             product(state, layer.weight[:, self.config.hidden_size :], read, onto=seen, silu=seen is not None)
@@ -248,12 +248,12 @@ class RecurrentDrafter(Head):
         self, context: Float[Tensor, "*batch hidden"], state: Float[Tensor, "*batch hidden"]
     ) -> Float[Tensor, "*batch both"] | None:
         """Context and state, where the head begins with a block, whose result is added to them; else None."""
-        return None if hasattr(self, "input_proj") else torch.cat((context, state), dim=-1)
+        return torch.cat((context, state), dim=-1) if self.begins_with_block else None
 
     def scores(self, first: Float[Tensor, "*batch exit"]) -> Float[Tensor, "*batch head"]:
         """As `logits`, from what the head's projection gave, or else its first block."""
         x: Tensor = first.flatten(0, -2)  # products would copy a slice of more dimensions
-        for module in list(self.lm_head)[0 if hasattr(self, "input_proj") else 1 :]:
+        for module in list(self.lm_head)[int(self.begins_with_block) :]:
             x = module(x)
         return x.unflatten(0, first.shape[:-1])  # type: ignore[no-any-return]
 
@@ -265,9 +265,14 @@ class RecurrentDrafter(Head):
         return product(context, layer.weight[:, : self.config.hidden_size], layer.bias)
 
     @property
+    def begins_with_block(self) -> bool:
+        """Whether context and state go into the head's first block, or layer, as they are: it is as wide as both."""
+        return not hasattr(self, "input_proj")
+
+    @property
     def reader(self) -> nn.Linear | None:
         """The layer that reads context and state, where others follow."""
-        if hasattr(self, "input_proj"):
+        if not self.begins_with_block:
             return self.input_proj
         return self.lm_head[0].linear if self.config.num_draft_layers else None  # type: ignore[return-value]
 

@@ -319,7 +319,9 @@ def _heads(results: Results) -> Figure | None:
     marks = dict(zip(tint, itertools.cycle("osD^vP"), strict=False))
     figure, axes = _panels(len(kinds) + ("sweep" in results), width=4.8)
     for axis, temperature in zip(axes, kinds, strict=False):
-        for one in (one for one in found if one["temperature"] == temperature):
+        for one in found:
+            if one["temperature"] != temperature:
+                continue
             told: dict[str, Any] = {"color": tint[one["method"]], "marker": marks[one["method"]], "markersize": 8}
             told |= {"linestyle": "none", "clip_on": False, "zorder": 3}
             label = f"{one['method']} ({millions(one['parameters'])})"

@@ -51,7 +51,7 @@ class Joined:
         with torch.no_grad():
             weight = torch.cat((drafter.rnn_u.weight, reader.weight[:, config.hidden_size :]))
             table = nn.functional.linear(embed(ids), drafter.rnn_w.weight, drafter.rnn_u.bias)
-        block = config.exit_dim == 2 * config.hidden_size
+        block = drafter.begins_with_block
         if names is None:
             return cls(weight, table, None, block)
         rows = torch.zeros(config.vocab_size, dtype=torch.long, device=names.device)

@@ -90,7 +90,7 @@ def _parts(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
 
 def plain(layer: object) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer that nobody has changed: neither quantised nor adapted nor offloaded."""
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and layer.weight.device.type != "meta"
+    return type(layer) is nn.Linear and unchanged(layer) and layer.weight.device.type != "meta"
 
 
 def unchanged(layer: object) -> bool:

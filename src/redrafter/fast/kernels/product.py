@@ -105,24 +105,19 @@ def tiling_for(rows: int, weight: Tensor, wide: bool = False) -> Tiling:
     """
     columns, inner = weight.shape
     eight = weight.element_size() == 1
-    least = 16
+    least = 64  # columns that a block keeps, where it is cut
     if rows == 1 and not (eight or wide):
         tile = Tiling(1, 8, 1024, 3, 8) if columns * inner >= 2**25 else Tiling(1, 16, 256, 4, 4)
         least = 4
     elif rows > FEW or columns >= MANY_COLUMNS:
-        height = max(FEW, min(ROWS, triton.next_power_of_2(rows)))
-        return _narrowed(Tiling(height, 64, 128, 3 if eight else 4, 4), wide)
+        tile = Tiling(max(FEW, min(ROWS, triton.next_power_of_2(rows))), 64, 128, 3 if eight else 4, 4)
     elif not eight and columns * inner <= SMALL:
         tile = Tiling(FEW, 32, 128, 3, 4) if columns >= 2048 else Tiling(FEW, 16, 256, 3, 4)
-        return _narrowed(tile, wide)
     else:
         tile = Tiling(FEW, 32, 256, 4, 4) if eight or columns < 8192 else Tiling(FEW, 32, 128, 4, 4)
+        least = 16
     while tile.columns > least and triton.cdiv(columns, tile.columns) < BUSY:
         tile = tile._replace(columns=tile.columns // 2)
-    return _narrowed(tile, wide)
-
-
-def _narrowed(tile: Tiling, wide: bool) -> Tiling:
     return tile._replace(inner=tile.inner // 2) if wide else tile
 
 
