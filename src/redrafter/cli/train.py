@@ -192,6 +192,7 @@ def train(
     from redrafter.training.data import coverage, most_frequent, read_rows, split
     from redrafter.training.loss import Objective
     from redrafter.training.recipe import Recipe
+    from redrafter.training.sharding import leave
     from redrafter.training.trainer import estimate, newest_checkpoint, run
 
     ranks = None if cartesian is None else _ranks(cartesian, beam_length)
@@ -211,7 +212,8 @@ def train(
         cache_states=cache_states,
         seconds=None if minutes is None else 60 * minutes,
     )
-    console = Console(stderr=True, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")  # one of them speaks
+    first = os.environ.get("RANK", "0") == "0"
+    console = Console(stderr=True, soft_wrap=True, quiet=not first)
     sources = [*data, *(more or [])]
     with skipping(bad_rows) as skip:  # before the target is loaded, which may take long
         rows = read_rows(sources, load_tokenizer(model, template), max_length=max_length, skip=skip)
@@ -262,6 +264,7 @@ def train(
         weights = f"{needs.weights / 2**30:.2f} GiB of weights and moments"
         states = "" if needs.states is None else f", {needs.states / 2**30:.2f} GiB of states on disk"
         console.print(f"{needs.steps:,} steps, about {needs.seconds:,.0f} s; {weights}{peak}{states}.")
+        leave()
         return
     names = [source if "/" in source and not Path(source).exists() else Path(source).name for source in sources]
     try:
@@ -271,6 +274,7 @@ def train(
         again = newest_checkpoint(output / "checkpoints")
         advice = f"run it again with --resume to go on from {again.name}" if again else "no checkpoint was written yet"
         raise RedrafterError(f"Interrupted; {advice}.") from None
+    leave()
     console.print(f"Loss {loss:.3f}. Wrote {output}.")
-    if push_to_hub:
+    if push_to_hub and first:
         console.print(f"Uploaded to {hub.push(output, push_to_hub)}.")

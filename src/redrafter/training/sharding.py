@@ -46,6 +46,16 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
+def leave() -> None:
+    """Ends the group of processes that this one is in, if there is one: to be called last, by all of them.
+
+    Work that gloo's threads still hold when the interpreter goes would abort the process
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def is_sharded(model: PreTrainedModel) -> bool:
     """Whether all processes must run it together."""
     return isinstance(model, FSDPModule)
