@@ -47,14 +47,34 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
         "tree",
         "verify",
     )
-    install_import_hook([f"redrafter.{name}" for name in core], "beartype.beartype")
+    install_import_hook([f"redrafter.{name}" for name in core], "conftest.checked")
 
 from pathlib import Path
+from typing import Any
 
+import beartype
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from torch.utils._python_dispatch import TorchDispatchMode
+
+CHECKED: dict[tuple[Any, ...], Any] = {}
+"""Checks of functions inside functions, by all that they are made of."""
+
+
+def checked(function):
+    """What checks the arguments of a function.
+
+    Functions inside functions are defined at every call, some at every run of a model: their checks are made once, as
+    it takes longer to make them than to run a tiny model.
+    """
+    if "<locals>" not in function.__qualname__:
+        return beartype.beartype(function)
+    made_of = (function.__module__, function.__qualname__, function.__code__, *function.__annotations__.values())
+    if made_of not in CHECKED:
+        CHECKED[made_of] = beartype.beartype(function)
+    return CHECKED[made_of]
+
 
 settings.register_profile(
     "redrafter",

@@ -145,8 +145,9 @@ def test_other_weights_at_the_same_place_are_other_work(say, command, drafter_fo
     assert say(*command, "--overwrite")[0] == 0
 
 
-def test_a_killed_run_goes_on(command, tmp_path):
-    words = [sys.executable, "-c", MAIN, *map(str, command), "--temperatures", "0"]
+def test_a_killed_run_goes_on(say, command, tmp_path):
+    command = [*map(str, command), "--temperatures", "0"]
+    words = [sys.executable, "-c", MAIN, *command]
     killed = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     file = tmp_path / "out" / "measurements.jsonl"
     while killed.poll() is None and not (file.exists() and file.read_text().count("\n") > 3):
@@ -157,8 +158,8 @@ def test_a_killed_run_goes_on(command, tmp_path):
     note = json.loads(file.with_name("measurements.jsonl.state").read_text())
     before = file.read_bytes()[: note["bytes"]]
     assert before.count(b"\n") > 2
-    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, _, err = say(*command)
+    assert status == 0, err
     assert file.read_bytes().startswith(before)
     keys = [
         json.dumps([one[k] for k in ("kind", "method", "category", "temperature", "round")])

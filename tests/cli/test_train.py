@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,10 +201,11 @@ TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2".split()
 ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
 ACCELERATE += "--dynamo_backend no --main_process_port 0".split()
 MAIN = "from redrafter.cli import main; main()"
-SLOWLY = """
+SHARD = 2**13
+SLOWLY = f"""
 import time
 from redrafter.training import states
-save, states.SHARD = states.save_file, 2**13
+save, states.SHARD = states.save_file, {SHARD}
 def save_file(*arguments):
     time.sleep(0.02)
     save(*arguments)
@@ -230,11 +232,10 @@ def command(*words: object, launcher: list[str] | None = None, main: str = MAIN)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def finished(*words: object, **how: object) -> dict[str, torch.Tensor]:
-    """The weights that a run wrote, whose last word is the folder."""
-    ended = subprocess.run(command(*words, **how), env=ENVIRONMENT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    return load_file(words[-1] / "model.safetensors")
+def learnt(answer: tuple[int, str, str], folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that a run of this process wrote, by its answer."""
+    assert answer[0] == 0, answer[2]
+    return load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def finished(*words: object, **how: object) -> dict[str, torch.Tensor]:
     [(TORCHRUN, []), (ACCELERATE, ["--cache-states"]), (TORCHRUN, ["--shard-target", "--cache-states"])],
     ids=["torchrun", "accelerate", "sharded"],
 )
-def test_two_processes_learn_what_one_does(model_folder, rows, tmp_path, launcher, how):
+def test_two_processes_learn_what_one_does(say, model_folder, rows, tmp_path, launcher, how):
     """Also from states on disk, of which each process computes a part, and from a target divided among them.
 
     They leave their group before they end, as its threads would abort an interpreter that goes before them.
@@ -251,29 +252,40 @@ def test_two_processes_learn_what_one_does(model_folder, rows, tmp_path, launche
     words = ("train", "--model", model_folder, "--data", rows, "--max-steps", "3", "--exit-dim", "16")
     words += ("--device", "cpu", "--held-out", "4", "--kl", "0.5", "--batch-size")
     how = [*how, tmp_path / "states"] if "--cache-states" in how else how
-    one = finished(*words, 4, "--output", tmp_path / "one")
+    one = learnt(say(*words, 4, "--output", tmp_path / "one"), tmp_path / "one")
     main = SLOWLY + LEFT + MAIN if "--cache-states" in how else MAIN
-    two = finished(*words, 2, *how, "--output", tmp_path / "two", launcher=launcher, main=main)
+    words = command(*words, 2, *how, "--output", tmp_path / "two", launcher=launcher, main=main)
+    ended = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    two = load_file(tmp_path / "two" / "model.safetensors")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
     assert not (tmp_path / "two" / "checkpoints").exists()
     assert "--cache-states" not in how or len(list((tmp_path / "states").iterdir())) > 3
 
 
-def test_a_run_killed_while_it_keeps_states_goes_on_from_the_last_whole_file(model_folder, rows, tmp_path):
-    words = ("train", "--model", model_folder, "--data", rows, "--max-steps", "3", "--exit-dim", "16")
-    words += ("--device", "cpu", "--cache-states")
-    whole = finished(*words, tmp_path / "all", "--output", tmp_path / "whole", main=SLOWLY + MAIN)
-    folder = tmp_path / "states"
-    again = (*words, folder, "--output", tmp_path / "killed")
-    killed = subprocess.Popen(command(*again, main=SLOWLY + MAIN), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    while not (folder / "states-00002.safetensors").exists() and killed.poll() is None:
+def killed_at(sign: Path, words: list[str]) -> None:
+    """Runs a command until there is such a file and kills it for good, by SIGKILL."""
+    killed = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while not sign.exists() and killed.poll() is None:
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
+
+
+def test_a_run_killed_while_it_keeps_states_goes_on_from_the_last_whole_file(
+    say, model_folder, rows, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("redrafter.training.states.SHARD", SHARD)
+    words = ("train", "--model", model_folder, "--data", rows, "--max-steps", "3", "--exit-dim", "16")
+    words += ("--device", "cpu", "--cache-states")
+    whole = learnt(say(*words, tmp_path / "all", "--output", tmp_path / "whole"), tmp_path / "whole")
+    folder = tmp_path / "states"
+    again = (*words, folder, "--output", tmp_path / "killed")
+    killed_at(folder / "states-00002.safetensors", command(*again, main=SLOWLY + MAIN))
     there = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     assert 3 <= len(there) < len(list((tmp_path / "all").glob("*.safetensors")))
-    resumed = finished(*again, main=SLOWLY + MAIN)
+    resumed = learnt(say(*again), tmp_path / "killed")
     assert all(path.stat().st_mtime_ns == moment for path, moment in there.items()), "what was whole was not made again"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "all").iterdir()
@@ -282,21 +294,16 @@ def test_a_run_killed_while_it_keeps_states_goes_on_from_the_last_whole_file(mod
 
 
 @pytest.mark.parametrize("moment", [1, 3])
-def test_a_killed_run_goes_on_to_the_same_weights(model_folder, rows, tmp_path, moment):
-    """Killed for good, by SIGKILL, at some moment after so many checkpoints."""
+def test_a_killed_run_goes_on_to_the_same_weights(say, model_folder, rows, tmp_path, moment):
+    """Killed for good at some moment after so many checkpoints."""
     options = "--max-steps 8 --save-steps 2 --device cpu --batch-size 4 --exit-dim 16 --output".split()
     words = ("train", "--model", model_folder, "--data", rows, *options)
-    subprocess.run(command(*words, tmp_path / "whole"), check=True, env=ENVIRONMENT, capture_output=True)
-    killed = subprocess.Popen(command(*words, tmp_path / "killed"), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    mark = tmp_path / "killed" / "checkpoints" / f"checkpoint-{2 * moment}" / "complete"
-    while not mark.exists() and killed.poll() is None:
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    if not (tmp_path / "killed" / "model.safetensors").exists():
-        again = command(*words, tmp_path / "killed", "--resume")
-        subprocess.run(again, check=True, env=ENVIRONMENT, capture_output=True)
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    whole = learnt(say(*words, tmp_path / "whole"), tmp_path / "whole")
+    folder = tmp_path / "killed"
+    killed_at(folder / "checkpoints" / f"checkpoint-{2 * moment}" / "complete", command(*words, folder))
+    if not (folder / "model.safetensors").exists():
+        assert say(*words, folder, "--resume")[0] == 0
+    resumed = load_file(folder / "model.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
