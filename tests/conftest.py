@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,7 @@ import warnings
 
 with warnings.catch_warnings():  # third parties' own warnings at import are not ours to mend
     warnings.simplefilter("ignore")
+    gc.disable()
     import transformers
     from jaxtyping import install_import_hook
 
@@ -90,6 +92,13 @@ torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+def pytest_collection_finish():
+    """What was imported stays: to search it for garbage, meanwhile and ever again, takes seconds."""
+    gc.freeze()
+    gc.enable()
+
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
 """Models that others trained; tests that use them skip where they are absent."""
