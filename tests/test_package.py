@@ -8,7 +8,14 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import jaxtyping
+import pytest
+import torch
+
 import redrafter
+from conftest import tiny_model
+from redrafter.target import Target
+from redrafter.tree import fold
 
 
 def test_every_public_name_is_there():
@@ -32,3 +39,12 @@ def test_neither_the_package_nor_the_command_line_loads_torch_before_it_is_neede
     program = "import sys, redrafter, redrafter.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_tests_check_shapes_and_the_functions_inside_functions_at_every_call():
+    with pytest.raises(jaxtyping.TypeCheckError, match="fold"):
+        fold(torch.zeros(2, dtype=torch.long), torch.zeros((3, 4, 2), dtype=torch.long))
+    target = Target(tiny_model())  # which made masks already
+    target._window = "wide"
+    with pytest.raises(jaxtyping.TypeCheckError, match="additive"):
+        target._masks(lambda window: torch.ones((1, 2, 2), dtype=torch.bool))

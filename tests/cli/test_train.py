@@ -296,7 +296,7 @@ def test_a_run_killed_while_it_keeps_states_goes_on_from_the_last_whole_file(
 @pytest.mark.parametrize("moment", [1, 3])
 def test_a_killed_run_goes_on_to_the_same_weights(say, model_folder, rows, tmp_path, moment):
     """Killed for good at some moment after so many checkpoints."""
-    options = "--max-steps 8 --save-steps 2 --device cpu --batch-size 4 --exit-dim 16 --output".split()
+    options = "--max-steps 16 --save-steps 2 --device cpu --batch-size 4 --exit-dim 16 --output".split()
     words = ("train", "--model", model_folder, "--data", rows, *options)
     whole = learnt(say(*words, tmp_path / "whole"), tmp_path / "whole")
     folder = tmp_path / "killed"
