@@ -94,6 +94,11 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first: no process is to end with one of them while another has nothing left to do."""
+    items.sort(key=lambda item: item.path.name != "test_interpreted.py")
+
+
 def pytest_collection_finish():
     """What was imported stays: to search it for garbage, meanwhile and ever again, takes seconds."""
     gc.freeze()

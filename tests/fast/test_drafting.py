@@ -5,6 +5,7 @@ They run on a GPU (`-m gpu`) and, started once more by test_interpreted.py, unde
 
 from __future__ import annotations
 
+import interpreting
 import pytest
 import torch
 from interpreting import INTERPRETED, on_cpu, on_kernels
@@ -23,19 +24,6 @@ from redrafter.tree import fold, most_probable, plain_fold, plain_most_probable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, of the interpreter
 FIELDS = ("tokens", "parents", "depth", "valid", "ancestors")
-
-if INTERPRETED:  # which takes seconds for each of triton's own sorts; one test below leaves that in place
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import TensorHandle
-
-    SORT = tl.topk
-
-    def sorted_by_numpy(x, k):
-        kept = np.sort(x.handle.data)[::-1][: getattr(k, "value", k)].copy()
-        return tl.core.tensor(TensorHandle(kept, x.handle.dtype), tl.block_type(x.dtype, list(kept.shape)))
-
-    tl.topk = sorted_by_numpy
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +70,7 @@ def test_the_best_of_a_row(shape, dtype, device):
 @on_kernels
 def test_by_the_sort_of_triton(device, monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(tl, "topk", SORT)
+        monkeypatch.setattr("triton.language.topk", interpreting.sort_of_triton)
     scores = torch.randn(1, 70).to(device)
     assert all(map(torch.equal, top(scores, 3)[:2], plain_top(scores, 3)[:2]))
 
