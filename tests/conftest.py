@@ -65,7 +65,7 @@ CHECKED: dict[tuple[Any, ...], Any] = {}
 
 
 def checked(function):
-    """What checks the arguments of a function.
+    """What checks the arguments of a function, of which jaxtyping gives the signature alone.
 
     Functions inside functions are defined at every call, some at every run of a model: their checks are made once, as
     it takes longer to make them than to run a tiny model.
