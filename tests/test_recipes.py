@@ -24,8 +24,10 @@ from recipes.common import methods, pretrain
 from recipes.common.answers import answers, contexts
 from recipes.common.corpus import Corpus, is_held_out, train_tokenizer
 from recipes.demo import cards, drafter, rivals
+from recipes.demo import run as demo_run
 from recipes.demo import shape as demo
 from recipes.target import commands, compare, costs, shape
+from recipes.target import run as drafters_run
 
 WORDS = "table hotel seven tonight please book the a in at for two good cheap rating bus from to".split()
 
@@ -414,6 +416,16 @@ def test_nothing_is_trained_for_a_command_that_does_not_run(corpus, tokenizer, t
         compare.main()
     assert asked == ["bench", "bench"]
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("recipe", [compare, compare.prompts, drafters_run, demo_run])
+def test_data_that_is_not_there_is_said_in_a_sentence(recipe, tmp_path, monkeypatch, capsys):
+    words = f"recipe --data {tmp_path}/none --output {tmp_path}".split()
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        recipe.main()
+    assert end.value.code == 2
+    assert f"argument --data: there is no folder {tmp_path}/none\n" in capsys.readouterr().err
 
 
 def test_draft_models_grow_to_the_proportions_of_published_pairs(data):

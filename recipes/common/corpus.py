@@ -6,6 +6,7 @@ name.  Knows nothing of models.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import lzma
@@ -40,6 +41,13 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message.content + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+
+def data_folder(text: str) -> Path:
+    """What `--data` of a recipe names.  Raises argparse's error where there is no such folder."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    return Path(text)
 
 
 def rows(folder: Path, name: str) -> Iterator[dict]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from recipes.common import pretrain
-from recipes.common.corpus import train_tokenizer
+from recipes.common.corpus import data_folder, train_tokenizer
 from recipes.demo import cards, drafter, rivals, shape
 
 TARGET, DRAFTER = "redrafter-demo-12m", "drafter"
@@ -21,7 +21,7 @@ TARGET, DRAFTER = "redrafter-demo-12m", "drafter"
 def main() -> None:
     """Parses the command line and runs the stages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with the files that README.md names")
+    parser.add_argument("--data", type=data_folder, required=True, help="folder with the files that README.md names")
     parser.add_argument("--output", type=Path, required=True, help=f"where {TARGET}/ and {DRAFTER}/ are written")
     parser.add_argument("--target-minutes", type=float, default=7.0)
     parser.add_argument("--batch", type=int, default=64, help="windows of 1,024 tokens in a step of the target")

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from recipes.common.answers import prompt_of
-from recipes.common.corpus import Corpus
+from recipes.common.corpus import Corpus, data_folder
 from recipes.target.drafters import measured_on
 from recipes.target.shape import CATEGORIES, corpus
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ def main() -> None:
     """Parses the command line and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=data_folder, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--count", type=int, default=12, help="of each category")
     given = parser.parse_args()

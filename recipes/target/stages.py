@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from recipes.common import pretrain
-from recipes.common.corpus import Corpus, train_tokenizer
+from recipes.common.corpus import Corpus, data_folder, train_tokenizer
 from recipes.target import shape
 from transformers import AutoTokenizer
 
@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 def options(description: str) -> argparse.ArgumentParser:
     """A parser with those of the target and of the processes that share the work."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the files that README.md names")
+    parser.add_argument("--data", type=data_folder, required=True, help="folder with the files that README.md names")
     parser.add_argument("--output", type=Path, required=True, help="where all is written")
     parser.add_argument("--target", type=Path, help="a model's folder; by default one is trained in OUTPUT/target")
     parser.add_argument("--tokenizer", type=Path, help="of the target to be trained; by default OUTPUT/tokenizer")

@@ -35,6 +35,9 @@ class Head(nn.Module):
     reads_text: ClassVar[bool] = False
     """Whether a draft depends on the target's states all along the text, not on those of `positions` alone."""
 
+    by_beams: ClassVar[bool] = True
+    """Whether it drafts beams, or else a tree of its own form."""
+
     def __init__(self, config: HeadConfig):
         """No weights yet; `draft_vocabulary` starts as the first ids."""
         super().__init__()

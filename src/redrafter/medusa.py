@@ -32,6 +32,7 @@ NODES = 64
 class MedusaHeads(Head):
     """The heads' weights and the tree that is drafted with them."""
 
+    by_beams = False
     config: MedusaConfig
     config_type = MedusaConfig
 

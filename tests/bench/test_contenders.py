@@ -37,7 +37,6 @@ def drafter(**told) -> RecurrentDrafter:
         ("at=me@home/folder", Told("at", "me@home/folder")),
         ("a=b@uncoupled", Told("a", "b", coupled=False)),
         ("b@2x3:4,coupled", Told("b 2x3:4,coupled", "b", 2, 3, 4, True)),
-        ("a=b@2x3uncoupled", Told("a", "b@2x3uncoupled")),
     ],
 )
 def test_a_method_is_a_name_a_place_and_how_it_drafts(text, told):
@@ -45,7 +44,10 @@ def test_a_method_is_a_name_a_place_and_how_it_drafts(text, told):
     assert Told.read(f"x={told.shown}") == replace(told, label="x")
 
 
-@pytest.mark.parametrize("text", ["", "=folder", "a=", "a=folder@10x", "a=folder@0x4", "a=folder@x", "a=b@1:2:3"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "=folder", "a=", "a=folder@10x", "a=folder@0x4", "a=folder@x", "a=b@1:2:3", "a=b@2x3uncoupled", "a=b@10y4"],
+)
 def test_what_is_no_method_is_refused(text):
     with pytest.raises(RedrafterError, match="--method takes NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES"):
         Told.read(text)
@@ -138,8 +140,9 @@ def test_how_a_method_drafts_is_told():
     target = Target(MODEL)
     drafts = [Contender("a", "b", Variant(drafter(), shape)).drafts(target, 1) for shape in ((1, 2, None), (4, 3, 9))]
     assert drafts == ["one beam of 2 tokens", "4 beams of 3 tokens, the 9 most probable nodes"]
-    assert (
-        Contender("a", "b", MedusaHeads.fresh(MODEL, heads=3, nodes=20)).drafts(target, 1)
-        == "a tree of 20 nodes, 3 deep"
-    )
+    fitted = MedusaHeads.fresh(MODEL, heads=3, nodes=20)
+    alike = MedusaHeads.fresh(MODEL, heads=3, nodes=20, beam_width=20, node_budget=20)
+    assert alike.drafting(1) == (20, 3, 20), "as many nodes as beams would have"
+    for medusa in (fitted, alike, Variant(alike, None, False)):
+        assert Contender("a", "b", medusa).drafts(target, 1) == "a tree of 20 nodes, 3 deep"
     assert Contender("alone").drafts(target, 1) == ""

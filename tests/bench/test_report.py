@@ -138,6 +138,8 @@ def test_what_was_not_measured_has_no_section_and_what_failed_is_told():
     page = Page(report.page(found))
     assert page.headings[-2:] == ["Not measured", "What the words mean"]
     assert "ours on a: No memory." in page.words
+    assert "Not all that was asked for could be measured" in report.lead(found)[-1]
+    assert "Not all that was asked for" not in " ".join(report.lead(results()))
     assert not {"Rows together", "Where the time of a step goes"} & set(page.headings)
 
 
@@ -238,7 +240,7 @@ def test_without_matplotlib_one_sentence_says_what_to_install(monkeypatch):
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(RedrafterError, match=re.escape('pip install "redrafter[bench]"')):
+    with pytest.raises(RedrafterError, match="pip install matplotlib"):
         plots.required()
 
 
@@ -292,6 +294,23 @@ def test_a_page_without_results_is_refused(tmp_path):
         readme.put("<!-- /results -->\n<!-- results one.json -->\n", tmp_path)
     with pytest.raises(RedrafterError, match=r"one\.json cannot be read: .*No such file"):
         readme.put("<!-- results one.json -->\n<!-- /results -->", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "name one page"),
+        (["none.md"], "none.md cannot be read or written: No such"),
+        (["page.md"], "page.md: There"),
+    ],
+)
+def test_a_page_that_cannot_be_filled_is_told_in_a_sentence(tmp_path, monkeypatch, capsys, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.md").touch()
+    with pytest.raises(SystemExit) as end:
+        readme.main(words)
+    assert end.value.code == 2
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/comparison.md"])

@@ -258,7 +258,9 @@ def test_a_sweep_of_the_demo_has_its_rivals_beside_the_recurrent_drafter(say, tm
     ("words", "sentence"),
     [
         (["--method", "x"], "There is no drafter folder at x."),
-        (["--method", "a=b@"], "There is no drafter folder at b@."),
+        (["--method", "a=b@"], "as ours=folder@10x4:32"),
+        (["--minutes", "-1"], "'--minutes'"),
+        (["--rounds", "0"], "'--rounds'"),
         (["--method", "=b"], "--method takes NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES"),
         (["--method", "ours=b"], "--method ours: the name is taken"),
         (["--temperatures", "-1"], "--temperatures takes numbers from 0, as 0,0.7,1, not '-1'."),

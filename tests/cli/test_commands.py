@@ -165,6 +165,15 @@ def test_what_generate_writes_can_be_trained_on_and_the_drafter_checked(say, mod
     assert status == 0
     assert "call by call, for graphs are CUDA's" in " ".join(out.split())
     assert "Name a drafter, or a model by --model" in refusal(say("info"))
+    assert f"{model_folder} is a model or prompt-lookup, not the folder of a drafter." in refusal(
+        say("info", model_folder)
+    )
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    assert say("info", drafter, "--model", model_folder)[0] == 0
+    status, out, err = say("info", drafter, "--model", other)
+    assert status == 2
+    assert "LlamaForCausalLM" in out, "what they are is said all the same"
+    assert "made for tiny, not for other" in err
     assert "already holds a drafter: pass --overwrite" in refusal(say(*train))
     assert say(*train, "--overwrite")[0] == 0
 
@@ -217,7 +226,7 @@ def test_bad_models_and_drafters(say, model_folder, drafter_folder, tmp_path):
     def answer(model, drafter):
         return refusal(say("generate", "--model", model, "--drafter", drafter, "--prompt", "Once"))
 
-    assert f"The model {tmp_path}/none cannot be loaded" in answer(tmp_path / "none", drafter_folder)
+    assert f"There is no model folder at {tmp_path}/none." in answer(tmp_path / "none", drafter_folder)
     assert f"There is no drafter folder at {tmp_path}/none." in answer(model_folder, tmp_path / "none")
 
     broken = shutil.copytree(drafter_folder, tmp_path / "broken")
@@ -310,6 +319,16 @@ def test_what_nobody_foresaw_is_one_sentence_too(say, drafter_folder, monkeypatc
     assert "ZeroDivisionError: division by zero; add --debug" in refusal(say("info", drafter_folder))
     with pytest.raises(ZeroDivisionError):
         main(["info", str(drafter_folder), "--debug"])
+
+
+def test_words_that_are_no_command_are_one_sentence_too(say):
+    assert "No such command" in refusal(say("draw"))
+    assert "see redrafter generate --help." in refusal(say("generate"))
+    assert "No such option: --colour" in refusal(say("check", "--colour"))
+    assert "'--max-new-tokens'" in refusal(say("generate", "--model", "x", "--max-new-tokens", 0))
+    status, out, _ = say()
+    assert status == 0
+    assert "Usage: redrafter" in out
 
 
 def test_debug_shows_the_traceback(model_folder):

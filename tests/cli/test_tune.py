@@ -104,6 +104,8 @@ def test_a_copy_can_be_tuned_instead(say, command, times, folder, tmp_path):
     assert not RecurrentDrafter.from_pretrained(folder).config.shapes
     assert len(RecurrentDrafter.from_pretrained(tmp_path / "copy").config.shapes) == 2
     assert "already holds a drafter: give another --output" in refusal(say(*command, "--output", tmp_path / "copy"))
+    (tmp_path / "file").touch()
+    assert "file is a file: give a folder as --output." in refusal(say(*command, "--output", tmp_path / "file"))
     status, _, _ = say("export", tmp_path / "copy", "--output", tmp_path / "theirs", "--format", "apple")
     assert status == 0  # their format has no place for shapes, and needs none
     assert not RecurrentDrafter.from_pretrained(tmp_path / "theirs").config.shapes

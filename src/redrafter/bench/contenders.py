@@ -49,14 +49,16 @@ class Told:
         label, rest = (label.strip(), rest.strip()) if equals else ("", text.strip())
         path, at, how = rest.rpartition("@")
         told = _HOW.fullmatch(how) if at and how else None
+        misspelt = bool(at and told is None and "/" not in how and not Path(rest).exists())
         if told is None:
             path, how = rest, ""
         shape, draws = told.groups() if told else (None, None)
         found = _SHAPE.fullmatch(shape or "")
         numbers = [None if one is None else int(one) for one in found.groups()] if found else []
-        if found is None or 0 in numbers or not path or (equals and not label):
+        if found is None or 0 in numbers or not path or (equals and not label) or misspelt:
             raise RedrafterError(
-                f"--method takes NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES, as ours=folder@10x4:32, not {text!r}."
+                "--method takes NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES, each a number from 1, "
+                f"as ours=folder@10x4:32 or ours=folder@:32,uncoupled, not {text!r}."
             )
         name = Path(path).name or path
         width, length, budget = numbers

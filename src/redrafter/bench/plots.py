@@ -31,7 +31,7 @@ def required() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise RedrafterError('The report\'s pictures need a package more: pip install "redrafter[bench]".') from None
+        raise RedrafterError("The report's pictures need a package more: pip install matplotlib.") from None
 
 
 def drawn(results: Results) -> dict[str, str]:

@@ -99,10 +99,22 @@ def _read(folder: Path, name: str) -> Results:
         raise RedrafterError(f"{name} cannot be read: {reason(error)}.") from error
 
 
+def main(words: Sequence[str]) -> None:
+    """Fills the page that is named in place; exit status 2, with a sentence, where that cannot be."""
+    if len(words) != 1:
+        sentence = "name one page of Markdown, as README.md."
+    else:
+        page = Path(words[0])
+        try:
+            page.write_text(put(page.read_text(encoding="utf-8"), page.parent), encoding="utf-8")
+            return
+        except RedrafterError as error:
+            sentence = f"{page}: {error}"
+        except OSError as error:
+            sentence = f"{page} cannot be read or written: {error.strerror}."
+    print(sentence, file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
-    (path,) = map(Path, sys.argv[1:])
-    try:
-        filled = put(path.read_text(encoding="utf-8"), path.parent)
-    except RedrafterError as error:
-        sys.exit(f"{path}: {error}")
-    path.write_text(filled, encoding="utf-8")
+    main(sys.argv[1:])

@@ -84,6 +84,8 @@ def lead(results: Results) -> list[str]:
         found.append(
             f"{same:,} of {texts:,} drafted texts are, token for token, what is written without a drafter{rest}"
         )
+    if results["failed"]:
+        found.append("Not all that was asked for could be measured: the end of this page says what is missing.")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from typing import Any
 
 import typer
 
@@ -24,7 +25,6 @@ from redrafter.errors import RedrafterError
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Exact, fast speculative decoding with a recurrent drafter: the model's own text, sooner. "
     "Start with `redrafter demo`.",
@@ -48,20 +48,29 @@ def _options(
     """Options of all commands."""
 
 
+def _misspelt(error: Exception) -> str | None:
+    """What typer says of words that are no command of ours; its errors are click's, or of a copy that it brings."""
+    usage_error: Any = typer.BadParameter.__mro__[1]
+    if not isinstance(error, usage_error):
+        return None
+    command = error.ctx.command_path if error.ctx else "redrafter"
+    return f"{error.format_message().rstrip('.')}; see {command} --help."
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command: exit status 0, 1 for a failed check, 2 for bad input, which is said in one sentence."""
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
     try:
-        app([word for word in words if word != "--debug"], prog_name="redrafter")
+        told = [word for word in words if word != "--debug"] or ["--help"]
+        status = app(told, prog_name="redrafter", standalone_mode=False)
+        if status != 130:  # what typer makes of an interrupt
+            sys.exit(status)
+        sentence = "Interrupted."
     except RedrafterError as error:
         sentence = str(error)
         if debug:
             raise
-    except SystemExit as end:
-        if end.code != 130:  # what typer makes of an interrupt
-            raise
-        sentence = "Interrupted."
     except OSError as error:
         if debug:
             raise
@@ -70,6 +79,6 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:  # what nobody foresaw is told in one sentence too; --debug shows where it was raised
         if debug:
             raise
-        sentence = f"{type(error).__name__}: {str(error).rstrip('.')}; add --debug to see where."
+        sentence = _misspelt(error) or f"{type(error).__name__}: {str(error).rstrip('.')}; add --debug to see where."
     print(f"redrafter: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(2)

@@ -43,7 +43,7 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Throw away what the folder's measurements.jsonl holds, and begin anew.")
 ]
 Minutes = Annotated[
-    float | None, typer.Option(help="After which nothing more is begun; the report is of what there is by then.")
+    float | None, typer.Option(min=0, help="After which nothing more is begun; the report is of what there is by then.")
 ]
 Demo = Annotated[bool, typer.Option("--demo", help="Measure all that is bundled on the demo's eight prompts.")]
 MethodHelp = (

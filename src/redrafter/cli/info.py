@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from redrafter.cli.loading import Device, Dtype
 from redrafter.errors import RedrafterError
+
+if TYPE_CHECKING:
+    from redrafter.head import Head
 
 
 def info(
@@ -16,13 +19,26 @@ def info(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Say what a drafter folder is, its size and its target; with --model, which path a model takes."""
+    """Say what a drafter folder is, its size and its target; with --model, which path a model takes.
+
+    Given both, exit status 2 where the drafter is another model's.
+    """
     if path is None and model is None:
         raise RedrafterError("Name a drafter, or a model by --model.")
-    if path is not None:
-        _show(_drafter(path))
-    if model is not None:
-        _show(_model(model, dtype, device))
+
+    from redrafter.cli.loading import load_model
+    from redrafter.decoding import path_of
+    from redrafter.proposers.loading import load_head
+    from redrafter.target import Target
+
+    drafter = None if path is None else load_head(path)
+    loaded = None if model is None else load_model(model, dtype, device)[0]
+    if drafter is not None:
+        _show(_drafter(str(path), drafter))
+    if loaded is not None:
+        _show({"model": f"{model} ({type(loaded).__name__})", **path_of(loaded)})
+    if drafter is not None and loaded is not None:
+        Target(loaded).check_drafter(drafter.config)
 
 
 def _show(lines: dict[str, str]) -> None:
@@ -35,20 +51,9 @@ def _show(lines: dict[str, str]) -> None:
     Console().print(table)
 
 
-def _model(model: str, dtype: str, device: str) -> dict[str, str]:
-    """What a few tokens of decoding show."""
-    from redrafter.cli.loading import load_model
-    from redrafter.decoding import path_of
-
-    loaded, _ = load_model(model, dtype, device)
-    return {"model": f"{model} ({type(loaded).__name__})", **path_of(loaded)}
-
-
-def _drafter(path: str) -> dict[str, str]:
+def _drafter(path: str, drafter: Head) -> dict[str, str]:
     from redrafter import hub
-    from redrafter.proposers.loading import load_head
 
-    drafter = load_head(path)
     config = drafter.config
     return {
         "drafter": path,

@@ -131,6 +131,7 @@ def load_tokenizer(path: str, template: Path | None = None) -> PreTrainedTokeniz
     """The target's tokenizer, perhaps with another chat template.  Raises RedrafterError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
+    check_there(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -141,6 +142,12 @@ def load_tokenizer(path: str, template: Path | None = None) -> PreTrainedTokeniz
         except OSError as error:
             raise RedrafterError(f"--template {template} cannot be read: {error.strerror}.") from None
     return tokenizer
+
+
+def check_there(path: str) -> None:
+    """Raises RedrafterError where a model's path can be no hub id and there is no such folder."""
+    if not Path(path).exists() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+        raise RedrafterError(f"There is no model folder at {path}.")
 
 
 def context_of(path: str) -> int | None:
@@ -219,6 +226,7 @@ def load_model(
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    check_there(path)
     check_dtype(dtype)
     device = chosen_device(device)
     try:

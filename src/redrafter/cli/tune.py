@@ -72,6 +72,8 @@ def tune(
         raise RedrafterError(f"{drafter} has no config that shapes could be kept in: add --dry-run.")
     if output is not None and (output / hub.CONFIG).exists():
         raise RedrafterError(f"{output} already holds a drafter: give another --output.")
+    if output is not None and not output.is_dir() and output.exists():
+        raise RedrafterError(f"{output} is a file: give a folder as --output.")
     records = read_prompts(prompts)[:limit]
     target, tokenizer = load_model(model, dtype, device)
     check_context(context, target)

@@ -37,7 +37,8 @@ def tree_of(root: Int[Tensor, " B"], found: Search, budget: int | None) -> Draft
 
 def drafted_in_words(proposer: Proposer, shape: DecodingShape) -> str:
     """A shape as its proposer drafts it, which need not be in beams."""
-    if proposer.size == size_of(shape.beam_width, shape.beam_length, shape.node_budget):
+    in_beams = all(getattr(one, "by_beams", True) for one in proposer.modules)
+    if in_beams and proposer.size == size_of(shape.beam_width, shape.beam_length, shape.node_budget):
         return shape.in_words
     return f"a tree of {proposer.size} nodes, {shape.beam_length} deep"
 
