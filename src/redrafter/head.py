@@ -34,7 +34,6 @@ class Head(nn.Module):
     """The target's ids of the tokens that are scored, rising; None for all."""
     reads_text: ClassVar[bool] = False
     """Whether a draft depends on the target's states all along the text, not on those of `positions` alone."""
-
     by_beams: ClassVar[bool] = True
     """Whether it drafts beams, or else a tree of its own form."""
 

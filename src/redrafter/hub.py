@@ -32,7 +32,12 @@ CUSTOM_GENERATE = {
 
 def may_be_on_the_hub(path: str | Path) -> bool:
     """Whether it is no local path but has the form OWNER/NAME."""
-    return not (Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")))
+    return "/" in str(path) and not is_local(path)
+
+
+def is_local(path: str | Path) -> bool:
+    """Whether it can be no hub id, but a path alone, there or not."""
+    return Path(path).exists() or str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))
 
 
 def fetch(path: str | Path, *, revision: str | None = None) -> Path:

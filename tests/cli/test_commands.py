@@ -175,6 +175,8 @@ def test_what_generate_writes_can_be_trained_on_and_the_drafter_checked(say, mod
     assert "LlamaForCausalLM" in out, "what they are is said all the same"
     assert "made for tiny, not for other" in err
     assert "already holds a drafter: pass --overwrite" in refusal(say(*train))
+    (tmp_path / "file").touch()
+    assert "file is a file: give a folder as --output." in refusal(say(*train, "--output", tmp_path / "file"))
     assert say(*train, "--overwrite")[0] == 0
 
 

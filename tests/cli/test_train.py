@@ -88,10 +88,13 @@ def test_options_from_a_file_which_the_command_line_overrides(say, model_folder,
     assert "cannot be read" in refusal(say("train", "--config", tmp_path / "none", "--output", tmp_path / "e"))
 
 
-def test_a_dry_run_says_what_it_would_take(say, model_folder, rows, tmp_path):
+def test_a_dry_run_says_what_it_would_take(say, model_folder, rows, tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setattr("redrafter.training.sharding.leave", lambda: left.append(True))
     words = ("train", "--model", model_folder, "--data", rows, "--output", tmp_path / "d")
     status, out, err = say(*words, "--dry-run", "--epochs", "3", "--batch-size", "4")
     assert status == 0
+    assert left, "of several processes none stays in the group"
     assert out == ""
     assert "38 rows" in err
     assert "30 steps, about" in err

@@ -85,7 +85,7 @@ def lead(results: Results) -> list[str]:
             f"{same:,} of {texts:,} drafted texts are, token for token, what is written without a drafter{rest}"
         )
     if results["failed"]:
-        found.append("Not all that was asked for could be measured: the end of this page says what is missing.")
+        found.append("Not all that was asked for could be measured: under Not measured this page says what is missing.")
     return found
 
 

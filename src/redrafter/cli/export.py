@@ -19,13 +19,13 @@ def export(
     """Write a drafter as other software reads it; `--drafter` and `info` read such folders too."""
     from rich.console import Console
 
-    from redrafter import apple, hub
+    from redrafter import apple
+    from redrafter.cli.loading import check_output
     from redrafter.drafter import RecurrentDrafter
 
     if form != "apple":
         raise RedrafterError(f"--format {form} is not one of apple.")
-    if (output / hub.CONFIG).exists() and not overwrite:
-        raise RedrafterError(f"{output} already holds a drafter: pass --overwrite, or another --output.")
+    check_output(output, overwrite=overwrite)
     loaded = RecurrentDrafter.from_pretrained(drafter)
     apple.export(loaded, output)
     beam_length = loaded.config.beam_length + 1

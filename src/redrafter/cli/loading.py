@@ -146,8 +146,24 @@ def load_tokenizer(path: str, template: Path | None = None) -> PreTrainedTokeniz
 
 def check_there(path: str) -> None:
     """Raises RedrafterError where a model's path can be no hub id and there is no such folder."""
-    if not Path(path).exists() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+    from redrafter import hub
+
+    if hub.is_local(path) and not Path(path).exists():
         raise RedrafterError(f"There is no model folder at {path}.")
+
+
+def check_output(folder: Path, *, overwrite: bool | None = None) -> None:
+    """Raises RedrafterError where no drafter can be written, or one would be replaced without `--overwrite`.
+
+    `overwrite` is None for a command that has no such option.
+    """
+    from redrafter import hub
+
+    if folder.is_file():
+        raise RedrafterError(f"{folder} is a file: give a folder as --output.")
+    if (folder / hub.CONFIG).exists() and not overwrite:
+        advice = "give another --output" if overwrite is None else "pass --overwrite, or another --output"
+        raise RedrafterError(f"{folder} already holds a drafter: {advice}.")
 
 
 def context_of(path: str) -> int | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from redrafter.cli.loading import BadRows, Device, Dtype, Model, Sources, Template
+from redrafter.cli.loading import BadRows, Device, Dtype, Model, Sources, Template, check_output
 from redrafter.errors import RedrafterError
 
 METHODS = ("recurrent", "medusa", "eagle")
@@ -158,8 +158,8 @@ def train(
 
     from redrafter import hub
 
-    if (output / hub.CONFIG).exists() and not (overwrite or dry_run):
-        raise RedrafterError(f"{output} already holds a drafter: pass --overwrite, or another --output.")
+    if not dry_run:
+        check_output(output, overwrite=overwrite)
     if gated and not rnn:
         raise RedrafterError("--gated needs the recurrence: leave out --no-rnn.")
     _check_method(

@@ -54,7 +54,7 @@ def tune(
     device: Device = "auto",
 ) -> None:
     """Find the fastest drafts for each batch size; `generate` then takes them, unless told a shape."""
-    from redrafter.cli.loading import check_context, load_method, load_model, read_settings, whole_numbers
+    from redrafter.cli.loading import check_context, check_output, load_method, load_model, read_settings, whole_numbers
 
     batches, beams = whole_numbers(batch_sizes, "--batch-sizes"), whole_numbers(widths, "--widths")
     depths, sizes = whole_numbers(lengths, "--lengths"), whole_numbers(budgets, "--budgets")
@@ -70,10 +70,8 @@ def tune(
         raise RedrafterError(f"{drafter} is not a folder to write into: give an --output for the tuned drafter.")
     if not dry_run and kind_of(drafter) is None:
         raise RedrafterError(f"{drafter} has no config that shapes could be kept in: add --dry-run.")
-    if output is not None and (output / hub.CONFIG).exists():
-        raise RedrafterError(f"{output} already holds a drafter: give another --output.")
-    if output is not None and not output.is_dir() and output.exists():
-        raise RedrafterError(f"{output} is a file: give a folder as --output.")
+    if output is not None:
+        check_output(output)
     records = read_prompts(prompts)[:limit]
     target, tokenizer = load_model(model, dtype, device)
     check_context(context, target)

@@ -49,7 +49,7 @@ def load_method(path: str | Path, model: PreTrainedModel, bits: int = 16) -> Met
 
 
 def load_head(path: str | Path) -> Head:
-    """A head from its folder or hub id, of the kind that it says.  Raises RedrafterError for a folder of no kind."""
+    """A head from its folder or hub id, of the kind that it says.  Raises RedrafterError for what is no head's."""
     kind = kind_of(path)
     if kind is None:
         raise RedrafterError(f"{path} is a model or {PROMPT_LOOKUP}, not the folder of a drafter.")

@@ -1,4 +1,4 @@
-"""A frozen target divided among processes, for one that is too large for a GPU.
+"""A frozen target divided among processes, for one that is too large for a GPU; and the end of their group.
 
 Promises the model's own forward: each process keeps its part of every decoder layer, and a layer is put together on all
 of them while it runs (`torch.distributed.fsdp.fully_shard`).  Embedding, norms and output head stay whole, as they are
