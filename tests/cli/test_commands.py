@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -422,3 +424,27 @@ def test_other_bits_and_bits_of_no_drafter_are_refused(say):
         assert sentence == "redrafter: --draft-bits 4 is not one of 16, 8.\n"
     words = ["generate", "--model", "none", "--prompt", "a", "--no-drafter", "--draft-bits", 8]
     assert "--draft-bits is for a drafter" in refusal(say(*words))
+
+
+BUSY = """
+import atexit, sys, torch, torch.distributed
+from redrafter.cli import main
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+group = torch.distributed.group.WORLD
+part = torch.ones(2**16)
+def busy():
+    sys.setswitchinterval(1000)  # seconds: Python is not handed over
+    for _ in range(20):
+        group._allgather_base(torch.zeros_like(part), part)
+atexit.register(busy)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("words", "status"), [("--version", 0), ("train --steps 3", 2)])
+def test_work_of_a_group_does_not_abort_the_end_of_a_command(words, status):
+    """Ended as usual, 30 of 30 were aborted (status -6): their threads wait for Python when it is gone."""
+    ended = subprocess.run([sys.executable, "-c", BUSY, *words.split()], capture_output=True, text=True)
+    assert ended.returncode == status, ended.stderr
+    assert (ended.stdout == f"redrafter {__version__}\n") == (status == 0)
+    assert ("redrafter: No such option: --steps" in ended.stderr) == (status == 2)

@@ -88,13 +88,10 @@ def test_options_from_a_file_which_the_command_line_overrides(say, model_folder,
     assert "cannot be read" in refusal(say("train", "--config", tmp_path / "none", "--output", tmp_path / "e"))
 
 
-def test_a_dry_run_says_what_it_would_take(say, model_folder, rows, tmp_path, monkeypatch):
-    left = []
-    monkeypatch.setattr("redrafter.training.sharding.leave", lambda: left.append(True))
+def test_a_dry_run_says_what_it_would_take(say, model_folder, rows, tmp_path):
     words = ("train", "--model", model_folder, "--data", rows, "--output", tmp_path / "d")
     status, out, err = say(*words, "--dry-run", "--epochs", "3", "--batch-size", "4")
     assert status == 0
-    assert left, "of several processes none stays in the group"
     assert out == ""
     assert "38 rows" in err
     assert "30 steps, about" in err
@@ -215,11 +212,6 @@ def save_file(*arguments):
 states.save_file = save_file
 """
 
-LEFT = """
-import atexit, os, torch
-atexit.register(lambda: torch.distributed.is_initialized() and os._exit(7))
-"""
-
 
 def command(*words: object, launcher: list[str] | None = None, main: str = MAIN) -> list[str]:
     """A command line in a process of its own, as a user types it or after lines that change something."""
@@ -247,16 +239,13 @@ def learnt(answer: tuple[int, str, str], folder: Path) -> dict[str, torch.Tensor
     ids=["torchrun", "accelerate", "sharded"],
 )
 def test_two_processes_learn_what_one_does(say, model_folder, rows, tmp_path, launcher, how):
-    """Also from states on disk, of which each process computes a part, and from a target divided among them.
-
-    They leave their group before they end, as its threads would abort an interpreter that goes before them.
-    """
+    """Also from states on disk, of which each process computes a part, and from a target divided among them."""
     rows.write_text("\n".join(rows.read_text().splitlines()[10:26]))  # of one length: the mean of two halves is theirs
     words = ("train", "--model", model_folder, "--data", rows, "--max-steps", "3", "--exit-dim", "16")
     words += ("--device", "cpu", "--held-out", "4", "--kl", "0.5", "--batch-size")
     how = [*how, tmp_path / "states"] if "--cache-states" in how else how
     one = learnt(say(*words, 4, "--output", tmp_path / "one"), tmp_path / "one")
-    main = SLOWLY + LEFT + MAIN if "--cache-states" in how else MAIN
+    main = SLOWLY + MAIN if "--cache-states" in how else MAIN
     words = command(*words, 2, *how, "--output", tmp_path / "two", launcher=launcher, main=main)
     ended = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

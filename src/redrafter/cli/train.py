@@ -192,7 +192,6 @@ def train(
     from redrafter.training.data import coverage, most_frequent, read_rows, split
     from redrafter.training.loss import Objective
     from redrafter.training.recipe import Recipe
-    from redrafter.training.sharding import leave
     from redrafter.training.trainer import estimate, newest_checkpoint, run
 
     ranks = None if cartesian is None else _ranks(cartesian, beam_length)
@@ -264,7 +263,6 @@ def train(
         weights = f"{needs.weights / 2**30:.2f} GiB of weights and moments"
         states = "" if needs.states is None else f", {needs.states / 2**30:.2f} GiB of states on disk"
         console.print(f"{needs.steps:,} steps, about {needs.seconds:,.0f} s; {weights}{peak}{states}.")
-        leave()
         return
     names = [source if "/" in source and not Path(source).exists() else Path(source).name for source in sources]
     try:
@@ -274,7 +272,6 @@ def train(
         again = newest_checkpoint(output / "checkpoints")
         advice = f"run it again with --resume to go on from {again.name}" if again else "no checkpoint was written yet"
         raise RedrafterError(f"Interrupted; {advice}.") from None
-    leave()
     console.print(f"Loss {loss:.3f}. Wrote {output}.")
     if push_to_hub and first:
         console.print(f"Uploaded to {hub.push(output, push_to_hub)}.")

@@ -1,4 +1,4 @@
-"""A frozen target divided among processes, for one that is too large for a GPU; and the end of their group.
+"""A frozen target divided among processes, for one that is too large for a GPU.
 
 Promises the model's own forward: each process keeps its part of every decoder layer, and a layer is put together on all
 of them while it runs (`torch.distributed.fsdp.fully_shard`).  Embedding, norms and output head stay whole, as they are
@@ -44,16 +44,6 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     whole = {parameter for parameter in model.parameters() if parameter not in divided}
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)  # lets layers be fetched ahead
     return model
-
-
-def leave() -> None:
-    """Ends the group of processes that this one is in, if there is one: to be called last, by all of them.
-
-    Work that gloo's threads still hold when the interpreter goes would abort the process
-    (https://github.com/pytorch/pytorch/pull/179291).
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
