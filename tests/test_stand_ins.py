@@ -21,6 +21,12 @@ def test_a_shape_has_its_models_weights(shape, billions):
     assert sum(one.numel() for one in model.parameters()) / 1e9 == pytest.approx(billions, abs=5e-4)
 
 
+def test_weights_that_do_not_fit_are_refused_before_any_is_drawn(monkeypatch):
+    monkeypatch.setattr("redrafter.stand_ins.memory_left", lambda device: 2**34)
+    with pytest.raises(RedrafterError, match=r"llama-7b in float32 take 25.10 GiB, and 16.00 GiB are left on cpu"):
+        random_model("llama-7b", dtype=torch.float32, device=CPU)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_random_model_is_a_sound_one_and_no_weight_is_left_as_it_was(dtype):
     model = random_model("tiny", dtype=dtype, device=CPU)

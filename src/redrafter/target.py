@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -94,10 +95,10 @@ class Target:
     def new_cache(self, *, batch: int, slots: int) -> SlotCache:
         """Memory for `batch` rows of `slots` positions each, all of it at once.
 
-        Raises RedrafterError, with the arithmetic, where a CUDA device has not so much left.
+        Raises RedrafterError, with the arithmetic, where the device has not so much left.
         """
         rows = sum(one.heads * (one.key_size + one.value_size) * one.dtype.itemsize for one in self._shapes)
-        needed, left = batch * slots * rows, _memory_left(self.device)
+        needed, left = batch * slots * rows, memory_left(self.device)
         if left is not None and needed > left:
             raise RedrafterError(
                 f"Keys and values of {batch} x {slots:,} tokens take {needed / 2**30:.2f} GiB, {rows / 2**10:,.1f} KiB "
@@ -361,12 +362,14 @@ def _unwrapped(model: Any) -> PreTrainedModel:
     return model
 
 
-def _memory_left(device: torch.device) -> int | None:
+def memory_left(device: torch.device) -> int | None:
     """Bytes that torch could still give out; None where that is not known."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type in ("cpu", "mps"):  # a Mac's GPU has the memory of its CPU
+        return int(psutil.virtual_memory().available)
+    return None
 
 
 def _refuse_by_structure(model: PreTrainedModel, config: Any) -> None:
