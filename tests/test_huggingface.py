@@ -11,6 +11,7 @@ import redrafter
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError
 from redrafter.drafter import RecurrentDrafter as Drafter
+from redrafter.proposers.loading import load_method
 
 MODEL = tiny_model()
 MODEL.generation_config.pad_token_id = 0
@@ -48,6 +49,17 @@ def test_the_sequences_are_those_of_transformers(told):
     ours = MODEL.generate(**INPUTS, do_sample=False, custom_generate=redrafter.custom_generate, drafter=head(), **told)
     assert ours.tolist() == expected.tolist()
     assert ours.dtype == expected.dtype
+
+
+def test_a_named_drafter_is_loaded_once_for_a_model_where_it_is(model_folder, drafter_folder, monkeypatch):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    load, loaded = load_method, []
+    monkeypatch.setattr("redrafter.huggingface.load_method", lambda *told: loaded.append(load(*told)) or loaded[-1])
+    told = {"inputs": torch.tensor([[5, 9, 12]]), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    ours = {"custom_generate": redrafter.custom_generate, "drafter": drafter_folder}
+    for kind in (torch.float32, torch.float32, torch.float64):
+        assert model.to(kind).generate(**told, **ours).equal(model.generate(**told))
+    assert [one.dtype for one in loaded] == [torch.float32, torch.float64]
 
 
 def test_a_users_processor_stop_string_and_allowed_tokens_reach_the_rows(model_folder):

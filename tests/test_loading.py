@@ -69,8 +69,9 @@ def test_a_model_spread_over_two_gpus(folder):
     for law in ({}, {"do_sample": True, "seed": 2}):
         told = {"max_new_tokens": 14, "eos_token_id": (), **law}
         expected = generate(alone, None, PROMPTS, **told).new_tokens
-        assert generate(model, None, PROMPTS, **told).new_tokens == expected
-        assert generate(model, head, PROMPTS, **told).new_tokens == expected
+        for one in (None, head):
+            with pytest.warns(UserWarning, match="without a CUDA graph: the model lies on several devices"):
+                assert generate(model, one, PROMPTS, **told).new_tokens == expected
 
 
 @pytest.mark.filterwarnings("ignore")  # torchao's own

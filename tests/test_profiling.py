@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import greedy, tiny_model
-from redrafter import RecurrentDrafter, TwoModel, profiling
+from redrafter import RecurrentDrafter, RedrafterError, TwoModel, profiling
 from redrafter.config import DecodingShape
 from redrafter.eagle import EagleHead
 from redrafter.profiling import Bench, milliseconds
@@ -48,6 +48,19 @@ def test_the_median_is_of_the_calls_after_the_warm_up(monkeypatch):
     calls = []
     assert milliseconds(lambda: calls.append(torch.is_inference_mode_enabled()), CPU, 3) == pytest.approx(2.0)
     assert calls == [True] * len(took)
+
+
+def test_full_memory_is_told_with_what_to_measure_less_of(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ready, remedy = bench(), r"memory of cpu is full: measure fewer rows \(now 2\), a shorter context or smaller drafts"
+    monkeypatch.setattr(profiling, "milliseconds", full)
+    with pytest.raises(RedrafterError, match=remedy):
+        ready.step_ms(SHAPE)
+    monkeypatch.setattr(profiling, "prefill", full)
+    with pytest.raises(RedrafterError, match=remedy):
+        bench()
 
 
 def test_the_ceiling_counts_what_is_read_and_written(monkeypatch):

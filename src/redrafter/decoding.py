@@ -25,6 +25,7 @@ from redrafter.errors import RedrafterError
 from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
 from redrafter.fast.packed import quicker
+from redrafter.memory import within_memory
 from redrafter.proposers import Method
 from redrafter.request import Request, Row, request
 from redrafter.results import Event, FinishReason, Generation, Stats, finished
@@ -129,13 +130,9 @@ def _stream(asked: Request) -> Iterator[Event]:
 
 def _within_memory(asked: Request) -> Iterator[Event]:
     """The events; memory that runs out is told with what to lower."""
-    try:
+    remedy = f"lower batch_size (now {asked.batch}), max_new_tokens or the beams that are drafted"
+    with within_memory(asked.target.device, remedy):
         yield from _events(asked)
-    except torch.OutOfMemoryError as error:
-        raise RedrafterError(
-            f"The memory of {asked.target.device} is full: lower batch_size (now {asked.batch}), max_new_tokens or the "
-            "beams that are drafted."
-        ) from error
 
 
 def _fed(streamer: BaseStreamer, asked: Request) -> Iterator[Event]:
@@ -232,6 +229,8 @@ def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
     wanted = asked.fast and not asked.sampler.lazy
     advance = Captured(plain, target.device, wanted=wanted, valid=lambda: places() == began)
     models = dict.fromkeys((target.model, *drafters))  # a model may draft for itself
+    if advance.refused is None and len({one.device for model in models for one in model.parameters()}) > 1:
+        advance.refuse("the model lies on several devices")
     captured = advance.refused is None
     with evaluating(*models), quicker(*models, captured=captured) if asked.fast else nullcontext():
         yield advance

@@ -34,8 +34,8 @@ from redrafter.proposers.loading import load_method
 _OWN = ("logits_to_keep", "use_cache", "position_ids", "cache_position", "past_key_values")
 """What transformers prepares for its own loop."""
 
-_loaded: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, Method]] = weakref.WeakKeyDictionary()
-"""Drafters that were named by their folder, so that each is read once for a model."""
+_loaded: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, tuple[object, Method]]] = weakref.WeakKeyDictionary()
+"""Drafters that were named by their folder, so that each is read once for a model where it is."""
 
 
 def custom_generate(
@@ -66,10 +66,7 @@ def custom_generate(
     if drafter is None:
         raise RedrafterError("custom_generate needs a drafter: pass drafter=, a loaded one or its folder.")
     if isinstance(drafter, str | Path):
-        known = _loaded.setdefault(model, {})
-        if str(drafter) not in known:
-            known[str(drafter)] = load_method(drafter, model)
-        drafter = known[str(drafter)]
+        drafter = _named(str(drafter), model)
     attention_mask = model_kwargs.pop("attention_mask", None)  # transformers passes it twice where it is named
     _refuse(input_ids, attention_mask, model_kwargs)
     config = generation_config
@@ -101,6 +98,14 @@ def custom_generate(
     if not config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(sequences=sequences, scores=_steps(out.scores), logits=_steps(out.logits))
+
+
+def _named(folder: str, model: PreTrainedModel) -> Method:
+    """The drafter of a folder or hub id, loaded anew where the model was moved or converted."""
+    known, place = _loaded.setdefault(model, {}), (model.device, model.dtype)
+    if folder not in known or known[folder][0] != place:
+        known[folder] = place, load_method(folder, model)
+    return known[folder][1]
 
 
 def from_folder(model: PreTrainedModel, **arguments: Any) -> Any:

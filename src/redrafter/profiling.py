@@ -21,6 +21,7 @@ from redrafter.errors import RedrafterError
 from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
 from redrafter.fast.packed import quicker
+from redrafter.memory import within_memory
 from redrafter.proposers import Method, Proposer
 from redrafter.request import Request
 from redrafter.sampling import Draw, Sampler
@@ -136,7 +137,7 @@ class Bench:
         context = len(rows[0].prompt)
         slots = context + 2 * reach  # a step writes the path's tokens where its nodes end
         proposer = max(made, key=lambda one: one.positions, default=None)  # the others see the last of its positions
-        with target.evaluating(), torch.inference_mode():
+        with within_memory(target.device, _remedy(len(rows))), target.evaluating(), torch.inference_mode():
             state = empty(target, proposer, batch=len(rows), slots=slots)
             prefill(target, proposer, sampler, rows, state)
             state.place.alive.zero_()  # so that no step leads on from where they stand
@@ -237,8 +238,12 @@ class Bench:
         captured = self.target.device.type == "cuda"
         models = dict.fromkeys((self.target.model, *self.modules))  # a model may draft for itself
         quick = quicker(*models, captured=captured)
-        with self.target.evaluating(), quick, compiled(layers):
+        with within_memory(self.target.device, _remedy(self.batch)), self.target.evaluating(), quick, compiled(layers):
             return milliseconds(function, self.target.device, self.repeats)
+
+
+def _remedy(batch: int) -> str:
+    return f"measure fewer rows (now {batch}), a shorter context or smaller drafts"
 
 
 @dataclass(frozen=True)

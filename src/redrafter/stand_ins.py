@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
-from redrafter.target import memory_left
+from redrafter.memory import memory_left
 
 
 def _llama(

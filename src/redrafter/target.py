@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from redrafter.config import HeadConfig
 from redrafter.errors import RedrafterError
 from redrafter.fast import has_kernels
 from redrafter.fast.attention import NAME, packed, register
+from redrafter.memory import memory_left
 from redrafter.tree import DraftTree, ancestors_of, chain, tree_mask
 
 PACKED_NODES = 256
@@ -330,8 +330,10 @@ class Target:
             register()
             try:
                 self.packs = agrees()
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
-                self.packs = False  # attention that does not ask transformers which function to call
+            except torch.OutOfMemoryError:  # says nothing of the kernels
+                raise
+            except Exception:  # attention that does not ask transformers which function to call, or kernels too large
+                self.packs = False
         return self._shapes, head_alone, self.packs
 
     def _refusal(self, reason: str) -> RedrafterError:
@@ -360,16 +362,6 @@ def _unwrapped(model: Any) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise RedrafterError(f"{type(model).__name__} is not a model of transformers.")
     return model
-
-
-def memory_left(device: torch.device) -> int | None:
-    """Bytes that torch could still give out; None where that is not known."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type in ("cpu", "mps"):  # a Mac's GPU has the memory of its CPU
-        return int(psutil.virtual_memory().available)
-    return None
 
 
 def _refuse_by_structure(model: PreTrainedModel, config: Any) -> None:

@@ -236,6 +236,26 @@ def test_the_target_finds_out_whether_the_kernels_serve(family, monkeypatch):
 
 
 @on_cpu
+def test_kernels_that_fail_do_not_serve_but_full_memory_says_nothing_of_them(monkeypatch):
+    class TritonError(Exception):
+        """As triton's own, which are no RuntimeError: of blocks that its GPU has no room for, say."""
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("redrafter.target.has_kernels", lambda *_: True)
+    monkeypatch.setattr("redrafter.target.packed", fails)
+    error = TritonError("out of resource: shared memory")
+    assert not Target(build("llama", WORKS["llama"][1], "eager")).packs
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    model = build("llama", WORKS["llama"][1], "eager")
+    with pytest.raises(torch.OutOfMemoryError):
+        Target(model)
+    monkeypatch.undo()
+    assert Target(model).vocab_size > 0, "it is asked anew"
+
+
+@on_cpu
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_without_a_tree_transformers_text_is_what_it_was(family):

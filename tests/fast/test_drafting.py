@@ -197,6 +197,13 @@ def test_activations(dtype, device):
         torch.testing.assert_close(found.double(), wanted, rtol=8e-3 if dtype == torch.bfloat16 else 1e-3, atol=1e-4)
 
 
+@pytest.mark.gpu
+@torch.no_grad()
+def test_activations_of_very_many_rows():
+    x = torch.randn(70_000, 3, device="cuda")
+    torch.testing.assert_close(activated(x), torch.nn.functional.silu(x))
+
+
 FORMS = [{}, {"exit_dim": 20, "num_draft_layers": 3}, {"rnn": False}, {"gated": True, "exit_dim": 32}]
 
 
@@ -242,6 +249,16 @@ def test_where_triton_does_not_work_the_plain_ways_stand_in(device, monkeypatch)
         assert not has_kernels(place)
     assert not has_kernels(place, torch.bfloat16)
     fast._works.cache_clear()
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("redrafter.fast.kernels.drafting.activated", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            has_kernels(place)
+    monkeypatch.undo()
+    assert has_kernels(place), "full memory said nothing of the kernels"
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 
@@ -36,6 +37,79 @@ def test_the_third_call_is_captured_and_all_later_ones_replayed():
     assert [float(captured()[0]) for _ in range(6)] == [2, 4, 6, 8, 10, 12]
     assert len(calls) == 3
     assert captured.refused is None
+
+
+def test_memory_that_torch_keeps_is_given_to_a_graph_that_needs_it(monkeypatch):
+    """And everything happens on the function's own device, whichever is the current one."""
+    done = []
+
+    class Graph:
+        def replay(self):
+            done.append("replayed")
+
+    @contextlib.contextmanager
+    def on(device):
+        done.append(str(device))
+        yield
+        done.append("left")
+
+    def recorded(_):
+        done.append("tried")
+        if done.count("tried") < 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        captured._result = "recorded"
+        return Graph()
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr(Captured, "_watched", lambda _: "watched")
+    monkeypatch.setattr(Captured, "_recorded", recorded)
+    captured = Captured(lambda: "called", torch.device("cuda:1"))
+    assert [captured() for _ in range(4)] == ["called", "watched", "recorded", "recorded"]
+    one = ["cuda:1", "left"]
+    assert done == [*one, *one, "cuda:1", "tried", "emptied", "tried", "replayed", "left", "cuda:1", "replayed", "left"]
+
+
+def test_a_graph_that_memory_is_too_small_for_is_told(monkeypatch):
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(Captured, "_watched", lambda _: "watched")
+    monkeypatch.setattr(Captured, "_recorded", full)
+    captured = Captured(lambda: "called", torch.device("cuda:1"))
+    assert [captured(), captured()] == ["called", "watched"]
+    with pytest.raises(torch.OutOfMemoryError):
+        captured()
+    assert not captured.replaying
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_another_gpu_than_the_current_one(captured):
+    model = tiny_model()
+    expected = generate(model, None, PROMPTS, max_new_tokens=20).new_tokens
+    model = model.to("cuda:1")
+    for drafter in (None, RecurrentDrafter.for_target(model, beam_width=4, beam_length=3)):
+        assert generate(model, drafter, PROMPTS, max_new_tokens=20).new_tokens == expected
+    assert [one.replaying for one in captured] == [False, True, True]
+
+
+def test_a_model_on_several_devices_is_called_and_that_is_said(monkeypatch):
+    class Wanted(Captured):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.refused = None  # as on a GPU
+
+    model = tiny_model()
+    drafter = RecurrentDrafter.for_target(model)
+    expected = generate(model, drafter, PROMPTS, max_new_tokens=9).new_tokens
+    monkeypatch.setattr(decoding, "Captured", Wanted)
+    assert generate(model, drafter, PROMPTS, max_new_tokens=9).new_tokens == expected, "without a warning"
+    model.elsewhere = torch.nn.Linear(1, 1, device="meta")
+    with pytest.warns(UserWarning, match="without a CUDA graph: the model lies on several devices"):
+        assert generate(model, drafter, PROMPTS, max_new_tokens=9).new_tokens == expected
 
 
 @pytest.mark.gpu

@@ -96,6 +96,15 @@ def test_biases_outlive_a_call_and_are_written_anew_where_they_lie(inference):
         assert group.bias[: layer.out_features].equal(layer.bias)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_model_that_was_merged_can_be_trained(inference):
+    model = tiny_model()
+    with torch.inference_mode(inference), merged(model):
+        pass
+    model(torch.tensor([PROMPT])).logits.sum().backward()
+    assert all(one.grad is not None for one in model.parameters())
+
+
 def test_changed_layers_are_left_alone():
     class Adapted(nn.Linear):
         pass

@@ -32,6 +32,8 @@ def _works(device: torch.device) -> bool:
         x = torch.zeros(1, device=device)
         with torch.cuda.device_of(x):
             drafting.activated(x, None, None)
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except Exception as error:  # whatever it is, the plain ways stand in
         told = f"Triton's kernels do not run here, so decoding goes on without them: {first_line(error)}"
         warnings.warn(told, stacklevel=3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Generic, TypeVar
 
@@ -44,6 +45,7 @@ class Captured(Generic[T]):
         valid: Callable[[], bool] = lambda: True,
     ):
         self._function = function
+        self._device = device
         self._valid = valid
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: T
@@ -62,6 +64,12 @@ class Captured(Generic[T]):
         """The function's result."""
         if not self._valid():
             raise RedrafterError("The model or its drafter was moved or converted while it was writing; start again.")
+        if self._device.type != "cuda":
+            return self._function()
+        with torch.cuda.device(self._device):  # else what it launches would be captured on another GPU
+            return self._answer()
+
+    def _answer(self) -> T:
         if self._graph is not None:
             self._graph.replay()
             return self._result
@@ -85,30 +93,39 @@ class Captured(Generic[T]):
                 raise
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-        self._refuse("the model, or a processor, reads the device while it runs")
+        self.refuse("the model, or a processor, reads the device while it runs")
         return self._function()
 
     def _capture(self) -> T:
-        graph = torch.cuda.CUDAGraph()
-        stream, current = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
         try:
-            with _capturing:  # another thread's capture on that stream cannot be waited for
-                stream.wait_stream(current)
-                with torch.cuda.stream(stream):
-                    graph.capture_begin(capture_error_mode="thread_local")
-                    try:
-                        self._result = self._function()
-                    finally:
-                        graph.capture_end()
-                current.wait_stream(stream)
+            with suppress(torch.OutOfMemoryError):
+                self._graph = self._recorded()
+            if self._graph is None:
+                torch.cuda.empty_cache()  # what torch keeps for later calls cannot serve a graph
+                self._graph = self._recorded()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._refuse(first_line(error))
+            self.refuse(first_line(error))
             return self._function()
-        self._graph = graph
-        return self()
+        return self._answer()
 
-    def _refuse(self, reason: str) -> None:
+    def _recorded(self) -> torch.cuda.CUDAGraph:
+        """The function as a graph, which was not run yet."""
+        graph = torch.cuda.CUDAGraph()
+        stream, current = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
+        with _capturing:  # another thread's capture on that stream cannot be waited for
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._result = self._function()
+                finally:
+                    graph.capture_end()
+            current.wait_stream(stream)
+        return graph
+
+    def refuse(self, reason: str) -> None:
+        """Goes on by plain calls, which is said."""
         self.refused = reason
         warnings.warn(f"Decoding goes on without a CUDA graph: {reason}.", stacklevel=4)

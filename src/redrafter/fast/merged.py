@@ -196,7 +196,8 @@ def _joined(weights: Sequence[Tensor]) -> Tensor:
     rows = sum(len(weight) for weight in weights)
     if adjacent and one_storage and all(weight.is_contiguous() for weight in weights):
         return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
-    whole = torch.cat([weight.detach() for weight in weights])
-    for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
-        weight.data = part
+    with torch.inference_mode(False):  # or the parameters could not be trained any more
+        whole = torch.cat([weight.detach() for weight in weights])
+        for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
+            weight.data = part
     return whole

@@ -329,8 +329,8 @@ def _activated(
     x, more, onto, out, columns, stride_x, stride_m, stride_o,
     MORE: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)  # of which there may be more than the 65,535 of the other axes
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < columns
     value = tl.load(x + row * stride_x + at, mask=there, other=0.0).to(tl.float32)
     if MORE:
@@ -346,7 +346,7 @@ def activated(x: Tensor, more: Tensor | None, onto: Tensor | None) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = [as_rows(x if one is None else one) for one in (x, more, onto)]
     count, columns = rows[0].shape
-    _activated[(triton.cdiv(columns, ELEMENTS), count)](
+    _activated[(count, triton.cdiv(columns, ELEMENTS))](
         *rows, out, columns, *(one.stride(0) for one in rows),
         MORE=more is not None, ONTO=onto is not None, BLOCK=ELEMENTS, num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,37 @@
+"""What a device has left, and the sentence where that runs out."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+import torch
+
+from redrafter import RedrafterError
+from redrafter.memory import memory_left, within_memory
+
+
+def test_what_is_left_is_what_the_machine_has():
+    everything = psutil.virtual_memory().total
+    for device in ("cpu", "mps"):
+        assert 2**20 < memory_left(torch.device(device)) < everything
+    assert memory_left(torch.device("meta")) is None
+
+
+@pytest.mark.gpu
+def test_what_torch_keeps_for_later_is_left():
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.empty_cache()
+    kept = torch.empty(2**30, dtype=torch.int8, device=device)
+    before = memory_left(device)
+    del kept
+    assert 0.9 * 2**30 < memory_left(device) - before < 1.1 * 2**30
+
+
+def test_what_runs_out_is_told_with_the_remedy():
+    with (
+        pytest.raises(RedrafterError, match=r"^The memory of cpu is full: write less\.$"),
+        within_memory(torch.device("cpu"), "write less"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    with pytest.raises(IndexError), within_memory(torch.device("cpu"), "write less"):
+        raise IndexError
