@@ -66,7 +66,7 @@ def custom_generate(
     if drafter is None:
         raise RedrafterError("custom_generate needs a drafter: pass drafter=, a loaded one or its folder.")
     if isinstance(drafter, str | Path):
-        drafter = _named(str(drafter), model)
+        drafter = _named(drafter, model)
     attention_mask = model_kwargs.pop("attention_mask", None)  # transformers passes it twice where it is named
     _refuse(input_ids, attention_mask, model_kwargs)
     config = generation_config
@@ -100,12 +100,12 @@ def custom_generate(
     return GenerateDecoderOnlyOutput(sequences=sequences, scores=_steps(out.scores), logits=_steps(out.logits))
 
 
-def _named(folder: str, model: PreTrainedModel) -> Method:
+def _named(drafter: str | Path, model: PreTrainedModel) -> Method:
     """The drafter of a folder or hub id, loaded anew where the model was moved or converted."""
-    known, place = _loaded.setdefault(model, {}), (model.device, model.dtype)
-    if folder not in known or known[folder][0] != place:
-        known[folder] = place, load_method(folder, model)
-    return known[folder][1]
+    known, name, place = _loaded.setdefault(model, {}), str(drafter), (model.device, model.dtype)
+    if name not in known or known[name][0] != place:
+        known[name] = place, load_method(drafter, model)
+    return known[name][1]
 
 
 def from_folder(model: PreTrainedModel, **arguments: Any) -> Any:
