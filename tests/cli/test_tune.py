@@ -10,12 +10,13 @@ import torch
 import transformers
 
 from conftest import refusal
-from redrafter import RecurrentDrafter, generate
+from redrafter import RecurrentDrafter, RedrafterError, generate
 from redrafter.eagle import EagleHead
 from redrafter.medusa import MedusaHeads
 from redrafter.profiling import Bench
 from redrafter.prompts import prompt_ids
 from redrafter.request import request
+from redrafter.target import Target
 
 
 @pytest.fixture
@@ -88,6 +89,22 @@ def test_the_fastest_shapes_are_told_kept_and_taken(say, command, times, folder,
     assert "tuned on" in out
     status, _, _ = say("generate", "--model", model_folder, "--drafter", folder, "--prompt", "Once", "--json")
     assert status == 0
+
+
+def test_sizes_that_memory_is_too_small_for_do_not_take_the_others_along(say, command, times, folder, monkeypatch):
+    def new_cache(target, *, batch, slots):
+        if batch in full:
+            raise RedrafterError("Keys and values take too much.")
+        return make(target, batch=batch, slots=slots)
+
+    make, full = Target.new_cache, [4]
+    monkeypatch.setattr(Target, "new_cache", new_cache)
+    status, _, err = say(*command)
+    assert status == 0
+    assert err == "not measured: batches of 4: Keys and values take too much.\n"
+    assert [one.batch for one in RecurrentDrafter.from_pretrained(folder).config.shapes] == [1]
+    full.append(1)
+    assert refusal(say(*command)) == "redrafter: Keys and values take too much.\n"
 
 
 def test_a_dry_run_writes_nothing(say, command, times, folder):

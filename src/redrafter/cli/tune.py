@@ -88,10 +88,18 @@ def tune(
     texts = tuning.Texts.written(target, method, ids, max_new_tokens=max_new_tokens, **law)
     length = context or texts.length
     writes = {shape: texts.tokens_per_step(shape) for shape in candidates}
-    found = [
-        tuning.tune(Bench.of(texts.again(batch, length), method, candidates, repeats=repeats, compile=compile), writes)
-        for batch in batches
-    ]
+    found: list[Tuned] = []
+    unfit: dict[int, RedrafterError] = {}
+    for batch in batches:
+        try:
+            bench = Bench.of(texts.again(batch, length), method, candidates, repeats=repeats, compile=compile)
+            found.append(tuning.tune(bench, writes))
+        except RedrafterError as error:  # what fits is still wanted
+            unfit[batch] = error
+    if not found:
+        raise unfit[batches[0]]
+    for batch, reason in unfit.items():
+        typer.echo(f"not measured: batches of {batch}: {reason}", err=True)
     _table(found)
     kind = str(target.dtype).removeprefix("torch.")
     way = "sampled" if do_sample else "greedy"
