@@ -118,5 +118,9 @@ def test_an_upload_sends_the_drafter_alone(drafter_folder, tmp_path, monkeypatch
     assert hub.push(folder, "someone/drafter") == "https://huggingface.co/someone/drafter"
     files = ["README.md", "config.json", "custom_generate/generate.py", "custom_generate/requirements.txt"]
     assert sent == [("someone/drafter", folder, [*files, "model.safetensors"])]
+    hub.reserve("someone/drafter")
+    assert len(sent) == 1
     with pytest.raises(RedrafterError, match="could not be uploaded to someone/forbidden: you may not"):
         hub.push(folder, "someone/forbidden")
+    with pytest.raises(RedrafterError, match=r"^Nothing could be uploaded to someone/forbidden: you may not"):
+        hub.reserve("someone/forbidden")

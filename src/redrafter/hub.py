@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,21 +142,40 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
             beside.unlink(missing_ok=True)
 
 
+def reserve(name: str) -> None:
+    """Makes the hub repository OWNER/NAME where there is none, so that what is to be uploaded has a place.
+
+    Raises RedrafterError where the hub refuses or is out of reach.
+    """
+    from huggingface_hub import HfApi
+
+    with _asked(f"Nothing could be uploaded to {name}"):
+        HfApi().create_repo(name, exist_ok=True)
+
+
 def push(folder: Path, name: str) -> str:
     """Uploads a drafter folder to the hub repository OWNER/NAME, which is made where there is none; its address.
 
     Raises RedrafterError where the hub refuses or is out of reach.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     files = [WEIGHTS, CONFIG, CARD, *CUSTOM_GENERATE]
-    try:
+    with _asked(f"{folder} could not be uploaded to {name}"):
         made = HfApi().create_repo(name, exist_ok=True)
         HfApi().upload_folder(repo_id=made.repo_id, folder_path=folder, allow_patterns=files)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise RedrafterError(f"{folder} could not be uploaded to {name}: {reason(error)}.") from error
     return str(made)
+
+
+@contextmanager
+def _asked(refused: str) -> Iterator[None]:
+    """Raises RedrafterError, with what the hub says, where it refuses or is out of reach."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise RedrafterError(f"{refused}: {reason(error)}.") from error
 
 
 def size_on_disk(folder: Path) -> int:

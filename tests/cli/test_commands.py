@@ -15,6 +15,7 @@ import typer
 from conftest import greedy, refusal, tiny_model
 from redrafter import RecurrentDrafter, __version__
 from redrafter.cli import app, main
+from redrafter.cli.loading import chosen_device
 
 
 @pytest.fixture
@@ -448,3 +449,12 @@ def test_work_of_a_group_does_not_abort_the_end_of_a_command(words, status):
     assert ended.returncode == status, ended.stderr
     assert (ended.stdout == f"redrafter {__version__}\n") == (status == 0)
     assert ("redrafter: No such option: --steps" in ended.stderr) == (status == 2)
+
+
+def test_of_processes_started_together_each_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [chosen_device(told) for told in ("auto", "cuda", "cuda:2", "cpu")] == ["cuda:0", "cuda:0", "cuda:2", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [chosen_device(told) for told in ("auto", "cuda", "cuda:2", "cpu")] == ["cuda:3", "cuda:3", "cuda:2", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [chosen_device(told) for told in ("auto", "mps")] == ["cpu", "mps"]

@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from conftest import refusal
+from redrafter import RedrafterError
 
 
 @pytest.fixture
@@ -301,11 +302,21 @@ def test_a_killed_run_goes_on_to_the_same_weights(say, model_folder, rows, tmp_p
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_of_several_processes_the_first_uploads(say, model_folder, rows, tmp_path, monkeypatch, rank):
-    uploaded = []
+    uploaded, reserved = [], []
     monkeypatch.setattr("redrafter.hub.push", lambda *words: uploaded.append(words) or "there")
+    monkeypatch.setattr("redrafter.hub.reserve", reserved.append)
     monkeypatch.setenv("RANK", str(rank))
     words = ("--model", model_folder, "--data", rows, "--max-steps", "1", "--exit-dim", "16", "--device", "cpu")
     status, _, err = say("train", *words, "--output", tmp_path / "out", "--push-to-hub", "me/it")
     assert status == 0
     assert uploaded == [(tmp_path / "out", "me/it")][rank:]
     assert ("Uploaded to there." in err) == (rank == 0)
+    assert reserved == ["me/it"][rank:]
+
+    def refused(name):
+        raise RedrafterError(f"Nothing could be uploaded to {name}: you may not.")
+
+    monkeypatch.setattr("redrafter.hub.reserve", refused)
+    words = ("train", "--model", "none", "--data", "none", "--output", tmp_path / "new", "--push-to-hub", "me/it")
+    sentence = refusal(say(*words))  # before anything is read, but by the first alone
+    assert ("Nothing could be uploaded to me/it" in sentence) == (rank == 0)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redrafter import RedrafterError
-from redrafter.training.data import Row, collate, coverage, most_frequent, pack, read_rows
+from redrafter.training.data import Row, collate, coverage, most_frequent, pack, read_rows, split
 
 MARKED = (
     "{% for m in messages %}<s>{{ m.role[0] + ':' }}"
@@ -87,6 +87,23 @@ def test_a_bad_row_is_named(tmp_path, tokenizer, record, sentence):
 def test_data_without_a_token_to_learn_is_refused(tmp_path, tokenizer, records):
     with pytest.raises(RedrafterError, match="no token to learn"):
         read(tmp_path, tokenizer, *records)
+
+
+def test_rows_without_a_token_to_learn_are_neither_trained_on_nor_held_out():
+    rows = [Row([number] * 3, [number % 2 == 0] * 3) for number in range(10)]
+    rows.append(Row([99] * 3, [True, False, False]))  # the first one has no context
+    kept, held_out = split(rows, 2, seed=3)
+    assert [row.input_ids[0] for row in kept + held_out if row.input_ids[0] % 2] == []
+    assert (len(kept), len(held_out)) == (3, 2)
+    assert split(rows[::2][:5], 2, seed=3) == (kept, held_out), "the choice is among those that teach something"
+    with pytest.raises(RedrafterError, match="none of the 5 with a token to learn is left"):
+        split(rows, 5, seed=0)
+
+
+@given(trained=st.lists(st.booleans(), max_size=30), reach=st.integers(1, 40))
+def test_what_is_before_a_token_to_learn(trained, reach):
+    wanted = [any(trained[i + 1 : i + 1 + reach]) for i in range(len(trained))]
+    assert Row([7] * len(trained), trained).before_learnt(reach) == wanted
 
 
 def test_batches_are_padded_right():

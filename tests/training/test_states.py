@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -198,6 +199,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_computed(tmp_path, monke
         kept(tmp_path)
     assert len(forwards) == 1, "the row by which the width is known"
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda at: SimpleNamespace(free=2**40 if at == tmp_path else 1000))
     with pytest.raises(RedrafterError, match=r"^The states take"):
         trained(tmp_path, "d", MIXED, cache_states=tmp_path / "states")
 
@@ -219,8 +221,13 @@ def test_a_disk_that_fills_up_leaves_whole_files_to_go_on_from(tmp_path, monkeyp
         with pytest.raises(RedrafterError, match=r"00001\.safetensors could not be written: no space is left"):
             kept(tmp_path / "states")
     assert sorted(path.name for path in (tmp_path / "states").iterdir()) == ["states-00000.safetensors", "states.json"]
-    (tmp_path / "states" / ".states-00001.safetensors.1.part").write_text("cut off")  # as a killed process leaves it
+    left, written = (tmp_path / "states" / f".states-0000{i}.safetensors.1.part" for i in (1, 2))
+    for path in (left, written):
+        path.write_text("cut off")
+    os.utime(left, (0, 0))  # as a killed process leaves it, the other being written by a run beside this one
     kept(tmp_path / "states")
+    assert not left.exists()
+    written.unlink()
     kept(tmp_path / "whole")
     assert {path.name: path.read_bytes() for path in (tmp_path / "states").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()

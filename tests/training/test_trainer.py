@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from functools import cached_property
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -78,16 +81,21 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+def begun(rows, folder: Path, recipe: Recipe, monkeypatch, *, until: int) -> None:
+    """A run that is interrupted after a checkpoint."""
+    with monkeypatch.context() as patched:
+        after_checkpoint(until, interrupt, patched)
+        with pytest.raises(KeyboardInterrupt):
+            run(MODEL, fresh(), rows, folder, recipe, resume=False)
+
+
 def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(tmp_path, monkeypatch):
     rows = own_text(16)
     recipe = Recipe(max_steps=8, batch_size=4, learning_rate=5e-3, save_steps=2, window_share=0.5)  # which is drawn
     whole = fresh()
     run(MODEL, whole, rows, tmp_path / "whole", recipe, resume=False)
 
-    with monkeypatch.context() as patched:
-        after_checkpoint(6, interrupt, patched)
-        with pytest.raises(KeyboardInterrupt):
-            run(MODEL, fresh(), rows, tmp_path / "parted", recipe, resume=False)
+    begun(rows, tmp_path / "parted", recipe, monkeypatch, until=6)
     checkpoints = tmp_path / "parted" / "checkpoints"
     assert newest_checkpoint(checkpoints) == checkpoints / "checkpoint-6"
     (checkpoints / "checkpoint-6" / trainer.COMPLETE).unlink()  # as if it had been cut off in writing
@@ -98,6 +106,49 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(tmp_path, monkeypatc
     parted = RecurrentDrafter.for_target(MODEL, beam_length=3)  # other weights, which the checkpoint replaces
     run(MODEL, parted, rows, tmp_path / "parted", recipe, resume=True)
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(parted), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"batch_size": 2}, "--batch-size 4, not 2"),
+        ({"accumulation": 2}, "--accumulation 1, not 2"),
+        ({"seed": 5}, "--seed 0, not 5"),
+        ({"packing": 60}, "--packing None, not 60"),
+        ({"rows": 14}, "a number of rows of 16, not 14"),
+        ({"WORLD_SIZE": "2"}, "a number of processes of 1, not 2"),
+    ],
+)
+def test_a_run_does_not_go_on_after_rows_that_it_has_not_seen(tmp_path, monkeypatch, changed, sentence):
+    rows, recipe = own_text(16), Recipe(max_steps=4, batch_size=4, save_steps=2)
+    begun(rows, tmp_path, recipe, monkeypatch, until=2)
+    rows = rows[: changed.get("rows", 16)]
+    if "WORLD_SIZE" in changed:
+        monkeypatch.setattr(trainer, "_processes", lambda: 2)
+    told = {name: value for name, value in changed.items() if name not in ("rows", "WORLD_SIZE")}
+    with pytest.raises(RedrafterError, match=f"was begun with {sentence}: go on as it was begun"):
+        run(MODEL, fresh(), rows, tmp_path, replace(recipe, **told), resume=True)
+
+
+def test_a_run_that_goes_on_heeds_another_rate_and_distance_of_checkpoints(tmp_path, monkeypatch):
+    rows, recipe = own_text(16), Recipe(max_steps=8, batch_size=4, learning_rate=8.0, save_steps=2, warmup=0.5)
+    begun(rows, tmp_path, recipe, monkeypatch, until=2)
+    rates, saved = [], []
+    step, save = trainer.Trainer.training_step, trainer.Checkpointing._save_checkpoint
+
+    def seen(self, *args, **kwargs):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    def kept(self, *args, **kwargs):
+        saved.append(self.state.global_step)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", seen)
+    monkeypatch.setattr(trainer.Checkpointing, "_save_checkpoint", kept)
+    run(MODEL, fresh(), rows, tmp_path, replace(recipe, learning_rate=1e-3, save_steps=3), resume=True)
+    assert rates == pytest.approx([1e-3 * share_of_rate(done / 8, 0.5) for done in range(2, 8)])
+    assert saved == [3, 6, 8]
 
 
 def test_there_must_be_something_to_resume(tmp_path):
@@ -115,7 +166,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
     with pytest.raises(RedrafterError, match=f"checkpoint-4 could not be written: .*{str(error)[-10:]}"):
         run(MODEL, fresh(), own_text(4), tmp_path, Recipe(max_steps=6, save_steps=2), resume=False)
     checkpoints = tmp_path / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
+    assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
     assert newest_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -134,24 +185,85 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path, monkeypat
     assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-4"
 
 
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, monkeypatch):
+    """As gradients make them whose loss was finite, here or in another process."""
+    drafter = fresh()
+    step = trainer.Trainer.training_step
+
+    def broken(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            next(drafter.parameters()).data[0] = torch.inf
+        return step(self, *args, **kwargs).nan_to_num()
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", broken)
+    with pytest.raises(RedrafterError, match="weights are not finite after step 4; checkpoint-2 is the last good"):
+        run(MODEL, drafter, own_text(4), tmp_path, Recipe(max_steps=8, save_steps=2), resume=False)
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
+
+
+def test_full_memory_is_told_with_what_to_lower_and_found_before_the_first_step_where_it_can_be(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rows, told = own_text(6), r"memory of cpu is full: lower --batch-size \(now 4\), --max-length or --beam-width"
+    recipe = Recipe(max_steps=2, batch_size=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "acceptance", full)
+        with pytest.raises(RedrafterError, match=told):
+            run(MODEL, fresh(), rows[:4], tmp_path, recipe, held_out=rows[4:], resume=False)
+    assert list(tmp_path.iterdir()) == []
+    for broken in ("training_step", "_save_optimizer_and_scheduler"):
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer.Trainer, broken, full)
+            with pytest.raises(RedrafterError, match=told):
+                run(MODEL, fresh(), rows, tmp_path / broken, recipe, resume=False)
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused_before_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(
+        RedrafterError, match=r"^The checkpoints in .* take up to 0.00 GiB, and 0.00 GiB are free there"
+    ):
+        run(MODEL, fresh(), own_text(4), tmp_path / "new" / "one", Recipe(max_steps=1), resume=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_gpus_a_process_takes_the_one_that_its_model_is_on(tmp_path, monkeypatch):
+    def sees_four(arguments):
+        arguments._n_gpu = 4
+        return torch.device("cpu")
+
+    seen = cached_property(sees_four)
+    seen.__set_name__(trainer.TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(trainer.TrainingArguments, "_setup_devices", seen)
+    arguments = trainer._arguments(fresh(), Recipe(batch_size=3), tmp_path, measured=False)
+    assert arguments.train_batch_size == 3, "not that of a copy on each"
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    trainer._check_place(first, first)
+    trainer._check_place(torch.device("mps"), torch.device("mps:0"))
+    with pytest.raises(RedrafterError, match="trains on cuda:0, and the model is on cuda:1: choose a GPU by"):
+        trainer._check_place(first, second)
+
+
 def test_the_best_checkpoint_on_held_out_rows_is_kept(tmp_path, monkeypatch):
-    """Acceptance is made to fall after the second look, so the weights written must be those of step 4."""
+    """Acceptance is made to fall after the third look, so the weights written must be those of step 4."""
     looks: list[int] = []
     seen: dict[int, list[torch.Tensor]] = {}
     drafter = fresh()
 
-    def measured(module, rows):
+    def measured(module, rows, batch_size):
+        assert batch_size == 3
         looks.append(len(rows))
         seen[len(looks)] = weights(drafter)
-        return Acceptance(drafts=10, draft_tokens=30, accepted={1: 5, 2: 9}.get(len(looks), 1), by_position=[1, 0, 0])
+        return Acceptance(drafts=10, draft_tokens=30, accepted={2: 5, 3: 9}.get(len(looks), 1), by_position=[1, 0, 0])
 
     monkeypatch.setattr(trainer, "held_out_acceptance", measured)
     rows = own_text(16)
-    recipe = Recipe(max_steps=7, batch_size=4, learning_rate=5e-3, save_steps=2)
+    recipe = Recipe(max_steps=7, batch_size=3, learning_rate=5e-3, save_steps=2)
     run(MODEL, drafter, rows[:12], tmp_path, recipe, held_out=rows[12:], resume=False)
-    assert looks == [4] * 5, "after steps 2, 4, 6, the last one and for the card"
-    assert all(torch.equal(a, b) for a, b in zip(weights(drafter), seen[2], strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(seen[2], seen[4], strict=True))
+    assert looks == [3, *[4] * 5], "a batch before the first step, then after steps 2, 4, 6, the last one, for the card"
+    assert all(torch.equal(a, b) for a, b in zip(weights(drafter), seen[3], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(seen[3], seen[5], strict=True))
 
 
 def test_the_card_tells_what_the_run_saw(tmp_path):
@@ -248,12 +360,26 @@ def test_a_run_by_the_clock_that_is_resumed_has_the_rest_of_its_time(tmp_path, m
     by_a_clock_of_whole_seconds(monkeypatch)
     rows = own_text(8)
     recipe = Recipe(seconds=9.0, batch_size=4, save_steps=2)
-    with monkeypatch.context() as patched:
-        after_checkpoint(4, interrupt, patched)
-        with pytest.raises(KeyboardInterrupt):
-            run(MODEL, fresh(), rows, tmp_path, recipe, resume=False)
+    begun(rows, tmp_path, recipe, monkeypatch, until=4)
     found = run(MODEL, fresh(), rows, tmp_path, recipe, resume=True)
     assert found.steps == 8, "of one second each, after one second of the first look"
+
+
+def test_a_run_by_the_clock_that_is_resumed_may_have_more_time(tmp_path, monkeypatch):
+    """And its last step is kept, as that of every run."""
+    by_a_clock_of_whole_seconds(monkeypatch)
+    rows, recipe = own_text(8), Recipe(seconds=9.0, batch_size=4, save_steps=2)
+    begun(rows, tmp_path, recipe, monkeypatch, until=4)
+    saved, save = [], trainer.Checkpointing._save_checkpoint
+
+    def kept(self, *args, **kwargs):
+        saved.append(self.state.global_step)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.Checkpointing, "_save_checkpoint", kept)
+    found = run(MODEL, fresh(), rows, tmp_path, replace(recipe, seconds=16.0), resume=True)
+    assert found.steps == 15
+    assert saved == [6, 8, 10, 12, 14, 15]
 
 
 def test_a_time_is_refused_where_it_is_none_or_not_alone():

@@ -203,10 +203,10 @@ def chosen_device(device: str) -> str:
     """What `--device` says; auto is CUDA where there is one."""
     import torch
 
-    if device != "auto":
-        return device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     own = os.environ.get("LOCAL_RANK", "0")  # of several processes started together each takes a GPU
-    return f"cuda:{own}" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{own}" if device == "cuda" else device
 
 
 def whole_numbers(told: str, option: str) -> list[int]:

@@ -213,6 +213,8 @@ def train(
     )
     first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=True, soft_wrap=True, quiet=not first)
+    if push_to_hub and first and not dry_run:
+        hub.reserve(push_to_hub)  # what would be refused after the training is refused before it
     sources = [*data, *(more or [])]
     with skipping(bad_rows) as skip:  # before the target is loaded, which may take long
         rows = read_rows(sources, load_tokenizer(model, template), max_length=max_length, skip=skip)

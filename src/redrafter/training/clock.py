@@ -42,8 +42,9 @@ class ByTheClock(LRScheduler):
         return [float(base) * share for base in self.base_lrs]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The time spent in a run that was interrupted; what passed since does not count."""
-        super().load_state_dict(state_dict)
+        """The time spent in a run that was interrupted, of what there is now; what passed since does not count."""
+        told = {"seconds": self.seconds, "warmup": self.warmup}
+        super().load_state_dict(state_dict | told)
         self._seen = time.perf_counter()
 
 

@@ -46,7 +46,12 @@ class Row:
 
     def before_learnt(self, reach: int) -> list[bool]:
         """Whether one of the `reach` tokens after each one is to be learnt."""
-        return [any(self.trained[i + 1 : i + 1 + reach]) for i in range(len(self.trained))]
+        found = [False] * len(self.trained)
+        distance = reach + 1  # to the next one that is learnt
+        for i in reversed(range(len(self.trained))):
+            found[i] = distance <= reach
+            distance = 1 if self.trained[i] else distance + 1
+        return found
 
 
 def read_rows(
@@ -103,13 +108,15 @@ def tokenized(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where:
 
 
 def split(rows: list[Row], held_out: int, *, seed: int) -> tuple[list[Row], list[Row]]:
-    """The rows to train on, in their order, and `held_out` others, chosen by the seed.
+    """The rows to train on, in their order, and `held_out` others, chosen by the seed; all of them teach something.
 
-    Raises RedrafterError where none would be left, or none with a token to learn.
+    A row without a token to learn, of which nothing but the prompt is left, say, would count in a batch for nothing.
+    Raises RedrafterError where none would be left to train on.
     """
+    rows = [row for row in rows if row.learnt]
     chosen = set(random.Random(seed).sample(range(len(rows)), min(held_out, len(rows))))
     kept = [row for number, row in enumerate(rows) if number not in chosen]
-    if not any(row.learnt for row in kept):
+    if not kept:
         raise RedrafterError(f"With {held_out} rows held out, none of the {len(rows)} with a token to learn is left.")
     return kept, [rows[number] for number in sorted(chosen)]
 

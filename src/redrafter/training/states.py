@@ -15,6 +15,7 @@ import shutil
 import time
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,9 @@ INDEX, STATES = "states.json", "states"
 
 SHARD = 2**28
 """Bytes of a file, about; the most that an interrupt can cost."""
+
+STALE = 3600
+"""Seconds after which nobody writes to a file any more that is not whole."""
 
 BATCH = 2**14
 """Tokens that go through the target together, padding counted."""
@@ -127,11 +131,12 @@ class States:
             self._prepare()
         if processes > 1:
             torch.distributed.barrier()  # so that all see the same files
-        for number in self.missing if together else self.missing[process::processes]:
+        mine = self.missing if together else self.missing[process::processes]
+        for count, number in enumerate(mine, start=1):
             states = self._compute(self._rows[number])
             if not together or process == 0:
                 self._write(self._path(number).name, partial(save_file, {STATES: states}))
-            tell(f"States: {sum(map(self._is_there, self.missing))} of {len(self.missing)} files written.")
+            tell(f"States: {count} of {len(mine)} files written.")
         while not all(map(self._is_there, self.missing)):
             time.sleep(0.1)
         self.missing = []
@@ -219,8 +224,10 @@ class States:
         """The folder and its index; refuses a disk that is too small."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for rest in self.folder.glob(".*.part"):  # of a run that was killed
-                rest.unlink(missing_ok=True)
+            for rest in self.folder.glob(".*.part"):  # of a run that was killed, or of one that fills the folder too
+                with suppress(FileNotFoundError):
+                    if time.time() - rest.stat().st_mtime > STALE:
+                        rest.unlink()
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
             raise RedrafterError(f"{self.folder} cannot be written to: {error.strerror}.") from error

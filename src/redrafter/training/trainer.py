@@ -8,6 +8,7 @@ commands.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -15,7 +16,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +28,7 @@ from transformers.trainer_callback import ProgressCallback
 from redrafter.errors import RedrafterError, reason
 from redrafter.head import Head
 from redrafter.medusa import MedusaHeads
+from redrafter.memory import within_memory
 from redrafter.target import Target
 from redrafter.training.card import Run, card
 from redrafter.training.clock import ByTheClock, SecondsBar
@@ -41,8 +43,14 @@ from redrafter.training.states import States, Tell
 COMPLETE = "complete"
 """Empty file that marks a checkpoint as whole; it is written after all else."""
 
+KEPT = 3
+"""Checkpoints that exist at one time, at most: the best, the one before the last, and the last."""
+
 ENDLESS = 10**9
 """Steps of a run that the clock ends."""
+
+ORDER = "order.json"
+"""What a run that is resumed must have in common with its beginning."""
 
 METRIC = "acceptance_length"
 """What the best checkpoint is chosen by: 1 + accepted tokens of a draft, on held-out rows."""
@@ -117,10 +125,23 @@ class _MeasuredAtTheEnd(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
         measured = args.eval_strategy != "no"
         if isinstance(lr_scheduler, ByTheClock) and lr_scheduler.progress >= 1:
-            control.should_training_stop = True
-            control.should_save |= measured  # the best is sought among what was saved
+            control.should_training_stop = control.should_save = True  # the best is sought among what was saved
         if control.should_training_stop or state.global_step >= state.max_steps:
             control.should_evaluate = measured
+
+
+class _AsTold(TrainerCallback):  # type: ignore[misc]
+    """A run that goes on heeds what it is told now, where its checkpoint says otherwise: when to save, and the rate."""
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+        before, rates = lr_scheduler.base_lrs[0], [args.learning_rate] * len(lr_scheduler.base_lrs)
+        if lr_scheduler.base_lrs != rates:
+            lr_scheduler.base_lrs = rates
+            for group in optimizer.param_groups:
+                group["lr"] *= args.learning_rate / before
 
 
 class Checkpointing(Trainer):  # type: ignore[misc]
@@ -156,7 +177,8 @@ class Checkpointing(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Acceptance on the held-out rows, in place of a loss."""
-        found = held_out_acceptance(self.accelerator.unwrap_model(self.model), self.held_out)
+        module, batch_size = self.accelerator.unwrap_model(self.model), self.args.per_device_train_batch_size
+        found = held_out_acceptance(module, self.held_out, batch_size)
         metrics = {f"{metric_key_prefix}_{METRIC}": found.mean_acceptance_length}
         metrics |= {f"{metric_key_prefix}_accepted_{i}": rate for i, rate in enumerate(found.rates, start=1)}
         self.log(metrics)
@@ -166,9 +188,13 @@ class Checkpointing(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_sick()
+        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
+            self._refuse(self.state.global_step, "The weights are not finite after")  # by gradients, of any process
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, RuntimeError, SafetensorError) as error:  # torch says "unexpected pos" of a full disk
             full = shutil.disk_usage(self.args.output_dir).free < 2**16
             shutil.rmtree(folder, ignore_errors=True)
@@ -179,12 +205,15 @@ class Checkpointing(Trainer):  # type: ignore[misc]
 
     def _refuse_sick(self) -> None:
         if self.sick is not None and (step := int(self.sick)):
-            last = newest_checkpoint(Path(self.args.output_dir))
-            kept = f"{last.name} is the last good checkpoint" if last else "no checkpoint was written before"
-            raise RedrafterError(f"The loss is not finite at step {step}; {kept}. Lower the learning rate.")
+            self._refuse(step, "The loss is not finite at")
+
+    def _refuse(self, step: int, what: str) -> NoReturn:
+        last = newest_checkpoint(Path(self.args.output_dir))
+        kept = f"{last.name} is the last good checkpoint" if last else "no checkpoint was written before"
+        raise RedrafterError(f"{what} step {step}; {kept}. Lower the learning rate.")
 
 
-def held_out_acceptance(module: Unrolled, rows: list[Row]) -> Acceptance:
+def held_out_acceptance(module: Unrolled, rows: list[Row], batch_size: int = 8) -> Acceptance:
     """How far the drafts of a drafter in training follow held-out rows, at every place of them."""
     drafter, (target,) = module.drafter, module.target
     proposer = drafter.proposer(target, *drafter.drafting(0))
@@ -193,7 +222,7 @@ def held_out_acceptance(module: Unrolled, rows: list[Row]) -> Acceptance:
     drafter.eval()
     try:
         with target.evaluating():
-            return acceptance(target, proposer, rows)
+            return acceptance(target, proposer, rows, batch_size=batch_size)
     finally:
         drafter.train(training)
 
@@ -248,9 +277,14 @@ def run(
             raise RedrafterError(
                 "The whole model makes this target's logits: divided, train it with cross-entropy alone."
             )
-    if held_out:
-        drafter.check(target, *drafter.drafting(0))
+    _check_disk(checkpoints, drafter)
     module = Unrolled(drafter, target, recipe.objective, recipe.window_share)
+    remedy = f"lower --batch-size (now {recipe.batch_size}), --max-length or --beam-width"
+    if held_out:  # the longest ones as they will be measured, before hours of training could be lost by it
+        drafter.check(target, *drafter.drafting(0))
+        longest = sorted(held_out, key=lambda row: -len(row.input_ids))[: recipe.batch_size]
+        with within_memory(drafter.device, remedy):
+            held_out_acceptance(module, longest, recipe.batch_size)
     try:
         trainer = Checkpointing(
             model=module,
@@ -258,10 +292,11 @@ def run(
             train_dataset=rows if recipe.packing is None else pack(rows, recipe.packing),
             eval_dataset=held_out or None,
             data_collator=collate,
-            callbacks=[_MeasuredAtTheEnd()],
+            callbacks=[_AsTold(), _MeasuredAtTheEnd()],
         )
     except (ValueError, RuntimeError) as error:  # a precision or a logger that is not to be had here
         raise RedrafterError(f"This cannot be trained so: {reason(error)}.") from error
+    _check_place(trainer.args.device, drafter.device)
     trainer.held_out = held_out or []
     trainer.seconds = recipe.seconds
     if recipe.seconds is not None:
@@ -272,12 +307,18 @@ def run(
         process, processes = trainer.args.process_index, trainer.args.world_size
         states.compute(tell, process=process, processes=processes, together=is_sharded(target.model))
         trainer.data_collator = partial(collate, states=states)
-    result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+    order = _order(rows, recipe)
+    if resume:
+        _refuse_another_order(checkpoints / ORDER, order)
+    elif trainer.is_world_process_zero():
+        (checkpoints / ORDER).write_text(json.dumps(order), encoding="utf-8")
+    with within_memory(drafter.device, remedy):
+        result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     loss = float(logged[-1] if logged else result.training_loss)
     if isinstance(drafter, MedusaHeads):
         fit(drafter, target, rows, held_out or [])
-    found = held_out_acceptance(trainer.model, held_out) if held_out else None
+    found = held_out_acceptance(trainer.model, held_out, recipe.batch_size) if held_out else None
     drafter.eval().to(model.dtype)
     ended = Run(
         rows,
@@ -295,9 +336,49 @@ def run(
         for folder in checkpoints.glob("checkpoint-*"):
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # a logger's files stay
+            (checkpoints / ORDER).unlink()
             checkpoints.rmdir()
     trainer.accelerator.wait_for_everyone()
     return ended
+
+
+def _check_place(taken: torch.device, device: torch.device) -> None:
+    """Raises RedrafterError where a process trains on another device than its model is on."""
+    if (taken.type, taken.index or 0) != (device.type, device.index or 0):
+        raise RedrafterError(
+            f"This process trains on {taken}, and the model is on {device}: choose a GPU by the environment's "
+            "CUDA_VISIBLE_DEVICES instead."
+        )
+
+
+def _check_disk(checkpoints: Path, drafter: Head) -> None:
+    """Raises RedrafterError where a third checkpoint, written before the first is removed, would not fit."""
+    there = next(folder for folder in (checkpoints, *checkpoints.resolve().parents) if folder.exists())
+    needed = KEPT * 3 * sum(one.nbytes for one in drafter.parameters())  # AdamW keeps two moments
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        told = f"{needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free there"
+        raise RedrafterError(f"The checkpoints in {checkpoints} take up to {told}.")
+
+
+def _order(rows: list[Row], recipe: Recipe) -> dict[str, int | None]:
+    """What decides which rows each step sees, by the options' names."""
+    return {
+        "a number of rows of": len(rows),
+        "a number of processes of": _processes(),
+        "--batch-size": recipe.batch_size,
+        "--accumulation": recipe.accumulation,
+        "--seed": recipe.seed,
+        "--packing": recipe.packing,
+    }
+
+
+def _refuse_another_order(path: Path, order: dict[str, int | None]) -> None:
+    """Raises RedrafterError where a run would go on after rows that it has not seen."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, ours in order.items():
+        if (theirs := before.get(name, ours)) != ours:
+            raise RedrafterError(f"The run was begun with {name} {theirs}, not {ours}: go on as it was begun.")
 
 
 @dataclass(frozen=True)
@@ -366,7 +447,7 @@ def _arguments(drafter: Head, recipe: Recipe, checkpoints: Path, *, measured: bo
     if measured:
         every |= {"eval_strategy": "steps", "eval_steps": recipe.save_steps}
         every |= {"load_best_model_at_end": True, "metric_for_best_model": METRIC, "greater_is_better": True}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps if recipe.seconds is None else ENDLESS,
@@ -382,7 +463,7 @@ def _arguments(drafter: Head, recipe: Recipe, checkpoints: Path, *, measured: bo
         use_cpu=drafter.device.type == "cpu",
         logging_steps=50,
         logging_nan_inf_filter=False,
-        save_total_limit=2,
+        save_total_limit=KEPT - 1,
         seed=recipe.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
@@ -391,3 +472,5 @@ def _arguments(drafter: Head, recipe: Recipe, checkpoints: Path, *, measured: bo
         disable_tqdm=False,  # whatever the level of transformers' log
         **every,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # or a process that sees several would copy the drafter to all of them
+    return arguments
