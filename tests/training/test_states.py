@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -147,6 +149,36 @@ def test_the_size_is_said_before(tmp_path):
     drafter = RecurrentDrafter.for_target(MODEL, beam_length=3)
     needs = estimate(MODEL, drafter, MIXED, Recipe(cache_states=tmp_path / "states"))
     assert needs.states == 112 * 32 * 4
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_processes_share_the_files_and_run_a_divided_target_equally_often(tmp_path, monkeypatch, together):
+    monkeypatch.setattr(module, "SHARD", 20 * 32 * 4)
+    monkeypatch.setattr(module, "BATCH", 30)
+    texts = MIXED + rows(40, 9, 22, seed=1)
+    kept(tmp_path / "whole", texts)
+    runs, alone = {0: 0, 1: 0}, threading.Lock()
+
+    def process(number: int) -> None:
+        def counting(ids, segments):
+            runs[number] += 1
+            with alone:  # a model of one process
+                return forward(ids, segments)
+
+        found = States(tmp_path / "shared", TARGET, counting, texts)
+        runs[number] = 0
+        found.compute(lambda _: None, process=number, processes=2, together=together)
+        assert found.missing == []
+
+    monkeypatch.setattr(module.torch.distributed, "barrier", threading.Barrier(2).wait)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(process, runs))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "shared").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
+    files = len(list((tmp_path / "shared").glob("*.safetensors")))
+    assert files == 5, "the last one is written by one alone"
+    assert (runs[0] == runs[1]) == together
 
 
 def other_weights():

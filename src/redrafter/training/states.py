@@ -121,8 +121,8 @@ class States:
     def compute(self, tell: Tell, *, process: int = 0, processes: int = 1, together: bool = False) -> None:
         """Computes and writes what is missing; of several processes each its part, and all wait for the whole.
 
-        With `together` each runs all of it and the first one writes, as a target asks for that is itself divided among
-        them.  Raises RedrafterError where the disk is too small, before anything is computed, or cannot be written to.
+        With `together` they run the target equally often, as one asks for that is itself divided among them.  Raises
+        RedrafterError where the disk is too small, before anything is computed, or cannot be written to.
         """
         tell(f"States: {self}." if self.missing else f"States: {self}, all there.")
         if not self.missing:
@@ -131,12 +131,15 @@ class States:
             self._prepare()
         if processes > 1:
             torch.distributed.barrier()  # so that all see the same files
-        mine = self.missing if together else self.missing[process::processes]
-        for count, number in enumerate(mine, start=1):
-            states = self._compute(self._rows[number])
-            if not together or process == 0:
+        for begin in range(0, len(self.missing), processes):
+            files = self.missing[begin : begin + processes]
+            runs = max(len(_batches(self._rows[number])) for number in files) if together else 0
+            number = files[min(process, len(files) - 1)]
+            if process < len(files) or together:
+                states = self._compute(self._rows[number], runs)
+            if process < len(files):
                 self._write(self._path(number).name, partial(save_file, {STATES: states}))
-            tell(f"States: {count} of {len(mine)} files written.")
+            tell(f"States: {begin + len(files)} of {len(self.missing)} files written.")
         while not all(map(self._is_there, self.missing)):
             time.sleep(0.1)
         self.missing = []
@@ -202,14 +205,14 @@ class States:
                 raise RedrafterError(f"{self.folder} holds the states of {of}{told}: choose another folder.")
         return found
 
-    def _compute(self, rows: list[Row]) -> Float[Tensor, "kept F"]:
-        """The states of one file; rows of like length go through the target together."""
+    def _compute(self, rows: list[Row], runs: int) -> Float[Tensor, "kept F"]:
+        """The states of one file, in `runs` of the target at least."""
         found: dict[int, Tensor] = {}
-        order = sorted(range(len(rows)), key=lambda number: -len(rows[number].input_ids))
-        while order:
-            count = max(1, BATCH // max(1, len(rows[order[0]].input_ids)))
-            part, order = order[:count], order[count:]
+        batches = _batches(rows)
+        for part in batches:
             found |= zip(part, self._of([rows[number] for number in part]), strict=True)
+        for _ in range(runs - len(batches)):
+            self._of([rows[batches[-1][-1]]])
         return torch.cat([found[number] for number in range(len(rows))])
 
     def _of(self, rows: list[Row]) -> list[Tensor]:
@@ -252,6 +255,17 @@ class States:
             beside.unlink(missing_ok=True)
             cause = "no space is left on the device" if full else reason(error)
             raise RedrafterError(f"The states {path} could not be written: {cause}.") from error
+
+
+def _batches(rows: list[Row]) -> list[list[int]]:
+    """The rows of a file by their numbers, as they go through the target together: those of like length."""
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number].input_ids))
+    batches = []
+    while order:
+        count = max(1, BATCH // max(1, len(rows[order[0]].input_ids)))
+        batches.append(order[:count])
+        order = order[count:]
+    return batches
 
 
 def _index(target: Target, rows: list[Row], reach: int, probe: Float[Tensor, "kept F"]) -> Index:
