@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -32,6 +32,7 @@ from redrafter.results import Event, FinishReason, Generation, Stats, finished
 from redrafter.step import Emission, State, admit, empty, step
 from redrafter.target import evaluating
 from redrafter.text import with_text
+from redrafter.turns import Turn
 
 BRIEF = 2e-3
 """Seconds of a step, below which the next is launched ahead: each hides some 0.1 ms of the host's, and the last of a
@@ -78,7 +79,7 @@ def path_of(model: nn.Module) -> dict[str, str]:
     """How a model's steps are decoded on its device, in words, found out by taking a few of them."""
     asked = request(model, None, [[0]], max_new_tokens=6)
     state = empty(asked.target, None, batch=1, slots=16)
-    with _stepping(asked, state) as advance, torch.inference_mode():
+    with _stepping(asked, state) as (advance, turn), turn, torch.inference_mode():
         admit(asked.target, None, asked.sampler, state, [0], asked.rows)
         for _ in range(4):
             state.see(16)
@@ -158,10 +159,10 @@ def _events(asked: Request) -> Iterator[Event]:
     taken: dict[int, _Writing] = {}
     flying: deque[_Flight] = deque()
     took = math.inf  # of the last step that was waited for, seconds
-    with _stepping(asked, state) as advance:
+    with _stepping(asked, state) as (advance, turn):
         while True:
             entering = dict(zip((slot for slot in range(asked.batch) if slot not in taken), waiting, strict=False))
-            with torch.inference_mode():
+            with turn, torch.inference_mode():
                 if entering:
                     rows = {slot: _Writing(row, slot, row.budget, len(row.prompt)) for slot, row in entering.items()}
                     taken |= rows
@@ -180,9 +181,9 @@ def _events(asked: Request) -> Iterator[Event]:
                     flight = flying.popleft()
                 else:
                     return
-                reports = flight.read()
-                if not entering and most == 1:
-                    took = time.perf_counter() - begun
+            reports = flight.read()
+            if not entering and most == 1:
+                took = time.perf_counter() - begun
             events = []
             for place, one in flight.rows:
                 if taken.get(one.slot) is not one:
@@ -204,15 +205,19 @@ def _runs_ahead(asked: Request, advance: Captured[Emission], took: float) -> boo
 
 
 @contextmanager
-def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
-    """The step of a call, made as fast as it was asked to be; the model is as it was when this is left.
+def _stepping(asked: Request, state: State) -> Iterator[tuple[Captured[Emission], Turn]]:
+    """The step of a call, made as fast as it was asked to be, and the turn to take it in, as other threads may run the
+    model too; the model is as it was when this is left.
 
     Raises RedrafterError where somebody moves the model meanwhile.
     """
     target, proposer = asked.target, asked.proposer
     drafters = proposer.modules if proposer else ()
+    models = dict.fromkeys((target.model, *drafters))  # a model may draft for itself
+    turn = Turn(*models)
     if proposer is not None and asked.fast:
-        proposer = proposer.quickened()
+        with turn:
+            proposer = proposer.quickened()
     layers = target.decoder_layers if asked.compile else []
     if layers:
         of_any_length(state.cache)
@@ -228,12 +233,19 @@ def _stepping(asked: Request, state: State) -> Iterator[Captured[Emission]]:
     began = places()
     wanted = asked.fast and not asked.sampler.lazy
     advance = Captured(plain, target.device, wanted=wanted, valid=lambda: places() == began)
-    models = dict.fromkeys((target.model, *drafters))  # a model may draft for itself
     if advance.refused is None and len({one.device for model in models for one in model.parameters()}) > 1:
         advance.refuse("the model lies on several devices")
     captured = advance.refused is None
-    with evaluating(*models), quicker(*models, captured=captured) if asked.fast else nullcontext():
-        yield advance
+    with ExitStack() as changed:
+        with turn:
+            changed.enter_context(evaluating(*models))
+            if asked.fast:
+                changed.enter_context(quicker(*models, captured=captured))
+        try:
+            yield advance, turn
+        finally:
+            with turn:
+                changed.close()
 
 
 @dataclass(frozen=True)

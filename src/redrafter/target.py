@@ -27,6 +27,7 @@ from redrafter.fast import has_kernels
 from redrafter.fast.attention import NAME, packed, register
 from redrafter.memory import memory_left
 from redrafter.tree import DraftTree, ancestors_of, chain, tree_mask
+from redrafter.turns import Turn
 
 PACKED_NODES = 256
 """Nodes of a tree that the kernels of `fast.attention` verify at once; longer chunks of a prompt see a dense mask."""
@@ -81,9 +82,10 @@ class Target:
         self._shapes: list[LayerShape] = []
         self.packs = False
         kinds = [(one.device, one.dtype) for one in self.model.parameters()]
-        if self.model not in _probed or _probed[self.model][0] != kinds:
-            with torch.no_grad(), self.evaluating():
-                _probed[self.model] = kinds, self._probe()
+        with Turn(self.model):
+            if self.model not in _probed or _probed[self.model][0] != kinds:
+                with torch.no_grad(), self.evaluating():
+                    _probed[self.model] = kinds, self._probe()
         self._shapes, self.head_alone, self.packs = _probed[self.model][1]
         """`head_alone`: `logits` asks the output head and nothing else.  `packs`: trees are verified by kernels."""
 
@@ -340,17 +342,26 @@ class Target:
         return RedrafterError(f"{type(self.model).__name__} cannot verify draft trees: {reason}.")
 
 
+_evaluated: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()
+"""How often `evaluating` was entered for a module and not left yet, and whether it was training before."""
+
+
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Modules in evaluation mode; put back afterwards."""
-    training = [module.training for module in modules]
+    """Modules in evaluation mode; put back as they were by the last that leaves, in whatever order."""
     for module in modules:
+        entered, before = _evaluated.get(module, (0, module.training))
+        _evaluated[module] = entered + 1, before
         module.eval()
     try:
         yield
     finally:
-        for module, before in zip(modules, training, strict=True):
-            module.train(before)
+        for module in modules:
+            entered, before = _evaluated.pop(module)
+            if entered > 1:
+                _evaluated[module] = entered - 1, before
+            else:
+                module.train(before)
 
 
 def _unwrapped(model: Any) -> PreTrainedModel:
