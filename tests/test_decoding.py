@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import Given, greedy, tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, decoding, generate, stream
+from redrafter import RecurrentDrafter, RedrafterError, TwoModel, decoding, generate, stream
 from redrafter import step as stepping
 from redrafter.proposers import Memoryless
 from redrafter.request import request
@@ -167,6 +167,18 @@ def test_the_context_is_used_to_its_last_slot(length):
         assert len(out.new_tokens[1]) == 32
 
 
+def test_longrope_is_decoded_in_its_original_context():
+    """Beyond it every position of every row would turn otherwise, so no draft and no neighbour may reach there."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=24)
+    prompts = [[5, 9, 12], list(range(3, 20))]
+    expected = [greedy(model, prompt, 25 - len(prompt)) for prompt in prompts]
+    for drafter in (None, TwoModel(model)):
+        assert generate(model, drafter, prompts, max_new_tokens=30).new_tokens == expected
+    with pytest.raises(RedrafterError, match="row 0 has 25 tokens, the model's context 24"):
+        generate(model, None, [[5] * 25])
+
+
 def test_padding_on_either_side_is_no_part_of_a_prompt():
     rows = [[5, 9, 12, 3], [7, 8]]
     expected = generate(MODEL, None, rows, max_new_tokens=6)
@@ -264,6 +276,19 @@ def test_a_consumer_that_stops_early_leaves_all_as_it_was():
     events.close()
     assert model.training
     assert not model.lm_head._forward_pre_hooks
+
+
+def test_a_stream_that_ends_leaves_another_in_evaluation_mode():
+    model = tiny_model(attention_dropout=0.5).train()
+    model.model.norm.eval()
+    modes = [part.training for part in model.modules()]
+    expected = generate(model, None, [[5, 9]], max_new_tokens=12).new_tokens[0]
+    first, second = (stream(model, None, [[5, 9]], max_new_tokens=12) for _ in range(2))
+    next(first)
+    written = next(second).tokens
+    first.close()
+    assert written + [token for event in second for token in event.tokens] == expected
+    assert [part.training for part in model.modules()] == modes
 
 
 def test_the_cache_is_freed_with_the_last_event(monkeypatch):

@@ -37,6 +37,8 @@ _probed: weakref.WeakKeyDictionary[nn.Module, tuple[_Kinds, tuple[list[LayerShap
     weakref.WeakKeyDictionary()
 )
 """What is known of a model, and where and in what dtype its weights were when it was found out."""
+_evaluated: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}
+"""How many want a module in evaluation mode, for streams may take turns, and the parts' modes before the first."""
 
 
 def packed_mask(
@@ -70,7 +72,7 @@ class Target:
         self.layers: tuple[int, ...] = tuple(layers)
         self._layers = _numbered(self.model, self.config, layers)
         self.vocab_size: int = self.config.vocab_size
-        self.context_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.context_length: int | None = _context_length(self.config)
         self.name: str | None = _public_name(self.model.config._name_or_path)
         self.revision: str | None = getattr(self.model.config, "_commit_hash", None)
         types = getattr(self.config, "layer_types", None)
@@ -342,15 +344,21 @@ class Target:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Modules in evaluation mode; put back afterwards."""
-    training = [module.training for module in modules]
+    """Modules in evaluation mode; each of their parts is put back when the last that asked for it leaves."""
     for module in modules:
+        users, before = _evaluated.get(module) or (0, [(part, part.training) for part in module.modules()])
+        _evaluated[module] = users + 1, before
         module.eval()
     try:
         yield
     finally:
-        for module, before in zip(modules, training, strict=True):
-            module.train(before)
+        for module in modules:
+            users, before = _evaluated.pop(module)
+            if users > 1:
+                _evaluated[module] = users - 1, before
+                continue
+            for part, training in before:
+                part.training = training
 
 
 def _unwrapped(model: Any) -> PreTrainedModel:
@@ -383,6 +391,19 @@ def _refuse_by_structure(model: PreTrainedModel, config: Any) -> None:
         reason = f"its attention implementation {attention} takes no tree mask; load it with attn_implementation='sdpa'"
     if reason is not None:
         raise RedrafterError(f"{type(model).__name__} cannot verify draft trees: {reason}.")
+
+
+def _context_length(config: Any) -> int | None:
+    """Positions in which a text depends on nothing but itself; None where the config does not say.
+
+    With longrope (arXiv 2402.13753) a run beyond the original context takes other frequencies for every position of
+    every row, so that a draft, or a neighbour, would change a text before any of it gets there.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]  # one for all layers, or for each type
+    short = [one.get("original_max_position_embeddings") for one in kinds if one.get("rope_type") == "longrope"]
+    lengths = [getattr(config, "max_position_embeddings", None), *short]
+    return min((one for one in lengths if one is not None), default=None)
 
 
 def _decoder_layers(model: PreTrainedModel, config: Any) -> list[nn.Module]:
