@@ -404,6 +404,18 @@ def test_no_step_is_launched_that_the_budgets_make_vain(monkeypatch):
     assert len(steps) == 8
 
 
+def test_a_row_that_ended_troubles_no_other():
+    """It stood beyond what attention still saw, and in double precision its logits were no numbers."""
+    model = tiny_model("mistral", sliding_window=6, attn_implementation="eager").double()
+    prompts = [list(range(3, 40)), [9, 8, 7]]
+    told = {"do_sample": True, "eta_cutoff": 1e-3, "seed": [1, 2], "max_new_tokens": 9}  # it takes numbers alone
+    plain = generate(model, None, prompts[1:], **told | {"seed": [2]}).new_tokens[0]
+    end = generate(model, None, prompts, **told | {"max_new_tokens": 1}).new_tokens[0][0]
+    assert end not in plain
+    for drafter in (None, TwoModel(model)):
+        assert generate(model, drafter, prompts, eos_token_id=end, **told).new_tokens == [[end], plain]
+
+
 def test_no_slot_idles_while_a_prompt_waits(monkeypatch):
     alive, entered = [], []
     step, admit = decoding.step, decoding.admit

@@ -192,7 +192,7 @@ def _events(asked: Request) -> Iterator[Event]:
                 if event.finish_reason is not None:
                     del taken[one.slot]
                     with torch.inference_mode():
-                        state.place.alive[one.slot] = 0
+                        state.end(one.slot)
                 events.append(event)
             del flight  # its logits are not kept while the caller looks at the events
             yield from events
