@@ -404,6 +404,45 @@ def test_no_step_is_launched_that_the_budgets_make_vain(monkeypatch):
     assert len(steps) == 8
 
 
+@pytest.mark.parametrize("reason", ["eos", "length"])
+def test_processors_see_no_text_beyond_its_end(reason):
+    """What a draft holds after an end token or the last token that a row may write is not asked about."""
+    prompt = [5, 9, 12]
+    new = greedy(MODEL, prompt, 20)
+    oracle = Oracle(MODEL, [prompt + new], width=1, length=4)
+    count = next(i for i in range(2, 10) if new[i] not in new[:i]) + 1  # inside of a draft that is accepted whole
+    seen = []
+
+    class Watch(transformers.LogitsProcessor):
+        def __call__(self, ids, scores):
+            seen.append(ids[0, len(prompt) :].tolist())
+            return scores
+
+    told = {"eos_token_id": new[count - 1]} if reason == "eos" else {"max_new_tokens": count}
+    out = generate(MODEL, Given(oracle), [prompt], logits_processor=[Watch()], **told)
+    assert (out.new_tokens, out.finish_reasons) == ([new[:count]], [reason])
+    assert seen == [new[:i] for i in range(count)]
+
+
+def test_what_cannot_be_chosen_after_an_end_is_no_error():
+    """Also where processors run over all nodes at once."""
+    prompt = [5, 9, 12]
+    new = greedy(MODEL, prompt, 20)
+    oracle = Oracle(MODEL, [prompt + new], width=1, length=4)
+    count = next(i for i in range(2, 5) if new[i] not in new[:i]) + 1
+
+    def spoil(module, args, output):
+        output[output.argmax(dim=-1) == new[count]] = float("nan")
+        return output
+
+    handle = MODEL.lm_head.register_forward_hook(spoil)
+    try:
+        out = generate(MODEL, Given(oracle), [prompt], eos_token_id=new[count - 1])
+    finally:
+        handle.remove()
+    assert out.new_tokens == [new[:count]]
+
+
 def test_a_row_that_ended_troubles_no_other():
     """It stood beyond what attention still saw, and in double precision its logits were no numbers."""
     model = tiny_model("mistral", sliding_window=6, attn_implementation="eager").double()

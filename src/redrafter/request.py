@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,14 +128,15 @@ def request(
     sampler = _sampler(target.model, config, rows, extra, prefix_allowed_tokens_fn, penalties)
     if target.context_length is not None:  # the last token written is never read again, so it needs no position
         room = target.context_length + 1
-        rows = [Row(r.number, r.prompt, r.seed, min(r.budget, room - len(r.prompt))) for r in rows]
+        rows = [replace(row, budget=min(row.budget, room - len(row.prompt))) for row in rows]
+    sampler = replace(sampler, ends=ends_of(config), limits=[len(row.prompt) + row.budget for row in rows])
     return Request(
         target,
         proposer,
         sampler,
         rows,
         batch=batch,
-        ends=ends_of(config),
+        ends=sampler.ends,
         criteria=_criteria(config, tokenizer, stopping_criteria),
         tokenizer=tokenizer,
         pad=config.pad_token_id or 0,
