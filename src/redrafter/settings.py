@@ -117,6 +117,11 @@ FIELDS: dict[str, Field] = {
     "transformers_version": _irrelevant("where the config came from"),
 }
 
+
+class Whole(GenerationConfig):  # type: ignore[misc]
+    """A config that says all: what it does not set is off, whatever the model's own config says."""
+
+
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Fields that mean nothing in greedy decoding."""
 
@@ -132,11 +137,11 @@ def resolve(model: PreTrainedModel, config: GenerationConfig | None, told: dict[
             near = difflib.get_close_matches(name, FIELDS, n=1)
             advice = f"; did you mean {near[0]}?" if near else "."
             raise RedrafterError(f"{name} is no setting of generation{advice}")
-    own = getattr(model, "generation_config", None) or GenerationConfig()
+    own = None if isinstance(config, Whole) else getattr(model, "generation_config", None)
     resolved = GenerationConfig() if config is None else copy.deepcopy(config)
     lengths = ("max_length", "max_new_tokens")
     chosen = any(name in told or getattr(resolved, name, None) is not None for name in lengths)
-    for name, value in _said(own).items():
+    for name, value in _said(own or GenerationConfig()).items():
         if getattr(resolved, name, None) is None and not (name in lengths and chosen):
             setattr(resolved, name, copy.deepcopy(value))
     for name, value in told.items():
