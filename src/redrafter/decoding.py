@@ -313,4 +313,5 @@ class _Writing:
 
 
 def _stops(criteria: list[StoppingCriteria], text: Int[Tensor, "1 T"]) -> bool:
-    return any(bool(criterion(text, None).all()) for criterion in criteria)
+    answers = (criterion(text, None) for criterion in criteria)  # a tensor, or as transformers allows a bool
+    return any(bool(torch.as_tensor(answer).all()) for answer in answers)

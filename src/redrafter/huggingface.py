@@ -10,7 +10,7 @@ import inspect
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def custom_generate(
     beam_width: int | None = None,
     beam_length: int | None = None,
     node_budget: int | None = None,
-    seed: int | Sequence[int] | None = None,
+    seed: SupportsIndex | Sequence[int] | None = None,
     fast: bool = True,
     compile: bool = False,
     text_streamer: BaseStreamer | None = None,
@@ -145,10 +145,7 @@ def _refuse(input_ids: Tensor, attention_mask: Tensor | None, model_kwargs: dict
 def _alone(config: GenerationConfig) -> Whole:
     """A config without what transformers prepared for the batch; its sequences to return are rows already."""
     told = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    batch = {"num_return_sequences": 1, "stop_strings": None, "max_time": None}
-    if config.min_new_tokens is not None:  # transformers has made a length of it, padding included
-        batch["min_length"] = None
-    return Whole(**(told | batch))
+    return Whole(**(told | {"num_return_sequences": 1, "stop_strings": None, "max_time": None}))
 
 
 def _users(
