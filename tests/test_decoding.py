@@ -316,6 +316,22 @@ def test_low_precision_decodes():
     assert len(generate(model, drafter, [[5, 9, 12]], max_new_tokens=9).new_tokens[0]) == 9
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_autocast_decodes_and_leaves_later_calls_alone(family):
+    """What layers keep under it is rounded; what is known of the model without it is not."""
+    model = tiny_model(family)
+    drafter = TwoModel(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = greedy(model, [5, 9, 12], 1)
+        assert generate(model, drafter, [[5, 9, 12]], max_new_tokens=9).new_tokens[0][:1] == first
+    with torch.no_grad():
+        plain = model(torch.tensor([[5, 9, 12]])).logits[0, -1:]
+    out = generate(model, drafter, [[5, 9, 12]], max_new_tokens=2, output_logits=True)
+    torch.testing.assert_close(out.logits[0][:1], plain, atol=1e-4, rtol=1e-4)
+    again = greedy(model, [5, 9, 12], 9)
+    assert generate(model, drafter, [[5, 9, 12]], max_new_tokens=9).new_tokens == [again]
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("drafting", [False, True])

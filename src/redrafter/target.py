@@ -84,7 +84,7 @@ class Target:
         self.packs = False
         kinds = [(one.device, one.dtype) for one in self.model.parameters()]
         if self.model not in _probed or _probed[self.model][0] != kinds:
-            with torch.no_grad(), self.evaluating():
+            with torch.no_grad(), self.evaluating(), torch.autocast(self.device.type, enabled=False):
                 _probed[self.model] = kinds, self._probe()
         self._shapes, self.head_alone, self.packs = _probed[self.model][1]
         """`head_alone`: `logits` asks the output head and nothing else.  `packs`: trees are verified by kernels."""
