@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import Given, greedy, tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, decoding, generate, stream
+from redrafter import RecurrentDrafter, RedrafterError, TwoModel, decoding, generate, stream
 from redrafter import step as stepping
 from redrafter.proposers import Memoryless
 from redrafter.request import request
@@ -167,6 +167,18 @@ def test_the_context_is_used_to_its_last_slot(length):
         assert len(out.new_tokens[1]) == 32
 
 
+def test_longrope_is_decoded_in_its_original_context():
+    """Beyond it every position of every row would turn otherwise, so no draft and no neighbour may reach there."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=24)
+    prompts = [[5, 9, 12], list(range(3, 20))]
+    expected = [greedy(model, prompt, 25 - len(prompt)) for prompt in prompts]
+    for drafter in (None, TwoModel(model)):
+        assert generate(model, drafter, prompts, max_new_tokens=30).new_tokens == expected
+    with pytest.raises(RedrafterError, match="row 0 has 25 tokens, the model's context 24"):
+        generate(model, None, [[5] * 25])
+
+
 def test_padding_on_either_side_is_no_part_of_a_prompt():
     rows = [[5, 9, 12, 3], [7, 8]]
     expected = generate(MODEL, None, rows, max_new_tokens=6)
@@ -266,6 +278,19 @@ def test_a_consumer_that_stops_early_leaves_all_as_it_was():
     assert not model.lm_head._forward_pre_hooks
 
 
+def test_a_stream_that_ends_leaves_another_in_evaluation_mode():
+    model = tiny_model(attention_dropout=0.5).train()
+    model.model.norm.eval()
+    modes = [part.training for part in model.modules()]
+    expected = generate(model, None, [[5, 9]], max_new_tokens=12).new_tokens[0]
+    first, second = (stream(model, None, [[5, 9]], max_new_tokens=12) for _ in range(2))
+    next(first)
+    written = next(second).tokens
+    first.close()
+    assert written + [token for event in second for token in event.tokens] == expected
+    assert [part.training for part in model.modules()] == modes
+
+
 def test_the_cache_is_freed_with_the_last_event(monkeypatch):
     caches = []
     new_cache = Target.new_cache
@@ -289,6 +314,22 @@ def test_low_precision_decodes():
     model = tiny_model().to(torch.bfloat16)
     drafter = RecurrentDrafter.for_target(model).to(torch.bfloat16)
     assert len(generate(model, drafter, [[5, 9, 12]], max_new_tokens=9).new_tokens[0]) == 9
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_autocast_decodes_and_leaves_later_calls_alone(family):
+    """What layers keep under it is rounded; what is known of the model without it is not."""
+    model = tiny_model(family)
+    drafter = TwoModel(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = greedy(model, [5, 9, 12], 1)
+        assert generate(model, drafter, [[5, 9, 12]], max_new_tokens=9).new_tokens[0][:1] == first
+    with torch.no_grad():
+        plain = model(torch.tensor([[5, 9, 12]])).logits[0, -1:]
+    out = generate(model, drafter, [[5, 9, 12]], max_new_tokens=2, output_logits=True)
+    torch.testing.assert_close(out.logits[0][:1], plain, atol=1e-4, rtol=1e-4)
+    again = greedy(model, [5, 9, 12], 9)
+    assert generate(model, drafter, [[5, 9, 12]], max_new_tokens=9).new_tokens == [again]
 
 
 @pytest.mark.gpu
@@ -377,6 +418,57 @@ def test_no_step_is_launched_that_the_budgets_make_vain(monkeypatch):
     monkeypatch.setattr(decoding, "step", lambda *told: steps.append(told) or step(*told))
     generate(MODEL, None, MANY[:2], max_new_tokens=9)
     assert len(steps) == 8
+
+
+@pytest.mark.parametrize("reason", ["eos", "length"])
+def test_processors_see_no_text_beyond_its_end(reason):
+    """What a draft holds after an end token or the last token that a row may write is not asked about."""
+    prompt = [5, 9, 12]
+    new = greedy(MODEL, prompt, 20)
+    oracle = Oracle(MODEL, [prompt + new], width=1, length=4)
+    count = next(i for i in range(2, 10) if new[i] not in new[:i]) + 1  # inside of a draft that is accepted whole
+    seen = []
+
+    class Watch(transformers.LogitsProcessor):
+        def __call__(self, ids, scores):
+            seen.append(ids[0, len(prompt) :].tolist())
+            return scores
+
+    told = {"eos_token_id": new[count - 1]} if reason == "eos" else {"max_new_tokens": count}
+    out = generate(MODEL, Given(oracle), [prompt], logits_processor=[Watch()], **told)
+    assert (out.new_tokens, out.finish_reasons) == ([new[:count]], [reason])
+    assert seen == [new[:i] for i in range(count)]
+
+
+def test_what_cannot_be_chosen_after_an_end_is_no_error():
+    """Also where processors run over all nodes at once."""
+    prompt = [5, 9, 12]
+    new = greedy(MODEL, prompt, 20)
+    oracle = Oracle(MODEL, [prompt + new], width=1, length=4)
+    count = next(i for i in range(2, 5) if new[i] not in new[:i]) + 1
+
+    def spoil(module, args, output):
+        output[output.argmax(dim=-1) == new[count]] = float("nan")
+        return output
+
+    handle = MODEL.lm_head.register_forward_hook(spoil)
+    try:
+        out = generate(MODEL, Given(oracle), [prompt], eos_token_id=new[count - 1])
+    finally:
+        handle.remove()
+    assert out.new_tokens == [new[:count]]
+
+
+def test_a_row_that_ended_troubles_no_other():
+    """It stood beyond what attention still saw, and in double precision its logits were no numbers."""
+    model = tiny_model("mistral", sliding_window=6, attn_implementation="eager").double()
+    prompts = [list(range(3, 40)), [9, 8, 7]]
+    told = {"do_sample": True, "eta_cutoff": 1e-3, "seed": [1, 2], "max_new_tokens": 9}  # it takes numbers alone
+    plain = generate(model, None, prompts[1:], **told | {"seed": [2]}).new_tokens[0]
+    end = generate(model, None, prompts, **told | {"max_new_tokens": 1}).new_tokens[0][0]
+    assert end not in plain
+    for drafter in (None, TwoModel(model)):
+        assert generate(model, drafter, prompts, eos_token_id=end, **told).new_tokens == [[end], plain]
 
 
 def test_no_slot_idles_while_a_prompt_waits(monkeypatch):

@@ -80,6 +80,48 @@ def test_a_users_processor_stop_string_and_allowed_tokens_reach_the_rows(model_f
         assert expected != model.generate(**common).tolist()
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"repetition_penalty": 1.1, "logits_processor": [transformers.RepetitionPenaltyLogitsProcessor(5.0)]},
+        {"suppress_tokens": [3], "logits_processor": [transformers.SuppressTokensLogitsProcessor([9, 34])]},
+        {"stopping_criteria": [transformers.MaxLengthCriteria(7)]},
+        {"stopping_criteria": [transformers.MaxLengthCriteria(2)]},
+        {"stopping_criteria": [transformers.EosTokenCriteria([12, 19])], "eos_token_id": 3},
+    ],
+)
+def test_a_users_object_takes_the_place_of_transformers_own(told):
+    """Which it would have made of the settings."""
+    common = {"input_ids": torch.tensor([[5, 9, 12]]), "do_sample": False, "max_new_tokens": 12}
+    expected = MODEL.generate(**common, **told).tolist()
+    assert (
+        MODEL.generate(**common, **told, custom_generate=redrafter.custom_generate, drafter=head()).tolist() == expected
+    )
+    without = {name: value for name, value in told.items() if not isinstance(value, list) or name == "suppress_tokens"}
+    assert expected != MODEL.generate(**common, **without).tolist()
+
+
+def test_none_switches_off_what_the_models_own_config_says():
+    model = tiny_model()
+    end = model.generate(torch.tensor([[5, 9, 12]]), do_sample=False, max_new_tokens=1)[0, -1]
+    for name, value in {"eos_token_id": int(end), "repetition_penalty": 3.0, "forced_eos_token_id": 7}.items():
+        setattr(model.generation_config, name, value)
+    common = {"inputs": torch.tensor([[5, 9, 12]]), "do_sample": False, "max_new_tokens": 9}
+    ours = {"custom_generate": redrafter.custom_generate, "drafter": head()}
+    for names in ((), ("eos_token_id",), ("eos_token_id", "repetition_penalty", "forced_eos_token_id")):
+        off = dict.fromkeys(names)
+        assert model.generate(**common, **off, **ours).tolist() == model.generate(**common, **off).tolist()
+
+
+def test_new_tokens_at_least_are_counted_without_padding():
+    told = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 2}
+    plain = MODEL.generate(**INPUTS, do_sample=False, max_new_tokens=12)[0, 5:].tolist()
+    end = next(token for i, token in enumerate(plain) if i >= 2 and token not in plain[:i])
+    ours = MODEL.generate(**INPUTS, **told, eos_token_id=end, custom_generate=redrafter.custom_generate, drafter=head())
+    assert ours.tolist() == MODEL.generate(**INPUTS, **told, eos_token_id=end).tolist()
+    assert ours[0].tolist()[5:].index(end) == plain.index(end) < 5
+
+
 @pytest.mark.parametrize("penalty", [1.3, 0.7])
 def test_padding_is_not_penalised(penalty):
     """Some versions of transformers penalise padding; a row gets here what it gets alone."""
@@ -100,6 +142,24 @@ def test_sampling_follows_the_seed_and_takes_over_the_models_defaults():
     assert ours[:, 5:].tolist() == out.new_tokens
     three = MODEL.generate(**told, custom_generate=redrafter.custom_generate, num_return_sequences=3)
     assert three.shape == (9, 17)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 1},
+        {"repetition_penalty": 1.5, "min_new_tokens": 6, "eos_token_id": [9, 34]},
+        {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": 9},
+        {"watermarking_config": transformers.WatermarkingConfig()},
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_transformers_own_processors_are_not_taken_for_the_users(told, count):
+    """Those that it prepared for the batch."""
+    sampled = {**INPUTS, **told, "do_sample": True, "seed": 3, "max_new_tokens": 10, "num_return_sequences": count}
+    ours = MODEL.generate(**sampled, custom_generate=redrafter.custom_generate, drafter=head())
+    expected = redrafter.generate(MODEL, None, **sampled, top_k=50).new_tokens
+    assert [row[: len(new)] for row, new in zip(ours[:, 5:].tolist(), expected, strict=True)] == expected
 
 
 def test_what_is_returned_can_hold_scores():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import jaxtyping
 import pytest
 import torch
 import transformers
 
 from conftest import tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, generate, stream
+from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, generate, stream
 from redrafter.config import DecodingShape
 from redrafter.request import NEW_TOKENS, request
 
@@ -33,6 +34,15 @@ MODEL = tiny_model()
         (torch.tensor([[5, 6]]), {"attention_mask": torch.ones(1, 3)}, "is not that of the input ids"),
         (torch.tensor([[5, 6, 7]]), {"attention_mask": torch.tensor([[1, 0, 1]])}, "has holes"),
         ([[5]], {"attention_mask": torch.ones(1, 1)}, "not with a list of rows"),
+        (torch.tensor([[True]]), {}, "must be whole numbers, not bool"),
+        (torch.zeros(2, 0).long(), {"attention_mask": torch.zeros(2, 0)}, "prompt of row 0 is empty"),
+        ([[5]], {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, not 2.5"),
+        ([[5]], {"do_sample": True, "temperature": "hot"}, "temperature must be a number, not 'hot'"),
+        ([[5]], {"bad_words_ids": [[3], [4, 61]]}, "bad_words_ids names token 61, outside the vocabulary of 61"),
+        ([[5]], {"sequence_bias": {(3, 99): 1.0}}, "sequence_bias names token 99, outside"),
+        ([[5]], {"forced_eos_token_id": -1}, "forced_eos_token_id names token -1, outside"),
+        ([[5]], {"exponential_decay_length_penalty": (3, 1.1)}, "transformers refuses a setting"),
+        ([[5]], {"stop_strings": 3}, "must be a string that is not empty"),
     ],
 )
 def test_bad_input_gets_a_sentence_before_the_first_event(prompts, given, sentence):
@@ -42,6 +52,76 @@ def test_bad_input_gets_a_sentence_before_the_first_event(prompts, given, senten
     mask = given.pop("attention_mask", None)
     with pytest.raises(RedrafterError, match=sentence):
         stream(MODEL, drafter, prompts, mask, **given)
+
+
+OF_OTHER_TYPES = (
+    ([5, 6], {}, "Row 0 of input_ids must hold whole numbers, not be 5"),
+    ([[5], [5.0]], {}, r"Row 1 of input_ids must hold whole numbers, not be \[5.0\]"),
+    (["a text"], {}, "Row 0 of input_ids must hold whole numbers, not be 'a text'"),
+    ("a text", {}, "rows of token ids, not a str"),
+    ({"input_ids": [[5]]}, {}, "rows of token ids, not a dict"),
+    (None, {}, "rows of token ids, not None"),
+    (torch.tensor([[5]]), {"attention_mask": [[1]]}, "attention mask must be a tensor, not list"),
+    ([[5]], {"batch_size": 1.5}, "batch_size must be a whole number, not 1.5"),
+    ([[5]], {"beam_width": "3"}, "beam_width must be a whole number, not '3'"),
+    ([[5]], {"node_budget": 7.5}, "node_budget must be a whole number, not 7.5"),
+    ([[5]], {"presence_penalty": "a"}, "presence_penalty must be a number, not 'a'"),
+    ([[5]], {"do_sample": True, "seed": 1.5}, "Seeds are whole numbers, .* not 1.5"),
+    ([[5]], {"do_sample": True, "seed": ["a"]}, r"Seeds are whole numbers, .* not \['a'\]"),
+    ([[5]], {"eos_token_id": "a"}, "the id of a token, or several, not 'a'"),
+    ([[5]], {"eos_token_id": [[3]]}, r"the id of a token, or several, not \[\[3\]\]"),
+    ([[5]], {"generation_config": {"top_k": 3}}, "must be a GenerationConfig, not a dict"),
+    ([[5]], {"logits_processor": transformers.TopKLogitsWarper(3)}, "logits_processor must be a list of what"),
+    ([[5]], {"stopping_criteria": [3]}, r"stopping_criteria must be a list of what is called, not \[3\]"),
+    ([[5]], {"drafter": "my-drafter"}, "str is no method of drafting: .* loads a folder"),
+    ([[5]], {"drafter": MODEL}, "LlamaForCausalLM is no method of drafting: .* TwoModel drafts by a model"),
+)
+
+
+@pytest.fixture
+def unchecked():
+    """Types are what the caller gives, as outside of these tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(("prompts", "given", "sentence"), OF_OTHER_TYPES)
+def test_what_is_of_another_type_gets_a_sentence_too(prompts, given, sentence, unchecked):
+    drafter = given.get("drafter", PromptLookup())
+    with pytest.raises(RedrafterError, match=sentence):
+        generate(MODEL, drafter, prompts, **{name: value for name, value in given.items() if name != "drafter"})
+
+
+def test_whole_numbers_may_come_from_other_libraries(unchecked):
+    new = generate(MODEL, None, [[5]], max_new_tokens=5).new_tokens
+    end = torch.tensor(new[0][1])
+    for told in (end, end.numpy()[()], end[None], [end]):
+        assert generate(MODEL, None, torch.tensor([[5]]), max_new_tokens=5, eos_token_id=told).new_tokens == [
+            new[0][:2]
+        ]
+    assert generate(MODEL, None, [torch.tensor([5])], max_new_tokens=5).new_tokens == new
+    sampled = {"do_sample": True, "max_new_tokens": 5}
+    expected = generate(MODEL, None, [[5]], seed=7, **sampled).new_tokens
+    assert generate(MODEL, None, [[5]], seed=torch.tensor(7), **sampled).new_tokens == expected
+
+
+def test_new_tokens_at_least_go_before_a_least_length():
+    """As in transformers, which makes the latter of the former."""
+    ids = torch.tensor([[5, 9, 12]])
+    end = generate(MODEL, None, ids, max_new_tokens=5).new_tokens[0][4]
+    told = {"max_new_tokens": 12, "min_new_tokens": 2, "min_length": 12, "eos_token_id": end}
+    expected = MODEL.generate(ids, attention_mask=ids * 0 + 1, do_sample=False, pad_token_id=0, **told)
+    assert generate(MODEL, None, ids, **told).new_tokens == [expected[0, 3:].tolist()]
+
+
+def test_a_criterion_may_answer_with_a_bool():
+    class Six(transformers.StoppingCriteria):
+        def __call__(self, ids, scores, **told):
+            return ids.shape[1] >= 6
+
+    out = generate(MODEL, None, [[5, 9, 12]], max_new_tokens=9, stopping_criteria=[Six()])
+    assert (len(out.new_tokens[0]), out.finish_reasons) == (3, ["stop"])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +142,7 @@ def test_bad_input_gets_a_sentence_before_the_first_event(prompts, given, senten
         ({"num_return_sequences": 2}, "means nothing in greedy decoding"),
         ({"repetition_penalty": -1.0}, "transformers refuses a setting: .*penalty"),
         ({"no_repeat_ngram_size": 1.5}, "transformers refuses a setting"),
-        ({"bad_words_ids": [[-1]]}, "transformers refuses a setting"),
+        ({"bad_words_ids": [[-1]]}, "bad_words_ids names token -1, outside the vocabulary of 61"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(told, sentence):

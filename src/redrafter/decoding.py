@@ -193,7 +193,7 @@ def _events(asked: Request) -> Iterator[Event]:
                 if event.finish_reason is not None:
                     del taken[one.slot]
                     with torch.inference_mode():
-                        state.place.alive[one.slot] = 0
+                        state.end(one.slot)
                 events.append(event)
             del flight  # its logits are not kept while the caller looks at the events
             yield from events
@@ -295,14 +295,13 @@ class _Writing:
         tokens, sound = following[: len(following) // 2], following[len(following) // 2 :]
         tokens = tokens[: min(accepted + 1, self.left)]
         begin = len(self.row.prompt) + self.row.budget - self.left
-        if not all(sound[: len(tokens)]):
-            first = sound.index(0)
-            where = f"row {self.row.number}, position {begin + first}"
-            if bool(emitted.logits[place, emitted.path[place, first]].max().isfinite()):
-                raise RedrafterError(f"The settings leave no token to choose at {where}.")
-            raise RedrafterError(f"The model's logits for {where} hold NaN or infinity.")
         reason: FinishReason | None = None
         for count, token in enumerate(tokens, start=1):
+            if not sound[count - 1]:
+                where = f"row {self.row.number}, position {begin + count - 1}"
+                if bool(emitted.logits[place, emitted.path[place, count - 1]].max().isfinite()):
+                    raise RedrafterError(f"The settings leave no token to choose at {where}.")
+                raise RedrafterError(f"The model's logits for {where} hold NaN or infinity.")
             if token in asked.ends:
                 reason = "eos"
             elif asked.criteria and _stops(asked.criteria, text[self.slot : self.slot + 1, : begin + count]):
@@ -326,4 +325,5 @@ class _Writing:
 
 
 def _stops(criteria: list[StoppingCriteria], text: Int[Tensor, "1 T"]) -> bool:
-    return any(bool(criterion(text, None).all()) for criterion in criteria)
+    answers = (criterion(text, None) for criterion in criteria)  # a tensor, or as transformers allows a bool
+    return any(bool(torch.as_tensor(answer).all()) for answer in answers)

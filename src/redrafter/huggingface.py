@@ -10,7 +10,7 @@ import inspect
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from redrafter.decoding import generate
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Method
 from redrafter.proposers.loading import load_method
+from redrafter.settings import Whole
 
 _OWN = ("logits_to_keep", "use_cache", "position_ids", "cache_position", "past_key_values")
 """What transformers prepares for its own loop."""
@@ -50,7 +51,7 @@ def custom_generate(
     beam_width: int | None = None,
     beam_length: int | None = None,
     node_budget: int | None = None,
-    seed: int | Sequence[int] | None = None,
+    seed: SupportsIndex | Sequence[int] | None = None,
     fast: bool = True,
     compile: bool = False,
     text_streamer: BaseStreamer | None = None,
@@ -70,9 +71,8 @@ def custom_generate(
     attention_mask = model_kwargs.pop("attention_mask", None)  # transformers passes it twice where it is named
     _refuse(input_ids, attention_mask, model_kwargs)
     config = generation_config
-    padded = input_ids.shape[1]
-    if config.min_new_tokens is not None:  # transformers has made a length of it, padding included
-        config.min_length = None
+    longest = min((one.max_length for one in stopping_criteria if type(one) is MaxLengthCriteria), default=None)
+    told = [one.eos_token_id.tolist() for one in stopping_criteria if type(one) is EosTokenCriteria]
     out = generate(
         model,
         drafter,
@@ -80,7 +80,8 @@ def custom_generate(
         attention_mask,
         streamer=text_streamer,
         generation_config=_alone(config),
-        max_new_tokens=config.max_length - padded,
+        max_new_tokens=max(1, (longest or config.max_length) - input_ids.shape[1]),
+        eos_token_id=[end for ends in told for end in ends],
         batch_size=batch_size,
         beam_width=beam_width,
         beam_length=beam_length,
@@ -88,7 +89,7 @@ def custom_generate(
         seed=seed,
         fast=fast,
         compile=compile,
-        logits_processor=_users(model, config, logits_processor),
+        logits_processor=_users(model, input_ids, attention_mask, config, logits_processor),
         prefix_allowed_tokens_fn=_allowed(logits_processor),
         stopping_criteria=[one for one in stopping_criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)],
     )
@@ -141,21 +142,48 @@ def _refuse(input_ids: Tensor, attention_mask: Tensor | None, model_kwargs: dict
             raise RedrafterError("position_ids other than the usual ones are not supported.")
 
 
-def _alone(config: GenerationConfig) -> GenerationConfig:
+def _alone(config: GenerationConfig) -> Whole:
     """A config without what transformers prepared for the batch; its sequences to return are rows already."""
     told = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    return GenerationConfig(**(told | {"num_return_sequences": 1, "stop_strings": None, "max_time": None}))
+    return Whole(**(told | {"num_return_sequences": 1, "stop_strings": None, "max_time": None}))
 
 
 def _users(
-    model: PreTrainedModel, config: GenerationConfig, prepared: Sequence[LogitsProcessor]
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    config: GenerationConfig,
+    prepared: Sequence[LogitsProcessor],
 ) -> list[LogitsProcessor]:
-    """The processors that the user passed; transformers' own are made again, for each row as if it were alone."""
+    """The processors that the user passed; transformers' own are made again, for each row as if it were alone.
+
+    One of a type that transformers makes too has taken that one's place, and is told by what it holds.
+    """
     own = model._get_logits_processor(
-        config, input_ids_seq_length=1, encoder_input_ids=torch.zeros((1, 1), dtype=torch.long), device=model.device
+        config,
+        input_ids_seq_length=input_ids.shape[1],
+        encoder_input_ids=input_ids[:: config.num_return_sequences or 1],
+        device=model.device,
+        model_kwargs={"attention_mask": attention_mask},
     )
-    made = {type(processor) for processor in own} | {PrefixConstrainedLogitsProcessor}
-    return [processor for processor in prepared if type(processor) not in made]
+    made = {type(one): one for one in own}
+    return [
+        one
+        for one in prepared
+        if type(one) is not PrefixConstrainedLogitsProcessor
+        and not (type(one) in made and _alike(vars(one), vars(made[type(one)])))
+    ]
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values are equal, tensors and generators within them by what they hold."""
+    if isinstance(one, torch.Generator) and isinstance(other, torch.Generator):
+        one, other = one.get_state(), other.get_state()
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and bool((one == other.to(one.device)).all())
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(value, other[name]) for name, value in one.items())
+    return type(one) is type(other) and bool(one == other)
 
 
 def _allowed(prepared: Sequence[LogitsProcessor]) -> Any:

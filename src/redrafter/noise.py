@@ -7,6 +7,8 @@ not know what is drawn with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -33,23 +35,26 @@ def gumbel(seed: Int[Tensor, " B"], position: Int[Tensor, "B D"], vocabulary: in
     return uniform.log_().neg_().log_().neg_()
 
 
-def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
+def row_seeds(seed: SupportsIndex | Sequence[int] | None, rows: int) -> list[int]:
     """A seed for every row: as told; from one seed by the row's number; or at random, by torch's own generator.
 
     Raises RedrafterError for negative seeds, too large ones and a wrong number of them.
     """
     if seed is None:
         seed = int(torch.randint(SEEDS - 1, ()))
-    told = [seed] if isinstance(seed, int) else list(seed)
+    try:
+        told = [index(one) for one in (seed if isinstance(seed, Sequence) else [seed])]
+    except TypeError:
+        raise RedrafterError(f"Seeds are whole numbers, one or a list of one for each row, not {seed!r}.") from None
     if not all(0 <= one < SEEDS for one in told):
         raise RedrafterError(
             f"Seeds lie between 0 and 2**63 - 1; {next(s for s in told if not 0 <= s < SEEDS)} does not."
         )
-    if not isinstance(seed, int):
+    if isinstance(seed, Sequence):
         if len(told) != rows:
             raise RedrafterError(f"There are {rows} rows and {len(told)} seeds; give one seed, or one for each row.")
         return told
-    high, low = _keys(torch.tensor([seed]), torch.arange(rows)[None])
+    high, low = _keys(torch.tensor(told), torch.arange(rows)[None])
     return [
         (h & 0x7FFFFFFF) << 32 | (one & 0xFFFFFFFF) for h, one in zip(high[0].tolist(), low[0].tolist(), strict=True)
     ]

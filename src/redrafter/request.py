@@ -6,9 +6,10 @@ Promises that nothing is run before all of it is sound.  Does not know the loop.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from redrafter.noise import row_seeds
 from redrafter.processors import Nucleus, OccurrencePenalty
 from redrafter.proposers import Method, Proposer
 from redrafter.sampling import Sampler
-from redrafter.settings import resolve
+from redrafter.settings import check_numbers, resolve
 from redrafter.target import Target
 
 NEW_TOKENS = 256
@@ -88,14 +89,14 @@ def request(
     beam_width: int | None = None,
     beam_length: int | None = None,
     node_budget: int | None = None,
-    seed: int | Sequence[int] | None = None,
+    seed: SupportsIndex | Sequence[int] | None = None,
     logits_processor: Sequence[LogitsProcessor] | None = None,
     stopping_criteria: Sequence[StoppingCriteria] | None = None,
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
     presence_penalty: float | None = None,
     frequency_penalty: float | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: SupportsIndex | Sequence[int] | None = None,
     fast: bool = True,
     compile: bool = False,
     **settings: Any,
@@ -104,10 +105,20 @@ def request(
 
     Raises RedrafterError.
     """
+    if drafter is not None and not isinstance(drafter, Method):
+        raise RedrafterError(
+            f"{type(drafter).__name__} is no method of drafting: load_method of redrafter.proposers.loading loads a "
+            "folder, and TwoModel drafts by a model."
+        )
     target = Target(model, () if drafter is None else drafter.layers)
     config = resolve(target.model, generation_config, settings)
     if eos_token_id is not None:
-        config.eos_token_id = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        config.eos_token_id = eos_token_id
+    ends = ends_of(config)
+    _refuse_unknown_tokens(config, target.vocab_size)
+    shape = {"beam_width": beam_width, "beam_length": beam_length, "node_budget": node_budget}
+    check_numbers({"batch_size": batch_size, **shape}, whole=True)
+    check_numbers({"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty})
     if batch_size is not None and batch_size < 1:
         raise RedrafterError(f"batch_size must be at least 1, not {batch_size}.")
     prompts = _prompts(target, input_ids, attention_mask)
@@ -123,20 +134,21 @@ def request(
         Row(number, prompt, one, _budget(config, number, prompt))
         for number, (prompt, one) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    extra = list(logits_processor or [])
+    extra = _called("logits_processor", logits_processor)
     penalties = (presence_penalty or 0.0, frequency_penalty or 0.0)
     sampler = _sampler(target.model, config, rows, extra, prefix_allowed_tokens_fn, penalties)
     if target.context_length is not None:  # the last token written is never read again, so it needs no position
         room = target.context_length + 1
-        rows = [Row(r.number, r.prompt, r.seed, min(r.budget, room - len(r.prompt))) for r in rows]
+        rows = [replace(row, budget=min(row.budget, room - len(row.prompt))) for row in rows]
+    sampler = replace(sampler, ends=ends, limits=[len(row.prompt) + row.budget for row in rows])
     return Request(
         target,
         proposer,
         sampler,
         rows,
         batch=batch,
-        ends=ends_of(config),
-        criteria=_criteria(config, tokenizer, stopping_criteria),
+        ends=ends,
+        criteria=_criteria(config, tokenizer, _called("stopping_criteria", stopping_criteria)),
         tokenizer=tokenizer,
         pad=config.pad_token_id or 0,
         output_scores=bool(config.output_scores),
@@ -169,22 +181,41 @@ def _unpadded(input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tenso
     if not isinstance(input_ids, Tensor):
         if attention_mask is not None:
             raise RedrafterError("An attention mask goes with a tensor of input ids, not with a list of rows.")
-        return [list(row) for row in input_ids]
+        return [_row(number, row) for number, row in enumerate(_rows(input_ids))]
     if input_ids.ndim != 2:
         raise RedrafterError(f"input_ids must have two dimensions, rows and tokens, not {input_ids.ndim}.")
-    if input_ids.is_floating_point():
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise RedrafterError(f"input_ids must be whole numbers, not {str(input_ids.dtype).removeprefix('torch.')}.")
     if attention_mask is None:
         return input_ids.tolist()  # type: ignore[no-any-return]
+    if not isinstance(attention_mask, Tensor):
+        raise RedrafterError(f"The attention mask must be a tensor, not {type(attention_mask).__name__}.")
     if attention_mask.shape != input_ids.shape:
         raise RedrafterError(
             f"The attention mask's shape {tuple(attention_mask.shape)} is not that of the input ids "
             f"{tuple(input_ids.shape)}."
         )
     kept = attention_mask.bool()
-    if bool(((kept[:, 1:] != kept[:, :-1]).sum(dim=1) + kept[:, 0].int() > 2).any()):
+    framed = torch.nn.functional.pad(kept.int(), (1, 1))
+    if bool((framed.diff(dim=1).abs().sum(dim=1) > 2).any()):
         raise RedrafterError("The attention mask has holes: pad each row at one or both ends only.")
     return [row[mask].tolist() for row, mask in zip(input_ids, kept, strict=True)]
+
+
+def _rows(input_ids: Any) -> list[Any]:
+    if isinstance(input_ids, str | Mapping):
+        raise RedrafterError(f"input_ids must be rows of token ids, not a {type(input_ids).__name__}.")
+    try:
+        return list(input_ids)
+    except TypeError:
+        raise RedrafterError(f"input_ids must be rows of token ids, not {input_ids!r}.") from None
+
+
+def _row(number: int, row: Any) -> list[int]:
+    try:
+        return [index(token) for token in row]
+    except TypeError:
+        raise RedrafterError(f"Row {number} of input_ids must hold whole numbers, not be {row!r}.") from None
 
 
 def _budget(config: GenerationConfig, row: int, prompt: list[int]) -> int:
@@ -198,9 +229,32 @@ def _budget(config: GenerationConfig, row: int, prompt: list[int]) -> int:
 
 
 def ends_of(config: GenerationConfig) -> frozenset[int]:
-    """The end tokens that a config names."""
+    """The end tokens that a config names.  Raises RedrafterError for what is no token's id."""
     told = config.eos_token_id
-    return frozenset() if told is None else frozenset([told] if isinstance(told, int) else told)
+    if told is None:
+        return frozenset()
+    try:
+        several = isinstance(told, Sequence) or (isinstance(told, Tensor) and told.ndim)
+        return frozenset(map(index, told if several else [told]))
+    except TypeError:
+        raise RedrafterError(f"eos_token_id must be the id of a token, or several, not {told!r}.") from None
+
+
+def _refuse_unknown_tokens(config: GenerationConfig, vocabulary: int) -> None:
+    """Raises RedrafterError where a setting that has to find a token names none of the vocabulary."""
+    for name in ("bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id"):
+        for token in _ids_within(getattr(config, name)):
+            if not 0 <= token < vocabulary:
+                raise RedrafterError(f"{name} names token {token}, outside the vocabulary of {vocabulary}.")
+
+
+def _ids_within(told: Any) -> Iterator[int]:
+    """The whole numbers of lists within lists, and of what a dictionary is keyed by."""
+    if isinstance(told, int):
+        yield told
+    elif isinstance(told, list | tuple | dict):
+        for one in told:
+            yield from _ids_within(one)
 
 
 def _sampler(
@@ -242,15 +296,21 @@ def _processors(
             logits_processor=[*own, *extra],
             device=model.device,
         )
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise RedrafterError(f"transformers refuses a setting: {str(error).strip().rstrip('.')}.") from error
     return [Nucleus.like(one) if type(one) is TopPLogitsWarper else one for one in processors]
+
+
+def _called(name: str, told: Any) -> list[Any]:
+    if told is not None and not (isinstance(told, Sequence) and all(map(callable, told))):
+        raise RedrafterError(f"{name} must be a list of what is called, not {told!r}.")
+    return list(told or [])
 
 
 def _criteria(
     config: GenerationConfig,
     tokenizer: PreTrainedTokenizerBase | None,
-    extra: Sequence[StoppingCriteria] | None,
+    extra: list[StoppingCriteria],
 ) -> list[StoppingCriteria]:
     from transformers import MaxTimeCriteria, StopStringCriteria
 
@@ -258,10 +318,10 @@ def _criteria(
     if config.max_time is not None:
         criteria.append(MaxTimeCriteria(max_time=config.max_time))
     if config.stop_strings is not None:
-        strings = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings)
-        if not all(isinstance(one, str) and one for one in strings):
+        strings = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings
+        if not isinstance(strings, Collection) or not all(isinstance(one, str) and one for one in strings):
             raise RedrafterError("Every one of the stop_strings must be a string that is not empty.")
         if tokenizer is None:
             raise RedrafterError("stop_strings need the tokenizer: pass tokenizer=.")
-        criteria.append(StopStringCriteria(tokenizer, strings))
-    return [*criteria, *(extra or [])]
+        criteria.append(StopStringCriteria(tokenizer, list(strings)))
+    return [*criteria, *extra]

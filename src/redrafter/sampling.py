@@ -118,10 +118,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How the rows of one call are drawn; `processors` holds a list for each of them, or one for all."""
+    """How the rows of one call are drawn; `processors` holds a list for each of them, or one for all.
+
+    `ends` are the tokens after which, and `limits` the lengths of each row's text at which, nothing is chosen any more.
+    """
 
     do_sample: bool = False
     processors: Sequence[Sequence[LogitsProcessor]] = ((),)
+    ends: frozenset[int] = frozenset()
+    limits: Sequence[int] = ()
 
     @property
     def lazy(self) -> bool:
@@ -183,6 +188,8 @@ class Sampler:
                 best, token = drawn.max(dim=-1)
                 tokens[slot, node], sound[slot, node] = token, best.isfinite()
                 text = torch.cat((text, token[None]))
+                if int(token) in self.ends or (self.limits and len(text) >= self.limits[rows[slot]]):
+                    break
                 node, depth = children.get((node, int(token))), depth + 1
         return Choice(tokens, sound, scores)
 

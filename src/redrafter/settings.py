@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from transformers import GenerationConfig, PreTrainedModel
@@ -45,7 +47,7 @@ _UNUSED = "transformers uses it for other kinds of models"
 FIELDS: dict[str, Field] = {
     "max_length": _honoured("prompt and new tokens; `max_new_tokens` goes first"),
     "max_new_tokens": _honoured("256 where neither is set"),
-    "min_length": _honoured(),
+    "min_length": _honoured("prompt and new tokens; `min_new_tokens` goes first"),
     "min_new_tokens": _honoured(),
     "max_time": _honoured("looked at after every token; from the call on, waiting included"),
     "stop_strings": _honoured("needs `tokenizer`; a row ends with the token that completes one"),
@@ -117,8 +119,24 @@ FIELDS: dict[str, Field] = {
     "transformers_version": _irrelevant("where the config came from"),
 }
 
+
+class Whole(GenerationConfig):  # type: ignore[misc]
+    """A config that says all: what it does not set is off, whatever the model's own config says."""
+
+
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Fields that mean nothing in greedy decoding."""
+
+
+WHOLE = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "num_return_sequences")
+"""Fields that count."""
+
+
+def check_numbers(values: Mapping[str, Any], *, whole: bool = False) -> None:
+    """Raises RedrafterError for what is set and no number."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Integral if whole else Real):
+            raise RedrafterError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r}.")
 
 
 def resolve(model: PreTrainedModel, config: GenerationConfig | None, told: dict[str, Any]) -> GenerationConfig:
@@ -132,11 +150,13 @@ def resolve(model: PreTrainedModel, config: GenerationConfig | None, told: dict[
             near = difflib.get_close_matches(name, FIELDS, n=1)
             advice = f"; did you mean {near[0]}?" if near else "."
             raise RedrafterError(f"{name} is no setting of generation{advice}")
-    own = getattr(model, "generation_config", None) or GenerationConfig()
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise RedrafterError(f"generation_config must be a GenerationConfig, not a {type(config).__name__}.")
+    own = None if isinstance(config, Whole) else getattr(model, "generation_config", None)
     resolved = GenerationConfig() if config is None else copy.deepcopy(config)
     lengths = ("max_length", "max_new_tokens")
     chosen = any(name in told or getattr(resolved, name, None) is not None for name in lengths)
-    for name, value in _said(own).items():
+    for name, value in _said(own or GenerationConfig()).items():
         if getattr(resolved, name, None) is None and not (name in lengths and chosen):
             setattr(resolved, name, copy.deepcopy(value))
     for name, value in told.items():
@@ -145,7 +165,11 @@ def resolve(model: PreTrainedModel, config: GenerationConfig | None, told: dict[
             for other in lengths:
                 if other != name and other not in told:
                     setattr(resolved, other, None)
+    check_numbers({name: getattr(resolved, name) for name in WHOLE}, whole=True)
+    check_numbers({name: getattr(resolved, name, None) for name in (*SAMPLING, "max_time")})
     _refuse(resolved, told)
+    if resolved.min_new_tokens is not None:  # as in transformers
+        resolved.min_length = None
     if not resolved.do_sample:  # a model's own law of sampling means nothing now
         for name in SAMPLING:
             setattr(resolved, name, None)

@@ -43,6 +43,10 @@ class State:
         if self.memory is not None:
             self.memory.window.visible = slots + self.memory.slots - self.cache.slots
 
+    def end(self, slot: int) -> None:
+        """The row of a slot has ended: it stays at its beginning, which attention always sees, until another enters."""
+        self.place.alive[slot], self.place.length[slot] = 0, 1
+
     def adopt(self, slots: list[int], other: State) -> None:
         """Takes over the rows of a state, which has no more slots of text than this one, as the given rows."""
         self.cache.adopt(slots, other.cache)

@@ -38,6 +38,8 @@ _probed: weakref.WeakKeyDictionary[nn.Module, tuple[_Kinds, tuple[list[LayerShap
     weakref.WeakKeyDictionary()
 )
 """What is known of a model, and where and in what dtype its weights were when it was found out."""
+_evaluated: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}
+"""How many want a module in evaluation mode, for streams may take turns, and the parts' modes before the first."""
 
 
 def packed_mask(
@@ -71,7 +73,7 @@ class Target:
         self.layers: tuple[int, ...] = tuple(layers)
         self._layers = _numbered(self.model, self.config, layers)
         self.vocab_size: int = self.config.vocab_size
-        self.context_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.context_length: int | None = _context_length(self.config)
         self.name: str | None = _public_name(self.model.config._name_or_path)
         self.revision: str | None = getattr(self.model.config, "_commit_hash", None)
         types = getattr(self.config, "layer_types", None)
@@ -84,7 +86,7 @@ class Target:
         kinds = [(one.device, one.dtype) for one in self.model.parameters()]
         with Turn(self.model):
             if self.model not in _probed or _probed[self.model][0] != kinds:
-                with torch.no_grad(), self.evaluating():
+                with torch.no_grad(), self.evaluating(), torch.autocast(self.device.type, enabled=False):
                     _probed[self.model] = kinds, self._probe()
         self._shapes, self.head_alone, self.packs = _probed[self.model][1]
         """`head_alone`: `logits` asks the output head and nothing else.  `packs`: trees are verified by kernels."""
@@ -342,26 +344,23 @@ class Target:
         return RedrafterError(f"{type(self.model).__name__} cannot verify draft trees: {reason}.")
 
 
-_evaluated: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()
-"""How often `evaluating` was entered for a module and not left yet, and whether it was training before."""
-
-
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Modules in evaluation mode; put back as they were by the last that leaves, in whatever order."""
+    """Modules in evaluation mode; each of their parts is put back when the last that asked for it leaves."""
     for module in modules:
-        entered, before = _evaluated.get(module, (0, module.training))
-        _evaluated[module] = entered + 1, before
+        users, before = _evaluated.get(module) or (0, [(part, part.training) for part in module.modules()])
+        _evaluated[module] = users + 1, before
         module.eval()
     try:
         yield
     finally:
         for module in modules:
-            entered, before = _evaluated.pop(module)
-            if entered > 1:
-                _evaluated[module] = entered - 1, before
-            else:
-                module.train(before)
+            users, before = _evaluated.pop(module)
+            if users > 1:
+                _evaluated[module] = users - 1, before
+                continue
+            for part, training in before:
+                part.training = training
 
 
 def _unwrapped(model: Any) -> PreTrainedModel:
@@ -394,6 +393,19 @@ def _refuse_by_structure(model: PreTrainedModel, config: Any) -> None:
         reason = f"its attention implementation {attention} takes no tree mask; load it with attn_implementation='sdpa'"
     if reason is not None:
         raise RedrafterError(f"{type(model).__name__} cannot verify draft trees: {reason}.")
+
+
+def _context_length(config: Any) -> int | None:
+    """Positions in which a text depends on nothing but itself; None where the config does not say.
+
+    With longrope (arXiv 2402.13753) a run beyond the original context takes other frequencies for every position of
+    every row, so that a draft, or a neighbour, would change a text before any of it gets there.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]  # one for all layers, or for each type
+    short = [one.get("original_max_position_embeddings") for one in kinds if one.get("rope_type") == "longrope"]
+    lengths = [getattr(config, "max_position_embeddings", None), *short]
+    return min((one for one in lengths if one is not None), default=None)
 
 
 def _decoder_layers(model: PreTrainedModel, config: Any) -> list[nn.Module]:

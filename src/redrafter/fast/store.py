@@ -34,6 +34,6 @@ def _(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -
 
 
 def scatter(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
-    """The plain way."""
+    """The plain way, also for states that autocast has rounded."""
     for buffer, states in ((keys, key), (values, value)):
-        buffer.scatter_(2, slots[:, None, :, None].expand_as(states), states)
+        buffer.scatter_(2, slots[:, None, :, None].expand_as(states), states.to(buffer.dtype))
