@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import Given, greedy, tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, TwoModel, decoding, generate, stream
+from redrafter import EagleHead, RecurrentDrafter, RedrafterError, TwoModel, decoding, generate, stream
 from redrafter import step as stepping
 from redrafter.proposers import Memoryless
 from redrafter.request import request
@@ -438,6 +438,21 @@ def test_processors_see_no_text_beyond_its_end(reason):
     out = generate(MODEL, Given(oracle), [prompt], logits_processor=[Watch()], **told)
     assert (out.new_tokens, out.finish_reasons) == ([new[:count]], [reason])
     assert seen == [new[:i] for i in range(count)]
+
+
+def test_what_was_not_chosen_after_an_end_is_in_no_later_text():
+    """A head that reads a prompt reads what stands behind it, too: there a row ended before in the same slot."""
+    model = tiny_model(vocab_size=9)
+    torch.manual_seed(0)
+    head = EagleHead.fresh(model, beam_width=8, beam_length=3)
+    told = {"max_new_tokens": 12, "batch_size": 1, "no_repeat_ngram_size": 5}  # so that nodes are walked one by one
+    new = generate(model, None, [[5]], **told).new_tokens[0]
+    places = [i for i in range(1, 10) if new[i] not in new[:i]]
+    assert len(places) > 2
+    for place in places:
+        prompts = [[5], [4] * (place + 2)]  # which ends right before what follows the first row's end
+        plain = generate(model, None, prompts, eos_token_id=new[place], **told)
+        assert generate(model, head, prompts, eos_token_id=new[place], **told).new_tokens == plain.new_tokens
 
 
 def test_what_cannot_be_chosen_after_an_end_is_no_error():

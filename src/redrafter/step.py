@@ -67,7 +67,8 @@ class Emission:
     """All that the host reads of a step: for each row the numbers of drafted tokens accepted and of those
     drafted, `following`, and whether each of those is sound."""
     following: Int[Tensor, "B path"]
-    """Accepted drafted tokens, then the target's own next one; what comes after it is not defined."""
+    """Accepted drafted tokens, then the target's own next one; what comes after it, or after an end token, is not
+    defined."""
     path: Int[Tensor, "B path"]
     """The node after which each token was chosen."""
     choice: Choice
@@ -92,7 +93,8 @@ def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: Sta
         state.cache.keep(path, place.length)
     emitted = _emission(accepted, tree.valid.sum(dim=1) - 1, path, choice, logits)
     index = torch.arange(length + 1, device=path.device)
-    place.text.scatter_(1, place.length[:, None] + 1 + index, emitted.following)
+    written = emitted.following.clamp(min=0)  # -1 where a lazy walk broke off at the end of a text
+    place.text.scatter_(1, place.length[:, None] + 1 + index, written)
     along = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
     state.context.copy_(_latest(state.context, along, accepted))
     place.length.add_(place.alive * (accepted + 1))
