@@ -93,7 +93,9 @@ def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: Sta
         state.cache.keep(path, place.length)
     emitted = _emission(accepted, tree.valid.sum(dim=1) - 1, path, choice, logits)
     index = torch.arange(length + 1, device=path.device)
-    written = emitted.following.clamp(min=0)  # -1 where a lazy walk broke off at the end of a text
+    written = emitted.following
+    if sampler.lazy:
+        written = written.clamp(min=0)  # -1 where the walk broke off at the end of a text
     place.text.scatter_(1, place.length[:, None] + 1 + index, written)
     along = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
     state.context.copy_(_latest(state.context, along, accepted))
