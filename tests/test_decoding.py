@@ -486,6 +486,21 @@ def test_a_row_that_ended_troubles_no_other():
         assert generate(model, drafter, prompts, eos_token_id=end, **told).new_tokens == [[end], plain]
 
 
+def test_a_row_that_ended_stays_where_it_is(monkeypatch):
+    stood = []
+    step = decoding.step
+
+    def watched(target, proposer, sampler, state):
+        emitted = step(target, proposer, sampler, state)
+        stood.extend(state.place.length[state.place.alive == 0].tolist())
+        return emitted
+
+    monkeypatch.setattr(decoding, "step", watched)
+    end = greedy(MODEL, MANY[2], 12)[3]
+    generate(MODEL, TwoModel(MODEL), MANY, max_new_tokens=12, eos_token_id=end)
+    assert stood == [1] * len(stood) != []
+
+
 def test_no_slot_idles_while_a_prompt_waits(monkeypatch):
     alive, entered = [], []
     step, admit = decoding.step, decoding.admit
