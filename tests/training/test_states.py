@@ -170,7 +170,7 @@ def test_processes_share_the_files_and_run_a_divided_target_equally_often(tmp_pa
         found.compute(lambda _: None, process=number, processes=2, together=together)
         assert found.missing == []
 
-    monkeypatch.setattr(module.torch.distributed, "barrier", threading.Barrier(2).wait)
+    monkeypatch.setattr(module.torch.distributed, "barrier", threading.Barrier(2, timeout=60).wait)
     with ThreadPoolExecutor() as pool:
         list(pool.map(process, runs))
     assert {path.name: path.read_bytes() for path in (tmp_path / "shared").iterdir()} == {
