@@ -105,10 +105,15 @@ def test_an_upload_sends_the_drafter_alone(drafter_folder, tmp_path, monkeypatch
     (folder / "checkpoints").mkdir()
     sent = []
 
+    class ConnectError(Exception):
+        """As of a library that asks the network."""
+
     class Api:
         def create_repo(self, name, exist_ok):
             if name == "someone/forbidden":
                 raise HFValidationError("you may not.\nMore words")
+            if name == "someone/far":
+                raise ConnectError("No such host")
             return RepoUrl(f"https://huggingface.co/{name}")
 
         def upload_folder(self, *, repo_id, folder_path, allow_patterns):
@@ -124,3 +129,5 @@ def test_an_upload_sends_the_drafter_alone(drafter_folder, tmp_path, monkeypatch
         hub.push(folder, "someone/forbidden")
     with pytest.raises(RedrafterError, match=r"^Nothing could be uploaded to someone/forbidden: you may not"):
         hub.reserve("someone/forbidden")
+    with pytest.raises(RedrafterError, match=r"^Nothing could be uploaded to someone/far: No such host\.$"):
+        hub.reserve("someone/far")

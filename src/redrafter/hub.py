@@ -170,11 +170,9 @@ def push(folder: Path, name: str) -> str:
 @contextmanager
 def _asked(refused: str) -> Iterator[None]:
     """Raises RedrafterError, with what the hub says, where it refuses or is out of reach."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's own, or of whichever library asks the network
         raise RedrafterError(f"{refused}: {reason(error)}.") from error
 
 
