@@ -212,7 +212,7 @@ def test_layers_that_are_not_there_are_refused(llama, layers):
 
 def test_a_cache_that_does_not_fit_is_refused_with_the_arithmetic(monkeypatch):
     target = Target(tiny_model())  # two layers of two heads of 8 numbers, keys and values, 4 bytes: 256 bytes a token
-    monkeypatch.setattr("redrafter.target.memory_left", lambda device: 2**30)
+    monkeypatch.setattr("redrafter.memory.memory_left", lambda device: 2**30)
     target.new_cache(batch=1, slots=100)
     with pytest.raises(
         RedrafterError, match=r"4 x 2,000,000 tokens take 1.91 GiB, 0.2 KiB a token in 2 layers, and 1.00"

@@ -86,6 +86,10 @@ def _of_a_file(file: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{file} line {number}", line
 
 
+def _lacks_a_package(source: object) -> RedrafterError:
+    return RedrafterError(f"{source} needs a package more: pip install datasets.")
+
+
 def _open(file: Path) -> IO[str]:
     if file.suffix == ".gz":
         return gzip.open(file, "rt", encoding="utf-8")
@@ -95,7 +99,7 @@ def _open(file: Path) -> IO[str]:
         try:
             import pyarrow
         except ImportError:
-            raise RedrafterError(f"{file} needs a package more: pip install datasets.") from None
+            raise _lacks_a_package(file) from None
         return io.TextIOWrapper(pyarrow.input_stream(str(file), compression="zstd"), encoding="utf-8")
     return file.open(encoding="utf-8")
 
@@ -104,7 +108,7 @@ def _of_parquet(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise RedrafterError(f"{file} needs a package more: pip install datasets.") from None
+        raise _lacks_a_package(file) from None
     number = 0
     try:
         with parquet.ParquetFile(file) as table:
@@ -120,7 +124,7 @@ def _of_the_hub(source: str) -> Iterator[tuple[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise RedrafterError(f"{source} needs a package more: pip install datasets.") from None
+        raise _lacks_a_package(source) from None
     name, _, split = source.partition(":")
     try:
         for number, row in enumerate(load_dataset(name, split=split or "train", streaming=True), start=1):

@@ -72,7 +72,7 @@ def custom_generate(
     _refuse(input_ids, attention_mask, model_kwargs)
     config = generation_config
     longest = min((one.max_length for one in stopping_criteria if type(one) is MaxLengthCriteria), default=None)
-    told = [one.eos_token_id.tolist() for one in stopping_criteria if type(one) is EosTokenCriteria]
+    ends = [end for one in stopping_criteria if type(one) is EosTokenCriteria for end in one.eos_token_id.tolist()]
     out = generate(
         model,
         drafter,
@@ -81,7 +81,7 @@ def custom_generate(
         streamer=text_streamer,
         generation_config=_alone(config),
         max_new_tokens=max(1, (longest or config.max_length) - input_ids.shape[1]),
-        eos_token_id=[end for ends in told for end in ends],
+        eos_token_id=ends,
         batch_size=batch_size,
         beam_width=beam_width,
         beam_length=beam_length,

@@ -24,6 +24,17 @@ def memory_left(device: torch.device) -> int | None:
     return None
 
 
+def check_left(device: torch.device, needed: int, what: str, remedy: str, *, arithmetic: str = "") -> None:
+    """Raises RedrafterError, with the remedy, where the device has not so many bytes left for what takes them.
+
+    `arithmetic`: how the number comes about, after a comma.
+    """
+    left = memory_left(device)
+    if left is not None and needed > left:
+        room = f"{left / 2**30:.2f} GiB are left on {device}"
+        raise RedrafterError(f"{what} take {needed / 2**30:.2f} GiB{arithmetic}, and {room}: {remedy}.")
+
+
 @contextmanager
 def within_memory(device: torch.device, remedy: str) -> Iterator[None]:
     """Raises RedrafterError, with the remedy, where the device's memory runs out meanwhile."""

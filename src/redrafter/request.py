@@ -56,7 +56,6 @@ class Request:
     rows: list[Row]
     batch: int
     """Rows decoded together at most."""
-    ends: frozenset[int]
     criteria: list[StoppingCriteria]
     tokenizer: PreTrainedTokenizerBase | None
     pad: int
@@ -66,6 +65,11 @@ class Request:
     """Whether a step is to be captured, where it can be, and weights merged or packed."""
     compile: bool
     """Whether the target's layers are to be compiled."""
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens with which a row ends."""
+        return self.sampler.ends
 
     @property
     def length(self) -> int:
@@ -147,7 +151,6 @@ def request(
         sampler,
         rows,
         batch=batch,
-        ends=ends,
         criteria=_criteria(config, tokenizer, _called("stopping_criteria", stopping_criteria)),
         tokenizer=tokenizer,
         pad=config.pad_token_id or 0,

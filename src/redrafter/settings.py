@@ -128,8 +128,8 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 """Fields that mean nothing in greedy decoding."""
 
 
-WHOLE = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "num_return_sequences")
-"""Fields that count."""
+COUNTS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "num_return_sequences")
+"""Fields that hold whole numbers."""
 
 
 def check_numbers(values: Mapping[str, Any], *, whole: bool = False) -> None:
@@ -165,7 +165,7 @@ def resolve(model: PreTrainedModel, config: GenerationConfig | None, told: dict[
             for other in lengths:
                 if other != name and other not in told:
                     setattr(resolved, other, None)
-    check_numbers({name: getattr(resolved, name) for name in WHOLE}, whole=True)
+    check_numbers({name: getattr(resolved, name) for name in COUNTS}, whole=True)
     check_numbers({name: getattr(resolved, name, None) for name in (*SAMPLING, "max_time")})
     _refuse(resolved, told)
     if resolved.min_new_tokens is not None:  # as in transformers

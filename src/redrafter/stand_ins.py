@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
-from redrafter.memory import memory_left
+from redrafter.memory import check_left
 
 
 def _llama(
@@ -48,12 +48,12 @@ def random_model(shape: str, *, dtype: torch.dtype, device: torch.device) -> Pre
     config = LlamaConfig(**SHAPES[shape])
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
-    needed, left = sum(one.nbytes for one in model.parameters()), memory_left(device)
-    if left is not None and needed > left:
-        raise RedrafterError(
-            f"The weights of {shape} in {str(dtype).removeprefix('torch.')} take {needed / 2**30:.2f} GiB, and "
-            f"{left / 2**30:.2f} GiB are left on {device}: choose a smaller shape, or a dtype of fewer bits."
-        )
+    check_left(
+        device,
+        sum(one.nbytes for one in model.parameters()),
+        f"The weights of {shape} in {str(dtype).removeprefix('torch.')}",
+        "choose a smaller shape, or a dtype of fewer bits",
+    )
     model.to_empty(device=device)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its tables are no weights

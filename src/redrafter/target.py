@@ -25,7 +25,7 @@ from redrafter.config import HeadConfig
 from redrafter.errors import RedrafterError
 from redrafter.fast import has_kernels
 from redrafter.fast.attention import NAME, packed, register
-from redrafter.memory import memory_left
+from redrafter.memory import check_left
 from redrafter.tree import DraftTree, ancestors_of, chain, tree_mask
 from redrafter.turns import Turn
 
@@ -102,13 +102,13 @@ class Target:
         Raises RedrafterError, with the arithmetic, where the device has not so much left.
         """
         rows = sum(one.heads * (one.key_size + one.value_size) * one.dtype.itemsize for one in self._shapes)
-        needed, left = batch * slots * rows, memory_left(self.device)
-        if left is not None and needed > left:
-            raise RedrafterError(
-                f"Keys and values of {batch} x {slots:,} tokens take {needed / 2**30:.2f} GiB, {rows / 2**10:,.1f} KiB "
-                f"a token in {len(self._shapes)} layers, and {left / 2**30:.2f} GiB are left on {self.device}: lower "
-                "batch_size or max_new_tokens."
-            )
+        check_left(
+            self.device,
+            batch * slots * rows,
+            f"Keys and values of {batch} x {slots:,} tokens",
+            "lower batch_size or max_new_tokens",
+            arithmetic=f", {rows / 2**10:,.1f} KiB a token in {len(self._shapes)} layers",
+        )
         return SlotCache(self._shapes, batch=batch, slots=slots)
 
     def forward(
