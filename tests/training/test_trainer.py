@@ -126,6 +126,7 @@ def test_a_run_does_not_go_on_after_rows_that_it_has_not_seen(tmp_path, monkeypa
     if "WORLD_SIZE" in changed:
         monkeypatch.setattr(trainer, "_processes", lambda: 2)
     told = {name: value for name, value in changed.items() if name not in ("rows", "WORLD_SIZE")}
+    monkeypatch.setattr(trainer, "Target", lambda *_: pytest.fail("it was told late"))
     with pytest.raises(RedrafterError, match=f"was begun with {sentence}: go on as it was begun"):
         run(MODEL, fresh(), rows, tmp_path, replace(recipe, **told), resume=True)
 
@@ -226,6 +227,16 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_a_step(tmp_path,
     ):
         run(MODEL, fresh(), own_text(4), tmp_path / "new" / "one", Recipe(max_steps=1), resume=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_that_are_there_need_no_more_of_the_disk(tmp_path, monkeypatch):
+    rows, recipe = own_text(4), Recipe(max_steps=6, save_steps=2)
+    begun(rows, tmp_path, recipe, monkeypatch, until=4)
+    three = 9 * sum(one.nbytes for one in fresh().parameters())
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: SimpleNamespace(free=three - 1))
+    run(MODEL, fresh(), rows, tmp_path, recipe, resume=True)
+    with pytest.raises(RedrafterError, match="GiB are free there"):
+        run(MODEL, fresh(), rows, tmp_path / "new", recipe, resume=False)
 
 
 def test_of_several_gpus_a_process_takes_the_one_that_its_model_is_on(tmp_path, monkeypatch):

@@ -261,6 +261,9 @@ def run(
         raise RedrafterError(f"There is no checkpoint to resume from in {checkpoints}.")
     if not resume and latest is not None:
         raise RedrafterError(f"{output} holds an unfinished run: pass --resume, or another --output.")
+    order = _order(rows, recipe)
+    if resume:
+        _refuse_another_order(checkpoints / ORDER, order)
     if any(row.continuations for row in rows) and recipe.objective.of_distribution:
         raise RedrafterError("Rows with continuations know no distribution: train on them with cross-entropy alone.")
     if any(row.continuations for row in rows) and drafter.reads_text:
@@ -307,10 +310,7 @@ def run(
         process, processes = trainer.args.process_index, trainer.args.world_size
         states.compute(tell, process=process, processes=processes, together=is_sharded(target.model))
         trainer.data_collator = partial(collate, states=states)
-    order = _order(rows, recipe)
-    if resume:
-        _refuse_another_order(checkpoints / ORDER, order)
-    elif trainer.is_world_process_zero():
+    if not resume and trainer.is_world_process_zero():
         (checkpoints / ORDER).write_text(json.dumps(order), encoding="utf-8")
     with within_memory(drafter.device, remedy):
         result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
@@ -352,9 +352,10 @@ def _check_place(taken: torch.device, device: torch.device) -> None:
 
 
 def _check_disk(checkpoints: Path, drafter: Head) -> None:
-    """Raises RedrafterError where a third checkpoint, written before the first is removed, would not fit."""
+    """Raises RedrafterError where the checkpoints to be written before the first is removed would not fit."""
     there = next(folder for folder in (checkpoints, *checkpoints.resolve().parents) if folder.exists())
-    needed = KEPT * 3 * sum(one.nbytes for one in drafter.parameters())  # AdamW keeps two moments
+    more = KEPT - len(list(checkpoints.glob("checkpoint-*")))
+    needed = more * 3 * sum(one.nbytes for one in drafter.parameters())  # AdamW keeps two moments
     free = shutil.disk_usage(there).free
     if needed > free:
         told = f"{needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free there"
