@@ -29,7 +29,8 @@ def plain_noise(seed: int, position: int, token: int) -> float:
     h = (((h ^ h >> 16) * 0x85EBCA6B) + key) & M32
     h = ((h ^ h >> 13) * 0xC2B2AE35) & M32
     h ^= h >> 16
-    return -math.log(-math.log(((h >> 9) + 0.5) / 2**23))
+    high, low = (h ^ 1 << 31) >> 9, h & 511
+    return -math.log(-math.log(1 - high / 2**23) + (512 - low) / 2**32)
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 10**6), st.integers(1, 300))
@@ -60,10 +61,40 @@ def test_the_noise_is_gumbel_along_every_axis(along):
 
 
 def test_the_noise_is_always_a_number():
-    noise = gumbel(torch.arange(64), torch.arange(8).expand(64, 8), 2**16)  # 2**25 draws of 2**23 values
+    noise = gumbel(torch.arange(64), torch.arange(8).expand(64, 8), 2**16)  # 2**25 draws
     assert noise.isfinite().all()
-    assert -2.9 < noise.min() < -2.7
-    assert 15 < noise.max() < 16.7
+    assert -2.8 < noise.min() < -2.6
+    assert 15 < noise.max() < 22.2  # the largest of so many is below 15 with odds of exp(-10)
+
+
+def test_the_tail_is_exponential_at_full_resolution():
+    """Of n values of exp(-noise), as many lie below a limit as should, and they differ.
+
+    Poisson counts within 4 standard deviations: odds of a false alarm below 1e-4 for each limit.
+    """
+    vocabulary, blocks = 2**17, 8
+    found = []
+    for block in range(blocks):
+        exponential = (-gumbel(torch.tensor([11]), torch.arange(64)[None] + 64 * block, vocabulary)).exp()
+        found.append(exponential[exponential < 1e-4])
+    smallest = torch.cat(found)
+    for limit in (1e-4, 1e-5, 1e-6, 2e-7):  # 23 bits are multiples of 1.2e-7
+        expected = vocabulary * 64 * blocks * limit
+        assert abs(int((smallest < limit).sum()) - expected) < 4 * math.sqrt(expected)
+    smallest = smallest[smallest < 1e-6]  # about 67 of 4,295 steps of 2**-32: half a pair coincides
+    assert len(smallest.unique()) > len(smallest) - 6  # Poisson(0.52): 1e-5
+
+
+def test_tokens_of_little_probability_are_drawn_as_often_as_they_should_be():
+    """131,071 tokens share 3 in 1,000.  A count from Poisson(12) lies outside 3 to 25 with odds below 1e-3."""
+    vocabulary, rest, draws = 2**17, 3e-3, 4_000
+    scores = torch.full((vocabulary,), math.log(rest / (vocabulary - 1)))
+    scores[0] = math.log(1 - rest)
+    drawn = [
+        (gumbel(torch.tensor([1234]), torch.arange(start, start + 40)[None], vocabulary)[0] + scores).argmax(dim=-1)
+        for start in range(0, draws, 40)
+    ]
+    assert 3 <= torch.cat(drawn).ne(0).sum() <= 25
 
 
 def test_seed_and_position_do_not_stand_for_each_other():
