@@ -216,6 +216,31 @@ class Given:
         return self.given
 
 
+def random_tree(batch: int, size: int, *, vocabulary: int, malformed: bool, generator: torch.Generator):
+    """Trees in which siblings may be equal and nodes come in any order; malformed ones contradict themselves."""
+    from redrafter.tree import DraftTree, ancestors_of
+
+    def draw(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, high, shape, generator=generator)
+
+    parents = torch.zeros((batch, size), dtype=torch.long)
+    depth = torch.zeros_like(parents)
+    for row in range(batch):
+        order = [0, *(1 + torch.randperm(size - 1, generator=generator)).tolist()]
+        for place, node in enumerate(order[1:], start=1):
+            parents[row, node] = order[int(draw(place, 1))]
+            depth[row, node] = depth[row, parents[row, node]] + 1
+    ancestors = ancestors_of(parents, max_depth=size)
+    valid = draw(6, batch, size) > 0
+    tokens = draw(vocabulary, batch, size)
+    if malformed:  # about one field in eight, the root's too
+        wrong = draw(8, batch, size) == 0
+        parents = torch.where(wrong, draw(3 * size, batch, size) - size, parents)
+        depth = torch.where(draw(8, batch, size) == 0, draw(2 * size, batch, size) - 2, depth)
+        ancestors = ancestors ^ (draw(8 * size, batch, size, size) == 0)
+    return DraftTree(tokens, parents, depth, valid, ancestors)
+
+
 def rooted(root: torch.Tensor):
     """Where drafts begin that ask for nothing of the text but its last token."""
     from redrafter.sampling import Place

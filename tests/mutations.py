@@ -24,16 +24,22 @@ TESTS += ["tests/proposers"]
 
 MUTATIONS = {
     "walk: a node is held against the choice at itself": (
-        "verify.py", "choice.gather(1, tree.parents)", "choice",
+        "verify.py", "choice.gather(1, parents)", "choice",
     ),
     "walk: a node is kept whatever lies above it": (
-        "verify.py", "(matches[:, None] | ~tree.ancestors).all(dim=2)", "matches",
+        "verify.py", "(matches[:, None] | ~tree.ancestors).all(dim=2) & matches", "matches",
     ),
     "walk: padding is kept": (
-        "verify.py", ".all(dim=2) & tree.valid", ".all(dim=2)",
+        "tree.py", "inside = (self.parents == parents) & self.valid", "inside = self.parents == parents",
     ),
     "walk: the last drafted token is not counted": (
-        "verify.py", "accepted.sum(dim=1) - 1", "(accepted.sum(dim=1) - 2).clamp(min=0)",
+        "verify.py", "tree.depth.gather(1, last)[:, 0], -1)", "tree.depth.gather(1, last)[:, 0] // 2, -1)",
+    ),
+    "walk: nodes of another depth or other ancestors are kept": (
+        "verify.py", "matches = tree.consistent()", "matches = tree.valid",
+    ),
+    "walk: equal siblings are counted twice": (
+        "verify.py", "torch.where(accepted[:, 0], tree.depth.gather(1, last)[:, 0], -1)", "accepted.sum(dim=1) - 1",
     ),
     "noise: by the node's number, not its depth": (
         "sampling.py",

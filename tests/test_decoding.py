@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
@@ -11,7 +12,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Given, greedy, tiny_model
+from conftest import Given, greedy, random_tree, tiny_model
 from redrafter import EagleHead, RecurrentDrafter, RedrafterError, TwoModel, decoding, generate, stream
 from redrafter import step as stepping
 from redrafter.proposers import Memoryless
@@ -54,7 +55,78 @@ class Oracle(Memoryless):
         return fold(place.root, torch.where(spoilt, (beams + 1) % self.vocabulary, beams))
 
 
+class AnyTree(Memoryless):
+    """Proposes random trees, malformed ones too, whose tokens are mostly what the model writes at their depth."""
+
+    modules, positions = (), 1
+
+    def __init__(self, texts: list[list[int]], *, size: int, length: int, malformed: bool, seed: int):
+        self.texts, self.size, self.length, self.malformed = texts, size, length, malformed
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def propose(self, memory, place, context, draw):
+        batch = len(place.row)
+        tree = random_tree(batch, self.size, vocabulary=80, malformed=self.malformed, generator=self.generator)
+        tokens = tree.tokens - 8  # some lie outside the vocabulary of 64
+        for row, (number, length) in enumerate(zip(place.row.tolist(), place.length.tolist(), strict=True)):
+            rest = torch.tensor([*self.texts[number][length:], 0])
+            known = torch.rand(self.size, generator=self.generator) < 0.8
+            tokens[row] = torch.where(known, rest[tree.depth[row].clamp(0, len(rest) - 1)], tokens[row])
+        if self.malformed:  # an own root that is wrong is reported, not decoded
+            tree.depth[:, 0], tree.ancestors[:, 0] = 0, torch.arange(self.size) == 0
+        return dataclasses.replace(tree, tokens=tokens)
+
+
 prompts_strategy = st.lists(st.lists(st.integers(3, 60), min_size=1, max_size=12), min_size=1, max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.booleans(),
+    st.sampled_from([{}, {"do_sample": True, "seed": 3}, {"no_repeat_ngram_size": 2}, {"repetition_penalty": 1.3}]),
+    st.integers(0, 2**31),
+)
+def test_any_tree_gives_the_same_text(size, length, malformed, options, seed):
+    """Equal siblings, invalid nodes between others, wrong parents, depths, ancestors and tokens."""
+    prompts, count = [[5, 9, 12], [7], [8, 8, 4, 3]], 12
+    expected = generate(MODEL, None, prompts, max_new_tokens=count, **options)
+    texts = [prompt + new for prompt, new in zip(prompts, expected.new_tokens, strict=True)]
+    proposer = AnyTree(texts, size=size, length=length, malformed=malformed, seed=seed)
+    found = generate(MODEL, Given(proposer), prompts, max_new_tokens=count, **options)
+    assert found.new_tokens == expected.new_tokens
+    if size > 8 and not malformed:
+        assert found.stats.accepted > 0
+
+
+@pytest.mark.parametrize("field", ["depth", "ancestors"])
+def test_a_malformed_root_is_an_error(field):
+    class Wrong(AnyTree):
+        def propose(self, *arguments):
+            tree = super().propose(*arguments)
+            getattr(tree, field)[:, 0] = 1
+            return tree
+
+    with pytest.raises(RedrafterError, match="malformed tree for row 0"):
+        generate(MODEL, Given(Wrong([[5, 9]], size=4, length=2, malformed=False, seed=0)), [[5, 9]], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("wrong", ["size", "rows", "type"])
+def test_a_tree_of_another_form_is_an_error(wrong):
+    class Wrong(AnyTree):
+        def propose(self, *arguments):
+            tree = super().propose(*arguments)
+            if wrong == "size":
+                self.size -= 1
+                return tree
+            if wrong == "rows":
+                fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+                return type(tree)(**{name: torch.cat((value, value)) for name, value in fields.items()})
+            return dataclasses.replace(tree, depth=tree.depth.int())
+
+    with pytest.raises(RedrafterError, match="tree"):
+        generate(MODEL, Given(Wrong([[5, 9]], size=4, length=2, malformed=False, seed=0)), [[5, 9]], max_new_tokens=4)
 
 
 @settings(max_examples=25)

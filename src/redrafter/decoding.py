@@ -295,6 +295,11 @@ class _Writing:
         tokens, sound = following[: len(following) // 2], following[len(following) // 2 :]
         tokens = tokens[: min(accepted + 1, self.left)]
         begin = len(self.row.prompt) + self.row.budget - self.left
+        if accepted < 0:
+            raise RedrafterError(
+                f"The proposer returned a malformed tree for row {self.row.number}, position {begin}: node 0 must have "
+                "depth 0 and no ancestor but itself."
+            )
         reason: FinishReason | None = None
         for count, token in enumerate(tokens, start=1):
             if not sound[count - 1]:

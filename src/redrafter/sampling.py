@@ -171,11 +171,12 @@ class Sampler:
         alive = place.alive.tolist()
         tokens = torch.where(place.alive[:, None] == 1, -1, 0).expand(tree.tokens.shape).clone()
         sound = torch.ones_like(tokens)
-        lengths, rows, valid = place.length.tolist(), place.row.tolist(), tree.valid.sum(dim=1).tolist()
+        lengths, rows, consistent = place.length.tolist(), place.row.tolist(), tree.consistent().tolist()
         parents, drafted = tree.parents.tolist(), tree.tokens.tolist()
         for slot in (slot for slot in range(len(rows)) if alive[slot]):
             text = place.text[slot, : lengths[slot] + 1]
-            children = {(parents[slot][n], drafted[slot][n]): n for n in range(1, valid[slot])}
+            nodes = [n for n in range(tree.size - 1, 0, -1) if consistent[slot][n]]
+            children = {(parents[slot][n], drafted[slot][n]): n for n in nodes}  # of equal siblings the first
             processors = self.processors[rows[slot] if len(self.processors) > 1 else 0]
             node: int | None = 0
             depth = 0

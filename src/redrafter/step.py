@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from redrafter.cache import SlotCache
+from redrafter.errors import RedrafterError
 from redrafter.proposers import Proposer
 from redrafter.request import Row
 from redrafter.sampling import Choice, Place, Sampler
@@ -83,7 +84,12 @@ def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: Sta
     if proposer is None:
         tree = chain(place.root[:, None])
     else:
-        tree = proposer.propose(state.memory, place, state.context, draw)
+        proposed = proposer.propose(state.memory, place, state.context, draw)
+        if proposed.size > proposer.size:
+            raise RedrafterError(
+                f"{type(proposer).__name__} proposed a tree of {proposed.size} nodes, more than its size {proposer.size}."
+            )
+        tree = proposed.bounded(place.root, length=length, vocabulary=target.vocab_size)
     if target.device.type == "cpu":
         tree = tree.trimmed()
     hidden, logits = target.forward(tree, place.length, state.cache)
@@ -91,7 +97,7 @@ def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: Sta
     path, accepted = walk(tree, choice.tokens, length=length)
     if length:  # a path of the root alone already sits where it belongs
         state.cache.keep(path, place.length)
-    emitted = _emission(accepted, tree.valid.sum(dim=1) - 1, path, choice, logits)
+    emitted = _emission(accepted, tree.valid[:, 1:].sum(dim=1), path, choice, logits)
     index = torch.arange(length + 1, device=path.device)
     written = emitted.following
     if sampler.lazy:

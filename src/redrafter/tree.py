@@ -1,19 +1,21 @@
 """Draft trees: what is proposed in one step, as fixed-shape tensors on the device.
 
 Dynamic tree attention (arXiv 2403.09919, section 3.3): beams that share a prefix are folded into one prefix tree by
-tensor operations at run time.  Promises: node 0 is the root, parents come before children, siblings hold different
-tokens, padding nodes come last.  Does not know who proposed the tokens, nor the target.
+tensor operations at run time.  The functions here promise: node 0 is the root, parents come before children, siblings
+hold different tokens, padding nodes come last.  A proposer may build trees of its own for which none of this holds:
+decoding keeps only nodes that are `consistent`.  Does not know who proposed the tokens, nor the target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redrafter.errors import RedrafterError
 from redrafter.fast import has_kernels
 
 MOST_BEAMS, MOST_DEPTHS, MOST_CANDIDATES = 64, 16, 1 << 14
@@ -38,9 +40,48 @@ class DraftTree:
         """N, nodes counting the root and padding."""
         return self.tokens.shape[1]
 
+    def consistent(self) -> Bool[Tensor, "B N"]:
+        """Valid nodes whose depth and ancestors are those of their parent with the node itself added.
+
+        The root counts where it has depth 0 and no ancestor but itself.  A node that is consistent, and all of whose
+        ancestors are, lies on a chain of parents that begins at the root.
+        """
+        parents = self.parents.clamp(0, self.size - 1)
+        node = torch.arange(self.size, device=parents.device)
+        root = node == 0
+        inside = (self.parents == parents) & self.valid
+        below = (self.depth == self.depth.gather(1, parents) + 1) & inside
+        itself = node[:, None] == node
+        inherited = self.ancestors.gather(1, parents[..., None].expand_as(self.ancestors)) | (
+            parents[..., None] == node
+        )
+        expected = itself | (inherited & ~root[:, None])
+        return torch.where(root, self.depth == 0, below) & (self.ancestors == expected).all(dim=2)
+
+    def bounded(self, root: Int[Tensor, " B"], *, length: int, vocabulary: int) -> DraftTree:
+        """The same trees with this root and values that can be looked up, whatever a proposer returned.
+
+        Raises RedrafterError for fields of wrong shapes or types.
+        """
+        batch, size = len(root), self.size
+        shapes = {name: (batch, size) for name in ("tokens", "parents", "depth", "valid")} | {
+            "ancestors": (batch, size, size)
+        }
+        for name, shape in shapes.items():
+            field: Tensor = getattr(self, name)
+            dtype = torch.bool if name in ("valid", "ancestors") else torch.long
+            if (field.shape, field.dtype, field.device) != (shape, dtype, root.device):
+                raise RedrafterError(
+                    f"The proposer's tree has {name} of shape {tuple(field.shape)} and {field.dtype} on "
+                    f"{field.device}; expected {shape} and {dtype} on {root.device}."
+                )
+        tokens = torch.cat((root[:, None], self.tokens[:, 1:].clamp(0, vocabulary - 1)), dim=1)
+        return replace(self, tokens=tokens, depth=self.depth.clamp(0, length))
+
     def trimmed(self) -> DraftTree:
         """The same trees without the padding that no row needs.  Reads the device: for the CPU, where it is free."""
-        size = int(self.valid.sum(dim=1).max())
+        node = torch.arange(self.size, device=self.valid.device)
+        size = 1 + int((self.valid * node).max())
         if size == self.size:
             return self
         return DraftTree(

@@ -1,7 +1,8 @@
 """Which drafted tokens the target would have written itself.
 
-Acceptance is exact for any tree: every emitted token is the target's own choice, and a drafted token is kept only where
-it equals that choice.  Does not know how the choices were made.
+Acceptance is exact for every tree that a proposer may return.  Each written token is the target's own choice, and a
+drafted token is kept only if it equals that choice and the target saw exactly the path above it.  A node whose fields
+contradict its parent's is never kept.  Does not know how the choices were made.
 """
 
 from __future__ import annotations
@@ -10,24 +11,44 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from redrafter.fast import has_kernels
 from redrafter.tree import DraftTree
+
+MAX_KERNEL_NODES = 128
+"""The largest tree that the kernel walks; it holds the tree's ancestor matrix in registers."""
 
 
 def walk(
     tree: DraftTree, choice: Int[Tensor, "B N"], *, length: int
 ) -> tuple[Int[Tensor, "B path"], Int[Tensor, " B"]]:
-    """From the root, descend while the target's choice is a child.
+    """The longest path from the root along which every token is the target's choice.
 
-    `choice[b, n]` is the token the target writes after node n; `length` bounds the depth of the trees.  Returns the
-    nodes of the accepted path by depth (`path = length + 1`; entry 0 is the root, entries past the path's end are 0)
-    and the number of drafted tokens accepted.
+    `choice[b, n]` is the token the target writes after node n; `length` bounds the depth of the nodes that are kept.
+    Returns the nodes of the path by depth (`path = length + 1`; entry 0 is the root, entries past the path's end are
+    0) and the number of drafted tokens accepted, which is -1 where the root itself is malformed: depth and ancestors
+    other than its own mean that the target did not choose after the text.
 
-    Siblings differ, so at most one node of each depth matches all the way up.
+    Siblings may hold the same token.  Of paths of equal length the one that ends at the smallest node is returned.
     """
-    matches = tree.tokens == choice.gather(1, tree.parents)
-    matches[:, 0] = True
-    accepted = (matches[:, None] | ~tree.ancestors).all(dim=2) & tree.valid
-    nodes = torch.arange(tree.size, device=choice.device).expand_as(choice)
-    place = torch.where(accepted, tree.depth, length + 1)
-    path = choice.new_zeros((choice.shape[0], length + 2)).scatter_(1, place, nodes)[:, : length + 1]
-    return path, accepted.sum(dim=1) - 1
+    if not has_kernels(choice.device) or tree.size > MAX_KERNEL_NODES:
+        return plain_walk(tree, choice, length=length)
+    from redrafter.fast.kernels import verify
+
+    with torch.cuda.device_of(choice):
+        return verify.walk(tree.tokens, tree.parents, tree.depth, tree.valid, tree.ancestors, choice, length)
+
+
+def plain_walk(
+    tree: DraftTree, choice: Int[Tensor, "B N"], *, length: int
+) -> tuple[Int[Tensor, "B path"], Int[Tensor, " B"]]:
+    """As `walk`, on any device."""
+    size = tree.size
+    node = torch.arange(size, device=choice.device)
+    parents = tree.parents.clamp(0, size - 1)
+    matches = tree.consistent() & (tree.depth <= length) & ((node == 0) | (tree.tokens == choice.gather(1, parents)))
+    accepted = (matches[:, None] | ~tree.ancestors).all(dim=2) & matches
+    last = torch.where(accepted, tree.depth * size - node, -size).argmax(dim=1, keepdim=True)  # deepest, then smallest
+    on_path = tree.ancestors.gather(1, last[..., None].expand(-1, 1, size))[:, 0] & accepted
+    place = torch.where(on_path, tree.depth, length + 1)
+    path = choice.new_zeros((len(choice), length + 2)).scatter_(1, place, node.expand_as(choice))[:, : length + 1]
+    return path, torch.where(accepted[:, 0], tree.depth.gather(1, last)[:, 0], -1)
