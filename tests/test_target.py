@@ -110,15 +110,6 @@ def test_a_model_that_was_converted_is_probed_anew():
 
 
 @torch.no_grad()
-def test_evaluation_mode_is_lent_and_given_back():
-    model = tiny_model(attention_dropout=0.5).train()
-    target = Target(model)
-    assert model.training
-    with target.evaluating():
-        assert not model.training
-    assert model.training
-
-
 def config_for(target: Target, /, **changes) -> DrafterConfig:
     sizes = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
     return DrafterConfig(**(sizes | changes))

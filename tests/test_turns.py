@@ -6,12 +6,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 import torch
 
 from conftest import tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, TwoModel, generate, stream
-from redrafter.target import evaluating
 from redrafter.turns import Turn
 
 PROMPTS = [[5, 9, 12], [7], [8, 8, 4, 3], list(range(3, 30))]
@@ -62,18 +60,3 @@ def test_threads_that_share_a_model_write_what_each_writes_alone():
         assert all(pool.map(write, range(48)))
     assert all(module.training for module in model.modules())
     assert {type(module) for module in model.modules()} == {type(module) for module in tiny_model().modules()}
-
-
-def test_the_last_that_leaves_puts_a_module_back():
-    model = tiny_model().train()
-    first, second = evaluating(model), evaluating(model)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert not model.training, "someone is still at it"
-    second.__exit__(None, None, None)
-    assert model.training
-    assert all(module.training for module in model.modules())
-    with evaluating(model), pytest.raises(KeyError), evaluating(model):
-        raise KeyError
-    assert model.training

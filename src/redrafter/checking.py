@@ -99,7 +99,7 @@ def parting(
     asked = request(model, None, prompts, **settings)
     text = torch.tensor([prompts[row] + one[:position]], device=asked.target.device)
     with torch.inference_mode():
-        logits = asked.target.model(input_ids=text, use_cache=False).logits[:, -1:]
+        logits = asked.target.module(input_ids=text, use_cache=False).logits[:, -1:]
         place = Place(
             row=torch.tensor([row], device=text.device),
             seed=torch.tensor([asked.rows[row].seed], device=text.device),

@@ -10,7 +10,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -24,13 +23,13 @@ from transformers.generation.streamers import BaseStreamer
 from redrafter.errors import RedrafterError
 from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
-from redrafter.fast.packed import quicker
+from redrafter.fast.packed import optimize_linears
+from redrafter.isolation import original
 from redrafter.memory import within_memory
 from redrafter.proposers import Method
 from redrafter.request import Request, Row, request
 from redrafter.results import Event, FinishReason, Generation, Stats, finished
 from redrafter.step import Emission, State, admit, empty, step
-from redrafter.target import evaluating
 from redrafter.text import with_text
 from redrafter.turns import Turn
 
@@ -79,7 +78,8 @@ def path_of(model: nn.Module) -> dict[str, str]:
     """How a model's steps are decoded on its device, in words, found out by taking a few of them."""
     asked = request(model, None, [[0]], max_new_tokens=6)
     state = empty(asked.target, None, batch=1, slots=16)
-    with _stepping(asked, state) as (advance, turn), turn, torch.inference_mode():
+    advance, turn = _stepping(asked, state)
+    with turn, torch.inference_mode():
         admit(asked.target, None, asked.sampler, state, [0], asked.rows)
         for _ in range(4):
             state.see(16)
@@ -132,8 +132,13 @@ def _stream(asked: Request) -> Iterator[Event]:
 def _within_memory(asked: Request) -> Iterator[Event]:
     """The events; memory that runs out is told with what to lower."""
     remedy = f"lower batch_size (now {asked.batch}), max_new_tokens or the beams that are drafted"
-    with within_memory(asked.target.device, remedy):
-        yield from _events(asked)
+    events = _events(asked)
+    while True:
+        with within_memory(asked.target.device, remedy):  # left before each event, which the caller may never ask for
+            event = next(events, None)
+        if event is None:
+            return
+        yield event
 
 
 def _fed(streamer: BaseStreamer, asked: Request) -> Iterator[Event]:
@@ -159,44 +164,44 @@ def _events(asked: Request) -> Iterator[Event]:
     taken: dict[int, _Writing] = {}
     flying: deque[_Flight] = deque()
     took = math.inf  # of the last step that was waited for, seconds
-    with _stepping(asked, state) as (advance, turn):
-        while True:
-            entering = dict(zip((slot for slot in range(asked.batch) if slot not in taken), waiting, strict=False))
-            with turn, torch.inference_mode():
-                if entering:
-                    rows = {slot: _Writing(row, slot, row.budget, len(row.prompt)) for slot, row in entering.items()}
-                    taken |= rows
-                    emitted = admit(target, proposer, sampler, state, list(entering), list(entering.values()))
-                    flight = _Flight(list(enumerate(rows.values())), emitted, emitted.report)
-                elif taken:
-                    begun, most = time.perf_counter(), 2 if _runs_ahead(asked, advance, took) else 1
-                    while len(flying) < most:
-                        unread = len(flying) * (asked.length + 1)  # tokens, at most
-                        if flying and all(one.left <= unread for one in taken.values()):
-                            break
-                        captured = advance.refused is None  # then what it sees cannot grow with the text
-                        seen = max(one.committed for one in taken.values()) + unread + size
-                        state.see(slots if captured else seen)
-                        flying.append(_Flight.launched(taken, advance()))
-                    flight = flying.popleft()
-                else:
-                    return
-            reports = flight.read()
-            if not entering and most == 1:
-                took = time.perf_counter() - begun
-            events = []
-            for place, one in flight.rows:
-                if taken.get(one.slot) is not one:
-                    continue  # ended by the step before
-                event = one.event(asked, reports[place], state.place.text, flight.emitted, place)
-                one.committed += 0 if entering else reports[place][0] + 1
-                if event.finish_reason is not None:
-                    del taken[one.slot]
-                    with torch.inference_mode():
-                        state.end(one.slot)
-                events.append(event)
-            del flight  # its logits are not kept while the caller looks at the events
-            yield from events
+    advance, turn = _stepping(asked, state)
+    while True:
+        entering = dict(zip((slot for slot in range(asked.batch) if slot not in taken), waiting, strict=False))
+        with turn, torch.inference_mode():
+            if entering:
+                rows = {slot: _Writing(row, slot, row.budget, len(row.prompt)) for slot, row in entering.items()}
+                taken |= rows
+                emitted = admit(target, proposer, sampler, state, list(entering), list(entering.values()))
+                flight = _Flight(list(enumerate(rows.values())), emitted, emitted.report)
+            elif taken:
+                begun, most = time.perf_counter(), 2 if _runs_ahead(asked, advance, took) else 1
+                while len(flying) < most:
+                    unread = len(flying) * (asked.length + 1)  # tokens, at most
+                    if flying and all(one.left <= unread for one in taken.values()):
+                        break
+                    captured = advance.refused is None  # then what it sees cannot grow with the text
+                    seen = max(one.committed for one in taken.values()) + unread + size
+                    state.see(slots if captured else seen)
+                    flying.append(_Flight.launched(taken, advance()))
+                flight = flying.popleft()
+            else:
+                return
+        reports = flight.read()
+        if not entering and most == 1:
+            took = time.perf_counter() - begun
+        events = []
+        for place, one in flight.rows:
+            if taken.get(one.slot) is not one:
+                continue  # ended by the step before
+            event = one.event(asked, reports[place], state.place.text, flight.emitted, place)
+            one.committed += 0 if entering else reports[place][0] + 1
+            if event.finish_reason is not None:
+                del taken[one.slot]
+                with torch.inference_mode():
+                    state.end(one.slot)
+            events.append(event)
+        del flight  # its logits are not kept while the caller looks at the events
+        yield from events
 
 
 def _runs_ahead(asked: Request, advance: Captured[Emission], took: float) -> bool:
@@ -204,48 +209,37 @@ def _runs_ahead(asked: Request, advance: Captured[Emission], took: float) -> boo
     return took < BRIEF and advance.replaying and not asked.output_scores and not asked.output_logits
 
 
-@contextmanager
-def _stepping(asked: Request, state: State) -> Iterator[tuple[Captured[Emission], Turn]]:
-    """The step of a call, made as fast as it was asked to be, and the turn to take it in, as other threads may run the
-    model too; the model is as it was when this is left.
+def _stepping(asked: Request, state: State) -> tuple[Captured[Emission], Turn]:
+    """The step of a call, optimized as the call allows, and the lock to run it under.
 
-    Raises RedrafterError where somebody moves the model meanwhile.
+    Only the call's own copies of the models are changed.  Two calls do not run a model at the same time all the same:
+    modules may keep state of their own, as those that accelerate offloads do.
     """
     target, proposer = asked.target, asked.proposer
-    drafters = proposer.modules if proposer else ()
-    models = dict.fromkeys((target.model, *drafters))  # a model may draft for itself
-    turn = Turn(*models)
-    if proposer is not None and asked.fast:
-        with turn:
-            proposer = proposer.quickened()
+    models = (target.module, *(proposer.modules if proposer else ()))
+    lock = Turn(*map(original, models))
     layers = target.decoder_layers if asked.compile else []
     if layers:
         of_any_length(state.cache)
 
-    def plain() -> Emission:
+    def places() -> list[int]:
+        return [next(chain(one.parameters(), one.buffers())).data_ptr() for one in models]
+
+    def run() -> Emission:
         with compiled(layers):
             return step(target, proposer, asked.sampler, state)
 
-    def places() -> list[int]:
-        heads = (next(chain(one.parameters(), one.buffers())) for one in drafters)
-        return [target.embed.weight.data_ptr(), *(one.data_ptr() for one in heads)]
-
-    began = places()
     wanted = asked.fast and not asked.sampler.lazy
-    advance = Captured(plain, target.device, wanted=wanted, valid=lambda: places() == began)
+    advance = Captured(run, target.device, wanted=wanted, valid=lambda: places() == began)
     if advance.refused is None and len({one.device for model in models for one in model.parameters()}) > 1:
         advance.refuse("the model lies on several devices")
-    captured = advance.refused is None
-    with ExitStack() as changed:
-        with turn:
-            changed.enter_context(evaluating(*models))
-            if asked.fast:
-                changed.enter_context(quicker(*models, captured=captured))
-        try:
-            yield advance, turn
-        finally:
-            with turn:
-                changed.close()
+    with lock:
+        if asked.fast:
+            optimize_linears(*models, captured=advance.refused is None)
+        if asked.fast and proposer is not None:
+            proposer = proposer.quickened()
+    began = places()  # merging moves weights
+    return advance, lock
 
 
 @dataclass(frozen=True)

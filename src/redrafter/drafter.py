@@ -21,6 +21,7 @@ from redrafter.fast.eight import EightBit
 from redrafter.fast.merged import unchanged
 from redrafter.fast.product import activated, fused, product
 from redrafter.head import Head
+from redrafter.isolation import isolated
 
 if TYPE_CHECKING:
     from redrafter.proposers import RecurrentProposer
@@ -181,7 +182,7 @@ class RecurrentDrafter(Head):
         from redrafter.proposers.recurrent import RecurrentProposer
 
         self.check(target, width, length, budget)
-        return RecurrentProposer(self, target, width, length, budget) if length else None
+        return RecurrentProposer(isolated(self), target, width, length, budget) if length else None
 
     def unrolled(
         self, features: Float[Tensor, "C features"], embeddings: Float[Tensor, "C length hidden"]

@@ -23,6 +23,7 @@ from redrafter.cache import LayerShape, SlotCache
 from redrafter.config import EagleConfig
 from redrafter.fast.attention import NAME, register
 from redrafter.head import Head
+from redrafter.isolation import isolated
 from redrafter.target import packed_mask
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class EagleHead(Head):
         from redrafter.proposers.eagle import EagleProposer
 
         self.check(target, width, length, budget)
-        return EagleProposer(self, target, width, length, budget) if length else None
+        return EagleProposer(isolated(self), target, width, length, budget) if length else None
 
     def new_cache(self, *, batch: int, slots: int) -> SlotCache:
         """Memory for its layer's keys and values."""

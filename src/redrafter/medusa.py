@@ -20,6 +20,7 @@ from redrafter.config import MOST_NODES, MedusaConfig
 from redrafter.drafter import ResidualBlock
 from redrafter.errors import RedrafterError
 from redrafter.head import Head
+from redrafter.isolation import isolated
 
 if TYPE_CHECKING:
     from redrafter.proposers.medusa import MedusaProposer
@@ -96,7 +97,7 @@ class MedusaHeads(Head):
         ).to(target.device)
         if draft_vocabulary is not None:
             made.draft_only(draft_vocabulary, target)
-        with torch.no_grad(), target.evaluating():  # by columns, so that it holds for any layer that is linear
+        with torch.no_grad():  # by columns, so that it holds for any layer that is linear
             basis = torch.eye(target.hidden_size, dtype=target.dtype, device=target.device)
             weight = (target.logits(basis) - target.logits(torch.zeros_like(basis[:1]))).T
             weight = weight if made.draft_vocabulary is None else weight[made.draft_vocabulary]
@@ -129,7 +130,7 @@ class MedusaHeads(Head):
         self.check(target, width, length, budget)
         if length > self.config.heads:
             raise RedrafterError(f"beam_length must be at most {self.config.heads}, as there are heads, not {length}.")
-        return MedusaProposer(self, width, length, budget) if length else None
+        return MedusaProposer(isolated(self), width, length, budget) if length else None
 
 
 def cartesian_nodes(ranks: Sequence[int], heads: int) -> int:

@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from redrafter.config import DecodingShape, counted
 from redrafter.errors import RedrafterError
 from redrafter.fast.compiled import compiled, of_any_length
 from redrafter.fast.graph import Captured
-from redrafter.fast.packed import quicker
+from redrafter.fast.packed import optimize_linears
 from redrafter.memory import within_memory
 from redrafter.proposers import Method, Proposer
 from redrafter.request import Request
@@ -100,15 +99,13 @@ class Bench:
     target: Target
     drafter: Method | None
     """None for autoregressive steps alone."""
-    modules: Sequence[nn.Module]
-    """Whose layers a draft runs, the target's aside."""
     sampler: Sampler
     state: State
     context: int
     """Tokens of each row in the cache."""
     repeats: int
-    compile: bool
-    """Whether the target's layers are compiled."""
+    layers: Sequence[nn.Module]
+    """Those of the target that are compiled."""
 
     @classmethod
     def of(
@@ -137,12 +134,15 @@ class Bench:
         context = len(rows[0].prompt)
         slots = context + 2 * reach  # a step writes the path's tokens where its nodes end
         proposer = max(made, key=lambda one: one.positions, default=None)  # the others see the last of its positions
-        with within_memory(target.device, _remedy(len(rows))), target.evaluating(), torch.inference_mode():
+        with within_memory(target.device, _remedy(len(rows))), torch.inference_mode():
             state = empty(target, proposer, batch=len(rows), slots=slots)
             prefill(target, proposer, sampler, rows, state)
             state.place.alive.zero_()  # so that no step leads on from where they stand
-        modules = proposer.modules if proposer else ()
-        return cls(target, drafter, modules, sampler, state, context, repeats, compile and target.packs)
+        optimize_linears(target.module, captured=target.device.type == "cuda")
+        layers = target.decoder_layers if compile and target.packs else []
+        if layers:
+            of_any_length(state.cache)
+        return cls(target, drafter, sampler, state, context, repeats, layers)
 
     @property
     def batch(self) -> int:
@@ -169,6 +169,7 @@ class Bench:
         found = None if self.drafter is None else self.drafter.proposer(self.target, *told)
         if found is None:
             raise RedrafterError("A length of 0 drafts nothing that could be timed.")
+        optimize_linears(*found.modules, captured=self.target.device.type == "cuda")
         return found.quickened()
 
     def _ready(self, shape: DecodingShape) -> tuple[Proposer, State]:
@@ -232,13 +233,7 @@ class Bench:
 
     def _timed(self, function: Callable[[], object], state: State, nodes: int) -> float:
         state.see(self.context + nodes)
-        layers = self.target.decoder_layers if self.compile else []
-        if layers:
-            of_any_length(self.state.cache)
-        captured = self.target.device.type == "cuda"
-        models = dict.fromkeys((self.target.model, *self.modules))  # a model may draft for itself
-        quick = quicker(*models, captured=captured)
-        with within_memory(self.target.device, _remedy(self.batch)), self.target.evaluating(), quick, compiled(layers):
+        with within_memory(self.target.device, _remedy(self.batch)), compiled(self.layers):
             return milliseconds(function, self.target.device, self.repeats)
 
 

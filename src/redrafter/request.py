@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     TopPLogitsWarper,
@@ -140,7 +139,7 @@ def request(
     ]
     extra = _called("logits_processor", logits_processor)
     penalties = (presence_penalty or 0.0, frequency_penalty or 0.0)
-    sampler = _sampler(target.model, config, rows, extra, prefix_allowed_tokens_fn, penalties)
+    sampler = _sampler(target, config, rows, extra, prefix_allowed_tokens_fn, penalties)
     if target.context_length is not None:  # the last token written is never read again, so it needs no position
         room = target.context_length + 1
         rows = [replace(row, budget=min(row.budget, room - len(row.prompt))) for row in rows]
@@ -261,7 +260,7 @@ def _ids_within(told: Any) -> Iterator[int]:
 
 
 def _sampler(
-    model: PreTrainedModel,
+    target: Target,
     config: GenerationConfig,
     rows: list[Row],
     extra: list[LogitsProcessor],
@@ -269,15 +268,15 @@ def _sampler(
     penalties: tuple[float, float],
 ) -> Sampler:
     """transformers' own processors, for each row as if it were alone; one list for all where they heed no text."""
-    sampler = Sampler(bool(config.do_sample), [_processors(model, config, rows[0], extra, allowed, penalties)])
+    sampler = Sampler(bool(config.do_sample), [_processors(target, config, rows[0], extra, allowed, penalties)])
     if not sampler.lazy:
         return sampler
-    every = [_processors(model, config, row, extra, allowed, penalties) for row in rows]
+    every = [_processors(target, config, row, extra, allowed, penalties) for row in rows]
     return Sampler(sampler.do_sample, every)
 
 
 def _processors(
-    model: PreTrainedModel,
+    target: Target,
     config: GenerationConfig,
     row: Row,
     extra: list[LogitsProcessor],
@@ -288,16 +287,16 @@ def _processors(
     config.max_length = len(row.prompt) + row.budget
     config.num_beams = 1
     ends = sorted(ends_of(config))
-    config._eos_token_tensor = torch.tensor(ends, device=model.device) if ends else None
+    config._eos_token_tensor = torch.tensor(ends, device=target.device) if ends else None
     own = [OccurrencePenalty(len(row.prompt), *penalties)] if any(penalties) else []
     try:
-        processors = model._get_logits_processor(
+        processors = target.model._get_logits_processor(
             config,
             input_ids_seq_length=len(row.prompt),
-            encoder_input_ids=torch.tensor([row.prompt], device=model.device),
+            encoder_input_ids=torch.tensor([row.prompt], device=target.device),
             prefix_allowed_tokens_fn=None if allowed is None else lambda _, text: allowed(row.number, text),
             logits_processor=[*own, *extra],
-            device=model.device,
+            device=target.device,
         )
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise RedrafterError(f"transformers refuses a setting: {str(error).strip().rstrip('.')}.") from error

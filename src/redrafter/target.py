@@ -2,7 +2,8 @@
 
 Promises the model's own logits, and the hidden state that its output head reads, at every node of a tree; refuses a
 model for which it cannot, with the reason.  Uses the public forward alone, so quantised, sharded and adapted models
-work alike.  Does not know how trees are made nor what is kept of them.
+work alike.  Runs a copy of the modules that shares their weights (`redrafter.isolation`): the caller's model is never
+changed, and its training mode does not matter.  Does not know how trees are made nor what is kept of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from redrafter.config import HeadConfig
 from redrafter.errors import RedrafterError
 from redrafter.fast import has_kernels
 from redrafter.fast.attention import NAME, packed, register
+from redrafter.isolation import isolated
 from redrafter.memory import check_left
 from redrafter.tree import DraftTree, ancestors_of, chain, tree_mask
 from redrafter.turns import Turn
@@ -38,8 +40,6 @@ _probed: weakref.WeakKeyDictionary[nn.Module, tuple[_Kinds, tuple[list[LayerShap
     weakref.WeakKeyDictionary()
 )
 """What is known of a model, and where and in what dtype its weights were when it was found out."""
-_evaluated: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}
-"""How many want a module in evaluation mode, for streams may take turns, and the parts' modes before the first."""
 
 
 def packed_mask(
@@ -62,16 +62,19 @@ class Target:
         RedrafterError where the model cannot verify trees or lacks such a layer.
         """
         self.model = _unwrapped(model)
-        self.config: Any = self.model.config.get_text_config()
-        _refuse_by_structure(self.model, self.config)
-        self.head: nn.Module = self.model.get_output_embeddings()
-        self.embed: nn.Embedding = self.model.get_input_embeddings()
-        self.device: torch.device = self.embed.weight.device
+        """The caller's, which is never run here."""
+        _refuse_by_structure(self.model, self.model.config.get_text_config())
+        self.module: PreTrainedModel = isolated(self.model)
+        """The copy that runs, in evaluation mode; it may be changed."""
+        self.config: Any = self.module.config.get_text_config()
+        self.head: nn.Module = self.module.get_output_embeddings()
+        self.embed: nn.Embedding = self.module.get_input_embeddings()
+        self.device: torch.device = _device(self.embed)
         self.dtype: torch.dtype = self.model.dtype
         self.hidden_size: int = self.config.hidden_size
         self.state_size: int = (1 + len(layers)) * self.hidden_size
         self.layers: tuple[int, ...] = tuple(layers)
-        self._layers = _numbered(self.model, self.config, layers)
+        self._layers = _numbered(self.module, self.config, layers)
         self.vocab_size: int = self.config.vocab_size
         self.context_length: int | None = _context_length(self.config)
         self.name: str | None = _public_name(self.model.config._name_or_path)
@@ -86,7 +89,7 @@ class Target:
         kinds = [(one.device, one.dtype) for one in self.model.parameters()]
         with Turn(self.model):
             if self.model not in _probed or _probed[self.model][0] != kinds:
-                with torch.no_grad(), self.evaluating(), torch.autocast(self.device.type, enabled=False):
+                with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                     _probed[self.model] = kinds, self._probe()
         self._shapes, self.head_alone, self.packs = _probed[self.model][1]
         """`head_alone`: `logits` asks the output head and nothing else.  `packs`: trees are verified by kernels."""
@@ -94,7 +97,7 @@ class Target:
     @property
     def decoder_layers(self) -> list[nn.Module]:
         """All of them, first to last; empty where they were not found."""
-        return _decoder_layers(self.model, self.config)
+        return _decoder_layers(self.module, self.config)
 
     def new_cache(self, *, batch: int, slots: int) -> SlotCache:
         """Memory for `batch` rows of `slots` positions each, all of it at once.
@@ -162,7 +165,7 @@ class Target:
             position = position.clamp(max=self.context_length - 1)
         cache.window.slots = slots
         with self._states(select) as captured:
-            output = self.model(
+            output = self.module(
                 input_ids=tokens,
                 position_ids=position,
                 attention_mask=masks,
@@ -186,7 +189,7 @@ class Target:
         if bool((segments > 1).any()):
             mask = self._masks(partial(packed_mask, segments, positions))
         with self._states(torch.zeros_like(input_ids[:, :1])) as captured:
-            self.model(
+            self.module(
                 input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=positions,
@@ -198,8 +201,8 @@ class Target:
         """The model's own logits, scaled or capped as the family does, from what its output head reads."""
 
         if self.head_alone:
-            weight: Tensor = self.head.weight  # type: ignore[assignment]
-            return self.head(hidden.to(weight.device, self.dtype)).to(self.device)  # type: ignore[no-any-return]
+            device = _device(self.head)
+            return self.head(hidden.to(device, self.dtype)).to(self.device)  # type: ignore[no-any-return]
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (hidden[None].to(args[0]), *args[1:])
@@ -207,7 +210,7 @@ class Target:
         handle = self.head.register_forward_pre_hook(hook)
         try:  # one token runs through the layers only to reach the head
             token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
-            return self.model(input_ids=token, use_cache=False).logits[0].to(self.device)  # type: ignore[no-any-return]
+            return self.module(input_ids=token, use_cache=False).logits[0].to(self.device)  # type: ignore[no-any-return]
         finally:
             handle.remove()
 
@@ -225,12 +228,6 @@ class Target:
                 f"This drafter was made for {made_for}, not for {this}; if they are one model under two names, "
                 f'set "target" in the drafter\'s config.json to "{_base_name(self.name)}".'
             )
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """The model in evaluation mode, so that dropout changes no text; put back afterwards."""
-        with evaluating(self.model):
-            yield
 
     @contextmanager
     def _states(self, select: Int[Tensor, "B M"] | None) -> Iterator[list[Tensor]]:
@@ -293,7 +290,7 @@ class Target:
         expected = []
         for prompt in prompts:
             with self._states(None) as captured:
-                output = self.model(input_ids=torch.cat((prompt, ids[5:7]))[None], use_cache=True)
+                output = self.module(input_ids=torch.cat((prompt, ids[5:7]))[None], use_cache=True)
             if not captured:
                 raise self._refusal("its output head is not called as a module, so its input cannot be read")
             expected.append(captured[-1][0, -1].to(self.device))
@@ -344,25 +341,6 @@ class Target:
         return RedrafterError(f"{type(self.model).__name__} cannot verify draft trees: {reason}.")
 
 
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Modules in evaluation mode; each of their parts is put back when the last that asked for it leaves."""
-    for module in modules:
-        users, before = _evaluated.get(module) or (0, [(part, part.training) for part in module.modules()])
-        _evaluated[module] = users + 1, before
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in modules:
-            users, before = _evaluated.pop(module)
-            if users > 1:
-                _evaluated[module] = users - 1, before
-                continue
-            for part, training in before:
-                part.training = training
-
-
 def _unwrapped(model: Any) -> PreTrainedModel:
     """The model of transformers inside PEFT's wrapper; adapters live in its layers and stay in effect."""
     if hasattr(model, "get_base_model"):
@@ -393,6 +371,13 @@ def _refuse_by_structure(model: PreTrainedModel, config: Any) -> None:
         reason = f"its attention implementation {attention} takes no tree mask; load it with attn_implementation='sdpa'"
     if reason is not None:
         raise RedrafterError(f"{type(model).__name__} cannot verify draft trees: {reason}.")
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where a layer computes; accelerate keeps weights that it offloads on the meta device between calls."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return weight.device if weight.device.type != "meta" or device is None else torch.device(device)
 
 
 def _context_length(config: Any) -> int | None:

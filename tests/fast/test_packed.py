@@ -1,8 +1,9 @@
-"""Packed weights give the text of plain ones, follow every change of theirs, and leave the model as it was."""
+"""Packed weights give the text of plain ones, follow every change of theirs, and leave the caller's model untouched."""
 
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 from conftest import greedy, tiny_model
 from redrafter import RecurrentDrafter, generate
 from redrafter.fast import packed as module
-from redrafter.fast.packed import packed
+from redrafter.fast.packed import pack
+from redrafter.isolation import isolated
 
 PROMPT = [5, 9, 12, 3]
 pytestmark = pytest.mark.skipif(not module._works(), reason="packs on x86 CPUs with oneDNN alone")
@@ -22,71 +24,96 @@ def logits(model, tokens=PROMPT):
         return model(torch.tensor([tokens])).logits
 
 
+def packed(model):
+    """A copy whose products are packed, and their number."""
+    own = isolated(model)
+    return own, pack(own)
+
+
+@pytest.fixture
+def packings(monkeypatch):
+    """The weights that are packed, in order."""
+    reorder, found = torch.ops.mkldnn._reorder_linear_weight, []
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda x: found.append(x) or reorder(x))
+    return found
+
+
 @pytest.mark.parametrize(("family", "products"), [("llama", 9), ("qwen2", 9), ("gemma2", 9), ("phi3", 9), ("gpt2", 1)])
 def test_the_text_is_the_same(family, products):
     model = tiny_model(family)
     expected, before = greedy(model, PROMPT, 12), logits(model)
-    with torch.no_grad(), packed(model) as found:
-        assert found == products  # q, k and v; output; gate and up; down; in two layers, and the head
-        torch.testing.assert_close(logits(model), before)
-        assert greedy(model, PROMPT, 12) == expected
+    own, found = packed(model)
+    assert found == products  # q, k and v; output; gate and up; down; in two layers, and the head
+    torch.testing.assert_close(logits(own), before)
+    assert greedy(own, PROMPT, 12) == expected
 
 
-def test_decoding_multiplies_packed_weights_unless_told_not_to(monkeypatch):
+def test_decoding_multiplies_packed_weights_unless_told_not_to(packings):
     model = tiny_model()
-    drafter, products = RecurrentDrafter.for_target(model, beam_width=3, beam_length=3), []
-    product = module._Packed.product
-    monkeypatch.setattr(module._Packed, "product", lambda self, x: products.append(self) or product(self, x))
-    packed_text = generate(model, drafter, [PROMPT], max_new_tokens=12).new_tokens
-    modules = {one() for group in products for one in group.parts}
-    assert model.lm_head in modules
-    assert drafter.lm_head[-1] in modules
-    products.clear()
-    assert generate(model, drafter, [PROMPT], max_new_tokens=12, fast=False).new_tokens == packed_text
-    assert not products
+    drafter = RecurrentDrafter.for_target(model, beam_width=3, beam_length=3)
+    plain = generate(model, drafter, [PROMPT], max_new_tokens=12, fast=False).new_tokens
+    assert not packings
+    assert generate(model, drafter, [PROMPT], max_new_tokens=12).new_tokens == plain
+    shapes = [tuple(one.shape) for one in packings]
+    assert tuple(model.lm_head.weight.shape) in shapes
+    assert tuple(drafter.lm_head[-1].weight.shape) in shapes
 
 
 def test_a_lone_row_is_the_models_own_product():
     model = tiny_model()
-    expected = logits(model, [7])
-    with packed(model):
-        assert torch.equal(logits(model, [7]), expected)
+    assert torch.equal(logits(packed(model)[0], [7]), logits(model, [7]))
 
 
-@pytest.mark.parametrize("change", ["in place", "past the count", "replaced", "bias"])
+def _permute_rows(attention) -> None:
+    attention.o_proj.weight.data[:] = attention.o_proj.weight.data.flip(0).clone()
+
+
+def _permute_columns(attention) -> None:
+    attention.o_proj.weight.data[:] = attention.o_proj.weight.data.flip(1).clone()
+
+
+def _swap(attention) -> None:
+    weight = attention.o_proj.weight.data
+    weight[0, 0], weight[3, 5] = weight[3, 5].item(), weight[0, 0].item()
+
+
+CHANGES = {
+    "in place": lambda attention: attention.o_proj.weight.mul_(3),
+    "past the count": lambda attention: attention.k_proj.weight.data.add_(0.5),
+    "replaced": lambda attention: setattr(attention.o_proj.weight, "data", torch.randn(32, 32)),
+    "bias": lambda attention: attention.v_proj.bias.data.add_(0.5),
+    "by numpy": lambda attention: attention.q_proj.weight.detach().numpy().__imul__(2),
+    "rows permuted": _permute_rows,
+    "columns permuted": _permute_columns,
+    "two elements swapped": _swap,
+    "another parameter": lambda attention: setattr(attention.o_proj, "weight", nn.Parameter(torch.randn(32, 32))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_weights_are_packed_again(change):
     model = tiny_model("qwen2")
-    with packed(model):
-        logits(model)
-    attention = model.model.layers[0].self_attn
+    logits(packed(model)[0])
     with torch.no_grad():
-        if change == "in place":
-            attention.o_proj.weight.mul_(3)
-        elif change == "past the count":
-            attention.k_proj.weight.data += 0.5
-        elif change == "replaced":
-            attention.o_proj.weight.data = torch.randn_like(attention.o_proj.weight)
-        else:
-            attention.v_proj.bias.data += 0.5
-    expected = logits(model)
-    with packed(model):
-        torch.testing.assert_close(logits(model), expected)
+        CHANGES[change](model.model.layers[0].self_attn)
+    torch.testing.assert_close(logits(packed(model)[0]), logits(model), rtol=1e-5, atol=1e-5)
 
 
-def test_unchanged_weights_are_packed_once(monkeypatch):
+def test_unchanged_weights_are_packed_once_and_freed_with_the_model(packings):
     model = tiny_model()
-    with packed(model):
-        pass
-    monkeypatch.setattr(torch, "cat", None)  # of weights, where they are packed
-    with packed(model):
-        pass
+    packed(model)
+    count, before = len(packings), len(module._kept)
+    assert count == packed(model)[1]
+    assert len(packings) == count
+    del model
+    gc.collect()
+    assert len(module._kept) == before - count
 
 
 def test_the_model_is_as_before():
     model = tiny_model("qwen2")
     before, places = copy.deepcopy(model.state_dict()), [one.data_ptr() for one in model.parameters()]
-    with packed(model):
-        logits(model)
+    logits(packed(model)[0])
     assert [one.data_ptr() for one in model.parameters()] == places
     assert not any("forward" in vars(layer) for layer in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -98,12 +125,9 @@ def test_what_cannot_be_packed_is_left_alone(monkeypatch):
 
     model = tiny_model()
     model.model.layers[0].self_attn.k_proj = Adapted(32, 16, bias=False)
-    with packed(model) as found:
-        assert found == 10  # q and v of that layer each by itself
-    with packed(tiny_model().bfloat16()) as found:
-        assert found == 0
-    with torch.autocast("cpu", torch.bfloat16), packed(model) as found:
-        assert found == 0
+    assert packed(model)[1] == 10  # q and v of that layer each by itself
+    assert packed(tiny_model().bfloat16())[1] == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed(model)[1] == 0
     monkeypatch.setattr(module, "LARGEST", 1000)
-    with packed(model) as found:
-        assert found == 0
+    assert packed(model)[1] == 0

@@ -1,7 +1,8 @@
 """The target's layers through torch.compile, which makes one kernel of each run of small operations.
 
-Promises the model as it was once it is left, and plain layers where torch cannot compile them, which is said once.  The
-first step of a shape takes seconds: layers that are alike share one code, so a model takes no longer than one layer.
+Sets the layers' forward while it lasts, so it is given copies (`redrafter.isolation`), and falls back to the plain
+layers where torch cannot compile them, with one warning.  The first step of a shape takes seconds: layers that are
+alike share one code, so a model takes no longer than one layer.
 What was compiled serves the process until it ends, and torch keeps it on disk for the next.  Does not know what else is
 made fast.
 """

@@ -11,9 +11,11 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from redrafter.errors import RedrafterError, first_line
 
@@ -26,6 +28,50 @@ _capturing = threading.Lock()
 def _side_stream(device: int) -> torch.cuda.Stream:
     """Of all captures, one at a time: torch keeps a workspace for products, 33 MiB on Hopper, for each stream used."""
     return torch.cuda.Stream(device)
+
+
+class Synchronizes(Exception):
+    """An operator makes the host wait for the device; the message names it."""
+
+
+class RefuseSynchronization(TorchDispatchMode):
+    """Raises Synchronizes at an operator of this thread that makes the host wait for a device of the given type.
+
+    Torch's own `set_sync_debug_mode` would raise errors in other threads too.
+    """
+
+    READERS = frozenset(
+        "_local_scalar_dense equal is_nonzero nonzero masked_select _unique2 unique_dim unique_consecutive bincount "
+        "histc repeat_interleave linalg_inv_ex linalg_solve_ex linalg_cholesky_ex linalg_eigh _linalg_eigh".split()
+    )
+    """Operators that read a result, or its size, whatever their arguments are."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self._type = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The operator's result."""
+        kwargs = kwargs or {}
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        here = any(one.device.type == self._type for one in tensors)
+        name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
+        if here and (name in self.READERS or self._selects(name, args)):
+            raise Synchronizes(name)
+        result = func(*args, **kwargs)
+        if name == "lift_fresh" and result.device.type == self._type:  # torch.tensor, whose copy no mode sees
+            raise Synchronizes("tensor")
+        if name in ("copy_", "_to_copy") and not kwargs.get("non_blocking", False):
+            kinds = {one.device.type for one in [*tensors, result] if isinstance(one, torch.Tensor)}
+            if len(kinds) > 1 and self._type in kinds:
+                raise Synchronizes(name)
+        return result
+
+    @staticmethod
+    def _selects(name: str, args: Any) -> bool:
+        """Whether it indexes by a mask, whose true entries are counted first."""
+        masks = tree_leaves(args[1]) if name in ("index", "index_put", "index_put_") else []
+        return any(isinstance(one, torch.Tensor) and one.dtype in (torch.bool, torch.uint8) for one in masks)
 
 
 class Captured(Generic[T]):
@@ -81,20 +127,13 @@ class Captured(Generic[T]):
         return self._capture()
 
     def _watched(self) -> T:
-        """A plain call that learns whether the function asks the device a question, which no capture survives."""
-        mode = torch.cuda.get_sync_debug_mode()
+        """A plain call that finds out whether the function waits for the device, which no capture survives."""
         try:
-            with warnings.catch_warnings():  # torch calls this mode a prototype
-                warnings.filterwarnings("ignore", "Synchronization debug mode")
-                torch.cuda.set_sync_debug_mode("error")
+            with RefuseSynchronization(self._device.type):
+                return self._function()
+        except Synchronizes as operator:
+            self.refuse(f"the model, or a processor, reads the device while it runs ({operator})")
             return self._function()
-        except RuntimeError as error:
-            if "synchroniz" not in str(error):
-                raise
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-        self.refuse("the model, or a processor, reads the device while it runs")
-        return self._function()
 
     def _capture(self) -> T:
         try:

@@ -1,18 +1,16 @@
-"""Linear layers that read one input, computed as one product while decoding lasts; large ones by a kernel of ours.
+"""Linear layers that read one input, computed as one product; large ones by a kernel of ours.
 
 A product of a few rows is bound by reading its weights, and a large matrix is read nearer to the memory's bandwidth
 than three small ones; where that was measured the kernel of `redrafter.fast.product` reads it nearer still.  Promises
-the sums of the separate products, in another order at most, and the model's modules and parameters as they were; the
-merged weights share one piece of memory from then on.  Leaves alone what is not a plain linear layer: quantised,
-adapted and offloaded ones.
+the sums of the separate products, in another order at most.  Changes the modules that it is given, so it is given
+copies (`redrafter.isolation`).  Their weights, which the caller's model shares, keep their values and lie in one piece
+of memory from then on.  Leaves alone what is not a plain linear layer: quantised, adapted and offloaded ones.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import ClassVar, Self, TypeGuard
+from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +34,13 @@ LARGE = 4_000_000
 """Numbers of a weight, at least, for the kernel; measured were 2 and 12 million, and more."""
 
 
-@contextmanager
-def merged(*models: nn.Module) -> Iterator[int]:
-    """Yields the number of products that are computed otherwise than by their layers until it is left."""
+def merge(*models: nn.Module) -> int:
+    """Makes the layers of these copies compute by groups; returns the number of products that are changed."""
     groups = [parts for model in models for parts in together(model)]
     groups += [[layer] for layer in apart(models, groups) if few(layer.weight)]
-    with entered([Group.of(parts) for parts in groups]) as count:
-        yield count
+    for parts in groups:
+        Group(parts).attach()
+    return len(groups)
 
 
 def few(weight: Tensor) -> int:
@@ -54,18 +52,6 @@ def few(weight: Tensor) -> int:
         return 0
     columns, inner = weight.shape
     return min(FEW, 1) if inner > LONG * columns else FEW
-
-
-@contextmanager
-def entered(groups: Sequence[Group]) -> Iterator[int]:
-    """The groups compute for their layers until it is left; yields their number."""
-    for group in groups:
-        group.enter()
-    try:
-        yield len(groups)
-    finally:
-        for group in groups:
-            group.leave()
 
 
 def together(model: nn.Module) -> list[list[nn.Linear]]:
@@ -99,63 +85,33 @@ def unchanged(layer: object) -> bool:
 
 
 class Group:
-    """Layers whose weights lie one after another.  Does not keep them alive."""
-
-    known: ClassVar[weakref.WeakKeyDictionary[nn.Module, Self]] = weakref.WeakKeyDictionary()
-
-    @classmethod
-    def of(cls, parts: list[nn.Linear]) -> Self:
-        """The layers' group; the same one each time, so that a CUDA graph or compiled code finds its weights again."""
-        group = cls.known.get(parts[0])
-        if group is None or [one() for one in group.parts] != parts:
-            group = cls.known[parts[0]] = cls(parts)
-        group.join(parts)
-        return group
+    """Layers whose products are computed as one, from weights that lie one after another."""
 
     def __init__(self, parts: list[nn.Linear]):
-        self.parts = [weakref.ref(part) for part in parts]
+        self.parts = parts
         self.sizes = [part.out_features for part in parts]
-        self.weight: Tensor
-        self.bias: Tensor | None = None
-        self.few = 0
+        self.bias = joined_bias(parts)
+        self.weight = self.joined_weight()
+        self.few = few(self.weight)
         self.read: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
 
-    def join(self, parts: list[nn.Linear]) -> None:
-        """Takes the weights as they are now."""
-        self.weight = _joined([part.weight for part in parts])
-        self.bias = joined_bias(parts, self.bias)
-        self.few = few(self.weight)
+    def joined_weight(self) -> Tensor:
+        """What `product` multiplies by."""
+        return _joined([part.weight for part in self.parts])
 
-    def enter(self) -> None:
-        """The layers give what `output` says."""
-        for place, one in enumerate(self.parts):
-            if (part := one()) is not None:
-                part.__class__ = _Part
-                vars(part).update(group=self, place=place)
-
-    def leave(self) -> None:
-        """The layers compute by themselves again."""
-        self.read, self.outputs = None, ()
-        for one in self.parts:
-            if (part := one()) is not None:
-                part.__class__ = nn.Linear
-                del part.group, part.place
-        self.release()
-
-    def release(self) -> None:
-        """Keeps no weights: the model may be moved, and its memory be wanted.
-
-        The biases stay, for a graph that another call captured meanwhile may read them, which have no other owner.
-        """
-        del self.weight
+    def attach(self) -> None:
+        """From now on the layers return what `output` computes."""
+        for place, part in enumerate(self.parts):
+            part.__class__ = _Part
+            vars(part).update(group=self, place=place)
 
     def product(self, input: Tensor) -> Tensor:
-        """What all layers give, one after another."""
+        """The outputs of all layers, one after another."""
         return product(input, self.weight, self.bias, few=self.few)
 
     def output(self, place: int, input: Tensor) -> Tensor:
-        """What the layer in this place gives; the first one that is asked computes for all."""
+        """The output of the layer in this place; the first call with an input computes those of all layers."""
         if self.read is not input:
             self.read = input
             self.outputs = self.product(input).split(self.sizes, dim=-1)
@@ -175,16 +131,12 @@ class _Part(nn.Linear):
         return self.group.output(self.place, input)
 
 
-def joined_bias(parts: Sequence[nn.Linear], kept: Tensor | None = None) -> Tensor | None:
-    """The layers' biases, one after another, in memory that was `kept` for them if they fit; of one layer its own."""
+def joined_bias(parts: Sequence[nn.Linear]) -> Tensor | None:
+    """The layers' biases, one after another; of one layer its own."""
     biases = [part.bias.detach() for part in parts if part.bias is not None]
     if len(biases) < 2:
         return biases[0] if biases else None
-    with torch.inference_mode(False):  # or what is kept could not be written outside of it
-        whole = torch.cat(biases)
-    if kept is None or (kept.shape, kept.dtype, kept.device) != (whole.shape, whole.dtype, whole.device):
-        return whole
-    return kept.copy_(whole)
+    return torch.cat(biases)
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:

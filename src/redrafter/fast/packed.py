@@ -1,39 +1,46 @@
-"""Linear layers on a CPU, their weights laid out as the product reads them, while decoding lasts.
+"""Linear layers on a CPU, their weights laid out as the product reads them.
 
 A product of a few rows in float32 first brings the whole weight into the order that its inner loops read, which takes
 longer than the rest of it.  Here oneDNN does so once, and layers that read one input are one product, as in `merged`.
-Promises the sums of the separate products, in another order at most, and the model's modules and parameters untouched.
-What is packed takes the weights' memory once more, so nothing is packed of what is larger than `LARGEST`.  Leaves alone
-what is not a plain linear layer in float32 on an x86 CPU.
+Promises the sums of the separate products, in another order at most.  Changes the modules that it is given, so it is
+given copies (`redrafter.isolation`); the weights are not touched.  Packed weights take the weights' memory once more,
+so nothing is packed of what is larger than `LARGEST`, and are kept for the next call as long as the weights live and
+hold what they held.  Leaves alone what is not a plain linear layer in float32 on an x86 CPU.
 """
 
 from __future__ import annotations
 
 import platform
-import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import ClassVar, Self
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from redrafter.fast.merged import Group, apart, entered, joined_bias, merged, together
+from redrafter.fast.merged import Group, apart, merge, together
 
 LARGEST = 2**30
 """Bytes of weights at most that are kept once more."""
 
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""What was packed, by the first of its weights."""
 
-@contextmanager
-def packed(*models: nn.Module) -> Iterator[int]:
-    """Yields the number of products that are computed from packed weights until it is left."""
+
+def pack(*models: nn.Module) -> int:
+    """Makes the layers of these copies compute from packed weights; returns the number of products."""
     groups = [parts for model in models for parts in together(model) if all(map(_packable, parts))]
     groups += [[layer] for layer in apart(models, groups) if _packable(layer)]
     size = sum(part.weight.nbytes for parts in groups for part in parts)
     if size > LARGEST or not _works() or torch.is_autocast_enabled("cpu"):
-        groups = []
-    with entered([_Packed.of(parts) for parts in groups]) as count:
-        yield count
+        return 0
+    for parts in groups:
+        _Packed(parts).attach()
+    return len(groups)
+
+
+def optimize_linears(*models: nn.Module, captured: bool) -> int:
+    """Merges the products of these copies where a step is captured in a CUDA graph, packs them where it is not."""
+    return merge(*models) if captured else pack(*models)
 
 
 def _packable(layer: nn.Linear) -> bool:
@@ -47,42 +54,63 @@ def _works() -> bool:
     return known and torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
-def quicker(*models: nn.Module, captured: bool) -> AbstractContextManager[int]:
-    """The products of a call: merged where its step is captured, packed where it is called."""
-    return merged(*models) if captured else packed(*models)
-
-
 class _Packed(Group):
     """Layers whose weights are packed into one."""
 
-    known: ClassVar[weakref.WeakKeyDictionary[nn.Module, Self]] = weakref.WeakKeyDictionary()
-    seen: tuple[object, ...] = ()
-
-    def join(self, parts: list[nn.Linear]) -> None:
-        """Packs the weights where they are not what they were."""
-        seen = (torch.get_num_threads(), *(_trace(part.weight) for part in parts))  # the order suits the threads
-        if seen != self.seen:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([part.weight.detach() for part in parts]))
-            self.seen = seen
-        self.bias = joined_bias(parts)
-
-    def release(self) -> None:
-        """What is packed serves the next call."""
+    def joined_weight(self) -> Tensor:
+        """Packed weights from an earlier call, if the weights still hold what they held then; else packed now."""
+        weights = [part.weight.detach() for part in self.parts]
+        contents = [_Content.of(weight) for weight in weights]
+        known = _kept.get(self.parts[0].weight)
+        threads = torch.get_num_threads()  # the order suits their number
+        if known is not None and (known.threads, known.contents) == (threads, contents) and None not in contents:
+            return known.packed  # type: ignore[no-any-return]
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights))
+        _kept[self.parts[0].weight] = _Kept(packed, threads, contents)
+        return packed  # type: ignore[no-any-return]
 
     def output(self, place: int, input: Tensor) -> Tensor:
-        """What the layer in this place gives; a lone row is left to torch, so that undrafted logits are the model's."""
-        part = self.parts[place]()
-        if input.numel() == input.shape[-1] and part is not None:
+        """The output of the layer in this place; a single row is left to torch, so undrafted logits are the model's."""
+        if input.numel() == input.shape[-1]:
+            part = self.parts[place]
             return nn.functional.linear(input, part.weight, part.bias)
         return super().output(place, input)
 
     def product(self, input: Tensor) -> Tensor:
-        """What all layers give, one after another."""
+        """The outputs of all layers, one after another."""
         return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def _trace(weight: Tensor) -> tuple[int, int, float]:
-    """What tells that a weight was changed: where it lies, torch's count of changes, and, for what goes past that
-    count as `weight.data += …` does, its sum."""
-    version = 0 if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.detach().sum().item()
+@dataclass(frozen=True)
+class _Kept:
+    """Packed weights and what they were made from."""
+
+    packed: Tensor
+    threads: int
+    contents: list[_Content | None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Content:
+    """Sums of a weight's bits over its rows and over its columns, as 64-bit integers that wrap.
+
+    Every change of one element, and every permutation of rows or columns that changes anything, changes the sums;
+    torch's own count of changes does not see those through `.data` or NumPy.  Costs two reads of the weight.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> _Content | None:
+        """None for a weight whose bits cannot be read in pairs."""
+        if not weight.is_contiguous() or weight.shape[-1] % 2:
+            return None
+        bits = weight.view(torch.int64)
+        return cls(bits.sum(dim=1), bits.sum(dim=0))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all sums are equal."""
+        if not isinstance(other, _Content):
+            return False
+        return torch.equal(self.rows, other.rows) and torch.equal(self.columns, other.columns)

@@ -85,7 +85,7 @@ class TwoModelProposer(Ready):
     @property
     def modules(self) -> tuple[nn.Module]:
         """The draft model."""
-        return (self.draft.model,)
+        return (self.draft.module,)
 
     def memory(self, *, batch: int, slots: int) -> SlotCache:
         """Its keys and values, with room for the beams."""

@@ -56,26 +56,25 @@ def continuations(
     chunk = min(chunk, size)
     out = input_ids.new_full((batch, size, depth), -1)
     cache = target.new_cache(batch=batch, slots=size + chunk * (depth - 1))
-    with target.evaluating():
-        for begin in range(0, size, chunk):
-            tokens = input_ids[:, begin : begin + chunk]
-            cache.window.visible = begin + tokens.shape[1]
-            _, logits = target.forward(chain(tokens), input_ids.new_full((batch,), begin), cache)
-            out[:, begin : begin + chunk, 0] = logits.argmax(-1)
-        for begin in range(0, size, chunk):
-            position = torch.arange(begin, min(begin + chunk, size), device=device)
-            count = len(position)
-            for level in range(1, depth):
-                first = size + (level - 1) * count
-                cache.window.visible = first + count
-                _, logits = target.run(
-                    out[:, position, level - 1],
-                    (position + level).expand(batch, -1),
-                    torch.arange(first, first + count, device=device).expand(batch, -1),
-                    partial(branch_mask, position, depth=level, text=size, slots=first + count),
-                    cache,
-                )
-                out[:, position, level] = logits.argmax(-1)
+    for begin in range(0, size, chunk):
+        tokens = input_ids[:, begin : begin + chunk]
+        cache.window.visible = begin + tokens.shape[1]
+        _, logits = target.forward(chain(tokens), input_ids.new_full((batch,), begin), cache)
+        out[:, begin : begin + chunk, 0] = logits.argmax(-1)
+    for begin in range(0, size, chunk):
+        position = torch.arange(begin, min(begin + chunk, size), device=device)
+        count = len(position)
+        for level in range(1, depth):
+            first = size + (level - 1) * count
+            cache.window.visible = first + count
+            _, logits = target.run(
+                out[:, position, level - 1],
+                (position + level).expand(batch, -1),
+                torch.arange(first, first + count, device=device).expand(batch, -1),
+                partial(branch_mask, position, depth=level, text=size, slots=first + count),
+                cache,
+            )
+            out[:, position, level] = logits.argmax(-1)
     is_end = torch.isin(out, torch.tensor(sorted(ends), dtype=out.dtype, device=device))
     ended = is_end.cumsum(-1) - is_end.long() > 0
     if target.context_length is not None:

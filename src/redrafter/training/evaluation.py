@@ -182,14 +182,13 @@ class Places(NamedTuple):
 
 def everywhere(target: Target, rows: list[Row], *, length: int, batch_size: int) -> Iterator[Places]:
     """All places where drafts of `length` tokens can begin, `batch_size` rows at a time."""
-    with target.evaluating():
-        for begin in range(0, len(rows), batch_size):
-            collated = collate(rows[begin : begin + batch_size])
-            batch = {name: value.to(target.device) for name, value in collated.items()}
-            ids = batch["input_ids"]
-            found = windows(ids, batch["trained"], length=length, continuations=batch.get("continuations"))
-            some = len(found[0]) > 0
-            yield Places(ids, target.hidden_states(ids[:, :-1], batch["segments"][:, :-1]) if some else None, *found)
+    for begin in range(0, len(rows), batch_size):
+        collated = collate(rows[begin : begin + batch_size])
+        batch = {name: value.to(target.device) for name, value in collated.items()}
+        ids = batch["input_ids"]
+        found = windows(ids, batch["trained"], length=length, continuations=batch.get("continuations"))
+        some = len(found[0]) > 0
+        yield Places(ids, target.hidden_states(ids[:, :-1], batch["segments"][:, :-1]) if some else None, *found)
 
 
 def _remembered(

@@ -71,7 +71,7 @@ class Unrolled(nn.Module):
     def hidden_states(self, input_ids: Int[Tensor, "B P"], segments: Int[Tensor, "B P"]) -> Float[Tensor, "B P F"]:
         """What the drafter is given of the target, which is not trained."""
         (target,) = self.target
-        with torch.no_grad(), target.evaluating(), torch.autocast(target.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
             return target.hidden_states(input_ids, segments)
 
     def kept_states(self, folder: Path, rows: list[Row]) -> States:
@@ -97,7 +97,7 @@ class Unrolled(nn.Module):
             return embedding.detach()
 
         def head(states: Tensor) -> Tensor:
-            with target.evaluating(), torch.autocast(target.device.type, enabled=False):
+            with torch.autocast(target.device.type, enabled=False):
                 return target.logits(states[..., -target.hidden_size :])
 
         loss = unrolled_loss(
@@ -221,8 +221,7 @@ def held_out_acceptance(module: Unrolled, rows: list[Row], batch_size: int = 8) 
     training = drafter.training
     drafter.eval()
     try:
-        with target.evaluating():
-            return acceptance(target, proposer, rows, batch_size=batch_size)
+        return acceptance(target, proposer, rows, batch_size=batch_size)
     finally:
         drafter.train(training)
 
