@@ -182,7 +182,7 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
             raise OSError("No such host")
 
     hub.is_reachable.cache_clear()
-    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     try:
         for name in ("someone/drafter", "drafter"):

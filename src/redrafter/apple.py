@@ -18,8 +18,8 @@ from redrafter.outputs import check_drafter_folder
 SHAPE = ("model_type", "vocab_size", "hidden_size", "exit_dim", "num_draft_layers", "rnn")
 """What both configs say."""
 
-LEFT_OUT = ("target", "target_revision", "target_fingerprint", "beam_width", "beam_length")
-LEFT_OUT += ("node_budget", "shapes", "tuned_on")
+OF_TARGET = ("target", "target_revision", "target_fingerprint")
+LEFT_OUT = (*OF_TARGET, "beam_width", "beam_length", "node_budget", "shapes", "tuned_on")
 """What ours says and the weights do not depend on."""
 
 

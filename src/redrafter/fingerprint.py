@@ -59,9 +59,8 @@ def _samples(parameters: Iterable[Any], rows: int, values: int, limit: int | Non
     """
     found = []
     for one in parameters:
-        data = getattr(one, "data", None)
-        readable = type(data) is Tensor and not data.is_meta and data.dtype in (*_ROUNDED, torch.float64)
-        if not readable or not data.numel():
+        data: Any = getattr(one, "data", None)
+        if type(data) is not Tensor or data.is_meta or data.dtype not in (*_ROUNDED, torch.float64) or not data.numel():
             return None
         shape = list(data.shape)
         if limit is not None:

@@ -19,7 +19,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from redrafter.errors import RedrafterError, reason
-from redrafter.outputs import CARD, CONFIG, CUSTOM_GENERATE, WEIGHTS, check_places
+from redrafter.outputs import CARD as CARD
+from redrafter.outputs import CONFIG as CONFIG
+from redrafter.outputs import CUSTOM_GENERATE as CUSTOM_GENERATE
+from redrafter.outputs import WEIGHTS as WEIGHTS
+from redrafter.outputs import check_places
 from redrafter.paths import check_drafter_path, may_be_on_the_hub
 
 TIMEOUT = 5.0
@@ -70,8 +74,7 @@ def is_reachable() -> bool:
 
     If not, only its cache is read: the hub's own libraries would try each file again for half a minute.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     timeout = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else TIMEOUT
     try:

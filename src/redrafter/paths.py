@@ -10,6 +10,9 @@ from pathlib import Path
 
 from redrafter.errors import RedrafterError
 
+PROMPT_LOOKUP = "prompt-lookup"
+"""Stands for a drafter that needs no folder."""
+
 _REPO_ID = re.compile(r"(?=.{1,96}$)[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 """The form of a hub id, with or without a namespace (as `huggingface_hub.utils.validate_repo_id` has it)."""
 
@@ -17,6 +20,8 @@ _REPO_ID = re.compile(r"(?=.{1,96}$)[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 def may_be_on_the_hub(path: str | Path) -> bool:
     """Whether there is no such path and it has the form of a hub id: `OWNER/NAME`, or `NAME` as in `distilgpt2`."""
     name = str(path)
+    if name == PROMPT_LOOKUP:
+        return False
     well_formed = _REPO_ID.fullmatch(name) and "--" not in name and ".." not in name
     return bool(well_formed) and name[-1] not in ".-" and not name.endswith(".git") and not Path(path).exists()
 
@@ -31,7 +36,7 @@ def check_model_path(path: str | Path | None) -> None:
 
 
 def check_drafter_path(path: str | Path | None) -> None:
-    """Raises RedrafterError if `path` is neither a folder nor a possible hub id.  None is accepted."""
-    if path is None or Path(path).is_dir() or may_be_on_the_hub(path):
+    """Raises RedrafterError if `path` is neither a folder, a possible hub id nor prompt lookup.  None is accepted."""
+    if path is None or str(path) == PROMPT_LOOKUP or Path(path).is_dir() or may_be_on_the_hub(path):
         return
     raise RedrafterError(f"There is no drafter folder at {path}.")

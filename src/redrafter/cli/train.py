@@ -166,7 +166,9 @@ def train(
     if not dry_run and first:
         inputs = [model, *data, *(more or []), template, config]
         if cache_states is not None:
-            check_states_folder(cache_states, inputs=[*inputs, output])
+            check_states_folder(cache_states, inputs=inputs)
+            if output.resolve().is_relative_to(cache_states.resolve()):
+                raise RedrafterError(f"--output {output} lies in --cache-states {cache_states}: choose another folder.")
         check_drafter_folder(output, overwrite=overwrite, inputs=inputs, own=[cache_states], advice=OVERWRITE)
     if gated and not rnn:
         raise RedrafterError("--gated needs the recurrence: leave out --no-rnn.")
@@ -188,6 +190,7 @@ def train(
         features = FEATURES if method == "eagle" else 0.0
     if precision not in ("auto", "float32", "bfloat16", "float16"):
         raise RedrafterError(f"--precision {precision} is not one of auto, float32, bfloat16, float16.")
+    ranks = None if cartesian is None else _ranks(cartesian, beam_length)
     check_model_path(model)
     if not dry_run and first:
         claim(context, output)
@@ -207,7 +210,6 @@ def train(
     from redrafter.training.recipe import Recipe
     from redrafter.training.trainer import estimate, newest_checkpoint, run
 
-    ranks = None if cartesian is None else _ranks(cartesian, beam_length)
     recipe = Recipe(
         epochs,
         max_steps,

@@ -17,6 +17,7 @@ from redrafter.eagle import EagleHead
 from redrafter.errors import RedrafterError, reason
 from redrafter.head import Head
 from redrafter.medusa import MedusaHeads
+from redrafter.paths import PROMPT_LOOKUP
 from redrafter.proposers.base import Method
 from redrafter.proposers.prompt_lookup import PromptLookup
 from redrafter.proposers.two_model import TwoModel
@@ -26,9 +27,6 @@ KINDS: dict[str, type[Head]] = {
     kind.config_type.model_fields["model_type"].default: kind for kind in (RecurrentDrafter, MedusaHeads, EagleHead)
 }
 """Heads by the `model_type` in their folders."""
-
-PROMPT_LOOKUP = "prompt-lookup"
-"""What stands for a path where nothing is loaded."""
 
 
 def load_method(path: str | Path, model: PreTrainedModel, bits: int = 16, *, any_target: bool = False) -> Method:
