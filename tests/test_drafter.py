@@ -120,9 +120,10 @@ def test_another_target_is_refused_by_both_names(tmp_path):
     model.config._name_or_path = "someone/this"
     RecurrentDrafter.for_target(model).save_pretrained(tmp_path)
     RecurrentDrafter.from_pretrained(tmp_path, target=model)
-    model.config._name_or_path = "someone/other"
-    with pytest.raises(RedrafterError, match="made for someone/this, not for someone/other"):
-        RecurrentDrafter.from_pretrained(tmp_path, target=model)
+    other = tiny_model(seed=1)
+    other.config._name_or_path = "someone/other"
+    with pytest.raises(RedrafterError, match="made for someone/this, not for someone/other, whose weights differ"):
+        RecurrentDrafter.from_pretrained(tmp_path, target=other)
     larger = tiny_model(vocab_size=70)
     larger.config._name_or_path = "someone/larger"
     with pytest.raises(RedrafterError, match=r"someone/this \(vocabulary 61.*someone/larger \(vocabulary 70"):

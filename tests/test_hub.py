@@ -6,14 +6,16 @@ import errno
 import os
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import RepoUrl
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 
 from redrafter import RedrafterError, hub
+from redrafter.paths import may_be_on_the_hub
 
 
 @pytest.fixture
@@ -109,11 +111,10 @@ def test_an_upload_sends_the_drafter_alone(drafter_folder, tmp_path, monkeypatch
         """As of a library that asks the network."""
 
     class Api:
-        def create_repo(self, name, exist_ok):
+        def create_repo(self, name, *, private, exist_ok):
             if name == "someone/forbidden":
                 raise HFValidationError("you may not.\nMore words")
-            if name == "someone/far":
-                raise ConnectError("No such host")
+            sent.append((name, private))
             return RepoUrl(f"https://huggingface.co/{name}")
 
         def upload_folder(self, *, repo_id, folder_path, allow_patterns):
@@ -122,12 +123,98 @@ def test_an_upload_sends_the_drafter_alone(drafter_folder, tmp_path, monkeypatch
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert hub.push(folder, "someone/drafter") == "https://huggingface.co/someone/drafter"
     files = ["README.md", "config.json", "custom_generate/generate.py", "custom_generate/requirements.txt"]
-    assert sent == [("someone/drafter", folder, [*files, "model.safetensors"])]
-    hub.reserve("someone/drafter")
-    assert len(sent) == 1
+    upload = ("someone/drafter", folder, [*files, "model.safetensors"])
+    assert sent == [("someone/drafter", True), upload]
+    hub.push(folder, "someone/drafter", public=True)
+    assert sent[2:] == [("someone/drafter", False), upload]
     with pytest.raises(RedrafterError, match="could not be uploaded to someone/forbidden: you may not"):
         hub.push(folder, "someone/forbidden")
-    with pytest.raises(RedrafterError, match=r"^Nothing could be uploaded to someone/forbidden: you may not"):
-        hub.reserve("someone/forbidden")
-    with pytest.raises(RedrafterError, match=r"^Nothing could be uploaded to someone/far: No such host\.$"):
-        hub.reserve("someone/far")
+
+
+def login(monkeypatch, answer):
+    """A hub that answers who is logged in, and can do nothing else."""
+
+    class Api:
+        def whoami(self):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+
+
+@pytest.mark.parametrize("name", ["me/drafter", "drafter", "we/drafter"])
+def test_a_login_is_checked_and_nothing_created(monkeypatch, name):
+    login(monkeypatch, {"name": "me", "orgs": [{"name": "we"}], "auth": {"accessToken": {"role": "write"}}})
+    hub.check_login(name)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (LocalTokenNotFoundError("Token is required.\nMore words"), "Token is required"),
+        (OSError("No such host"), "No such host"),
+        ({"name": "me", "orgs": []}, "the login is me's, who is not in they"),
+        ({"name": "they", "auth": {"accessToken": {"role": "read"}}}, "the login's token may only read"),
+    ],
+)
+def test_a_login_that_cannot_upload_is_refused(monkeypatch, answer, reason):
+    login(monkeypatch, answer)
+    with pytest.raises(RedrafterError, match=f"^Nothing could be uploaded to they/drafter: {reason}\\.$"):
+        hub.check_login("they/drafter")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(folder, value):
+    weight = torch.zeros(2, 3)
+    weight[1, 2] = value
+    save_file({"weight": weight, "bias": torch.zeros(2)}, folder / hub.WEIGHTS)
+    with pytest.raises(RedrafterError, match=r"^Tensor weight of .*model\.safetensors holds NaN or infinity"):
+        hub.load_weights(nn.Linear(3, 2), folder)
+
+
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
+    asked = []
+
+    class Session:
+        def head(self, address, timeout):
+            asked.append(timeout)
+            raise OSError("No such host")
+
+    hub.is_reachable.cache_clear()
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    try:
+        for name in ("someone/drafter", "drafter"):
+            with pytest.raises(RedrafterError, match=f"{name} is neither a folder nor a hub repository within reach"):
+                hub.fetch(name)
+        assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    finally:
+        hub.is_reachable.cache_clear()
+    assert len(asked) == 1
+    assert asked[0] <= 10
+
+
+@pytest.mark.parametrize("name", ["distilgpt2", "someone/gpt-2.5_x", "a"])
+def test_ids_of_the_hub(name):
+    assert may_be_on_the_hub(name)
+
+
+@pytest.mark.parametrize("name", ["./distilgpt2", "/a", "a/b/c", "~/a", "a b", "a--b", "a/..", "-", "x.git", "a/", ""])
+def test_what_can_be_no_id_of_the_hub(name):
+    assert not may_be_on_the_hub(name)
+
+
+def test_a_folder_goes_before_an_id_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert may_be_on_the_hub("distilgpt2")
+    (tmp_path / "distilgpt2").mkdir()
+    assert not may_be_on_the_hub("distilgpt2")
+
+
+def test_an_id_without_a_namespace_is_downloaded(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(folder))
+    assert hub.fetch("drafter") == folder
+    assert hub.config_of("drafter") == {"a": 1}
+    assert asked == ["drafter", "drafter"]

@@ -209,3 +209,16 @@ def test_a_cache_that_does_not_fit_is_refused_with_the_arithmetic(monkeypatch):
         RedrafterError, match=r"4 x 2,000,000 tokens take 1.91 GiB, 0.2 KiB a token in 2 layers, and 1.00"
     ):
         target.new_cache(batch=4, slots=2_000_000)
+
+
+def test_a_target_that_is_not_finite_is_told_from_one_of_another_architecture():
+    model = tiny_model()
+    model.config._name_or_path = "someone/this"
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(RedrafterError, match=r"^Parameter model\.layers\.1\.mlp\.up_proj\.weight of someone"):
+        Target(model)
+    model = tiny_model().half()
+    model.model.embed_tokens.weight.data[:] = 6e4
+    model.model.layers[0].self_attn.o_proj.weight.data[:] = 6e4
+    with pytest.raises(RedrafterError, match=r"are NaN or infinite in float16: load it in another dtype"):
+        Target(model)

@@ -293,7 +293,8 @@ def _larger(
 ) -> Any:
     """One of the same kind and vocabulary with other sizes, all its weights random; not tuned, for steps cost more."""
     untuned = {"shapes": (), "tuned_on": None}
-    config = head.config.model_copy(update=sizes | untuned | {"target": target or head.config.target})
+    named = {"target": target or head.config.target, "target_fingerprint": None}  # the padded target has other weights
+    config = head.config.model_copy(update=sizes | untuned | named)
     with torch.device(device):
         new = type(head)(config).to(dtype or head.dtype).eval()
     for parameter in new.parameters():

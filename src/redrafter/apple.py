@@ -13,11 +13,13 @@ from pathlib import Path
 from redrafter import hub
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
+from redrafter.outputs import check_drafter_folder
 
 SHAPE = ("model_type", "vocab_size", "hidden_size", "exit_dim", "num_draft_layers", "rnn")
 """What both configs say."""
 
-LEFT_OUT = ("target", "target_revision", "beam_width", "beam_length", "node_budget", "shapes", "tuned_on")
+OF_TARGET = ("target", "target_revision", "target_fingerprint")
+LEFT_OUT = (*OF_TARGET, "beam_width", "beam_length", "node_budget", "shapes", "tuned_on")
 """What ours says and the weights do not depend on."""
 
 
@@ -28,6 +30,7 @@ def export(drafter: RecurrentDrafter, folder: str | Path) -> None:
     draft vocabulary: the rows of its head that it lacks could not be kept from being chosen.
     """
     drafter.check_whole("exported")
+    check_drafter_folder(Path(folder))
     told = drafter.config.model_dump()
     if drafter.draft_vocabulary is not None:
         raise RedrafterError(
@@ -39,4 +42,4 @@ def export(drafter: RecurrentDrafter, folder: str | Path) -> None:
     config = {"architectures": ["Drafter"], **{name: told[name] for name in SHAPE}}
     config["torch_dtype"] = str(drafter.dtype).removeprefix("torch.")
     text = json.dumps(config, indent=2) + "\n"
-    hub.write_files(Path(folder), {hub.WEIGHTS: hub.weights(drafter.state_dict()), hub.CONFIG: text.encode()})
+    hub.write_files(Path(folder), {hub.CONFIG: text.encode(), hub.WEIGHTS: hub.weights(drafter.state_dict())})

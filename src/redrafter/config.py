@@ -48,11 +48,58 @@ class DecodingShape(BaseModel):
         return f"{beams} of {counted(self.beam_length, 'token')}{budget}"
 
 
+DTYPES = ("float32", "float16", "bfloat16")
+"""In which weights are compared, finest first."""
+
+
+class Fingerprint(BaseModel):
+    """Digests of a model's weights, by the dtypes that they were rounded to (`redrafter.fingerprint`).
+
+    Empty for what could not be read.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    embedding: dict[str, str] = {}
+    layers: dict[str, str] = {}
+    """Of all other parameters."""
+    structure: str = ""
+    """Of the names and shapes of those; digests of `layers` are compared only where it is the same."""
+
+    def __bool__(self) -> bool:
+        """Whether there is any digest."""
+        return bool(self.embedding or self.layers)
+
+    def matches(self, other: Fingerprint) -> bool | None:
+        """Whether both are of one model; None if that cannot be known."""
+        found = [_equal(self.embedding, other.embedding)]
+        if self.structure == other.structure:
+            found.append(_equal(self.layers, other.layers))
+        if False in found:
+            return False
+        return True if True in found else None
+
+
+def _equal(one: dict[str, str], other: dict[str, str]) -> bool | None:
+    """Whether digests are equal in the finest dtype that both have; None if they have none, or if that proves nothing.
+
+    Weights of float32 that were rounded to bfloat16 on one side and to float16 on the other may differ in bfloat16.
+    """
+    shared = [kind for kind in DTYPES if kind in one and kind in other]
+    if not shared:
+        return None
+    if one[shared[0]] == other[shared[0]]:
+        return True
+    finest = {next(kind for kind in DTYPES if kind in digests) for digests in (one, other)}
+    return None if finest == {"bfloat16", "float16"} else False
+
+
 class HeadConfig(BaseModel):
     """What the configs of all heads say that draft for a target: its shape and name, and decoding defaults.
 
     `vocab_size` and `hidden_size` are the target's.  `draft_vocab_size` is set when only part of the vocabulary is
-    scored.  `target` and `target_revision` name the model it was made for, `beam_length` is the draft length it was
+    scored.  `target` and `target_revision` name the model it was made for, `target_fingerprint` identifies its weights
+    whatever it is called, `beam_length` is the draft length it was
     trained for (drafted tokens only, the guaranteed token not counted), and `beam_width` the width to decode with
     unless told otherwise; with a `node_budget` drafts are so many nodes, the root counted.  `shapes`, by rising batch,
     are what `redrafter tune` found to be fastest instead, and `tuned_on` says where.
@@ -73,6 +120,7 @@ class HeadConfig(BaseModel):
     node_budget: PositiveInt | None = None
     shapes: tuple[DecodingShape, ...] = ()
     tuned_on: str | None = None
+    target_fingerprint: Fingerprint | None = None
 
     @model_validator(mode="after")
     def _can_be_drafted(self) -> Self:

@@ -109,6 +109,7 @@ class RecurrentDrafter(Head):
                 context_positions=context_positions,
                 target=target.name,
                 target_revision=target.revision,
+                target_fingerprint=target.fingerprint() or None,
                 beam_length=beam_length,
                 beam_width=beam_width,
                 node_budget=node_budget,
@@ -125,17 +126,19 @@ class RecurrentDrafter(Head):
         *,
         target: nn.Module | None = None,
         revision: str | None = None,
+        any_target: bool = False,
         bits: int = 16,
     ) -> RecurrentDrafter:
         """Loads a drafter folder or hub repository, written by this package or by Apple's code.
 
-        With `target` the drafter takes that model's device and dtype, and a drafter made for another model is refused.
+        `target`, `revision` and `any_target` are those of `Head.from_pretrained`: with `target` the drafter takes that
+        model's device and dtype, and a drafter that was made for another model is refused unless `any_target`.
         `bits`: 8 for a head as of `to_eight_bits`, 16 for one of the dtype that it has.
         Raises RedrafterError where the folder is incomplete, damaged or contradicts its own config.
         """
         if bits not in (16, 8):
             raise RedrafterError(f"A drafter is loaded in 16 or 8 bits, not {bits}.")
-        drafter = super().from_pretrained(path, target=target, revision=revision)
+        drafter = super().from_pretrained(path, target=target, revision=revision, any_target=any_target)
         return drafter.to_eight_bits() if bits == 8 else drafter
 
     def to_eight_bits(self) -> RecurrentDrafter:

@@ -79,6 +79,7 @@ class EagleHead(Head):
                 rope_theta=rope.get("rope_theta", 10_000.0),
                 target=target.name,
                 target_revision=target.revision,
+                target_fingerprint=target.fingerprint() or None,
                 beam_length=beam_length,
                 beam_width=beam_width,
                 node_budget=node_budget,

@@ -5,6 +5,7 @@ Promises that a head which was made for another model is refused.  Does not know
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from redrafter import hub
 from redrafter.config import HeadConfig
 from redrafter.errors import RedrafterError
+from redrafter.outputs import check_drafter_folder
 
 if TYPE_CHECKING:
     from redrafter.proposers import Proposer
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 
 H = TypeVar("H", bound="Head")  # not Self, which checkers of types at run time do not take
+
+
+_checked: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+"""Targets that each loaded head was found to fit."""
 
 
 class Head(nn.Module):
@@ -36,42 +42,59 @@ class Head(nn.Module):
     """Whether a draft depends on the target's states all along the text, not on those of `positions` alone."""
     by_beams: ClassVar[bool] = True
     """Whether it drafts beams, or else a tree of its own form."""
+    any_target: bool
+    """Whether it may draft for another model of the same shape than it was made for."""
+    was_loaded: bool
+    """Whether it was read from a folder; only then a target's weights are compared with what the config says."""
 
     def __init__(self, config: HeadConfig):
         """No weights yet; `draft_vocabulary` starts as the first ids."""
         super().__init__()
         self.config = config
+        self.any_target = False
+        self.was_loaded = False
         ids = torch.arange(config.head_size) if config.draft_vocab_size else None
         self.register_buffer("draft_vocabulary", ids)
 
     @classmethod
     def from_pretrained(
-        cls: type[H], path: str | Path, *, target: nn.Module | None = None, revision: str | None = None
+        cls: type[H],
+        path: str | Path,
+        *,
+        target: nn.Module | None = None,
+        revision: str | None = None,
+        any_target: bool = False,
     ) -> H:
         """Loads a folder or hub repository that this package wrote; a recurrent drafter's may be of Apple's code.
 
-        With `target` the head takes that model's device and dtype, and one that was made for another model is refused.
-        Raises RedrafterError where the folder is incomplete, damaged or contradicts its own config.
+        With `target` the head takes that model's device and dtype.  A head that was made for another model is refused,
+        unless `any_target` allows every model of the same shape.  Raises RedrafterError if the folder is incomplete,
+        damaged or contradicts its own config.
         """
         folder = hub.fetch(path, revision=revision)
         config = cls.config_type.from_file(folder / hub.CONFIG)
         head = cls(config)
         hub.load_weights(head, folder)
         head.eval()
+        head.any_target, head.was_loaded = any_target, True
         if target is not None:
             from redrafter.target import Target
 
             told = Target(target)
-            told.check_drafter(config)
+            head.check_target(told)
             head.to(device=told.device, dtype=told.dtype)
+            detail = f" in {str(told.dtype).removeprefix('torch.')}"
+            hub.check_finite(head.state_dict(), folder / hub.WEIGHTS, detail)
         return head
 
     def save_pretrained(self, path: str | Path, *, card: str | None = None) -> None:
         """Writes `config.json`, `model.safetensors` and, where given, the card as `README.md`, each whole or not.
 
-        Raises RedrafterError for a head whose weights were rounded, and where that fails.
+        Replaces a drafter in the folder, but nothing else.  Raises RedrafterError if the folder holds something else or
+        lies in a model's folder, if the head's weights were rounded, and if writing fails.
         """
         self.check_whole("saved")
+        check_drafter_folder(Path(path))
         hub.save_folder(Path(path), self.config.to_json(), self.state_dict(), card)
 
     def check_whole(self, purpose: str) -> None:
@@ -141,10 +164,18 @@ class Head(nn.Module):
         """Raises RedrafterError where it was made for another model, is elsewhere or cannot draft so."""
         from redrafter.proposers.beams import check_shape
 
-        target.check_drafter(self.config)
+        self.check_target(target)
         check_shape(width, length, budget, tokens=self.config.head_size)
         if self.device != target.device:
             raise RedrafterError(f"The drafter is on {self.device}, the model on {target.device}; move one of them.")
+
+    def check_target(self, target: Target) -> None:
+        """Raises RedrafterError if the head was made for another model.  Weights are compared once for each model."""
+        known = _checked.setdefault(self, weakref.WeakSet())
+        weights = self.was_loaded and target.model not in known
+        target.check_drafter(self.config, weights=weights, any_target=self.any_target or target.model in known)
+        if weights:
+            known.add(target.model)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from redrafter.errors import RedrafterError, reason
+from redrafter.outputs import CARD as CARD
+from redrafter.outputs import CONFIG as CONFIG
+from redrafter.outputs import CUSTOM_GENERATE as CUSTOM_GENERATE
+from redrafter.outputs import WEIGHTS as WEIGHTS
+from redrafter.outputs import check_places
+from redrafter.paths import check_drafter_path, may_be_on_the_hub
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-
-CUSTOM_GENERATE = {
-    "custom_generate/generate.py": (
-        '"""For model.generate(**inputs, custom_generate=THIS_FOLDER, trust_remote_code=True)."""\n\n'
-        "from redrafter.huggingface import from_folder as generate  # noqa: F401\n"
-    ),
-    "custom_generate/requirements.txt": "redrafter>=0.1\n",
-}
-"""What transformers looks for in a folder that it is to decode with."""
-
-
-def may_be_on_the_hub(path: str | Path) -> bool:
-    """Whether it is no local path but has the form OWNER/NAME."""
-    return "/" in str(path) and not is_local(path)
-
-
-def is_local(path: str | Path) -> bool:
-    """Whether it can be no hub id, but a path alone, there or not."""
-    return Path(path).exists() or str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))
+TIMEOUT = 5.0
+"""Seconds in which the hub must answer."""
 
 
 def fetch(path: str | Path, *, revision: str | None = None) -> Path:
@@ -67,22 +56,57 @@ def _folder(path: str | Path, files: list[str], revision: str | None = None) -> 
     folder = Path(path)
     if folder.is_dir():
         return folder
-    if not may_be_on_the_hub(path):
-        raise RedrafterError(f"There is no drafter folder at {path}.")
+    check_drafter_path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=files))
+        with reading(path):
+            return Path(snapshot_download(str(path), revision=revision, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = type(error).__name__
         raise RedrafterError(f"{path} is neither a folder nor a hub repository within reach ({reason}).") from error
 
 
+@cache
+def is_reachable() -> bool:
+    """Whether the hub answers, asked once in a process and without retries.
+
+    If not, only its cache is read: the hub's own libraries would try each file again for half a minute.
+    """
+    from huggingface_hub import constants, get_session
+
+    timeout = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else TIMEOUT
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception:  # offline mode, or an error of whichever library asks the network
+        return False
+    return True
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Keeps the hub's libraries off the network, as by HF_HUB_OFFLINE, while they read `path`, if it is a hub id and
+    the hub is out of reach.
+    """
+    if not may_be_on_the_hub(path) or is_reachable():
+        yield
+        return
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def load_weights(module: nn.Module, folder: Path) -> None:
     """Fills `module` from the folder's weights, and takes their dtype.
 
-    Raises RedrafterError where the file is damaged or does not hold just the tensors that the config calls for.
+    Raises RedrafterError where the file is damaged, does not hold just the tensors that the config calls for, or holds
+    NaN or infinity.
     """
     file = folder / WEIGHTS
     try:
@@ -97,13 +121,21 @@ def load_weights(module: nn.Module, folder: Path) -> None:
                 f"{file} does not fit {CONFIG} beside it: tensor {name} should be "
                 f"{expected.get(name, 'absent')} and is {found.get(name, 'absent')}."
             )
+    check_finite(tensors, file)
     module.to(next(t.dtype for t in tensors.values() if t.is_floating_point()))
     module.load_state_dict(tensors)
 
 
+def check_finite(tensors: Mapping[str, Tensor], file: Path, detail: str = "") -> None:
+    """Raises RedrafterError, naming the tensor, if one holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise RedrafterError(f"Tensor {name} of {file} holds NaN or infinity{detail}, so it cannot be used.")
+
+
 def save_folder(folder: Path, config: str, tensors: Mapping[str, Tensor], card: str | None = None) -> None:
     """Writes a drafter folder by `write_files`."""
-    contents = {WEIGHTS: weights(tensors), CONFIG: config.encode()}
+    contents = {CONFIG: config.encode(), WEIGHTS: weights(tensors)}  # a folder with a config is known as ours
     contents |= {name: text.encode() for name, text in CUSTOM_GENERATE.items()}
     if card is not None:
         contents[CARD] = card.encode()
@@ -122,6 +154,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     Raises RedrafterError where that fails; what the folder held before is then still there.
     """
     written: list[tuple[Path, Path]] = []
+    check_places(folder, contents)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
@@ -142,27 +175,35 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
             beside.unlink(missing_ok=True)
 
 
-def reserve(name: str) -> None:
-    """Makes the hub repository OWNER/NAME where there is none, so that what is to be uploaded has a place.
+def check_login(name: str) -> None:
+    """Checks that uploads to the hub repository `name` are allowed, as far as that can be known.  Creates nothing.
 
-    Raises RedrafterError where the hub refuses or is out of reach.
+    Raises RedrafterError if there is no login, if it may not write, if it belongs to neither the repository's owner nor
+    a member of that organisation, or if the hub is out of reach.
     """
     from huggingface_hub import HfApi
 
     with _asked(f"Nothing could be uploaded to {name}"):
-        HfApi().create_repo(name, exist_ok=True)
+        found = HfApi().whoami()
+    user, organisations = found.get("name"), {one.get("name") for one in found.get("orgs") or ()}
+    owner = name.partition("/")[0] if "/" in name else user
+    if owner not in {user, *organisations}:
+        raise RedrafterError(f"Nothing could be uploaded to {name}: the login is {user}'s, who is not in {owner}.")
+    if ((found.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise RedrafterError(f"Nothing could be uploaded to {name}: the login's token may only read.")
 
 
-def push(folder: Path, name: str) -> str:
-    """Uploads a drafter folder to the hub repository OWNER/NAME, which is made where there is none; its address.
+def push(folder: Path, name: str, *, public: bool = False) -> str:
+    """Uploads a drafter folder to the hub repository `OWNER/NAME` and returns its address.
 
-    Raises RedrafterError where the hub refuses or is out of reach.
+    A repository that does not exist is created, private unless `public`; one that exists stays as visible as it is.
+    Raises RedrafterError if the hub refuses or is out of reach.
     """
     from huggingface_hub import HfApi
 
     files = [WEIGHTS, CONFIG, CARD, *CUSTOM_GENERATE]
     with _asked(f"{folder} could not be uploaded to {name}"):
-        made = HfApi().create_repo(name, exist_ok=True)
+        made = HfApi().create_repo(name, private=not public, exist_ok=True)
         HfApi().upload_folder(repo_id=made.repo_id, folder_path=folder, allow_patterns=files)
     return str(made)
 

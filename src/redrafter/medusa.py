@@ -86,6 +86,7 @@ class MedusaHeads(Head):
                 draft_vocab_size=None if draft_vocabulary is None else size,
                 target=target.name,
                 target_revision=target.revision,
+                target_fingerprint=target.fingerprint() or None,
                 beam_width=max(most),
                 beam_length=heads,
                 node_budget=node_budget,

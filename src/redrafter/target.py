@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from redrafter.cache import LayerShape, SlotCache
-from redrafter.config import HeadConfig
+from redrafter.config import Fingerprint, HeadConfig
 from redrafter.errors import RedrafterError
 from redrafter.fast import has_kernels
 from redrafter.fast.attention import NAME, packed, register
+from redrafter.fingerprint import fingerprint
 from redrafter.isolation import isolated
 from redrafter.memory import check_left
 from redrafter.tree import DraftTree, ancestors_of, chain, tree_mask
@@ -214,8 +215,16 @@ class Target:
         finally:
             handle.remove()
 
-    def check_drafter(self, config: HeadConfig) -> None:
-        """Raises RedrafterError where a drafter was made for another model."""
+    def fingerprint(self) -> Fingerprint:
+        """What identifies the model's weights; empty for weights that cannot be read."""
+        return fingerprint(self.model, self.embed, self.vocab_size)
+
+    def check_drafter(self, config: HeadConfig, *, weights: bool = True, any_target: bool = False) -> None:
+        """Raises RedrafterError if a drafter was made for another model.
+
+        Weights are compared where the drafter knows those of its model and they can be read here, and names otherwise.
+        With `any_target` only the shape must fit.  Without `weights` only names and shapes are compared.
+        """
         made_for = config.target or "a model that it does not name"
         this = self.name or "this model"
         if (config.vocab_size, config.hidden_size) != (self.vocab_size, self.hidden_size):
@@ -223,10 +232,17 @@ class Target:
                 f"This drafter was made for {made_for} (vocabulary {config.vocab_size}, hidden size "
                 f"{config.hidden_size}), not for {this} (vocabulary {self.vocab_size}, hidden size {self.hidden_size})."
             )
-        if config.target and self.name and _base_name(config.target) != _base_name(self.name):
+        if any_target:
+            return
+        known = config.target_fingerprint
+        same = known.matches(self.fingerprint()) if known is not None and weights else None
+        differs = "" if same is None else ", whose weights differ"
+        if same is None and config.target and self.name:
+            same = _base_name(config.target) == _base_name(self.name)
+        if same is False:
             raise RedrafterError(
-                f"This drafter was made for {made_for}, not for {this}; if they are one model under two names, "
-                f'set "target" in the drafter\'s config.json to "{_base_name(self.name)}".'
+                f"This drafter was made for {made_for}, not for {this}{differs}; to use it all the same, with fewer "
+                "drafts accepted, pass any_target=True (--any-target on the command line)."
             )
 
     @contextmanager
@@ -294,6 +310,8 @@ class Target:
             if not captured:
                 raise self._refusal("its output head is not called as a module, so its input cannot be read")
             expected.append(captured[-1][0, -1].to(self.device))
+            if not bool(expected[-1].isfinite().all()):
+                raise self._not_finite()
         head_alone = torch.equal(self.head(captured[-1]).to(output.logits), output.logits)
         self._shapes = []
         for layer in getattr(output.past_key_values, "layers", []):
@@ -336,6 +354,16 @@ class Target:
             except Exception:  # attention that does not ask transformers which function to call, or kernels too large
                 self.packs = False
         return self._shapes, head_alone, self.packs
+
+    def _not_finite(self) -> RedrafterError:
+        """Names the first parameter that holds NaN or infinity, if there is one."""
+        for name, one in self.model.named_parameters():
+            if one.is_floating_point() and not one.is_meta and not bool(one.isfinite().all()):
+                return RedrafterError(f"Parameter {name} of {self.name or 'the model'} holds NaN or infinity.")
+        kind = str(self.dtype).removeprefix("torch.")
+        return RedrafterError(
+            f"The hidden states of {self.name or 'the model'} are NaN or infinite in {kind}: load it in another dtype."
+        )
 
     def _refusal(self, reason: str) -> RedrafterError:
         return RedrafterError(f"{type(self.model).__name__} cannot verify draft trees: {reason}.")

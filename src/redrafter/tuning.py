@@ -20,6 +20,7 @@ from redrafter import hub
 from redrafter.config import DecodingShape, flat
 from redrafter.decoding import generate
 from redrafter.drafter import RecurrentDrafter
+from redrafter.outputs import check_drafter_folder
 from redrafter.profiling import Bench
 from redrafter.proposers import Method
 from redrafter.proposers.beams import weighed
@@ -167,7 +168,8 @@ def record(source: Path, shapes: Sequence[DecodingShape], tuned_on: str, output:
 
     Raises RedrafterError where it cannot be written; what was there before is then still there.
     """
-    told = json.loads((source / hub.CONFIG).read_text())
+    check_drafter_folder(output or source)
+    told = json.loads((source / hub.CONFIG).read_bytes())
     told |= {"shapes": [shape.model_dump(exclude_none=True) for shape in shapes], "tuned_on": tuned_on}
     KINDS.get(str(told.get("model_type")), RecurrentDrafter).config_type.model_validate(told)
     contents = {}

@@ -108,7 +108,7 @@ def test_a_method_that_is_tuned_off_is_measured_as_it_was_made():
 
 
 def test_what_cannot_draft_is_refused_by_name_before_anything_runs(monkeypatch):
-    monkeypatch.setattr("redrafter.bench.contenders.load_method", lambda path, model: drafter())
+    monkeypatch.setattr("redrafter.bench.contenders.load_method", lambda path, model, **_: drafter())
     found = load(read_methods(["a=x", "b=x@2x2"]), MODEL, [1, 4])
     assert [one.label for one in found] == ["a", "b"]
     assert found[0].method is found[1].method.method, "one folder is loaded once"

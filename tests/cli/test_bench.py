@@ -257,7 +257,7 @@ def test_a_sweep_of_the_demo_has_its_rivals_beside_the_recurrent_drafter(say, tm
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--method", "x"], "There is no drafter folder at x."),
+        (["--method", "x"], "x is neither a folder nor a hub repository within reach"),
         (["--method", "a=b@"], "as ours=folder@10x4:32"),
         (["--minutes", "-1"], "'--minutes'"),
         (["--rounds", "0"], "'--rounds'"),

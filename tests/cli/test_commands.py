@@ -18,6 +18,15 @@ from redrafter.cli import app, main
 from redrafter.cli.loading import chosen_device
 
 
+def fine_tuned(model_folder, folder):
+    """A copy of a model, whose last layer differs a little."""
+    shutil.copytree(model_folder, folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[-1].mlp.down_proj.weight.data *= 1.01
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def prompts(tmp_path):
     rows = [{"prompt": "Once"}, {"messages": [{"role": "user", "content": "hi"}], "id": 7}, {"turns": ["a", "b"]}]
@@ -171,12 +180,14 @@ def test_what_generate_writes_can_be_trained_on_and_the_drafter_checked(say, mod
     assert f"{model_folder} is a model or prompt-lookup, not the folder of a drafter." in refusal(
         say("info", model_folder)
     )
-    other = shutil.copytree(model_folder, tmp_path / "other")
+    other = fine_tuned(model_folder, tmp_path / "other")
     assert say("info", drafter, "--model", model_folder)[0] == 0
     status, out, err = say("info", drafter, "--model", other)
     assert status == 2
     assert "LlamaForCausalLM" in out, "what they are is said all the same"
-    assert "made for tiny, not for other" in err
+    assert "made for tiny, not for other, whose weights differ" in err
+    assert say("info", drafter, "--model", other, "--any-target")[0] == 0
+    assert "--any-target is for" in refusal(say("info", drafter, "--any-target"))
     assert "already holds a drafter: pass --overwrite" in refusal(say(*train))
     (tmp_path / "file").touch()
     assert "file is a file: give a folder as --output." in refusal(say(*train, "--output", tmp_path / "file"))
@@ -247,8 +258,8 @@ def test_bad_models_and_drafters(say, model_folder, drafter_folder, tmp_path):
     other = tmp_path / "other"
     RecurrentDrafter.for_target(tiny_model(vocab_size=70)).save_pretrained(other)
     assert "vocabulary 70" in answer(model_folder, other)
-    renamed = shutil.copytree(model_folder, tmp_path / "renamed")
-    assert "made for tiny, not for renamed" in answer(renamed, drafter_folder)
+    tuned = fine_tuned(model_folder, tmp_path / "tuned")
+    assert "made for tiny, not for tuned, whose weights differ" in answer(tuned, drafter_folder)
 
     stateful = tmp_path / "mamba"
     tiny_model("mamba", vocab_size=259).save_pretrained(stateful)

@@ -302,21 +302,22 @@ def test_a_killed_run_goes_on_to_the_same_weights(say, model_folder, rows, tmp_p
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_of_several_processes_the_first_uploads(say, model_folder, rows, tmp_path, monkeypatch, rank):
-    uploaded, reserved = [], []
-    monkeypatch.setattr("redrafter.hub.push", lambda *words: uploaded.append(words) or "there")
-    monkeypatch.setattr("redrafter.hub.reserve", reserved.append)
+    uploaded, checked = [], []
+    monkeypatch.setattr("redrafter.hub.push", lambda *words, **told: uploaded.append((*words, told)) or "there")
+    monkeypatch.setattr("redrafter.hub.check_login", checked.append)
     monkeypatch.setenv("RANK", str(rank))
     words = ("--model", model_folder, "--data", rows, "--max-steps", "1", "--exit-dim", "16", "--device", "cpu")
     status, _, err = say("train", *words, "--output", tmp_path / "out", "--push-to-hub", "me/it")
     assert status == 0
-    assert uploaded == [(tmp_path / "out", "me/it")][rank:]
+    assert uploaded == [(tmp_path / "out", "me/it", {"public": False})][rank:]
     assert ("Uploaded to there." in err) == (rank == 0)
-    assert reserved == ["me/it"][rank:]
+    assert checked == ["me/it"][rank:]
 
     def refused(name):
         raise RedrafterError(f"Nothing could be uploaded to {name}: you may not.")
 
-    monkeypatch.setattr("redrafter.hub.reserve", refused)
+    monkeypatch.setattr("redrafter.hub.check_login", refused)
     words = ("train", "--model", "none", "--data", "none", "--output", tmp_path / "new", "--push-to-hub", "me/it")
     sentence = refusal(say(*words))  # before anything is read, but by the first alone
     assert ("Nothing could be uploaded to me/it" in sentence) == (rank == 0)
+    assert "--public is for a repository" in refusal(say(*words[:-2], "--public"))

@@ -615,3 +615,38 @@ def test_what_a_server_will_never_take(sources, served):
     gone.server_close()
     with pytest.raises(RedrafterError, match="Connection refused"):
         from_server(sources, gone)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "127.9.8.7", "[::1]"])
+def test_a_key_is_sent_unencrypted_to_this_machine(host):
+    Endpoint(f"http://{host}:8000/v1", "m", "secret")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "example.com",
+        "10.0.0.1",
+        "localhost.example.com",
+        "localhost@example.com",
+        "0.0.0.0",
+        "[::]",
+        "127.0.0.1.a.com",
+    ],
+)
+def test_a_key_is_sent_unencrypted_to_no_other_machine_unless_asked(host):
+    with pytest.raises(RedrafterError, match="OPENAI_API_KEY would be sent unencrypted"):
+        Endpoint(f"http://{host}:8000/v1", "m", "secret")
+    Endpoint(f"https://{host}:8000/v1", "m", "secret")
+    Endpoint(f"http://{host}:8000/v1", "m")
+    Endpoint(f"http://{host}:8000/v1", "m", "secret", insecure=True)
+
+
+def test_a_key_goes_to_no_proxy_on_its_way_to_this_machine(sources, served, monkeypatch):
+    server, proxy = served(), served()
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, proxy.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    from_server(sources, server, endpoint=Endpoint(server.url, "m", "secret"))
+    assert server.keys == {"Bearer secret"}
+    assert not proxy.asked

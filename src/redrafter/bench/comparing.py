@@ -22,12 +22,11 @@ from redrafter.bench.units import Asked, Record, Runner, Unit, of_bench, run, tu
 from redrafter.bench.variants import NO_NOISE, UNFOLDED, Variant
 from redrafter.config import DecodingShape
 from redrafter.errors import RedrafterError
+from redrafter.outputs import MEASUREMENTS
 from redrafter.proposers.base import draftable
 from redrafter.proposers.beams import weighed
 from redrafter.target import Target
 from redrafter.training.journal import Journal
-
-MEASUREMENTS = "measurements.jsonl"
 
 Tell = Callable[[Unit, int, int], None]
 """Hears of each unit, its number and how many there are, before it is measured."""

@@ -169,7 +169,9 @@ def greedy_twins(contenders: Sequence[Contender], batches: Sequence[int]) -> dic
     return found
 
 
-def load(told: Sequence[Told], model: PreTrainedModel, batches: Sequence[int]) -> list[Contender]:
+def load(
+    told: Sequence[Told], model: PreTrainedModel, batches: Sequence[int], *, any_target: bool = False
+) -> list[Contender]:
     """The methods, each folder loaded once.
 
     Raises RedrafterError where one cannot be loaded, or cannot draft as told for that many rows together.
@@ -178,7 +180,7 @@ def load(told: Sequence[Told], model: PreTrainedModel, batches: Sequence[int]) -
     found = []
     for one in told:
         if one.path not in methods:
-            methods[one.path] = load_method(one.path, model)
+            methods[one.path] = load_method(one.path, model, any_target=any_target)
         target = Target(model, methods[one.path].layers)
         made = Contender(one.label, one.path, one.shaped(methods[one.path]))
         for batch in batches:

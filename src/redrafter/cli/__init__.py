@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import codecs
 import errno
+import io
+import logging
 import os
 import sys
 from typing import Any, NoReturn
@@ -77,10 +80,35 @@ def _end(status: int) -> NoReturn:
     os._exit(status)
 
 
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that a stream cannot encode: JSON's escapes, so that lines of JSON stay JSON."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4)), error.end
+
+
+def _print_anything() -> None:
+    """Lets no character stop a command that has its results: streams escape what their encoding lacks."""
+    codecs.register_error("redrafter.escape", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="redrafter.escape")
+
+
+def _silence_torchao() -> None:
+    """Leaves out what torchao logs wherever it is installed for another version of torch; we use none of that."""
+    logging.getLogger("torchao").addFilter(lambda record: "Failed to load" not in record.getMessage())
+    told = "is an Enum subclass and is now natively supported"
+    logging.getLogger("torch.utils._pytree").addFilter(lambda record: told not in record.getMessage())
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command: exit status 0, 1 for a failed check, 2 for bad input, which is said in one sentence."""
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
+    _print_anything()
+    _silence_torchao()
     try:
         told = [word for word in words if word != "--debug"] or ["--help"]
         status = app(told, prog_name="redrafter", standalone_mode=False)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redrafter.cli.demo import PROMPTS
-from redrafter.cli.loading import Compile, Device, Dtype, NewTokens, Sources
+from redrafter.cli.loading import AnyTarget, Compile, Device, Dtype, NewTokens, Sources, claim
 from redrafter.errors import RedrafterError
+from redrafter.outputs import check_bench_folder
+from redrafter.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
     from redrafter.bench.comparing import Setting, Tell
@@ -54,6 +56,7 @@ MethodHelp = (
 
 
 def bench(
+    context: typer.Context,
     output: Output,
     model: Target = None,
     method: Annotated[
@@ -79,6 +82,7 @@ def bench(
     overwrite: Overwrite = False,
     minutes: Minutes = None,
     demo: Demo = False,
+    any_target: AnyTarget = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -106,10 +110,12 @@ def bench(
         overwrite=overwrite,
         minutes=minutes,
         demo=demo,
+        any_target=any_target,
         dtype=dtype,
         device=device,
     )
     setting, methods = shared.setting(
+        context,
         told,
         [batch_size, *together],
         command="bench",
@@ -136,6 +142,7 @@ def bench(
 
 
 def sweep(
+    context: typer.Context,
     output: Output,
     model: Target = None,
     method: Annotated[
@@ -166,6 +173,7 @@ def sweep(
     overwrite: Overwrite = False,
     minutes: Minutes = None,
     demo: Demo = False,
+    any_target: AnyTarget = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -194,10 +202,12 @@ def sweep(
         overwrite=overwrite,
         minutes=minutes,
         demo=demo,
+        any_target=any_target,
         dtype=dtype,
         device=device,
     )
     setting, methods = shared.setting(
+        context,
         told,
         [1, *together],
         command="sweep",
@@ -249,10 +259,13 @@ class Shared:
     overwrite: bool
     minutes: float | None
     demo: bool
+    any_target: bool
     dtype: str
     device: str
 
-    def setting(self, told: list[Told], sizes: list[int], **asked: Any) -> tuple[Setting, list[Contender]]:
+    def setting(
+        self, context: typer.Context, told: list[Told], sizes: list[int], **asked: Any
+    ) -> tuple[Setting, list[Contender]]:
         """Everything loaded and checked, for `sizes` of rows together; nothing is measured or written yet.
 
         `asked`: the command's own options, for the journal and the report.
@@ -268,6 +281,11 @@ class Shared:
             from redrafter.cli.loading import demo_folder
 
             path = str(demo_folder() / "redrafter-demo-12m")
+        check_model_path(path)
+        for one in told:
+            check_drafter_path(one.path)
+        check_bench_folder(self.output, inputs=[path, *(self.data or []), *(one.path for one in told)])
+        claim(context, self.output)
 
         from redrafter.bench.comparing import Setting
         from redrafter.bench.contenders import load
@@ -280,7 +298,7 @@ class Shared:
         limit = getattr(target.config.get_text_config(), "max_position_embeddings", None)
         room = None if limit is None else limit - self.max_new_tokens
         tasks = by_category(records, tokenizer, key=self.by, count=self.prompts, room=room)
-        methods = load(told, target, sizes)
+        methods = load(told, target, sizes, any_target=self.any_target)
         arguments = asked | {
             "model": "the bundled pair's" if self.demo else path,
             "methods": {one.label: "the bundled pair's" if _is_bundled(one) else one.shown for one in told},

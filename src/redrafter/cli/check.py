@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from redrafter.cli.loading import (
+    AnyTarget,
     Budget,
     Device,
     DoSample,
@@ -25,6 +26,7 @@ from redrafter.cli.loading import (
     TopP,
     Width,
 )
+from redrafter.paths import check_drafter_path, check_model_path
 
 
 def check(
@@ -44,10 +46,13 @@ def check(
     more: Set = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
     draft_bits: DraftBits = 16,
+    any_target: AnyTarget = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Decode with and without the drafter; exit status 1 if texts part where rounding does not explain it."""
+    check_model_path(model)
+    check_drafter_path(drafter)
     from redrafter.checking import compare
     from redrafter.cli.loading import check_bits, load_method, load_model, read_settings
     from redrafter.prompts import prompt_ids, read_prompts
@@ -64,7 +69,7 @@ def check(
         max_new_tokens=max_new_tokens,
     )
     target, tokenizer = load_model(model, dtype, device)
-    head = load_method(drafter, target, draft_bits)
+    head = load_method(drafter, target, draft_bits, any_target=any_target)
     ids = [prompt_ids(record, tokenizer, where) for where, record in read_prompts(prompts)]
     if "stop_strings" in settings:
         settings["tokenizer"] = tokenizer

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from redrafter.cli.loading import BadRows, Sources, Template
+from redrafter.paths import check_model_path
 
 
 def data(
@@ -20,6 +21,7 @@ def data(
     bad_rows: BadRows = "stop",
 ) -> None:
     """Show rows, lengths and, in colour, the tokens that would be learnt."""
+    check_model_path(model)
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

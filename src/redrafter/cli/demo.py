@@ -94,7 +94,7 @@ def _show(
         for index, token in enumerate(event.tokens):
             drafted = index < event.accepted
             console.print(Text(pieces.push(token), style="green" if drafted else ""), end="", soft_wrap=True)
-    console.print()
+    console.print(Text(pieces.rest()), soft_wrap=True)
 
 
 def _measure(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redrafter.cli.loading import (
+    AnyTarget,
     BadRows,
     Budget,
     Device,
@@ -23,6 +24,7 @@ from redrafter.cli.loading import (
     Sources,
     Template,
     Width,
+    claim,
     context_of,
     load_drafter,
     load_model,
@@ -31,6 +33,8 @@ from redrafter.cli.loading import (
     skipping,
 )
 from redrafter.errors import RedrafterError
+from redrafter.outputs import check_rows_file
+from redrafter.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +49,7 @@ PROMPTS = "Rows of `prompt`, `messages`, `conversations` or `turns`; with --cont
 
 
 def distill(
+    context: typer.Context,
     prompts: Annotated[list[str], typer.Option(help=PROMPTS + Sources)],
     output: Annotated[Path, typer.Option(help="File of JSON lines to write, for `redrafter train --data`.")],
     more: Annotated[list[str] | None, typer.Argument(metavar="[PROMPTS]...", help="More of the same.")] = None,
@@ -101,6 +106,11 @@ def distill(
     limit: Annotated[int | None, typer.Option(min=1, help="The first N rows alone.  \\[default: all]")] = None,
     bad_rows: BadRows = "stop",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where the file holds rows.")] = False,
+    insecure_endpoint: Annotated[
+        bool,
+        typer.Option("--insecure-endpoint", help="Send OPENAI_API_KEY unencrypted, to an http:// URL elsewhere."),
+    ] = False,
+    any_target: AnyTarget = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -108,6 +118,9 @@ def distill(
 
     The same command again goes on from the last checkpoint, which FILE.state beside the file knows of.
     """
+    sources = [*prompts, *(more or [])]
+    files = [name for source in sources for name in (source, *glob.glob(source))]
+    check_rows_file(output, inputs=[model, drafter, template, *files])
     if (model is None) == (endpoint is None):
         raise RedrafterError("Give either --model or --endpoint.")
     if (endpoint is None) != (endpoint_model is None):
@@ -115,7 +128,7 @@ def distill(
     shape: dict[str, Any] = {"beam_width": beam_width, "beam_length": beam_length, "node_budget": node_budget}
     law: dict[str, Any] = {"top_p": top_p, "top_k": top_k, "seed": seed}
     if drafter is None:
-        _refuse_idle("without --drafter", shape)
+        _refuse_idle("without --drafter", shape | {"any_target": any_target or None})
     if continuations is not None:
         _refuse_idle("with --continuations", {"temperature": temperature, **law, "set": settings, "drafter": drafter})
         _refuse_idle("with --continuations", {"chat": chat or None, "endpoint": endpoint})
@@ -123,12 +136,18 @@ def distill(
         own = {"drafter": drafter, "template": template, "set": settings, "max_length": max_length}
         _refuse_idle("with --endpoint", own)
 
+    elif insecure_endpoint:
+        raise RedrafterError("--insecure-endpoint means nothing without --endpoint.")
+    check_model_path(model)
+    check_drafter_path(drafter)
+    claim(context, output, is_file=True)
+
     from redrafter.training.answers import Law
 
     drawn = Law(tuple(temperature or [0.0]), max_new_tokens=max_new_tokens, **law)
     chunk = save_rows or 16 * batch_size
     if endpoint is not None and endpoint_model is not None:
-        way = _endpoint(endpoint, endpoint_model, drawn, chat, concurrency, timeout)
+        way = _endpoint(endpoint, endpoint_model, drawn, chat, concurrency, timeout, insecure_endpoint)
     elif continuations is not None:
         assert model is not None
         way = _continuations(model, template, continuations, chunk, batch_size, max_length, dtype, device)
@@ -140,8 +159,8 @@ def distill(
             batch_size=batch_size,
             **shape,
         )
-        way = _target(model, drafter, template, drawn, chat, chunk, max_length, options, dtype, device)
-    _run([*prompts, *(more or [])], output, way, limit=limit, bad_rows=bad_rows, overwrite=overwrite)
+        way = _target(model, drafter, template, drawn, chat, chunk, max_length, options, dtype, device, any_target)
+    _run(sources, output, way, limit=limit, bad_rows=bad_rows, overwrite=overwrite)
 
 
 def _refuse_idle(when: str, options: dict[str, Any]) -> None:
@@ -174,6 +193,7 @@ def _target(
     options: dict[str, Any],
     dtype: str,
     device: str,
+    any_target: bool,
 ) -> _Way:
     from redrafter.training.answers import by_target, check_prompt
     from redrafter.training.distillation import least
@@ -188,7 +208,7 @@ def _target(
 
     def start(total: int, tally: Tally, skip: Skip | None) -> Work:
         target, _ = load_model(model, dtype, device)
-        head = None if drafter is None else load_drafter(drafter, target)
+        head = None if drafter is None else load_drafter(drafter, target, any_target=any_target)
         more: dict[str, Any] = {"limit": max_length, "chat": chat, "tally": tally, "skip": skip, **options}
         return lambda rows: by_target(rows, target, tokenizer, head, law, seeds=law.seeds(total), chunk=chunk, **more)
 
@@ -223,11 +243,11 @@ def _continuations(
     return _Way({**told, "max_length": max_length}, check, start)
 
 
-def _endpoint(url: str, name: str, law: Law, chat: bool, concurrency: int, timeout: float) -> _Way:
+def _endpoint(url: str, name: str, law: Law, chat: bool, concurrency: int, timeout: float, insecure: bool) -> _Way:
     from redrafter.training.answers import plan
     from redrafter.training.endpoint import Endpoint, by_endpoint
 
-    endpoint = Endpoint(url, name, os.environ.get("OPENAI_API_KEY"), timeout)
+    endpoint = Endpoint(url, name, os.environ.get("OPENAI_API_KEY"), timeout, insecure)
 
     def start(total: int, tally: Tally, skip: Skip | None) -> Work:
         more: dict[str, Any] = {"concurrency": concurrency, "chat": chat, "tally": tally, "skip": skip}
@@ -244,8 +264,6 @@ def _run(sources: list[str], output: Path, way: _Way, *, limit: int | None, bad_
     from redrafter.training.distillation import Tally, distil, survey
     from redrafter.training.journal import Journal
 
-    if any(Path(name).resolve() == output.resolve() for source in sources for name in (source, *glob.glob(source))):
-        raise RedrafterError(f"{output} is one of the files to read; name another --output.")
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     journal = Journal(output, way.told, overwrite=overwrite)
     tally = Tally()

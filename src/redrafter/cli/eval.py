@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redrafter.cli.loading import (
+    AnyTarget,
     Budget,
     Device,
     DraftBits,
@@ -20,6 +21,7 @@ from redrafter.cli.loading import (
     Width,
 )
 from redrafter.errors import RedrafterError
+from redrafter.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
     from redrafter.training.evaluation import Acceptance, Measured
@@ -43,6 +45,7 @@ def evaluate(
     by: Annotated[str | None, typer.Option(metavar="KEY", help="Also by the rows' values of this key.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     draft_bits: DraftBits = 16,
+    any_target: AnyTarget = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -50,6 +53,8 @@ def evaluate(
     if limit is not None and limit < 1:
         raise RedrafterError(f"--limit must be at least 1, not {limit}.")
 
+    check_model_path(model)
+    check_drafter_path(drafter)
     from redrafter.cli.loading import check_bits, load_method, load_model
     from redrafter.prompts import prompt_ids, read_prompts
     from redrafter.training.evaluation import Measured
@@ -59,7 +64,7 @@ def evaluate(
     records = read_prompts(*data, *(more or []))[:limit]
     groups = {} if by is None else _grouped(records, by)
     target, tokenizer = load_model(model, dtype, device)
-    head = load_method(drafter, target, draft_bits)
+    head = load_method(drafter, target, draft_bits, any_target=any_target)
     found = measure(
         target,
         head,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from redrafter.cli.loading import (
+    AnyTarget,
     Budget,
     Compile,
     Device,
@@ -31,6 +32,7 @@ from redrafter.cli.loading import (
     Width,
 )
 from redrafter.errors import RedrafterError
+from redrafter.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
     from redrafter.results import Finished
@@ -57,6 +59,7 @@ def generate(
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Decode autoregressively, for comparison.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line for every prompt.")] = False,
     draft_bits: DraftBits = 16,
+    any_target: AnyTarget = False,
     fast: Fast = True,
     compile: Compile = False,
     dtype: Dtype = "auto",
@@ -67,6 +70,8 @@ def generate(
         raise RedrafterError("Give either --prompt or --prompts.")
     if drafter is None and not no_drafter:
         raise RedrafterError("Give a --drafter, or --no-drafter to decode without one.")
+    check_model_path(model)
+    check_drafter_path(None if no_drafter else drafter)
 
     from redrafter.cli.loading import check_bits, load_method, load_model, read_settings, show_log
     from redrafter.decoding import stream
@@ -93,7 +98,7 @@ def generate(
             for where, record in records
         ]
     target, tokenizer = load_model(model, dtype, device)
-    head = None if no_drafter or drafter is None else load_method(drafter, target, draft_bits)
+    head = None if no_drafter or drafter is None else load_method(drafter, target, draft_bits, any_target=any_target)
     ids = [prompt_ids(record, tokenizer, where) for where, record in records]
 
     if "stop_strings" in settings:

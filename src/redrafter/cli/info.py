@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from redrafter.cli.loading import Device, Dtype
+from redrafter.cli.loading import AnyTarget, Device, Dtype
 from redrafter.errors import RedrafterError
+from redrafter.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
     from redrafter.head import Head
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 def info(
     path: Annotated[str | None, typer.Argument(help="A drafter's folder or hub id.")] = None,
     model: Annotated[str | None, typer.Option(help="A model: how its steps would be decoded on this machine.")] = None,
+    any_target: AnyTarget = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -25,6 +27,10 @@ def info(
     """
     if path is None and model is None:
         raise RedrafterError("Name a drafter, or a model by --model.")
+    if any_target and (path is None or model is None):
+        raise RedrafterError("--any-target is for a drafter and a --model.")
+    check_model_path(model)
+    check_drafter_path(path)
 
     from redrafter.cli.loading import load_model
     from redrafter.decoding import path_of
@@ -38,7 +44,7 @@ def info(
     if loaded is not None:
         _show({"model": f"{model} ({type(loaded).__name__})", **path_of(loaded)})
     if drafter is not None and loaded is not None:
-        Target(loaded).check_drafter(drafter.config)
+        Target(loaded).check_drafter(drafter.config, any_target=any_target)
 
 
 def _show(lines: dict[str, str]) -> None:

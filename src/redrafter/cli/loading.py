@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redrafter.errors import RedrafterError, reason
+from redrafter.outputs import locked
+from redrafter.paths import check_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,12 +23,18 @@ if TYPE_CHECKING:
     from redrafter.files import Skip
     from redrafter.proposers import Method
 
+OVERWRITE = "pass --overwrite, or another --output"
+"""What to do about a drafter that is there already."""
+
 BAD_ROWS_NAMED = 10
 """Bad rows that are named where they are skipped; the others are counted."""
 
 Model = Annotated[str, typer.Option(help="The target: a folder or hub id of a Hugging Face causal language model.")]
 DrafterPath = Annotated[str, typer.Option(help="The drafter: a folder or hub id.")]
 DrafterOrModel = "The drafter: a folder or hub id; or a smaller model of the same vocabulary; or prompt-lookup."
+AnyTarget = Annotated[
+    bool, typer.Option("--any-target", help="Use a drafter that was made for another model of the same shape.")
+]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, mps.")]
 Width = Annotated[int | None, typer.Option(min=1, help="Beams to draft.  \\[default: as the drafter's folder says]")]
@@ -129,11 +137,14 @@ def skipping(bad_rows: str) -> Iterator[Skip | None]:
 
 def load_tokenizer(path: str, template: Path | None = None) -> PreTrainedTokenizerBase:
     """The target's tokenizer, perhaps with another chat template.  Raises RedrafterError where it cannot be loaded."""
+    check_model_path(path)
     from transformers import AutoTokenizer
 
-    check_there(path)
+    from redrafter import hub
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        with hub.reading(path):
+            tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise RedrafterError(f"The tokenizer of {path} cannot be loaded: {reason(error)}.") from error
     if template is not None:
@@ -144,34 +155,22 @@ def load_tokenizer(path: str, template: Path | None = None) -> PreTrainedTokeniz
     return tokenizer
 
 
-def check_there(path: str) -> None:
-    """Raises RedrafterError where a model's path can be no hub id and there is no such folder."""
-    from redrafter import hub
-
-    if hub.is_local(path) and not Path(path).exists():
-        raise RedrafterError(f"There is no model folder at {path}.")
-
-
-def check_output(folder: Path, *, overwrite: bool | None = None) -> None:
-    """Raises RedrafterError where no drafter can be written, or one would be replaced without `--overwrite`.
-
-    `overwrite` is None for a command that has no such option.
-    """
-    from redrafter import hub
-
-    if folder.is_file():
-        raise RedrafterError(f"{folder} is a file: give a folder as --output.")
-    if (folder / hub.CONFIG).exists() and not overwrite:
-        advice = "give another --output" if overwrite is None else "pass --overwrite, or another --output"
-        raise RedrafterError(f"{folder} already holds a drafter: {advice}.")
+def claim(context: typer.Context, output: Path, *, is_file: bool = False) -> None:
+    """Locks an output until the command ends.  Raises RedrafterError if another process writes it."""
+    lock = locked(output, is_file=is_file)
+    lock.__enter__()
+    context.call_on_close(lambda: lock.__exit__(None, None, None))
 
 
 def context_of(path: str) -> int | None:
     """Positions of the target, without loading it; None where its config does not say."""
     from transformers import AutoConfig
 
+    from redrafter import hub
+
     try:
-        config = AutoConfig.from_pretrained(path).get_text_config()
+        with hub.reading(path):
+            config = AutoConfig.from_pretrained(path).get_text_config()
     except (OSError, ValueError, KeyError, RuntimeError):  # the model may load though, or else says so itself
         return None
     positions: int | None = getattr(config, "max_position_embeddings", None)
@@ -235,19 +234,22 @@ def load_model(
 
     Raises RedrafterError where they cannot be loaded.
     """
+    check_model_path(path)
+    check_dtype(dtype)
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from redrafter import hub
+
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    check_there(path)
-    check_dtype(dtype)
     device = chosen_device(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        with hub.reading(path):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise RedrafterError(f"The model {path} cannot be loaded: {reason(error)}.") from error
     try:
@@ -260,18 +262,18 @@ def load_model(
         raise RedrafterError(f"The model cannot be put on --device {device}: {reason(error)}.") from error
 
 
-def load_drafter(path: str, model: PreTrainedModel, bits: int = 16) -> RecurrentDrafter:
+def load_drafter(path: str, model: PreTrainedModel, bits: int = 16, *, any_target: bool = False) -> RecurrentDrafter:
     """The drafter beside its target, on its device and in its dtype, its head perhaps in 8 bits."""
     from redrafter.drafter import RecurrentDrafter
 
-    return RecurrentDrafter.from_pretrained(path, target=model, bits=bits)
+    return RecurrentDrafter.from_pretrained(path, target=model, any_target=any_target, bits=bits)
 
 
-def load_method(path: str, model: PreTrainedModel, bits: int = 16) -> Method:
+def load_method(path: str, model: PreTrainedModel, bits: int = 16, *, any_target: bool = False) -> Method:
     """What drafts for the target: a drafter (its head perhaps in 8 bits), a draft model, or prompt lookup by name."""
     from redrafter.proposers.loading import load_method
 
-    return load_method(path, model, bits)
+    return load_method(path, model, bits, any_target=any_target)
 
 
 def demo_folder() -> Path:

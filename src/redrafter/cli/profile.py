@@ -7,8 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redrafter.cli.loading import Budget, Compile, Device, DoSample, DraftBits, DrafterOrModel, Dtype, Length, Width
+from redrafter.cli.loading import (
+    AnyTarget,
+    Budget,
+    Compile,
+    Device,
+    DoSample,
+    DraftBits,
+    DrafterOrModel,
+    Dtype,
+    Length,
+    Width,
+)
 from redrafter.errors import RedrafterError, reason
+from redrafter.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +54,7 @@ def profile(
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     do_sample: DoSample = False,
     draft_bits: DraftBits = 16,
+    any_target: AnyTarget = False,
     repeats: Annotated[int, typer.Option(min=1, help="Times to measure each; the median is shown.")] = 50,
     compile: Compile = False,
     dtype: Dtype = "auto",
@@ -59,6 +72,8 @@ def profile(
     check_bits(draft_bits)
     sizes, beams = whole_numbers(nodes, "--nodes"), whole_numbers(widths, "--widths")
 
+    check_model_path(model)
+    check_drafter_path(drafter)
     from rich.console import Console
 
     from redrafter.cli.loading import load_method, load_model
@@ -68,7 +83,7 @@ def profile(
 
     target = load_model(model, dtype, device)[0] if model else _stand_in(str(shape), dtype, device)
     if drafter:
-        method = load_method(drafter, target, draft_bits)
+        method = load_method(drafter, target, draft_bits, any_target=any_target)
     else:
         method = random_drafter(target, exit_dim, draft_vocab, draft_bits)
     bench, drafting, wider = _bench(

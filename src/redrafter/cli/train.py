@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from redrafter.cli.loading import BadRows, Device, Dtype, Model, Sources, Template, check_output
+from redrafter.cli.loading import OVERWRITE, BadRows, Device, Dtype, Model, Sources, Template, claim
 from redrafter.errors import RedrafterError
+from redrafter.outputs import check_drafter_folder, check_states_folder
+from redrafter.paths import check_model_path
 
 METHODS = ("recurrent", "medusa", "eagle")
 
@@ -62,6 +64,7 @@ def _ranks(told: str, heads: int) -> list[int]:
 
 
 def train(
+    context: typer.Context,
     model: Model,
     data: Annotated[list[str], typer.Option(help=Sources)],
     output: Annotated[Path, typer.Option(help="Folder to write the drafter to.")],
@@ -147,6 +150,9 @@ def train(
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the drafter in the end.")
     ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everyone see a repository that --push-to-hub creates.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a drafter that the folder holds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and train nothing.")] = False,
@@ -154,12 +160,16 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train a drafter for a model; the model itself is not changed."""
-    from rich.console import Console
-
-    from redrafter import hub
-
-    if not dry_run:
-        check_output(output, overwrite=overwrite)
+    first = os.environ.get("RANK", "0") == "0"
+    if public and not push_to_hub:
+        raise RedrafterError("--public is for a repository that --push-to-hub creates.")
+    if not dry_run and first:
+        inputs = [model, *data, *(more or []), template, config]
+        if cache_states is not None:
+            check_states_folder(cache_states, inputs=inputs)
+            if output.resolve().is_relative_to(cache_states.resolve()):
+                raise RedrafterError(f"--output {output} lies in --cache-states {cache_states}: choose another folder.")
+        check_drafter_folder(output, overwrite=overwrite, inputs=inputs, own=[cache_states], advice=OVERWRITE)
     if gated and not rnn:
         raise RedrafterError("--gated needs the recurrence: leave out --no-rnn.")
     _check_method(
@@ -180,9 +190,15 @@ def train(
         features = FEATURES if method == "eagle" else 0.0
     if precision not in ("auto", "float32", "bfloat16", "float16"):
         raise RedrafterError(f"--precision {precision} is not one of auto, float32, bfloat16, float16.")
+    ranks = None if cartesian is None else _ranks(cartesian, beam_length)
+    check_model_path(model)
+    if not dry_run and first:
+        claim(context, output)
 
     import torch
+    from rich.console import Console
 
+    from redrafter import hub
     from redrafter.cli.loading import load_model, load_tokenizer, skipping
     from redrafter.drafter import RecurrentDrafter
     from redrafter.eagle import EagleHead
@@ -194,7 +210,6 @@ def train(
     from redrafter.training.recipe import Recipe
     from redrafter.training.trainer import estimate, newest_checkpoint, run
 
-    ranks = None if cartesian is None else _ranks(cartesian, beam_length)
     recipe = Recipe(
         epochs,
         max_steps,
@@ -211,10 +226,9 @@ def train(
         cache_states=cache_states,
         seconds=None if minutes is None else 60 * minutes,
     )
-    first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=True, soft_wrap=True, quiet=not first)
     if push_to_hub and first and not dry_run:
-        hub.reserve(push_to_hub)  # what would be refused after the training is refused before it
+        hub.check_login(push_to_hub)  # what would be refused after the training is refused before it
     sources = [*data, *(more or [])]
     with skipping(bad_rows) as skip:  # before the target is loaded, which may take long
         rows = read_rows(sources, load_tokenizer(model, template), max_length=max_length, skip=skip)
@@ -276,4 +290,4 @@ def train(
         raise RedrafterError(f"Interrupted; {advice}.") from None
     console.print(f"Loss {loss:.3f}. Wrote {output}.")
     if push_to_hub and first:
-        console.print(f"Uploaded to {hub.push(output, push_to_hub)}.")
+        console.print(f"Uploaded to {hub.push(output, push_to_hub, public=public)}.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from redrafter.cli.loading import (
+    AnyTarget,
     Compile,
     Device,
     DoSample,
@@ -22,12 +23,15 @@ from redrafter.cli.loading import (
     TopP,
 )
 from redrafter.errors import RedrafterError
+from redrafter.outputs import check_drafter_folder
+from redrafter.paths import check_drafter_path, check_model_path, may_be_on_the_hub
 
 if TYPE_CHECKING:
     from redrafter.tuning import Tuned
 
 
 def tune(
+    ctx: typer.Context,
     model: Model,
     drafter: Annotated[str, typer.Option(help=f"{DrafterOrModel} The last two with --dry-run.")],
     prompts: Annotated[Path, typer.Option(help="JSONL rows of `prompt`, `messages` or `turns`.")],
@@ -49,16 +53,23 @@ def tune(
     seed: Seed = None,
     repeats: Annotated[int, typer.Option(min=1, help="Times to measure each; the median counts.")] = 20,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is fastest, and write nothing.")] = False,
+    any_target: AnyTarget = False,
     compile: Compile = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Find the fastest drafts for each batch size; `generate` then takes them, unless told a shape."""
-    from redrafter.cli.loading import check_context, check_output, load_method, load_model, read_settings, whole_numbers
+    from redrafter.cli.loading import check_context, claim, load_method, load_model, read_settings, whole_numbers
 
     batches, beams = whole_numbers(batch_sizes, "--batch-sizes"), whole_numbers(widths, "--widths")
     depths, sizes = whole_numbers(lengths, "--lengths"), whole_numbers(budgets, "--budgets")
 
+    check_model_path(model)
+    check_drafter_path(drafter)
+    if not dry_run and output is None and may_be_on_the_hub(drafter):
+        raise RedrafterError(f"{drafter} is not a folder to write into: give an --output for the tuned drafter.")
+    if output is not None:
+        check_drafter_folder(output, overwrite=False, inputs=[model, drafter, prompts])
     from redrafter import hub, tuning
     from redrafter.profiling import Bench, device_name
     from redrafter.prompts import prompt_ids, read_prompts
@@ -66,16 +77,15 @@ def tune(
     from redrafter.proposers.loading import kind_of
     from redrafter.target import Target
 
-    if not dry_run and output is None and hub.may_be_on_the_hub(drafter):
-        raise RedrafterError(f"{drafter} is not a folder to write into: give an --output for the tuned drafter.")
     if not dry_run and kind_of(drafter) is None:
         raise RedrafterError(f"{drafter} has no config that shapes could be kept in: add --dry-run.")
-    if output is not None:
-        check_output(output)
+    if not dry_run:
+        check_drafter_folder(output or Path(drafter), inputs=[model])
+        claim(ctx, output or Path(drafter))
     records = read_prompts(prompts)[:limit]
     target, tokenizer = load_model(model, dtype, device)
     check_context(context, target)
-    method = load_method(drafter, target)
+    method = load_method(drafter, target, any_target=any_target)
     candidates, refused = draftable(method, Target(target, method.layers), tuning.shapes(beams, depths, sizes))
     if not candidates:
         raise RedrafterError(f"None of the shapes can be drafted: {refused[0]}")

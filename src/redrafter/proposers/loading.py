@@ -17,6 +17,7 @@ from redrafter.eagle import EagleHead
 from redrafter.errors import RedrafterError, reason
 from redrafter.head import Head
 from redrafter.medusa import MedusaHeads
+from redrafter.paths import PROMPT_LOOKUP
 from redrafter.proposers.base import Method
 from redrafter.proposers.prompt_lookup import PromptLookup
 from redrafter.proposers.two_model import TwoModel
@@ -27,25 +28,24 @@ KINDS: dict[str, type[Head]] = {
 }
 """Heads by the `model_type` in their folders."""
 
-PROMPT_LOOKUP = "prompt-lookup"
-"""What stands for a path where nothing is loaded."""
 
-
-def load_method(path: str | Path, model: PreTrainedModel, bits: int = 16) -> Method:
+def load_method(path: str | Path, model: PreTrainedModel, bits: int = 16, *, any_target: bool = False) -> Method:
     """What drafts for `model`, on its device and in its dtype.
 
     `path`: a drafter's folder or hub id, that of a causal language model, which then drafts, or `prompt-lookup`.
-    `bits`: of a weight of a recurrent drafter's head, 16 or 8.  Raises RedrafterError where there is no such thing or
-    it was made for another model.
+    `bits`: of a weight of a recurrent drafter's head, 16 or 8.  Raises RedrafterError if there is no such thing, or if
+    it was made for another model and `any_target` does not allow that.
     """
     kind = kind_of(path)
     if kind is RecurrentDrafter:
-        return RecurrentDrafter.from_pretrained(path, target=model, bits=bits)
+        return RecurrentDrafter.from_pretrained(path, target=model, any_target=any_target, bits=bits)
     if bits != 16:
         raise RedrafterError(f"Only a recurrent drafter's head can have {bits} bits, and {path} is none.")
     if str(path) == PROMPT_LOOKUP:
         return PromptLookup()
-    return TwoModel(_draft_model(path, Target(model))) if kind is None else kind.from_pretrained(path, target=model)
+    if kind is None:
+        return TwoModel(_draft_model(path, Target(model)))
+    return kind.from_pretrained(path, target=model, any_target=any_target)
 
 
 def load_head(path: str | Path) -> Head:
@@ -70,7 +70,8 @@ def kind_of(path: str | Path) -> type[Head] | None:
 
 def _draft_model(path: str | Path, target: Target) -> PreTrainedModel:
     try:
-        draft: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=target.dtype)
+        with hub.reading(path):
+            draft: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=target.dtype)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise RedrafterError(f"The draft model {path} cannot be loaded: {reason(error)}.") from error
     return draft.to(torch.device(target.device)).eval()

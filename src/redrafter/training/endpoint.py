@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from ipaddress import ip_address
 from itertools import islice
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -61,24 +62,43 @@ class _Unredirected(urllib.request.HTTPRedirectHandler):
 
 
 _opener = urllib.request.build_opener(_Unredirected)
+_direct = urllib.request.build_opener(_Unredirected, urllib.request.ProxyHandler({}))
+"""For this machine itself: what is sent there must not go through a proxy elsewhere."""
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether a host's name or address is this machine's own."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host or "").is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
 class Endpoint:
     """A server at `url`, the base of its paths (`/v1` where it has no path), and the name of a model there.
 
-    `key` is sent as a bearer token, `timeout` is in seconds for one answer.  Raises RedrafterError for a bad `url`.
+    `key` is sent as a bearer token, `timeout` is in seconds for one answer.  Raises RedrafterError for a bad `url`, and
+    if `key` would be sent unencrypted to another machine, unless `insecure` allows that.
     """
 
     url: str
     model: str
     key: str | None = None
     timeout: float = 300.0
+    insecure: bool = False
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise RedrafterError(f"The endpoint must be a URL such as http://localhost:8000/v1, not {self.url}.")
+        if self.key and parts.scheme == "http" and not is_loopback(parts.hostname) and not self.insecure:
+            raise RedrafterError(
+                f"OPENAI_API_KEY would be sent unencrypted to {parts.hostname}: use https, unset it, or pass "
+                "--insecure-endpoint."
+            )
         base = self.url.rstrip("/")
         object.__setattr__(self, "url", base if parts.path.strip("/") else f"{base}/v1")
 
@@ -107,7 +127,8 @@ class Endpoint:
         request = urllib.request.Request(f"{self.url}/{path}", json.dumps(body).encode(), headers)
         deadline = time.monotonic() + self.timeout
         try:
-            with _opener.open(request, timeout=self.timeout) as response:
+            opener = _direct if is_loopback(urlsplit(self.url).hostname) else _opener
+            with opener.open(request, timeout=self.timeout) as response:
                 pieces = []
                 while piece := response.read1(2**16):
                     pieces.append(piece)

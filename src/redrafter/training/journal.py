@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from redrafter.errors import RedrafterError
-
-SUFFIX = ".state"
-"""Of the note, after the whole name of the file."""
+from redrafter.outputs import NOTE_SUFFIX, check_rows_file
 
 _OTHERWISE_READ = {".json", ".parquet", ".gz", ".xz", ".zst"}
 
@@ -30,12 +28,12 @@ class Journal:
     count; what a killed process wrote beyond them is cut off by the next one.  Nothing is written before `open`.
 
     `told` is what the lines depend on: JSON by names.  Raises RedrafterError where the file holds lines of other work,
-    unless `overwrite` throws them away.
+    unless `overwrite` throws them away, or is not a file of ours.
     """
 
     def __init__(self, path: Path, told: dict[str, Any], *, overwrite: bool = False):
         self.path = path
-        self.note = path.with_name(path.name + SUFFIX)
+        self.note = path.with_name(path.name + NOTE_SUFFIX)
         self.told: dict[str, Any] = json.loads(json.dumps(told))
         self.done = 0  # rows of the source that are answered
         self.source = ""  # a digest of them
@@ -44,8 +42,7 @@ class Journal:
         self._file: BinaryIO | None = None
         if _OTHERWISE_READ & set(path.suffixes):
             raise RedrafterError(f"{path} will hold JSON lines: let its name end in .jsonl.")
-        if path.is_dir():
-            raise RedrafterError(f"{path} is a folder; name a file.")
+        check_rows_file(path)
         if not overwrite:
             self._take_up()
 
@@ -60,8 +57,6 @@ class Journal:
             told, done, kept = dict(note["told"]), int(note["done"]), int(note["bytes"])
             source, counts = str(note["source"]), Counter(note["counts"])
         except FileNotFoundError:
-            if size:
-                raise RedrafterError(f"{self.path} exists and has no {self.note.name} beside it: {again}.") from None
             return
         except (ValueError, TypeError, KeyError):
             raise RedrafterError(f"{self.note} is not a note of this command: {again}.") from None
@@ -119,7 +114,7 @@ class Journal:
 
     def _write_note(self) -> None:
         note = {"told": self.told, "done": self.done, "bytes": self._size, "source": self.source}
-        passing = self.note.with_name(self.note.name + ".tmp")
+        passing = self.note.with_name(f".{self.note.name}.{os.getpid()}.part")
         try:
             passing.write_text(json.dumps({**note, "counts": self.counts}, indent=1) + "\n", encoding="utf-8")
             os.replace(passing, self.note)

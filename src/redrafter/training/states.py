@@ -28,10 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from redrafter.errors import RedrafterError, reason
+from redrafter.outputs import STATES_INDEX, check_states_folder
 from redrafter.target import Target
 from redrafter.training.data import Row, collate
 
-INDEX, STATES = "states.json", "states"
+INDEX, STATES = STATES_INDEX, "states"
 
 SHARD = 2**28
 """Bytes of a file, about; the most that an interrupt can cost."""
@@ -85,6 +86,7 @@ class States:
 
         Raises RedrafterError where it holds states of other rows or of another target, or a damaged file.
         """
+        check_states_folder(folder)
         self.folder, self._forward, self._device = folder, forward, target.device
         first = next((row for row in rows if row.learnt), None)
         if first is None:

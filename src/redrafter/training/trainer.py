@@ -29,6 +29,7 @@ from redrafter.errors import RedrafterError, reason
 from redrafter.head import Head
 from redrafter.medusa import MedusaHeads
 from redrafter.memory import within_memory
+from redrafter.outputs import CHECKPOINTS, COMPLETE, ORDER, check_drafter_folder
 from redrafter.target import Target
 from redrafter.training.card import Run, card
 from redrafter.training.clock import ByTheClock, SecondsBar
@@ -40,17 +41,11 @@ from redrafter.training.recipe import Recipe
 from redrafter.training.sharding import bytes_here, is_sharded
 from redrafter.training.states import States, Tell
 
-COMPLETE = "complete"
-"""Empty file that marks a checkpoint as whole; it is written after all else."""
-
 KEPT = 3
 """Checkpoints that exist at one time, at most: the best, the one before the last, and the last."""
 
 ENDLESS = 10**9
 """Steps of a run that the clock ends."""
-
-ORDER = "order.json"
-"""What a run that is resumed must have in common with its beginning."""
 
 METRIC = "acceptance_length"
 """What the best checkpoint is chosen by: 1 + accepted tokens of a draft, on held-out rows."""
@@ -254,7 +249,9 @@ def run(
     Raises RedrafterError where `output` holds something that this run would replace, where there is nothing to resume,
     or where the loss stops being finite.
     """
-    checkpoints = output / "checkpoints"
+    if os.environ.get("RANK", "0") == "0":
+        check_drafter_folder(output, own=[recipe.cache_states])
+    checkpoints = output / CHECKPOINTS
     latest = newest_checkpoint(checkpoints)
     if resume and latest is None:
         raise RedrafterError(f"There is no checkpoint to resume from in {checkpoints}.")

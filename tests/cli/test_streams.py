@@ -1,0 +1,98 @@
+"""What commands print reaches every stream, and what they cannot do is said before they load anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, sys
+from redrafter import cli
+
+@cli.app.command("words")
+def words(text: str):
+    import typer
+    from rich.console import Console
+    typer.echo(json.dumps({"text": json.loads(text)}, ensure_ascii=False))
+    Console().print(json.loads(text))
+    typer.echo(json.loads(text), err=True)
+
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8", "utf-16", "shift-jis", "cp1252:strict"])
+def test_no_text_is_lost_to_a_streams_encoding(encoding):
+    text = "caf\u00e9 \u6f22 \N{GRINNING FACE} \ud800"
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-c", SCRIPT, "words", json.dumps(text)]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if encoding != "ascii":  # where typer writes UTF-8 instead
+        line = done.stdout.decode(encoding.partition(":")[0]).splitlines()[0]
+        assert json.loads(line) == {"text": text}
+
+
+def test_generate_in_a_c_locale(model_folder, drafter_folder, tmp_path):
+    environment = os.environ | {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "cp1252",
+    }
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "\u6f22"}', encoding="utf-8")
+    words = ["generate", "--model", model_folder, "--drafter", drafter_folder, "--prompts", prompts, "--json"]
+    command = [sys.executable, "-c", "from redrafter.cli import main; main()", *words, "--max-new-tokens", 3]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode("cp1252"))["prompt"] == "\u6f22"
+    assert b"Failed to load" not in done.stderr
+    assert b"Enum subclass" not in done.stderr
+
+
+HEAVY = """
+import sys
+from redrafter.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(sorted({"torch", "transformers", "huggingface_hub"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate --model MODEL --no-drafter --prompt x",
+        "generate --model here --drafter DRAFTER --prompt x",
+        "check --model MODEL --drafter x --prompts x",
+        "check --model here --drafter DRAFTER --prompts x",
+        "eval --model MODEL --drafter x --data x",
+        "eval --model here --drafter DRAFTER --data x",
+        "distill --model MODEL --prompts x --output new.jsonl",
+        "distill --model here --drafter DRAFTER --prompts x --output new.jsonl",
+        "train --model MODEL --data x --output new",
+        "data x --model MODEL",
+        "profile --model MODEL",
+        "tune --model MODEL --drafter x --prompts x",
+        "tune --model here --drafter DRAFTER --prompts x",
+        "info --model MODEL",
+        "info DRAFTER",
+        "export DRAFTER --output new",
+    ],
+)
+def test_a_missing_folder_is_reported_before_anything_is_loaded(tmp_path, words):
+    told = words.replace("MODEL", str(tmp_path / "none")).replace("DRAFTER", str(tmp_path / "none")).split()
+    (tmp_path / "here").mkdir()
+    command = [sys.executable, "-c", HEAVY, *told]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    kind = "model" if "MODEL" in words else "drafter"
+    assert done.returncode == 2
+    assert done.stderr == f"redrafter: There is no {kind} folder at {tmp_path / 'none'}.\n"
+    assert done.stdout == "[]\n"
+    assert os.listdir(tmp_path) == ["here"]

@@ -1,0 +1,268 @@
+"""Commands write only into new or empty places, or over their own files; everything else stays as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from conftest import refusal
+from redrafter import RecurrentDrafter, RedrafterError
+from redrafter.outputs import (
+    check_bench_folder,
+    check_drafter_folder,
+    check_rows_file,
+    check_states_folder,
+    locked,
+)
+
+
+def digest(*places, but=()) -> dict[str, str]:
+    """Of every file, link and folder in some places, except below some."""
+    found = {}
+    for place in places:
+        for one in [place, *sorted(place.rglob("*"))]:
+            if any(one == left or left in one.parents for left in but):
+                continue
+            content = os.readlink(one) if one.is_symlink() else one.read_bytes() if one.is_file() else b""
+            content = content.encode() if isinstance(content, str) else content
+            found[str(one)] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+@pytest.fixture
+def disk(tmp_path, model_folder, drafter_folder):
+    """A disk with a model, links to it, a drafter, foreign folders, and data."""
+    root = tmp_path / "disk"
+    shutil.copytree(model_folder, root / "model")
+    (root / "link").symlink_to(root / "model")
+    shutil.copytree(drafter_folder, root / "drafter")
+    (root / "drafter" / "notes.txt").write_text("mine")
+    (root / "papers").mkdir()
+    (root / "papers" / "thesis.txt").write_text("years of work")
+    adapter = root / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "README.md").write_text("mine")
+    snapshot = root / "models--me--it" / "snapshots" / "0123"
+    shutil.copytree(drafter_folder, snapshot)
+    (root / "cached").symlink_to(snapshot)
+    trainer = root / "trainer" / "checkpoints" / "checkpoint-5"
+    trainer.mkdir(parents=True)
+    (trainer / "model.safetensors").write_text("of another run")
+    linked = shutil.copytree(drafter_folder, root / "linked")
+    shutil.rmtree(linked / "custom_generate")
+    (linked / "custom_generate").symlink_to(root / "papers")
+    (root / "rows.jsonl").write_text('{"text": "once upon a time there was"}\n' * 8)
+    (root / "prompts.jsonl").write_text('{"prompt": "Once"}\n')
+    (root / "file").write_text("mine")
+    return root
+
+
+FOREIGN = ("model", "link", "link/", "model/inside", "model/a/b", ".", "papers", "adapter", "adapter/inside", "cached")
+FOREIGN += ("trainer", "linked", "file", "file/inside", "models--me--it/new")
+
+
+def commands(disk, output):
+    """What writes a drafter's folder, with `--overwrite` where there is such an option."""
+    model, drafter = ("--model", disk / "model"), ("--drafter", disk / "drafter")
+    yield "train", *model, "--data", disk / "rows.jsonl", "--output", output, "--max-steps", 1, "--overwrite"
+    yield "export", disk / "drafter", "--output", output, "--overwrite"
+    yield "tune", *model, *drafter, "--prompts", disk / "prompts.jsonl", "--output", output
+
+
+@pytest.mark.parametrize("place", FOREIGN)
+def test_no_command_writes_a_drafter_into_a_foreign_place(say, disk, place, monkeypatch):
+    monkeypatch.chdir(disk)
+    before = digest(disk)
+    for output in (f"{disk}/{place}", place):
+        for words in commands(disk, output):
+            refusal(say(*words))
+            assert digest(disk) == before, words
+        for words in ("bench", "sweep"):
+            told = (words, "--model", disk / "model", "--method", disk / "drafter", "--data", disk / "prompts.jsonl")
+            refusal(say(*told, "--output", output, "--overwrite"))
+            assert digest(disk) == before, words
+        with pytest.raises(RedrafterError):
+            RecurrentDrafter.from_pretrained(disk / "drafter").save_pretrained(output)
+        assert digest(disk) == before, "save_pretrained"
+
+
+@pytest.mark.parametrize("place", ["model", "link", "model/rows.jsonl", "link/new/rows", "drafter/rows.jsonl"])
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_distill_writes_into_no_folder_that_it_reads(say, disk, place, overwrite):
+    refused_rows(say, disk, place, overwrite)
+
+
+@pytest.mark.parametrize("place", ["prompts.jsonl", "alias.jsonl", "hard.jsonl", "rows.jsonl", "file", "noted.jsonl"])
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_distill_writes_over_no_file_that_is_not_its_own(say, disk, place, overwrite):
+    (disk / "alias.jsonl").symlink_to(disk / "prompts.jsonl")
+    os.link(disk / "prompts.jsonl", disk / "hard.jsonl")
+    (disk / "noted.jsonl.state").write_text('{"a": "file of somebody else"}')
+    refused_rows(say, disk, place, overwrite)
+
+
+def refused_rows(say, disk, place, overwrite):
+    before = digest(disk)
+    words = ("--model", disk / "model", "--drafter", disk / "drafter", "--prompts", disk / "prompts.jsonl")
+    refusal(say("distill", *words, "--output", disk / place, *overwrite))
+    assert digest(disk) == before
+
+
+@pytest.mark.parametrize("place", ["model", "link", "papers", "drafter", "file", "out", "cached"])
+def test_states_are_kept_in_no_foreign_folder(say, disk, place):
+    before = digest(disk)
+    words = ("train", "--model", disk / "model", "--data", disk / "rows.jsonl", "--output", disk / "out")
+    (disk / "out").mkdir()
+    refusal(say(*words, "--cache-states", disk / place))
+    (disk / "out").rmdir()
+    assert digest(disk) == before
+
+
+def test_a_command_refuses_to_replace_what_it_reads(say, disk):
+    before = digest(disk)
+    refusal(say("export", disk / "drafter", "--output", disk / "drafter", "--overwrite"))
+    words = ("--model", disk / "model", "--drafter", disk / "drafter", "--prompts", disk / "prompts.jsonl")
+    refusal(say("tune", *words, "--output", disk / "drafter"))
+    refusal(say("tune", *words[:3], disk / "cached", *words[4:]))
+    refusal(say("train", "--model", disk / "model", "--data", disk / "drafter" / "README.md", "--output",
+                disk / "drafter", "--overwrite"))  # fmt: skip
+    assert digest(disk) == before
+
+
+def test_of_a_drafters_folder_its_own_files_alone_are_replaced(say, disk):
+    before = digest(disk, but=[disk / "drafter"])
+    words = ("train", "--model", disk / "link", "--data", disk / "rows.jsonl", "--output", disk / "drafter")
+    words += ("--max-steps", 1, "--exit-dim", 8)
+    whole = digest(disk)
+    assert "already holds a drafter: pass --overwrite" in refusal(say(*words))
+    assert digest(disk) == whole
+    assert say(*words, "--overwrite")[0] == 0
+    assert json.loads((disk / "drafter" / "config.json").read_text())["exit_dim"] == 8
+    assert (disk / "drafter" / "notes.txt").read_text() == "mine"
+    names = ["README.md", "config.json", "custom_generate", "model.safetensors", "notes.txt"]
+    assert sorted(os.listdir(disk / "drafter")) == names
+    assert digest(disk, but=[disk / "drafter"]) == before
+
+
+def test_a_new_or_empty_folder_is_written_and_nothing_else(say, disk):
+    for name, words in (("new", ()), ("empty", ("--cache-states", disk / "empty" / "states"))):
+        before = digest(disk)
+        if name == "empty":
+            (disk / "empty").mkdir()
+        told = ("--model", disk / "model", "--data", disk / "rows.jsonl", "--output", f"{disk}/{name}/")
+        assert say("train", *told, "--max-steps", 1, "--exit-dim", 8, *words)[0] == 0
+        assert digest(disk, but=[disk / name]) == before
+
+
+def test_a_drafter_replaces_a_drafter_and_follows_a_link_to_one(disk):
+    drafter = RecurrentDrafter.from_pretrained(disk / "drafter")
+    (disk / "alias").symlink_to(disk / "drafter")
+    drafter.save_pretrained(disk / "alias")
+    drafter.save_pretrained(disk / "new" / "drafter")
+    assert (disk / "alias").is_symlink()
+    check_drafter_folder(disk / "new" / "drafter")
+
+
+def test_an_unfinished_run_is_ours_and_its_name_alone_is_not(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(RedrafterError, match="is not a checkpoint of this package"):
+        check_drafter_folder(folder)
+    (folder / "checkpoints" / "order.json").write_text('{"--batch-size": 8}')
+    check_drafter_folder(folder, overwrite=False)
+    (folder / "notes.txt").write_text("mine")
+    check_drafter_folder(folder, overwrite=False)
+    (folder / "model.safetensors").write_text("mine")
+    with pytest.raises(RedrafterError, match=r"is not empty and holds no drafter \(model.safetensors\)"):
+        check_drafter_folder(folder)
+
+
+def test_a_benchmark_and_states_go_on_in_their_own_folders(tmp_path):
+    for name, content, check in (
+        ("measurements.jsonl.state", '{"told": {}, "done": 0, "bytes": 0}', check_bench_folder),
+        ("results.json", '{"about": {}, "asked": {}}', check_bench_folder),
+        ("states.json", "{}", check_states_folder),
+    ):
+        folder = tmp_path / name
+        check(folder)
+        folder.mkdir()
+        check(folder)
+        (folder / name).write_text(content)
+        check(folder)
+        (folder / name).rename(folder / "other.json")
+        with pytest.raises(RedrafterError, match="is not empty and holds no"):
+            check(folder)
+
+
+def test_rows_go_on_in_their_own_file(tmp_path):
+    check_rows_file(tmp_path / "new" / "rows.jsonl")
+    (tmp_path / "rows.jsonl").touch()
+    check_rows_file(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(RedrafterError, match=r"has no rows\.jsonl\.state beside it, so it is not ours"):
+        check_rows_file(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl.state").write_text('{"told": {}, "done": 1, "bytes": 3}')
+    check_rows_file(tmp_path / "rows.jsonl")
+    with pytest.raises(RedrafterError, match=r"rows\.jsonl\.state is one of the files to read"):
+        check_rows_file(tmp_path / "rows.jsonl", inputs=[tmp_path / "rows.jsonl.state"])
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from redrafter.outputs import locked
+with locked(Path(sys.argv[1]), is_file=sys.argv[2] == "file"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_lock_holds_until_its_process_ends_even_when_killed(tmp_path, kind):
+    output = tmp_path / "new" / "output"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(output), kind], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(RedrafterError, match="Another process is writing"), locked(output, is_file=kind == "file"):
+            pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()
+    with locked(output, is_file=kind == "file"):
+        pass
+    assert not [one for one in tmp_path.rglob("*") if one.is_file()]
+
+
+def test_a_lock_leaves_nothing_behind(tmp_path):
+    with locked(tmp_path / "a" / "b"), locked(tmp_path / "rows.jsonl", is_file=True):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_two_commands_with_one_output_the_second_is_refused(say, disk):
+    model, rows = ("--model", disk / "model"), disk / "rows.jsonl"
+    told = ("--drafter", disk / "drafter", "--prompts", disk / "prompts.jsonl")
+    bench = ("--method", disk / "drafter", "--data", disk / "prompts.jsonl", "--output", disk / "new")
+    before = digest(disk)
+    with locked(disk / "new"), locked(disk / "new.jsonl", is_file=True), locked(disk / "drafter"):
+        for words in (
+            ("train", *model, "--data", rows, "--output", disk / "new"),
+            ("train", *model, "--data", rows, "--output", disk / "drafter", "--overwrite"),
+            ("distill", *model, "--prompts", disk / "prompts.jsonl", "--output", disk / "new.jsonl"),
+            ("tune", *model, *told),
+            ("tune", *model, *told, "--output", disk / "new"),
+            ("export", disk / "linked", "--output", disk / "new"),
+            ("bench", *model, *bench),
+            ("sweep", *model, *bench),
+        ):
+            assert "Another process is writing" in refusal(say(*words))
+    assert digest(disk) == before
