@@ -95,17 +95,24 @@ def _answer(chat: Chat, index: int, before: str, tokenizer: PreTrainedTokenizerB
             f"which ends with {before[-20:]!r}: give another template, or rows that distill wrote."
         )
     content, closing = text_of(chat.messages[index]), f"</{opened['tag']}>"
-    reasoning, _, visible = content.rpartition(closing)
-    visible = visible.strip()
+    blank = re.compile(rf"\s*<{re.escape(opened['tag'])}>\s*{re.escape(closing)}\s*").match(after, len(start))
+    end = _end_of(content, after, blank.end() if blank else len(start), closing)
     written = _after_opening(content, opened, bool(_EMPTY.search(header)))
-    place = after.rfind(visible, len(start)) if visible else -1
-    if written is None or place < 0:
+    if written is None or end is None:
         raise RedrafterError(
-            f"{where}: the generation prompt ends with {opened[0].strip()!r}, and message {index + 1} does not go on "
-            f"from there{'' if reasoning else ', as it has no reasoning'}: give the reasoning in its content up to "
-            f"{closing!r}, or turn reasoning on or off by chat_template_kwargs."
+            f"{where}: the generation prompt ends with {opened[0].strip()!r}, and the content of message {index + 1} "
+            f"does not go on from there{'' if closing in content else ', as it has no reasoning'}: give the reasoning "
+            f"in the content, up to {closing!r}, or turn reasoning on or off by chat_template_kwargs."
         )
-    return written.rstrip() + after[place + len(visible) :]
+    return written.rstrip() + after[end:]
+
+
+def _end_of(content: str, rendered: str, begin: int, closing: str = "</think>") -> int | None:
+    """Where a content ends in a rendering, from `begin` on; the template may strip it, or drop its reasoning."""
+    for visible in (content.strip(), content.rpartition(closing)[2].strip()):
+        if visible and visible in rendered[begin:]:
+            return rendered.index(visible, begin) + len(visible)
+    return None
 
 
 def _after_opening(content: str, opened: re.Match[str], empty: bool) -> str | None:
@@ -129,13 +136,10 @@ def _until_end(answer: str, chat: Chat, index: int, tokenizer: PreTrainedTokeniz
     message = chat.messages[index]
     specials = {str(one) for one in tokenizer.all_special_tokens}
     specials |= {one.content for one in tokenizer.added_tokens_decoder.values() if one.special}
-    content = text_of(message).strip()
-    if not message.get("tool_calls"):
-        for visible in (content, content.rpartition("</think>")[2].strip()):
-            if visible and visible in answer:
-                start = answer.rfind(visible) + len(visible)
-                ends = [(answer.find(one, start), one) for one in specials if one in answer[start:]]
-                return answer[: min(ends)[0] + len(min(ends)[1])] if ends else answer
+    start = None if message.get("tool_calls") else _end_of(text_of(message), answer, 0)
+    if start is not None:
+        ends = [(answer.index(one, start), one) for one in specials if one in answer[start:]]
+        return answer[: min(ends)[0] + len(min(ends)[1])] if ends else answer
     stripped = answer.rstrip()
     return stripped if stripped.endswith(tuple(specials)) else answer
 
