@@ -192,6 +192,18 @@ def test_what_cannot_be_known_is_refused_with_its_place(tokenizer, row):
             read(row, tokenizer, "F line 3")
 
 
+def test_roles_that_a_template_may_know_are_kept(tokenizer):
+    messages = [{"role": "observation", "content": "3 C"}, USER]
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert prompt_ids({"messages": messages}, tokenizer, "here") == whole
+
+
+def test_turns_hold_nothing_to_learn(tokenizer):
+    assert tokenizer.decode(prompt_ids({"turns": ["hi", "so"]}, tokenizer, "here")) == "<s>u:hi</s><s>a:"
+    with pytest.raises(RedrafterError, match=r"here: .*no answers to learn"):
+        tokenized({"turns": ["hi", "so"]}, tokenizer, "here")
+
+
 def test_a_written_answer_replaces_text_columns_and_no_metadata():
     record = {
         "id": 1,

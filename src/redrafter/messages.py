@@ -12,9 +12,12 @@ Message = dict[str, Any]
 ROLES = {
     "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant",
-    "tool": "tool", "observation": "tool",
+    "tool": "tool",
 }  # fmt: skip
 """Roles by the names that data sets give them, in lower case."""
+
+SHAREGPT = {**ROLES, "observation": "tool"}
+"""Values of ShareGPT's `from`.  As a `role`, "observation" is kept, since some chat templates have it."""
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -67,9 +70,10 @@ def _sharegpt(message: Message, where: str) -> Message:
     value = message.get("value")
     if speaker.lower() == "function_call":
         return {"role": "assistant", **rest, "tool_calls": _calls(value, where)}
-    role = ROLES.get(speaker.lower())
+    role = SHAREGPT.get(speaker.lower())
     if role is None:
-        raise RedrafterError(f"{where} is from {speaker!r}, which is none of {', '.join([*ROLES, 'function_call'])}.")
+        known = ", ".join([*SHAREGPT, "function_call"])
+        raise RedrafterError(f"{where} is from {speaker!r}, which is none of {known}.")
     return {"role": role, **rest, "content": value}
 
 

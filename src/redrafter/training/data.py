@@ -125,6 +125,8 @@ def tokenized_rows(
     if "input_ids" in record:
         return [_as_told(record, vocab_size, where)]
     row = parse_row(record, where, template_kwargs=template_kwargs)
+    if isinstance(row, Chat) and row.only_user:
+        raise RedrafterError(f'{where}: "turns" hold no answers to learn; distill writes them.')
     if isinstance(row, Chat):
         rows = [Row(ids, learned) for ids, learned in tokenize_chat(row, tokenizer, where)]
     else:
