@@ -154,7 +154,9 @@ def load_tokenizer(
         raise RedrafterError(f"The tokenizer of {path} cannot be loaded: {reason(error)}.") from error
     if template is not None:
         try:
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
+            tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise RedrafterError(f"--template {template} is not UTF-8 text.") from None
         except OSError as error:
             raise RedrafterError(f"--template {template} cannot be read: {error.strerror}.") from None
     found = getattr(tokenizer, "chat_template", None) or ""
