@@ -8,7 +8,9 @@ import pytest
 import transformers
 
 from redrafter import RedrafterError
+from redrafter.training.answers import Dialogue, Law
 from redrafter.training.data import read_rows, tokenized, tokenized_rows
+from redrafter.training.distillation import Prompt
 
 END = "{% endfor %}{% if add_generation_prompt %}"
 R1 = (
@@ -88,6 +90,26 @@ def test_what_is_learned_is_what_the_model_writes_after_its_prompt(tokenizer, te
     tokenizer.chat_template = template
     rows = tokenized_rows({"messages": messages}, tokenizer, "here")
     assert [shown(row, tokenizer) for row in rows] == expected
+
+
+@pytest.mark.parametrize("template", [R1, VERBATIM, QWEN, PHI, TRIM, MARKED])
+def test_a_chat_is_split_where_distill_splits_it(tokenizer, template):
+    tokenizer.chat_template = template
+    dialogue = Dialogue(Prompt(0, "here", {"turns": ["hi", "bye", "so"]}, ""), Law(), 0, 0)
+    for text in ("hm</think>yes?", "so</think>oh", "x</think>end"):
+        assert dialogue.ask(tokenizer, None)
+        opened = "" if template in (R1, VERBATIM) else "<think>"
+        dialogue.answer(tokenizer(f"{opened}{text}</s>").input_ids, "eos", tokenizer, None)
+    distilled = dialogue.rows()
+    messages = distilled[-1]["messages"]
+    rows = tokenized_rows({"messages": messages}, tokenizer, "here")
+    assert len(rows) == len(distilled) == (3 if template in (R1, VERBATIM, QWEN) else 1)
+    for row, other in zip(rows, distilled, strict=True):
+        size = len(other["input_ids"])  # `distill` ends with the last end token
+        assert row.input_ids[:size] == other["input_ids"]
+        assert tokenizer.decode(row.input_ids[size:]).strip("\n") in ("", "</s>")
+        if template is not MARKED:  # which learns the line break too
+            assert row.trained == [bool(mask) for mask in other["loss_mask"]] + [False] * (len(row.trained) - size)
 
 
 def test_variables_of_the_template_decide_what_the_prompt_opens(tokenizer):
