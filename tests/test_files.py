@@ -91,3 +91,47 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(RedrafterError, match="is not UTF-8 text"):
         list(read_records([tmp_path / "a.jsonl"]))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    raw = b"\xef\xbb\xbf" + json.dumps({"a": 1}).encode()
+    zst = lambda raw: pyarrow.compress(raw, "zstd", asbytes=True)  # noqa: E731
+    path = tmp_path / name
+    path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress, ".zst": zst}.get(path.suffix, bytes)(raw))
+    assert [row for _, row in read_records([path])] == [{"a": 1}]
+
+
+def test_json_lines_under_the_name_of_json(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'{"a": 1}\r\n\r\n{"a": "two\\nlines"}\r\n[3]\r\n')
+    reported: list[str] = []
+    rows = list(read_records([path], reported.append))
+    assert rows == [(f"{path} line 1", {"a": 1}), (f"{path} line 3", {"a": "two\nlines"})]
+    assert reported == [f"{path} line 4 is not a JSON object."]
+    path.write_text('{\n "a": 1\n}\n')
+    assert [row for _, row in read_records([path])] == [{"a": 1}]
+
+
+@pytest.mark.parametrize("content", ['{"a": 1, "a": 2}', '{"b": {"a": 1, "a": 1}}', "[" * 100_000, '{"a": 1} {"a": 2}'])
+def test_what_is_no_row_is_refused_with_its_place(tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n' + content)
+    with pytest.raises(RedrafterError, match=r"a\.jsonl line 2 is not JSON: .*\.$"):
+        list(read_records([path]))
+
+
+def test_a_table_gives_json_values(tmp_path):
+    from datetime import date
+
+    from pyarrow import Table, parquet
+
+    rows = [
+        {"messages": [{"role": "user", "content": "hi", "name": None}], "day": date(2024, 1, 2), "raw": b"x"},
+        {"messages": [{"role": "user", "content": "yo", "name": "Al"}], "day": None, "raw": None},
+    ]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [row for _, row in read_records([tmp_path / "a.parquet"])] == [
+        {"messages": [{"role": "user", "content": "hi"}], "day": "2024-01-02", "raw": "b'x'"},
+        {"messages": [{"role": "user", "content": "yo", "name": "Al"}]},
+    ]

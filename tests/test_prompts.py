@@ -68,13 +68,13 @@ def test_an_end_token_that_a_tokenizer_adds_does_not_end_the_prompt(tokenizer):
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        ({}, 'needs "prompt", "messages", "conversations" or "turns"'),
-        ({"prompt": 3}, 'needs "prompt", "messages", "conversations" or "turns"'),
+        ({}, 'a row needs "messages"'),
+        ({"prompt": 3}, '"prompt" must be text'),
         ({"prompt": ""}, "here: the prompt is empty"),
-        ({"messages": []}, 'needs "prompt", "messages", "conversations" or "turns"'),
+        ({"messages": []}, 'here: "messages" is empty'),
         ({"messages": [{"role": "user", "content": ""}]}, "here: the prompt is empty"),
         ({"turns": [""]}, "here: the prompt is empty"),
-        ({"messages": ["hi"]}, 'every message needs a "role"'),
+        ({"messages": ["hi"]}, 'message 1 of messages must be an object with a "role"'),
     ],
 )
 def test_a_row_without_a_prompt_is_refused(tokenizer, record, sentence):

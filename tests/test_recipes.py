@@ -106,7 +106,7 @@ def test_every_family_is_trained_drafted_for_and_measured(corpus, tokenizer, fam
     alone = generate(model, None, prompts, max_new_tokens=12).new_tokens
     assert generate(model, head, prompts, max_new_tokens=12).new_tokens == alone
     (tmp_path / "rows.jsonl").write_text('{"turns": ["book a table"]}\n{"turns": ["a bus to"]}\n')
-    words = ["--model", folder, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "out", "--rounds", 1]
+    words = ["--model", folder, "--prompts", tmp_path / "rows.jsonl", "--output", tmp_path / "out", "--rounds", 1]
     words += ["--method", f"ours={tmp_path / 'head'}", "--max-new-tokens", 8, "--temperatures", 1, "--device", "cpu"]
     status, told, err = say("bench", *words)
     assert status == 0, err

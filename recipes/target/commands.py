@@ -39,7 +39,7 @@ def bench(
 
     `minutes`: after which nothing more is begun.
     """
-    words = ["bench", "--model", model, "--data", data, "--output", output, "--prompts", prompts, "--rounds", rounds]
+    words = ["bench", "--model", model, "--prompts", data, "--output", output, "--limit", prompts, "--rounds", rounds]
     words += ["--max-new-tokens", new_tokens, "--transformers", *_compiled()]
     for told in (*methods, "prompt lookup=prompt-lookup"):
         words += ["--method", told]
@@ -50,7 +50,7 @@ def sweep(
     model: Path, data: Path, output: Path, methods: Sequence[str], until: float, *, minutes: float | None = None
 ) -> int:
     """Measures the first method in all shapes, a prompt of each category once, the others beside; the exit status."""
-    words = ["sweep", "--model", model, "--data", data, "--output", output, "--prompts", 1, "--rounds", 1]
+    words = ["sweep", "--model", model, "--prompts", data, "--output", output, "--limit", 1, "--rounds", 1]
     for told in methods:
         words += ["--method", told]
     return _measured(words, minutes, until)

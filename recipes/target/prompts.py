@@ -1,4 +1,4 @@
-"""The held-out prompts of the three categories as JSON lines, for `redrafter bench --data`.
+"""The held-out prompts of the three categories as JSON lines, for `redrafter bench --prompts`.
 
     python -m recipes.target.prompts --target OUT/target --data DATA --output prompts.jsonl [--count 12]
 

@@ -73,17 +73,42 @@ def _of_a_file(file: Path) -> Iterator[tuple[str, Any]]:
         yield from _of_parquet(file)
         return
     with _open(file) as lines:
-        if ".json" in file.suffixes:  # the whole file is one value
-            try:
-                rows = json.load(lines)
-            except json.JSONDecodeError as error:
-                raise RedrafterError(f"{file} is not JSON: {error.msg} at line {error.lineno}.") from None
-            for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
-                yield f"{file} item {number}", row
+        if ".json" in file.suffixes:
+            yield from _of_json(file, lines.read())
             return
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{file} line {number}", line
+
+
+def _of_json(file: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Rows of a file that is one JSON value, or JSON lines under the name of one."""
+    try:
+        rows = _load_json(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise RedrafterError(f"{file} is not JSON: {error.msg} at line {error.lineno}.") from None
+        for number, line in enumerate(io.StringIO(text), start=1):
+            if line.strip():
+                yield f"{file} line {number}", line
+    except (ValueError, RecursionError) as error:
+        raise RedrafterError(f"{file} is not JSON: {reason(error)}.") from None
+    else:
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
+            yield f"{file} item {number}", row
+
+
+def _load_json(text: str) -> Any:
+    """A JSON value.  Raises ValueError, also where an object holds a key twice, which leaves open which one counts."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f'the key "{next(name for name in names if names.count(name) > 1)}" is there twice')
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def _lacks_a_package(source: object) -> RedrafterError:
@@ -91,17 +116,18 @@ def _lacks_a_package(source: object) -> RedrafterError:
 
 
 def _open(file: Path) -> IO[str]:
+    """The text of a file, without the byte order mark that some editors put before it."""
     if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
+        return gzip.open(file, "rt", encoding="utf-8-sig")
     if file.suffix == ".xz":
-        return lzma.open(file, "rt", encoding="utf-8")
+        return lzma.open(file, "rt", encoding="utf-8-sig")
     if file.suffix == ".zst":
         try:
             import pyarrow
         except ImportError:
             raise _lacks_a_package(file) from None
-        return io.TextIOWrapper(pyarrow.input_stream(str(file), compression="zstd"), encoding="utf-8")
-    return file.open(encoding="utf-8")
+        return io.TextIOWrapper(pyarrow.input_stream(str(file), compression="zstd"), encoding="utf-8-sig")
+    return file.open(encoding="utf-8-sig")
 
 
 def _of_parquet(file: Path) -> Iterator[tuple[str, Any]]:
@@ -136,18 +162,22 @@ def _of_the_hub(source: str) -> Iterator[tuple[str, Any]]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Tables fill absent keys with null; a row holds only what it has."""
+    """A value of a table as JSON has it: without the nulls that fill absent keys; dates, bytes and images as text."""
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+    if isinstance(value, list | tuple):
+        return [_without_nulls(part) for part in value]
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _json_object(row: Any, where: str) -> dict[str, Any]:
     if isinstance(row, str):
         try:
-            row = json.loads(row)
+            row = _load_json(row)
         except json.JSONDecodeError as error:
             raise RedrafterError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
+        except (ValueError, RecursionError) as error:
+            raise RedrafterError(f"{where} is not JSON: {reason(error)}.") from None
     if not isinstance(row, dict):
         raise RedrafterError(f"{where} is not a JSON object.")
     return row

@@ -35,13 +35,13 @@ def data(tmp_path):
 @pytest.fixture
 def common(model_folder, data, tmp_path, monkeypatch):
     monkeypatch.setattr(units, "REPEATS", 1)
-    return ["--model", model_folder, "--data", data, "--output", tmp_path / "out", "--device", "cpu"]
+    return ["--model", model_folder, "--prompts", data, "--output", tmp_path / "out", "--device", "cpu"]
 
 
 @pytest.fixture
 def command(common, drafter_folder):
     words = ["bench", *common, "--method", f"ours={drafter_folder}", "--method", f"ours, wide={drafter_folder}@10x2:9"]
-    return [*words, "--prompts", 1, "--rounds", 2, "--max-new-tokens", 6]
+    return [*words, "--limit", 1, "--rounds", 2, "--max-new-tokens", 6]
 
 
 def lines_of(folder):
@@ -170,7 +170,7 @@ def test_a_killed_run_goes_on(say, command, tmp_path):
 
 
 def test_a_sweep_goes_through_shapes_batches_and_temperatures(say, common, drafter_folder, tmp_path):
-    words = ["sweep", *common, "--method", f"ours={drafter_folder}@4x3:9", "--prompts", 1, "--rounds", 1]
+    words = ["sweep", *common, "--method", f"ours={drafter_folder}@4x3:9", "--limit", 1, "--rounds", 1]
     words += ["--method", "lookup=prompt-lookup@1x2"]
     words += ["--widths", "1,3,300", "--lengths", "1,2", "--budgets", "3,4,6,99", "--batches", "2"]
     status, told, err = say(*words, "--temperatures", "0,1", "--max-new-tokens", 10)
@@ -218,7 +218,7 @@ def test_a_sweep_goes_through_shapes_batches_and_temperatures(say, common, draft
 
 def test_the_demo_measures_all_that_is_bundled_and_needs_nothing_else(say, tmp_path, monkeypatch):
     monkeypatch.setattr(units, "REPEATS", 1)
-    words = ["bench", "--demo", "--output", tmp_path, "--rounds", 1, "--prompts", 1, "--max-new-tokens", 16]
+    words = ["bench", "--demo", "--output", tmp_path, "--rounds", 1, "--limit", 1, "--max-new-tokens", 16]
     status, told, err = say(*words, "--temperatures", "0", "--device", "cpu")
     assert status == 0, err
     assert "20 of 20 drafted texts are, token for token, what is written without a drafter." in told
@@ -244,7 +244,7 @@ def test_the_demo_measures_all_that_is_bundled_and_needs_nothing_else(say, tmp_p
 
 def test_a_sweep_of_the_demo_has_its_rivals_beside_the_recurrent_drafter(say, tmp_path, monkeypatch):
     monkeypatch.setattr(units, "REPEATS", 1)
-    words = ["sweep", "--demo", "--output", tmp_path, "--rounds", 1, "--prompts", 1, "--max-new-tokens", 6]
+    words = ["sweep", "--demo", "--output", tmp_path, "--rounds", 1, "--limit", 1, "--max-new-tokens", 6]
     axes = ["--widths", "2", "--lengths", "1", "--budgets", "4", "--batches", "1", "--temperatures", "0"]
     status, _, err = say(*words, *axes, "--device", "cpu")
     assert status == 0, err
@@ -267,7 +267,7 @@ def test_a_sweep_of_the_demo_has_its_rivals_beside_the_recurrent_drafter(say, tm
         (["--temperatures", "warm"], "--temperatures takes numbers from 0"),
         (["--batches", "0"], "--batches takes whole numbers from 1"),
         (["--by", "question_id", "--max-new-tokens", "127"], "prompts are too long for the model"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--dtype", "float8"], "--dtype float8 is not one of"),
         (["--demo"], "--demo brings its own model: leave --model out."),
         (["--max-new-tokens", "127"], "prompts are too long for the model and for what is to be written."),
@@ -282,5 +282,5 @@ def test_what_is_missing_is_asked_for(say, tmp_path, model_folder, drafter_folde
     out = ["--output", tmp_path / "out"]
     assert "Give a --model, or --demo" in refusal(say("bench", *out))
     assert "Give a --method" in refusal(say("bench", *out, "--model", model_folder))
-    assert "Give --data" in refusal(say("sweep", *out, "--model", model_folder, "--method", f"a={drafter_folder}"))
+    assert "Give --prompts" in refusal(say("sweep", *out, "--model", model_folder, "--method", f"a={drafter_folder}"))
     assert "--widths takes whole numbers" in refusal(say("sweep", *out, "--demo", "--widths", "x"))

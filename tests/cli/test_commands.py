@@ -273,7 +273,7 @@ def test_bad_models_and_drafters(say, model_folder, drafter_folder, tmp_path):
     [
         ('{"prompt": "a"}\n{"prompt": "b"\n', "line 2 is not JSON"),
         ('{"prompt": "a"}\n{"prompt": ""}\n', "line 2: the prompt is empty"),
-        ('{"words": "a"}\n', 'line 1: a row needs "prompt", "messages", "conversations" or "turns"'),
+        ('{"words": "a"}\n', 'line 1: a row needs "messages"'),
         (json.dumps({"prompt": "a" * 129}) + "\n", "has 129 tokens, the model's context 128"),
         ("", "p.jsonl holds no prompt"),
     ],
@@ -424,14 +424,16 @@ def test_a_head_in_eight_bits_writes_the_same(say, model_folder, drafter_folder,
     status, out, _ = say("check", *pair, "--prompts", prompts, "--max-new-tokens", 12, "--draft-bits", 8)
     assert status == 0
     assert "3 of 3 texts equal" in out
-    status, out, _ = say("eval", *pair, "--data", prompts, "--max-new-tokens", 8, "--draft-bits", 8, "--json")
+    status, out, _ = say("eval", *pair, "--prompts", prompts, "--max-new-tokens", 8, "--draft-bits", 8, "--json")
     assert status == 0
     assert loaded_bits == [False, True, True, True]
 
 
 def test_other_bits_and_bits_of_no_drafter_are_refused(say):
     for command in ("generate", "check", "eval", "profile"):  # before anything is loaded
-        words = {"generate": ["--prompt", "a"], "check": ["--prompts", "p"], "eval": ["--data", "d"]}.get(command, [])
+        words = {"generate": ["--prompt", "a"], "check": ["--prompts", "p"], "eval": ["--prompts", "d"]}.get(
+            command, []
+        )
         sentence = refusal(say(command, "--model", "none", "--drafter", "none", *words, "--draft-bits", 4))
         assert sentence == "redrafter: --draft-bits 4 is not one of 16, 8.\n"
     words = ["generate", "--model", "none", "--prompt", "a", "--no-drafter", "--draft-bits", 8]

@@ -81,7 +81,7 @@ def test_true_text_with_continuations_can_be_trained_on(say, model_folder, tmp_p
     assert say(*train, "--exit-dim", 16)[0] == 0
     assert "--temperature means nothing with --continuations" in refusal(say(*words, "--temperature", 1))
     text.write_text('{"text": 3}\n')
-    assert "text.jsonl line 1: a row needs" in refusal(say(*words, "--overwrite"))
+    assert 'text.jsonl line 1: "text" must be text' in refusal(say(*words, "--overwrite"))
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_medusa_heads_from_rows_to_text(say, model_folder, rows, tmp_path):
     status, out, _ = say("check", *told, "--prompts", prompts, "--max-new-tokens", "20", "--do-sample", "--seed", "3")
     assert status == 0
     assert "2 of 2 texts equal" in out
-    status, out, err = say("eval", *told, "--data", prompts, "--max-new-tokens", "20", "--json")
+    status, out, err = say("eval", *told, "--prompts", prompts, "--max-new-tokens", "20", "--json")
     assert status == 0
     assert err == ""
     counts = json.loads(out)

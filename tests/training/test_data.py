@@ -70,8 +70,8 @@ def test_long_rows_are_cut(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        ({"words": 3}, 'line 2: a row needs "messages", "conversations", "prompt"'),
-        ({"text": 3}, 'line 2: a row needs "messages", "conversations", "prompt"'),
+        ({"words": 3}, 'line 2: a row needs "messages"'),
+        ({"text": 3}, 'line 2: "text" must be text'),
         ({"messages": "hi"}, "line 2"),
         ({"messages": [{"content": "hi"}]}, "line 2"),
         ({"messages": [{"role": "user"}]}, "line 2"),

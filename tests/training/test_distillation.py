@@ -650,3 +650,48 @@ def test_a_key_goes_to_no_proxy_on_its_way_to_this_machine(sources, served, monk
     from_server(sources, server, endpoint=Endpoint(server.url, "m", "secret"))
     assert server.keys == {"Bearer secret"}
     assert not proxy.asked
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_a_target_and_a_server_read_the_whole_row(tmp_path, served, model, model_folder):
+    """Its tools and the variables of its template."""
+    template = "{% if tools %}T{{ tools | tojson }}{% endif %}{{ style }}"
+    reading = transformers.AutoTokenizer.from_pretrained(model_folder)
+    reading.chat_template = template + reading.chat_template
+    path = _lines(tmp_path, {"messages": [USER], "tools": TOOLS, "chat_template_kwargs": {"style": "dry"}})
+    (row,) = answered([path], model, reading)
+    whole = reading.apply_chat_template([USER], tools=TOOLS, style="dry", add_generation_prompt=True)["input_ids"]
+    assert prompt_of(row) == whole
+    assert (row["tools"], row["chat_template_kwargs"]) == (TOOLS, {"style": "dry"})
+    server = served()
+    (row,) = from_server([path], server)
+    assert server.asked[0][1]["tools"] == row["tools"] == TOOLS
+    assert server.asked[0][1]["chat_template_kwargs"] == row["chat_template_kwargs"] == {"style": "dry"}
+
+
+def test_a_servers_reasoning_and_tool_calls_are_kept(tmp_path, served):
+    path = _lines(tmp_path, {"messages": [USER, ASSISTANT, USER]})
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    messages = [{"content": "yes", "reasoning_content": "hm"}, {"content": None, "tool_calls": [call]}]
+    answers = [json.dumps({"choices": [{"message": one, "finish_reason": "stop"}]}) for one in messages]
+    (row,) = from_server([path], served(*answers))
+    parsed = {**call, "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    assert row["messages"] == [
+        USER,
+        {"role": "assistant", "reasoning_content": "hm", "content": "yes"},
+        USER,
+        {"role": "assistant", "tool_calls": [parsed]},
+    ]
+
+
+def test_continuations_of_a_chat_that_becomes_several_rows(tmp_path, model, model_folder):
+    forgetful = transformers.AutoTokenizer.from_pretrained(model_folder)
+    forgetful.chat_template = (
+        "{% for m in messages %}{{ '<s>' + m.role[0] + ':' }}{% if m.role == 'user' or loop.last %}{{ m.content }}"
+        "{% endif %}{{ '</s>' }}{% endfor %}{% if add_generation_prompt %}<s>a:{% endif %}"
+    )
+    path = _lines(tmp_path, {"messages": [USER, ASSISTANT, USER, ASSISTANT]}, {"text": "end"})
+    done = list(by_continuation(read([path]), model, forgetful, depth=2, chunk=2, batch_size=2))
+    assert [row["row"] for one in done for row in one.rows] == [1, 1, 2]

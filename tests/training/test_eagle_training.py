@@ -168,7 +168,7 @@ def test_from_the_command_line(say, model_folder, texts, tmp_path):
     prompts.write_text("\n".join(json.dumps({"prompt": f"{n} sheep"}) for n in range(4)))
     status, out, _ = say("check", *pair, "--prompts", prompts, "--max-new-tokens", "8")
     assert (status, out.split(",")[0]) == (0, "4 of 4 texts equal")
-    status, out, _ = say("eval", *pair, "--data", prompts, "--limit", "2", "--max-new-tokens", "8", "--json")
+    status, out, _ = say("eval", *pair, "--prompts", prompts, "--limit", "2", "--max-new-tokens", "8", "--json")
     assert status == 0
     assert json.loads(out)["greedy"]["decoding"] == json.loads(out)["greedy"]["walked"]
     status, out, _ = say("info", tmp_path / "d")

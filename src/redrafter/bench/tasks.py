@@ -70,11 +70,13 @@ def by_category(
     key: str = "category",
     count: int | None = None,
     room: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
 ) -> Tasks:
     """Prompts of rows by the value of their `key`; `count` of each at most, evenly spaced over the category's rows.
 
-    `room`: tokens that a prompt may have.  Raises RedrafterError for a row that has no prompt or no such key, and where
-    no row is left.
+    `room`: tokens that a prompt may have; `template_kwargs` and `vocab_size` as in `prompts.prompt_ids`.  Raises
+    RedrafterError for a row that has no prompt or no such key, and where no row is left.
     """
     found: dict[str, list[list[int]]] = {}
     too_long = 0
@@ -84,7 +86,7 @@ def by_category(
         name = str(record[key])
         if name == ALL:
             raise RedrafterError(f'{where}: the {key} "{ALL}" stands for all of them together; name it otherwise.')
-        ids = prompt_ids(record, tokenizer, where)
+        ids = prompt_ids(record, tokenizer, where, template_kwargs=template_kwargs, vocab_size=vocab_size)
         own = found.setdefault(name, [])
         if room is not None and len(ids) > room:
             too_long += 1

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redrafter.cli.demo import PROMPTS
-from redrafter.cli.loading import AnyTarget, Compile, Device, Dtype, NewTokens, Sources, claim
+from redrafter.cli.loading import (
+    PROMPT_ROWS,
+    AnyTarget,
+    Compile,
+    Device,
+    Dtype,
+    NewTokens,
+    Sources,
+    TemplateKwargs,
+    claim,
+)
 from redrafter.errors import RedrafterError
 from redrafter.outputs import check_bench_folder
 from redrafter.paths import check_drafter_path, check_model_path
@@ -31,10 +41,7 @@ BUNDLED = {"recurrent": "drafter", "Medusa": "medusa", "EAGLE": "eagle", "two mo
 Target = Annotated[
     str | None, typer.Option("--model", help="The target: a folder or hub id of a Hugging Face causal language model.")
 ]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(help=f"Rows of `prompt`, `messages` or `turns`, once or more. {Sources}"),
-]
+Prompts = Annotated[list[str] | None, typer.Option(metavar="FILE", help=f"{PROMPT_ROWS} {Sources}")]
 Output = Annotated[Path, typer.Option(help="A folder for measurements.jsonl, results.json, report.md and report.html.")]
 By = Annotated[
     str, typer.Option(metavar="KEY", help="The rows' key that names their category; without it a file is one.")
@@ -62,11 +69,12 @@ def bench(
     method: Annotated[
         list[str] | None, typer.Option("--method", metavar="METHOD", help=f"Once or more: {MethodHelp}")
     ] = None,
-    data: Data = None,
+    prompts: Prompts = None,
     by: By = "category",
-    prompts: Annotated[
-        int | None, typer.Option(min=1, help="Of each category, evenly spaced in its rows.  \\[default: all]")
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use N prompts of each category, evenly spaced.  \\[default: all]")
     ] = None,
+    template_kwargs: TemplateKwargs = None,
     max_new_tokens: NewTokens = 128,
     temperatures: Annotated[str, typer.Option(help="0 is greedy decoding.")] = "0,1",
     rounds: Rounds = 3,
@@ -92,7 +100,7 @@ def bench(
     """
     from redrafter.bench import plots
     from redrafter.bench.contenders import read_methods
-    from redrafter.cli.loading import numbers, whole_numbers
+    from redrafter.cli.loading import numbers, template_variables, whole_numbers
 
     kinds = numbers(temperatures, "--temperatures")
     together = [] if batches is None else whole_numbers(batches, "--batches")
@@ -101,9 +109,10 @@ def bench(
     shared = Shared(
         output=output,
         model=model,
-        data=data,
-        by=by,
         prompts=prompts,
+        by=by,
+        limit=limit,
+        template_kwargs=template_variables(template_kwargs),
         max_new_tokens=max_new_tokens,
         seed=seed,
         compile=compile,
@@ -153,9 +162,10 @@ def sweep(
             help=f"The first goes through all axes, further ones are measured beside it as they are. {MethodHelp}",
         ),
     ] = None,
-    data: Data = None,
+    prompts: Prompts = None,
     by: By = "category",
-    prompts: Annotated[int, typer.Option(min=1, help="Of each category, evenly spaced in its rows.")] = 2,
+    limit: Annotated[int, typer.Option(min=1, help="Use N prompts of each category, evenly spaced.")] = 2,
+    template_kwargs: TemplateKwargs = None,
     max_new_tokens: NewTokens = 64,
     widths: Annotated[str, typer.Option(help="Beams to draft.")] = "1,2,4,8,16,32,64",
     lengths: Annotated[str, typer.Option(help="Tokens of a beam.")] = "1,2,3,4,5,6,7,8",
@@ -183,7 +193,7 @@ def sweep(
     """
     from redrafter.bench import plots
     from redrafter.bench.contenders import read_methods
-    from redrafter.cli.loading import numbers, whole_numbers
+    from redrafter.cli.loading import numbers, template_variables, whole_numbers
 
     lists = {"--widths": widths, "--lengths": lengths, "--budgets": budgets, "--batches": batches}
     beams, depths, nodes, together = (whole_numbers(value, option) for option, value in lists.items())
@@ -193,9 +203,10 @@ def sweep(
     shared = Shared(
         output=output,
         model=model,
-        data=data,
-        by=by,
         prompts=prompts,
+        by=by,
+        limit=limit,
+        template_kwargs=template_variables(template_kwargs),
         max_new_tokens=max_new_tokens,
         seed=seed,
         compile=compile,
@@ -250,9 +261,10 @@ class Shared:
 
     output: Path
     model: str | None
-    data: list[str] | None
+    prompts: list[str] | None
     by: str
-    prompts: int | None
+    limit: int | None
+    template_kwargs: dict[str, Any]
     max_new_tokens: int
     seed: int
     compile: bool
@@ -274,8 +286,8 @@ class Shared:
             raise RedrafterError("Give a --model, or --demo for the bundled pair.")
         if not told:
             raise RedrafterError("Give a --method, as ours=drafter_folder.")
-        if not self.data and not self.demo:
-            raise RedrafterError("Give --data: rows of prompts.")
+        if not self.prompts and not self.demo:
+            raise RedrafterError("Give --prompts: a file of prompts.")
         path = str(self.model)
         if self.demo:
             from redrafter.cli.loading import demo_folder
@@ -291,20 +303,27 @@ class Shared:
         from redrafter.bench.contenders import load
         from redrafter.bench.tasks import by_category, file_names, read
         from redrafter.bench.units import Asked
-        from redrafter.cli.loading import load_model
+        from redrafter.cli.loading import config_value, load_model, load_tokenizer
 
-        records = read(self.data, self.by) if self.data else _demo_rows(self.by)
-        target, tokenizer = load_model(path, self.dtype, self.device)
-        limit = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-        room = None if limit is None else limit - self.max_new_tokens
-        tasks = by_category(records, tokenizer, key=self.by, count=self.prompts, room=room)
+        records = read(self.prompts, self.by) if self.prompts else _demo_rows(self.by)
+        positions = config_value(path, "max_position_embeddings")
+        tasks = by_category(
+            records,
+            load_tokenizer(path, variables=self.template_kwargs),
+            key=self.by,
+            count=self.limit,
+            room=None if positions is None else positions - self.max_new_tokens,
+            template_kwargs=self.template_kwargs,
+            vocab_size=config_value(path, "vocab_size"),
+        )
+        target, _ = load_model(path, self.dtype, self.device)
         methods = load(told, target, sizes, any_target=self.any_target)
         arguments = asked | {
             "model": "the bundled pair's" if self.demo else path,
             "methods": {one.label: "the bundled pair's" if _is_bundled(one) else one.shown for one in told},
-            "data": file_names(self.data) if self.data else ["the demo's prompts"],
+            "data": file_names(self.prompts) if self.prompts else ["the demo's prompts"],
             "by": self.by,
-            "prompts": self.prompts,
+            "prompts": self.limit,
             "max_new_tokens": self.max_new_tokens,
             "seed": self.seed,
             "compile": self.compile,

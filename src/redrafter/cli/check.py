@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,12 +15,15 @@ from redrafter.cli.loading import (
     DrafterOrModel,
     Dtype,
     Length,
+    Limit,
     MinP,
     Model,
     NewTokens,
+    Prompts,
     Seed,
     Set,
     Temperature,
+    TemplateKwargs,
     TopK,
     TopP,
     Width,
@@ -32,7 +34,9 @@ from redrafter.paths import check_drafter_path, check_model_path
 def check(
     model: Model,
     drafter: Annotated[str, typer.Option(help=DrafterOrModel)],
-    prompts: Annotated[Path, typer.Option(help="JSONL rows of `prompt`, `messages` or `turns`.")],
+    prompts: Prompts,
+    limit: Limit = None,
+    template_kwargs: TemplateKwargs = None,
     max_new_tokens: NewTokens = 128,
     beam_width: Width = None,
     beam_length: Length = None,
@@ -54,8 +58,8 @@ def check(
     check_model_path(model)
     check_drafter_path(drafter)
     from redrafter.checking import compare
-    from redrafter.cli.loading import check_bits, load_method, load_model, read_settings
-    from redrafter.prompts import prompt_ids, read_prompts
+    from redrafter.cli.loading import check_bits, load_method, load_model, read_settings, tokenized_prompts
+    from redrafter.prompts import read_prompts
 
     check_bits(draft_bits)
     settings = read_settings(
@@ -68,9 +72,9 @@ def check(
         seed=seed,
         max_new_tokens=max_new_tokens,
     )
+    ids = tokenized_prompts(read_prompts(*prompts, limit=limit), model, template_kwargs)
     target, tokenizer = load_model(model, dtype, device)
     head = load_method(drafter, target, draft_bits, any_target=any_target)
-    ids = [prompt_ids(record, tokenizer, where) for where, record in read_prompts(prompts)]
     if "stop_strings" in settings:
         settings["tokenizer"] = tokenizer
     report = compare(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from redrafter.cli.loading import BadRows, Sources, Template
+from redrafter.cli.loading import BadRows, Sources, Template, TemplateKwargs
 from redrafter.paths import check_model_path
 
 
@@ -18,6 +18,7 @@ def data(
     max_length: Annotated[int, typer.Option(min=3, help="Tokens of a row at most.")] = 1024,
     row: Annotated[int, typer.Option(min=1, help="The row to show.")] = 1,
     template: Template = None,
+    template_kwargs: TemplateKwargs = None,
     bad_rows: BadRows = "stop",
 ) -> None:
     """Show rows, lengths and, in colour, the tokens that would be learnt."""
@@ -26,13 +27,20 @@ def data(
     from rich.table import Table
     from rich.text import Text
 
-    from redrafter.cli.loading import load_tokenizer, skipping
+    from redrafter.cli.loading import config_value, load_tokenizer, skipping, template_variables
     from redrafter.errors import RedrafterError
     from redrafter.training.data import read_rows
 
-    tokenizer = load_tokenizer(model, template)
+    variables = template_variables(template_kwargs)
+    tokenizer = load_tokenizer(model, template, variables)
     with skipping(bad_rows) as skip:
-        rows = read_rows(files, tokenizer, skip=skip)
+        rows = read_rows(
+            files,
+            tokenizer,
+            template_kwargs=variables,
+            vocab_size=config_value(model, "vocab_size"),
+            skip=skip,
+        )
     if row > len(rows):
         raise RedrafterError(f"--row {row}: the data has {len(rows)} rows.")
     lengths = sorted(len(one.input_ids) for one in rows)

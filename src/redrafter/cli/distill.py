@@ -19,18 +19,21 @@ from redrafter.cli.loading import (
     Device,
     Dtype,
     Length,
+    Limit,
+    Prompts,
     Seed,
     Set,
-    Sources,
     Template,
+    TemplateKwargs,
     Width,
     claim,
-    context_of,
+    config_value,
     load_drafter,
     load_model,
     load_tokenizer,
     read_settings,
     skipping,
+    template_variables,
 )
 from redrafter.errors import RedrafterError
 from redrafter.outputs import check_rows_file
@@ -45,14 +48,12 @@ if TYPE_CHECKING:
 
     Work = Callable[[Iterator[Prompt]], Iterator[Done]]
 
-PROMPTS = "Rows of `prompt`, `messages`, `conversations` or `turns`; with --continuations any that `train` takes. "
-
 
 def distill(
     context: typer.Context,
-    prompts: Annotated[list[str], typer.Option(help=PROMPTS + Sources)],
+    prompts: Prompts,
     output: Annotated[Path, typer.Option(help="File of JSON lines to write, for `redrafter train --data`.")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[PROMPTS]...", help="More of the same.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="More of the same.")] = None,
     model: Annotated[
         str | None, typer.Option(help="The target: a folder or hub id of a Hugging Face causal language model.")
     ] = None,
@@ -75,8 +76,9 @@ def distill(
         int | None,
         typer.Option(min=2, help="Tokens of a whole conversation at most.  \\[default: the model's context]"),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Take plain prompts for the user's turn of a chat.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Use plain prompts as the user's turn of a chat.")] = False,
     template: Template = None,
+    template_kwargs: TemplateKwargs = None,
     settings: Set = None,
     continuations: Annotated[
         int | None,
@@ -103,7 +105,7 @@ def distill(
     save_rows: Annotated[
         int | None, typer.Option(min=1, help="Rows from one checkpoint to the next.  \\[default: 16 x batch size]")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first N rows alone.  \\[default: all]")] = None,
+    limit: Limit = None,
     bad_rows: BadRows = "stop",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where the file holds rows.")] = False,
     insecure_endpoint: Annotated[
@@ -146,11 +148,13 @@ def distill(
 
     drawn = Law(tuple(temperature or [0.0]), max_new_tokens=max_new_tokens, **law)
     chunk = save_rows or 16 * batch_size
+    reading: dict[str, Any] = {"chat": chat, "template_kwargs": template_variables(template_kwargs)}
     if endpoint is not None and endpoint_model is not None:
-        way = _endpoint(endpoint, endpoint_model, drawn, chat, concurrency, timeout, insecure_endpoint)
+        way = _endpoint(endpoint, endpoint_model, drawn, reading, concurrency, timeout, insecure_endpoint)
     elif continuations is not None:
         assert model is not None
-        way = _continuations(model, template, continuations, chunk, batch_size, max_length, dtype, device)
+        variables = reading["template_kwargs"]
+        way = _continuations(model, template, variables, continuations, chunk, batch_size, max_length, dtype, device)
     else:
         assert model is not None
         options = read_settings(
@@ -159,7 +163,7 @@ def distill(
             batch_size=batch_size,
             **shape,
         )
-        way = _target(model, drafter, template, drawn, chat, chunk, max_length, options, dtype, device, any_target)
+        way = _target(model, drafter, template, drawn, reading, chunk, max_length, options, dtype, device, any_target)
     _run(sources, output, way, limit=limit, bad_rows=bad_rows, overwrite=overwrite)
 
 
@@ -187,7 +191,7 @@ def _target(
     drafter: str | None,
     template: Path | None,
     law: Law,
-    chat: bool,
+    reading: dict[str, Any],
     chunk: int,
     max_length: int | None,
     options: dict[str, Any],
@@ -201,24 +205,30 @@ def _target(
     for name in ("do_sample", "num_return_sequences"):
         if name in options:
             raise RedrafterError(f"--set {name}: use --temperature, which may be repeated.")
-    tokenizer = load_tokenizer(model, template)
+    tokenizer = load_tokenizer(model, template, reading["template_kwargs"])
     free = ("batch_size", "beam_width", "beam_length", "node_budget")  # on which no text depends
-    told = {"model": model, "dtype": dtype, "chat_template": tokenizer.chat_template, "chat": chat, **asdict(law)}
+    told = {"model": model, "dtype": dtype, "chat_template": tokenizer.chat_template, **_told(reading), **asdict(law)}
     told |= {"max_length": max_length, "set": {name: options[name] for name in options if name not in free}}
 
     def start(total: int, tally: Tally, skip: Skip | None) -> Work:
         target, _ = load_model(model, dtype, device)
         head = None if drafter is None else load_drafter(drafter, target, any_target=any_target)
-        more: dict[str, Any] = {"limit": max_length, "chat": chat, "tally": tally, "skip": skip, **options}
+        more: dict[str, Any] = {"limit": max_length, **reading, "tally": tally, "skip": skip, **options}
         return lambda rows: by_target(rows, target, tokenizer, head, law, seeds=law.seeds(total), chunk=chunk, **more)
 
-    shortest = least(max_length, context_of(model))
-    return _Way(told, lambda prompt: check_prompt(prompt, tokenizer, shortest, chat=chat), start)
+    shortest = least(max_length, config_value(model, "max_position_embeddings"))
+    vocabulary = config_value(model, "vocab_size")
+
+    def check(prompt: Prompt) -> None:
+        check_prompt(prompt, tokenizer, shortest, vocab_size=vocabulary, **reading)
+
+    return _Way(told, check, start)
 
 
 def _continuations(
     model: str,
     template: Path | None,
+    variables: dict[str, Any],
     depth: int,
     chunk: int,
     batch_size: int,
@@ -226,35 +236,46 @@ def _continuations(
     dtype: str,
     device: str,
 ) -> _Way:
-    from redrafter.training.data import tokenized
+    from redrafter.training.data import tokenized_rows
     from redrafter.training.distillation import by_continuation
 
-    tokenizer = load_tokenizer(model, template)
+    tokenizer = load_tokenizer(model, template, variables)
     told = {"model": model, "dtype": dtype, "chat_template": tokenizer.chat_template, "continuations": depth}
+    told |= {"template_kwargs": variables or None}
+    vocabulary = config_value(model, "vocab_size")
 
     def start(total: int, tally: Tally, skip: Skip | None) -> Work:
         target, _ = load_model(model, dtype, device)
         sizes: dict[str, Any] = {"depth": depth, "chunk": chunk, "batch_size": batch_size, "limit": max_length}
+        sizes["template_kwargs"] = variables
         return lambda rows: by_continuation(rows, target, tokenizer, tally=tally, **sizes)
 
     def check(prompt: Prompt) -> object:
-        return tokenized(prompt.record, tokenizer, prompt.where)
+        record, where = prompt.record, prompt.where
+        return tokenized_rows(record, tokenizer, where, template_kwargs=variables, vocab_size=vocabulary)
 
     return _Way({**told, "max_length": max_length}, check, start)
 
 
-def _endpoint(url: str, name: str, law: Law, chat: bool, concurrency: int, timeout: float, insecure: bool) -> _Way:
+def _endpoint(
+    url: str, name: str, law: Law, reading: dict[str, Any], concurrency: int, timeout: float, insecure: bool
+) -> _Way:
     from redrafter.training.answers import plan
     from redrafter.training.endpoint import Endpoint, by_endpoint
 
     endpoint = Endpoint(url, name, os.environ.get("OPENAI_API_KEY"), timeout, insecure)
 
     def start(total: int, tally: Tally, skip: Skip | None) -> Work:
-        more: dict[str, Any] = {"concurrency": concurrency, "chat": chat, "tally": tally, "skip": skip}
+        more: dict[str, Any] = {"concurrency": concurrency, **reading, "tally": tally, "skip": skip}
         return lambda rows: by_endpoint(rows, endpoint, law, seeds=law.seeds(total), **more)
 
-    told = {"endpoint": endpoint.url, "model": name, "chat": chat, **asdict(law)}
-    return _Way(told, lambda prompt: plan(prompt.record, prompt.where, chat=chat), start)
+    told = {"endpoint": endpoint.url, "model": name, **_told(reading), **asdict(law)}
+    return _Way(told, lambda prompt: plan(prompt.record, prompt.where, **reading), start)
+
+
+def _told(reading: dict[str, Any]) -> dict[str, Any]:
+    """How rows are read, for the journal; one that was written before there were template variables has none."""
+    return {**reading, "template_kwargs": reading["template_kwargs"] or None}
 
 
 def _run(sources: list[str], output: Path, way: _Way, *, limit: int | None, bad_rows: str, overwrite: bool) -> None:

@@ -15,9 +15,11 @@ from redrafter.cli.loading import (
     DrafterOrModel,
     Dtype,
     Length,
+    Limit,
     Model,
     NewTokens,
-    Sources,
+    Prompts,
+    TemplateKwargs,
     Width,
 )
 from redrafter.errors import RedrafterError
@@ -32,8 +34,9 @@ FIGURES = ("decoding", "walked", "teacher_forced")
 def evaluate(
     model: Model,
     drafter: Annotated[str, typer.Option(help=DrafterOrModel)],
-    data: Annotated[list[str], typer.Option(help=f"Rows of `prompt`, `messages` or `turns`. {Sources}")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[DATA]...", help="More of the same.")] = None,
+    prompts: Prompts,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="More of the same.")] = None,
+    template_kwargs: TemplateKwargs = None,
     max_new_tokens: NewTokens = 128,
     beam_width: Width = None,
     beam_length: Length = None,
@@ -41,7 +44,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="Of the law, where sampled.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
-    limit: Annotated[int | None, typer.Option(help="The first N rows alone.  \\[default: all]")] = None,
+    limit: Limit = None,
     by: Annotated[str | None, typer.Option(metavar="KEY", help="Also by the rows' values of this key.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     draft_bits: DraftBits = 16,
@@ -50,25 +53,23 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Count how far drafts are accepted: in decoding, the same walked over the texts, and at every place of them."""
-    if limit is not None and limit < 1:
-        raise RedrafterError(f"--limit must be at least 1, not {limit}.")
-
     check_model_path(model)
     check_drafter_path(drafter)
-    from redrafter.cli.loading import check_bits, load_method, load_model
-    from redrafter.prompts import prompt_ids, read_prompts
+    from redrafter.cli.loading import check_bits, load_method, load_model, tokenized_prompts
+    from redrafter.prompts import read_prompts
     from redrafter.training.evaluation import Measured
     from redrafter.training.evaluation import evaluate as measure
 
     check_bits(draft_bits)
-    records = read_prompts(*data, *(more or []))[:limit]
+    records = read_prompts(*prompts, *(more or []), limit=limit)
     groups = {} if by is None else _grouped(records, by)
-    target, tokenizer = load_model(model, dtype, device)
+    ids = tokenized_prompts(records, model, template_kwargs)
+    target, _ = load_model(model, dtype, device)
     head = load_method(drafter, target, draft_bits, any_target=any_target)
     found = measure(
         target,
         head,
-        [prompt_ids(record, tokenizer, where) for where, record in records],
+        ids,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from redrafter.cli.loading import (
+    PROMPT_ROWS,
     AnyTarget,
     Budget,
     Compile,
@@ -21,12 +21,15 @@ from redrafter.cli.loading import (
     Dtype,
     Fast,
     Length,
+    Limit,
     MinP,
     Model,
     NewTokens,
     Seed,
     Set,
+    Sources,
     Temperature,
+    TemplateKwargs,
     TopK,
     TopP,
     Width,
@@ -42,8 +45,10 @@ def generate(
     model: Model,
     drafter: Annotated[str | None, typer.Option(help=DrafterOrModel)] = None,
     prompt: Annotated[str | None, typer.Option(help="A prompt, as plain text.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="JSONL rows of `prompt`, `messages` or `turns`.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Take plain prompts for the user's turn of a chat.")] = False,
+    prompts: Annotated[list[str] | None, typer.Option(metavar="FILE", help=f"{PROMPT_ROWS} {Sources}")] = None,
+    limit: Limit = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Use plain prompts as the user's turn of a chat.")] = False,
+    template_kwargs: TemplateKwargs = None,
     max_new_tokens: NewTokens = 256,
     beam_width: Width = None,
     beam_length: Length = None,
@@ -66,17 +71,28 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Write a model's continuation of prompts, greedy or sampled, drafted unless told otherwise."""
-    if (prompt is None) == (prompts is None):
+    if (prompt is None) == (not prompts):
         raise RedrafterError("Give either --prompt or --prompts.")
+    if limit is not None and not prompts:
+        raise RedrafterError("--limit is for --prompts.")
     if drafter is None and not no_drafter:
         raise RedrafterError("Give a --drafter, or --no-drafter to decode without one.")
     check_model_path(model)
     check_drafter_path(None if no_drafter else drafter)
 
-    from redrafter.cli.loading import check_bits, load_method, load_model, read_settings, show_log
+    from redrafter.cli.loading import (
+        check_bits,
+        load_method,
+        load_model,
+        read_settings,
+        show_log,
+        template_variables,
+        tokenized_prompts,
+    )
     from redrafter.decoding import stream
-    from redrafter.prompts import conversation, prompt_ids, read_prompts
+    from redrafter.prompts import asked, read_prompts
     from redrafter.results import finished
+    from redrafter.rows import Text, metadata, parse_row
 
     check_bits(draft_bits, drafted=not no_drafter)
     if compile:
@@ -91,15 +107,11 @@ def generate(
         seed=seed,
         max_new_tokens=max_new_tokens,
     )
-    records = [("--prompt", {"prompt": prompt})] if prompts is None else read_prompts(prompts)
-    if chat:
-        records = [
-            (where, {"messages": [{"role": "user", "content": record["prompt"]}]} if "prompt" in record else record)
-            for where, record in records
-        ]
+    records = read_prompts(*prompts, limit=limit) if prompts else [("--prompt", {"prompt": prompt})]
+    ids = tokenized_prompts(records, model, template_kwargs, chat=chat)
+    variables = template_variables(template_kwargs)
     target, tokenizer = load_model(model, dtype, device)
     head = None if no_drafter or drafter is None else load_method(drafter, target, draft_bits, any_target=any_target)
-    ids = [prompt_ids(record, tokenizer, where) for where, record in records]
 
     if "stop_strings" in settings:
         settings["tokenizer"] = tokenizer
@@ -126,13 +138,17 @@ def generate(
         if not as_json:
             typer.echo(text)
             continue
-        if "prompt" not in record:  # what is written can be trained on as it is
-            answer = {"role": "assistant", "content": text}
-            record = {**record, "messages": [*conversation(record, where), answer]}
+        row = parse_row(record, where, chat=chat, template_kwargs=variables)  # the line can be trained on as it is
+        if isinstance(row, Text):
+            read: dict[str, Any] = {"prompt": row.prompt}
+        else:
+            row = asked(row, where)
+            read = row.columns([*row.messages, {"role": "assistant", "content": text}])
         typer.echo(
             json.dumps(
                 {
-                    **record,
+                    **metadata(record),
+                    **read,
                     "text": text,
                     "finish_reason": one.finish_reason,
                     "tokens": stats.tokens,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,6 +81,16 @@ Set = Annotated[
     ),
 ]
 Sources = "Files of JSON lines (perhaps .gz, .xz, .zst), .json or .parquet, patterns, or OWNER/NAME[:SPLIT] of the hub."
+PROMPT_ROWS = "Rows of `messages`, `turns`, `prompt` or other formats that docs/training.md lists."
+Prompts = Annotated[list[str], typer.Option(metavar="FILE", help=f"{PROMPT_ROWS} {Sources}")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use the first N rows.  \\[default: all]")]
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="Variables of the chat template, as '{\"enable_thinking\": false}'; a row's own go first.",
+    ),
+]
 Template = Annotated[
     Path | None, typer.Option(help="A file with a chat template (Jinja) to use instead of the tokenizer's own.")
 ]
@@ -135,8 +146,13 @@ def skipping(bad_rows: str) -> Iterator[Skip | None]:
         typer.echo(f"{told:,} bad rows were skipped{more}.", err=True)
 
 
-def load_tokenizer(path: str, template: Path | None = None) -> PreTrainedTokenizerBase:
-    """The target's tokenizer, perhaps with another chat template.  Raises RedrafterError where it cannot be loaded."""
+def load_tokenizer(
+    path: str, template: Path | None = None, variables: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
+    """The target's tokenizer, perhaps with another chat template.
+
+    Raises RedrafterError where it cannot be loaded, or where its template has none of the `variables`.
+    """
     check_model_path(path)
     from transformers import AutoTokenizer
 
@@ -149,9 +165,16 @@ def load_tokenizer(path: str, template: Path | None = None) -> PreTrainedTokeniz
         raise RedrafterError(f"The tokenizer of {path} cannot be loaded: {reason(error)}.") from error
     if template is not None:
         try:
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
+            tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise RedrafterError(f"--template {template} is not UTF-8 text.") from None
         except OSError as error:
             raise RedrafterError(f"--template {template} cannot be read: {error.strerror}.") from None
+    found = getattr(tokenizer, "chat_template", None) or ""
+    text = found if isinstance(found, str) else "\n".join(found.values())  # several templates by name
+    for name in variables or {}:
+        if text and not re.search(rf"\b{re.escape(name)}\b", text):
+            raise RedrafterError(f"--template-kwargs {name}: the chat template has no such variable.")
     return tokenizer
 
 
@@ -162,8 +185,8 @@ def claim(context: typer.Context, output: Path, *, is_file: bool = False) -> Non
     context.call_on_close(lambda: lock.__exit__(None, None, None))
 
 
-def context_of(path: str) -> int | None:
-    """Positions of the target, without loading it; None where its config does not say."""
+def config_value(path: str, name: str) -> int | None:
+    """A number of the target's text config, without loading the model; None where the config does not have it."""
     from transformers import AutoConfig
 
     from redrafter import hub
@@ -173,8 +196,27 @@ def context_of(path: str) -> int | None:
             config = AutoConfig.from_pretrained(path).get_text_config()
     except (OSError, ValueError, KeyError, RuntimeError):  # the model may load though, or else says so itself
         return None
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    return positions
+    value: int | None = getattr(config, name, None)
+    return value
+
+
+def template_variables(told: str | None) -> dict[str, Any]:
+    """What `--template-kwargs` gives.  Raises RedrafterError."""
+    from redrafter.rows import read_template_kwargs
+
+    return {} if told is None else read_template_kwargs(told, "--template-kwargs")
+
+
+def tokenized_prompts(
+    records: list[tuple[str, dict[str, Any]]], model: str, template_kwargs: str | None, *, chat: bool = False
+) -> list[list[int]]:
+    """Token ids of the prompts of rows, before the model is loaded.  Raises RedrafterError for a bad row."""
+    from redrafter.prompts import prompt_ids
+
+    variables = template_variables(template_kwargs)
+    tokenizer = load_tokenizer(model, variables=variables)
+    options: dict[str, Any] = {"template_kwargs": variables, "vocab_size": config_value(model, "vocab_size")}
+    return [prompt_ids(record, tokenizer, where, chat=chat, **options) for where, record in records]
 
 
 def check_dtype(dtype: str) -> None:

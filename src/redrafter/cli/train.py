@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from redrafter.cli.loading import OVERWRITE, BadRows, Device, Dtype, Model, Sources, Template, claim
+from redrafter.cli.loading import (
+    OVERWRITE,
+    BadRows,
+    Device,
+    Dtype,
+    Limit,
+    Model,
+    Sources,
+    Template,
+    TemplateKwargs,
+    claim,
+)
 from redrafter.errors import RedrafterError
 from redrafter.outputs import check_drafter_folder, check_states_folder
 from redrafter.paths import check_model_path
@@ -66,14 +77,16 @@ def _ranks(told: str, heads: int) -> list[int]:
 def train(
     context: typer.Context,
     model: Model,
-    data: Annotated[list[str], typer.Option(help=Sources)],
+    data: Annotated[list[str], typer.Option(metavar="FILE", help=f"Rows to learn from. {Sources}")],
     output: Annotated[Path, typer.Option(help="Folder to write the drafter to.")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[DATA]...", help="More of the same.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="More of the same.")] = None,
     config: Annotated[
         Path | None,
         typer.Option(is_eager=True, callback=_configured, help="YAML of these options; the command line overrides it."),
     ] = None,
+    limit: Limit = None,
     template: Template = None,
+    template_kwargs: TemplateKwargs = None,
     bad_rows: BadRows = "stop",
     max_length: Annotated[int, typer.Option(min=3, help="Tokens of a row at most.")] = 1024,
     packing: Annotated[bool, typer.Option("--packing", help="Put short rows together, up to --max-length.")] = False,
@@ -199,7 +212,7 @@ def train(
     from rich.console import Console
 
     from redrafter import hub
-    from redrafter.cli.loading import load_model, load_tokenizer, skipping
+    from redrafter.cli.loading import config_value, load_model, load_tokenizer, skipping, template_variables
     from redrafter.drafter import RecurrentDrafter
     from redrafter.eagle import EagleHead
     from redrafter.head import Head
@@ -230,11 +243,20 @@ def train(
     if push_to_hub and first and not dry_run:
         hub.check_login(push_to_hub)  # what would be refused after the training is refused before it
     sources = [*data, *(more or [])]
+    variables = template_variables(template_kwargs)
     with skipping(bad_rows) as skip:  # before the target is loaded, which may take long
-        rows = read_rows(sources, load_tokenizer(model, template), max_length=max_length, skip=skip)
+        rows = read_rows(
+            sources,
+            load_tokenizer(model, template, variables),
+            max_length=max_length,
+            limit=limit,
+            template_kwargs=variables,
+            vocab_size=config_value(model, "vocab_size"),
+            skip=skip,
+        )
     target, _ = load_model(model, dtype, device, divided=shard_target)
-    limit = Target(target).context_length
-    rows = rows if limit is None else [row.cut(limit) for row in rows]
+    positions = Target(target).context_length
+    rows = rows if positions is None else [row.cut(positions) for row in rows]
     rows, measured = split(rows, min(64, len(rows) // 20) if held_out is None else held_out, seed=seed)
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"beam_width": beam_width, "node_budget": node_budget}

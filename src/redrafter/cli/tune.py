@@ -17,8 +17,10 @@ from redrafter.cli.loading import (
     MinP,
     Model,
     NewTokens,
+    Prompts,
     Seed,
     Temperature,
+    TemplateKwargs,
     TopK,
     TopP,
 )
@@ -34,13 +36,14 @@ def tune(
     ctx: typer.Context,
     model: Model,
     drafter: Annotated[str, typer.Option(help=f"{DrafterOrModel} The last two with --dry-run.")],
-    prompts: Annotated[Path, typer.Option(help="JSONL rows of `prompt`, `messages` or `turns`.")],
+    prompts: Prompts,
     output: Annotated[Path | None, typer.Option(help="Write a copy of the drafter here, instead of into it.")] = None,
     batch_sizes: Annotated[str, typer.Option(help="Rows decoded together.")] = "1,2,4,8",
     widths: Annotated[str, typer.Option(help="Beams to try.")] = "1,2,4,10",
     lengths: Annotated[str, typer.Option(help="Tokens of a beam to try.")] = "2,3,4,5,6",
     budgets: Annotated[str, typer.Option(help="Budgets of nodes to try, beside whole beams.")] = "8,16,32,64",
     limit: Annotated[int, typer.Option(min=1, help="Measure acceptance on the first N prompts.")] = 32,
+    template_kwargs: TemplateKwargs = None,
     max_new_tokens: NewTokens = 128,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens in the cache while timing.  \\[default: as long as the texts are]")
@@ -59,7 +62,15 @@ def tune(
     device: Device = "auto",
 ) -> None:
     """Find the fastest drafts for each batch size; `generate` then takes them, unless told a shape."""
-    from redrafter.cli.loading import check_context, claim, load_method, load_model, read_settings, whole_numbers
+    from redrafter.cli.loading import (
+        check_context,
+        claim,
+        load_method,
+        load_model,
+        read_settings,
+        tokenized_prompts,
+        whole_numbers,
+    )
 
     batches, beams = whole_numbers(batch_sizes, "--batch-sizes"), whole_numbers(widths, "--widths")
     depths, sizes = whole_numbers(lengths, "--lengths"), whole_numbers(budgets, "--budgets")
@@ -72,7 +83,7 @@ def tune(
         check_drafter_folder(output, overwrite=False, inputs=[model, drafter, prompts])
     from redrafter import hub, tuning
     from redrafter.profiling import Bench, device_name
-    from redrafter.prompts import prompt_ids, read_prompts
+    from redrafter.prompts import read_prompts
     from redrafter.proposers.base import draftable
     from redrafter.proposers.loading import kind_of
     from redrafter.target import Target
@@ -82,8 +93,8 @@ def tune(
     if not dry_run:
         check_drafter_folder(output or Path(drafter), inputs=[model])
         claim(ctx, output or Path(drafter))
-    records = read_prompts(prompts)[:limit]
-    target, tokenizer = load_model(model, dtype, device)
+    ids = tokenized_prompts(read_prompts(*prompts, limit=limit), model, template_kwargs)
+    target, _ = load_model(model, dtype, device)
     check_context(context, target)
     method = load_method(drafter, target, any_target=any_target)
     candidates, refused = draftable(method, Target(target, method.layers), tuning.shapes(beams, depths, sizes))
@@ -94,7 +105,6 @@ def tune(
     law = read_settings(
         None, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
-    ids = [prompt_ids(record, tokenizer, where) for where, record in records]
     texts = tuning.Texts.written(target, method, ids, max_new_tokens=max_new_tokens, **law)
     length = context or texts.length
     writes = {shape: texts.tokens_per_step(shape) for shape in candidates}

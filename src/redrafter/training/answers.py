@@ -7,8 +7,8 @@ Promises that `loss_mask` marks exactly the tokens that the target chose after e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -18,13 +18,13 @@ from redrafter.decoding import stream
 from redrafter.drafter import RecurrentDrafter
 from redrafter.errors import RedrafterError
 from redrafter.files import Skip
+from redrafter.messages import Message
 from redrafter.noise import row_seeds
-from redrafter.prompts import messages_of, prompt_ids, render
+from redrafter.prompts import check_asked, check_ids, encode, prompt_ids, render
 from redrafter.results import finished
+from redrafter.rows import Chat, Text, parse_row
 from redrafter.target import Target
 from redrafter.training.distillation import Done, Prompt, Tally, least, named
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,43 +69,42 @@ class Plan:
     """What a prompt row asks for: an answer after `prompt`, plain text, or one after each stretch of a chat."""
 
     stretches: list[list[Message]]
-    """Turns that are given, up to each answer."""
+    """Messages that are given, up to each answer."""
     prompt: str | None = None
+    chat: Chat | None = None
+    """The row's conversation with the inputs of its chat template."""
 
 
-def plan(record: dict[str, Any], where: str, *, chat: bool = False) -> Plan:
+def plan(
+    record: dict[str, Any], where: str, *, chat: bool = False, template_kwargs: Mapping[str, Any] | None = None
+) -> Plan:
     """The answers that a row asks for: in the place of each of the assistant's turns, and after a last turn of others.
 
-    `chat` takes a plain prompt for the user's turn.  Turns that call tools are given, for what follows answers them;
-    so are the assistant's before anybody else spoke.  Raises RedrafterError for a row that asks for nothing.
+    `chat` and `template_kwargs` as in `rows.parse_row`.  Turns that call tools are given, because what follows answers
+    them; so are the assistant's before anybody else spoke.  Raises RedrafterError for a row that asks for nothing.
     """
-    conversed = any(record.get(name) for name in ("messages", "conversations", "turns"))
-    prompt = None if conversed else record.get("prompt")  # some data sets give a chat's first turn under that name too
-    if isinstance(prompt, str) and not chat:
-        return Plan([], prompt)
-    if isinstance(prompt, str):
-        record = {"messages": [{"role": "user", "content": prompt}]}
-    elif isinstance(prompt, list):
-        answer = record.get("completion")
-        record = {"messages": prompt + (answer if isinstance(answer, list) else [])}
-    messages = messages_of(record, where)
-    if any(message["role"] == "user" and not message.get("content") for message in messages):
-        raise RedrafterError(f"{where}: the prompt is empty.")
-    if record.get("turns"):
-        return Plan([[message] for message in messages])
+    row = parse_row(record, where, chat=chat, template_kwargs=template_kwargs)
+    if isinstance(row, Text):
+        if row.prompt is None:
+            raise RedrafterError(f'{where}: the row has "text" and no "prompt" to continue.')
+        if not row.prompt:
+            raise RedrafterError(f"{where}: the prompt is empty.")
+        return Plan([], row.prompt)
+    check_asked(row.messages, where)
+    answers = [] if row.only_user else [i for i in row.answers if not row.messages[i].get("tool_calls")]
     stretches: list[list[Message]] = [[]]
-    asked = False  # whether anybody has spoken to the assistant
-    for message in messages:
-        asked = asked or message["role"] not in ("system", "developer", "assistant")
-        if message["role"] == "assistant" and asked and not message.get("tool_calls"):
+    for index, message in enumerate(row.messages):
+        if index in answers:
             stretches.append([])
         else:
             stretches[-1].append(message)
+            if row.only_user and message["role"] == "user":
+                stretches.append([])
     if not stretches[-1] or stretches[-1][-1]["role"] == "assistant":
         stretches.pop()
-    if not (asked and stretches):
+    if not stretches:
         raise RedrafterError(f"{where}: there is no turn to answer.")
-    return Plan(stretches)
+    return Plan(stretches, chat=row)
 
 
 class Dialogue:
@@ -116,9 +115,18 @@ class Dialogue:
     begins, in which the earlier answers are only read.
     """
 
-    def __init__(self, prompt: Prompt, law: Law, variant: int, seed: int, *, chat: bool = False):
+    def __init__(
+        self,
+        prompt: Prompt,
+        law: Law,
+        variant: int,
+        seed: int,
+        *,
+        chat: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ):
         self.prompt = prompt
-        self.plan = plan(prompt.record, prompt.where, chat=chat)
+        self.plan = plan(prompt.record, prompt.where, chat=chat, template_kwargs=template_kwargs)
         self.temperature = law.temperatures[variant]
         self.messages: list[Message] = []
         self.texts: list[_Text] = []
@@ -144,8 +152,8 @@ class Dialogue:
             rendered, ids, more = plan.prompt, prompt_ids({"prompt": plan.prompt}, tokenizer, where), None
         else:
             messages = [*self.messages, *plan.stretches[self._answers]]
-            rendered = render(messages, tokenizer, where)
-            ids = list(tokenizer(rendered, add_special_tokens=False).input_ids)
+            rendered = self.rendered(messages, tokenizer)
+            ids = encode(rendered, tokenizer)
             more = self._addition(ids, tokenizer) if self.texts else None
         length = len(ids) if more is None else len(self.texts[-1].input_ids) + len(more)
         if limit is not None and length >= limit:
@@ -161,9 +169,14 @@ class Dialogue:
         self._said = rendered
         return True
 
+    def rendered(self, messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+        """The text of a prompt of these messages, with all other inputs of the row's chat template."""
+        assert self.plan.chat is not None
+        return render(replace(self.plan.chat, messages=messages), tokenizer, self.prompt.where)
+
     def _addition(self, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
         """The tokens that a rendering adds to the last text, or None where it is not its continuation."""
-        known = list(tokenizer(self._said, add_special_tokens=False).input_ids)  # the answers' own tokens may differ
+        known = encode(self._said, tokenizer)  # the answers' own tokens may differ
         return ids[len(known) :] if ids[: len(known)] == known else None
 
     def answer(self, tokens: list[int], reason: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
@@ -185,8 +198,8 @@ class Dialogue:
             {
                 **named(self.prompt, self.temperature),
                 **(
-                    {"messages": self.messages[: text.turns]}
-                    if self.plan.prompt is None
+                    self.plan.chat.columns(self.messages[: text.turns])
+                    if self.plan.chat is not None
                     else {"prompt": self.plan.prompt, "text": self.messages[0]["content"]}
                 ),
                 "finish_reasons": text.reasons,
@@ -212,15 +225,27 @@ class _Text:
         self.loss_mask += [int(chosen)] * len(tokens)
 
 
-def check_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, limit: int | None, *, chat: bool) -> None:
-    """Raises RedrafterError for a row that cannot be answered; its later turns are rendered with answers made up."""
-    dialogue = Dialogue(prompt, Law(), 0, 0, chat=chat)
+def check_prompt(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    *,
+    chat: bool,
+    template_kwargs: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
+) -> None:
+    """Raises RedrafterError for a row that cannot be answered; its later turns are rendered with answers made up.
+
+    `vocab_size` is that of the model.
+    """
+    dialogue = Dialogue(prompt, Law(), 0, 0, chat=chat, template_kwargs=template_kwargs)
     dialogue.ask(tokenizer, limit)
+    check_ids(dialogue.texts[-1].input_ids, vocab_size, prompt.where)
     stretches = dialogue.plan.stretches
     if len(stretches) > 1:
         between: Message = {"role": "assistant", "content": "."}
         whole = [message for stretch in stretches for message in (*stretch, between)]
-        render(whole[:-1], tokenizer, prompt.where)
+        check_ids(encode(dialogue.rendered(whole[:-1], tokenizer), tokenizer), vocab_size, prompt.where)
 
 
 def by_target(
@@ -234,6 +259,7 @@ def by_target(
     chunk: int,
     limit: int | None = None,
     chat: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
     tally: Tally | None = None,
     skip: Skip | None = None,
     **settings: Any,
@@ -249,7 +275,10 @@ def by_target(
         dialogues: list[Dialogue] = []
         for prompt in part:
             first = prompt.number * len(law.temperatures)
-            own = [Dialogue(prompt, law, k, seeds[first + k], chat=chat) for k in range(len(law.temperatures))]
+            own = [
+                Dialogue(prompt, law, k, seeds[first + k], chat=chat, template_kwargs=template_kwargs)
+                for k in range(len(law.temperatures))
+            ]
             try:
                 for one in own:
                     one.ask(tokenizer, limit)

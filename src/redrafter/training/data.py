@@ -7,8 +7,9 @@ target's weights or the drafter.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from redrafter.errors import RedrafterError
 from redrafter.files import Skip, read_records
-from redrafter.prompts import messages_of
+from redrafter.prompts import check_ids
+from redrafter.rows import Chat, Text, parse_row
+from redrafter.training.conversations import tokenize_chat
 
 
 @dataclass(frozen=True)
@@ -59,50 +62,89 @@ def read_rows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
+    limit: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
     skip: Skip | None = None,
 ) -> list[Row]:
-    """All rows of the sources (`files.read_records`), cut to `max_length` tokens.
+    """The training rows of the first `limit` rows of the sources (`files.read_records`), cut to `max_length` tokens.
 
-    A row holds `input_ids` and `loss_mask` (and perhaps `continuations`), as `redrafter distill` writes them; or
-    `messages` or `conversations`, of which the assistant's turns are learnt; or `prompt` and `completion`, as text or
-    as messages, or `prompt` and `text` (what `redrafter generate --json` writes), of which the latter is learnt; or
-    `text` alone, of which all is.  A row that cannot be read so is told to `skip`, or without it raises RedrafterError,
-    as do sources of which not one row has a token to learn.
+    A row holds `input_ids` and `loss_mask` (and perhaps `continuations`), as `redrafter distill` writes them; or a
+    chat, of which the assistant's answers are learned; or a plain prompt and its completion, of which the latter is
+    learned; or `text` alone, of which all is (`rows.parse_row`).  `template_kwargs` as there; `vocab_size` is that of
+    the model.  A row that cannot be read is reported to `skip`, or without it raises RedrafterError, as do sources of
+    which not one row has a token to learn.
     """
-    rows = []
-    for where, record in read_records(sources, skip):
+    rows: list[Row] = []
+    for where, record in islice(read_records(sources, skip), limit):
         try:
-            row = tokenized(record, tokenizer, where)
+            own = tokenized_rows(record, tokenizer, where, template_kwargs=template_kwargs, vocab_size=vocab_size)
         except RedrafterError as error:
             if skip is None:
                 raise
             skip(str(error))
             continue
-        rows.append(row if max_length is None else row.cut(max_length))
+        rows += own if max_length is None else [row.cut(max_length) for row in own]
     if not any(any(row.trained[2:]) for row in rows):
         raise RedrafterError("The data holds no token to learn.")
     return rows
 
 
-def tokenized(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> Row:
-    """One row of the forms that `read_rows` takes.  Raises RedrafterError."""
-    if "input_ids" in record:
-        return _as_told(record, len(tokenizer), where)
-    if "messages" in record or "conversations" in record:
-        return _conversation(messages_of(record, where), tokenizer, where)
-    prompt, completion = record.get("prompt", ""), record.get("completion", record.get("text"))
-    if isinstance(prompt, list) and isinstance(completion, list):
-        messages = messages_of({"messages": prompt + completion}, where)
-        return _conversation(messages, tokenizer, where, first=len(prompt))
-    if not isinstance(prompt, str) or not isinstance(completion, str):
+def tokenized(
+    record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    *,
+    template_kwargs: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
+) -> Row:
+    """The only training row of a row of data.  Raises RedrafterError where there are several (`tokenized_rows`)."""
+    rows = tokenized_rows(record, tokenizer, where, template_kwargs=template_kwargs, vocab_size=vocab_size)
+    if len(rows) > 1:
         raise RedrafterError(
-            f'{where}: a row needs "messages", "conversations", "prompt" and "completion", "text", or "input_ids".'
+            f"{where}: the chat template renders earlier turns in another way once others follow, so this row becomes "
+            f"{len(rows)} training rows."
         )
-    ids = tokenizer(prompt + completion).input_ids
-    end = tokenizer.eos_token_id
-    if end is not None and ids[-1:] != [end] and ("completion" in record or not prompt):
-        ids = [*ids, end]  # what `generate` wrote may have been cut short, so its text is not closed
-    known = tokenizer(prompt).input_ids if prompt else []
+    return rows[0]
+
+
+def tokenized_rows(
+    record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    *,
+    template_kwargs: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
+) -> list[Row]:
+    """The training rows of a row of data, of the formats that `read_rows` takes.
+
+    A chat becomes several where the chat template changes earlier turns (`conversations.tokenize_chat`).  `vocab_size`
+    is the model's, by default the tokenizer's.  Raises RedrafterError.
+    """
+    vocab_size = vocab_size or len(tokenizer)
+    if "input_ids" in record:
+        return [_as_told(record, vocab_size, where)]
+    row = parse_row(record, where, template_kwargs=template_kwargs)
+    if isinstance(row, Chat) and row.only_user:
+        raise RedrafterError(f'{where}: "turns" hold no answers to learn; distill writes them.')
+    if isinstance(row, Chat):
+        rows = [Row(ids, learned) for ids, learned in tokenize_chat(row, tokenizer, where)]
+    else:
+        rows = [_plain(row, tokenizer, where)]
+    for one in rows:
+        check_ids(one.input_ids, vocab_size, where)
+    return rows
+
+
+def _plain(row: Text, tokenizer: PreTrainedTokenizerBase, where: str) -> Row:
+    """Plain text, of which what follows the prompt is learned."""
+    if row.completion is None:
+        raise RedrafterError(f'{where}: the row has a "prompt" and no "completion" or "text" to learn.')
+    prompt = row.prompt or ""
+    ids, end = list(tokenizer(prompt + row.completion).input_ids), tokenizer.eos_token_id
+    if row.ends and end is not None and ids[-1:] != [end]:
+        ids = [*ids, end]
+    known = list(tokenizer(prompt).input_ids) if prompt else []
     same = next((i for i, (a, b) in enumerate(zip(known, ids, strict=False)) if a != b), min(len(known), len(ids)))
     return Row(ids, [i >= same for i in range(len(ids))])
 
@@ -218,41 +260,3 @@ def _as_told(record: dict[str, Any], vocabulary: int, where: str) -> Row:
 
 def _are_ids(ids: Any, vocabulary: int, least: int = 0) -> bool:
     return isinstance(ids, list) and all(type(i) is int and least <= i < vocabulary for i in ids)
-
-
-def _conversation(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str, first: int = 0) -> Row:
-    """Renders by the tokenizer's own template; the assistant's tokens by its generation markers or by comparison.
-
-    Only turns from `first` on are learnt.
-    """
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise RedrafterError(f'{where}: the tokenizer has no chat template; give one, or rows with "text" instead.')
-    try:
-        if ("{% generation" in template or "{%- generation" in template) and not first:
-            rendered = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            return Row(list(rendered["input_ids"]), [bool(m) for m in rendered["assistant_masks"]])
-        return _by_comparison(messages, tokenizer, first)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise RedrafterError(f"{where}: the messages do not fit the chat template ({error}).") from None
-    except Exception as error:  # jinja raises its own kinds, and the template any of them
-        raise RedrafterError(f"{where}: the chat template refuses the messages ({error}).") from None
-
-
-def _by_comparison(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, first: int) -> Row:
-    """Marks what each assistant turn adds to the rendering of all before it."""
-
-    def ids(count: int, *, prompt: bool) -> list[int]:
-        rendered = tokenizer.apply_chat_template(messages[:count], add_generation_prompt=prompt, return_dict=True)
-        return list(rendered["input_ids"])
-
-    whole = ids(len(messages), prompt=False)
-    trained = [False] * len(whole)
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index < first:
-            continue
-        before, after = ids(index, prompt=True), ids(index + 1, prompt=False)
-        if whole[: len(after)] != after or after[: len(before)] != before:
-            raise ValueError("it renders a turn differently once others follow")
-        trained[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return Row(whole, trained)

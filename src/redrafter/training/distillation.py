@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from redrafter.results import Event
 from redrafter.settings import resolve
 from redrafter.target import Target
 from redrafter.training.continuations import CHUNK, continuations
-from redrafter.training.data import Row, collate, tokenized
+from redrafter.training.data import Row, collate, tokenized_rows
 from redrafter.training.journal import Journal
 
 LOGITS = 2**28
@@ -174,21 +174,32 @@ def by_continuation(
     chunk: int,
     batch_size: int,
     limit: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
     tally: Tally | None = None,
 ) -> Iterator[Done]:
     """True text with the `depth` tokens that the target writes after each of its tokens, greedily (paper, section 4).
 
-    Rows are what `data.tokenized` makes of them, cut to `limit` and the model's context; those of a chunk run in
-    batches of about equal length.
+    Rows are those of `data.tokenized_rows`, cut to `limit` and the model's context; those of a chunk run in batches of
+    about equal length.
     """
     tally = tally or Tally()
     target = Target(model)
     limit = least(limit, target.context_length)
     ends = ends_of(resolve(target.model, None, {}))
     while part := list(islice(prompts, chunk)):
-        rows = [tokenized(prompt.record, tokenizer, prompt.where) for prompt in part]
-        rows = rows if limit is None else [row.cut(limit) for row in rows]
         before = tally.tokens
+        own = [
+            (prompt, row if limit is None else row.cut(limit))
+            for prompt in part
+            for row in tokenized_rows(
+                prompt.record,
+                tokenizer,
+                prompt.where,
+                template_kwargs=template_kwargs,
+                vocab_size=target.vocab_size,
+            )
+        ]
+        more = continued(target, [row for _, row in own], depth=depth, ends=ends, batch_size=batch_size, tally=tally)
         made = [
             {
                 **named(prompt),
@@ -196,9 +207,7 @@ def by_continuation(
                 "loss_mask": [int(trained) for trained in row.trained],
                 "continuations": row.continuations,
             }
-            for prompt, row in zip(
-                part, continued(target, rows, depth=depth, ends=ends, batch_size=batch_size, tally=tally), strict=True
-            )
+            for (prompt, _), row in zip(own, more, strict=True)
         ]
         yield Done(part[-1], made, Counter(rows=len(made), tokens=tally.tokens - before))
 

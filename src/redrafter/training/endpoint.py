@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -24,7 +24,8 @@ from urllib.parse import urlsplit
 
 from redrafter.errors import RedrafterError
 from redrafter.files import Skip
-from redrafter.training.answers import Law, Message, plan
+from redrafter.messages import Message
+from redrafter.training.answers import Law, Plan, plan
 from redrafter.training.distillation import Done, Prompt, Tally, named
 
 ATTEMPTS = 6
@@ -102,8 +103,10 @@ class Endpoint:
         base = self.url.rstrip("/")
         object.__setattr__(self, "url", base if parts.path.strip("/") else f"{base}/v1")
 
-    def answer(self, asked: str | list[Message], settings: dict[str, Any]) -> tuple[str, str, int]:
-        """The text after a plain prompt or messages, why it ends (the server's word), and how many tokens it has.
+    def answer(self, asked: str | list[Message], settings: dict[str, Any]) -> tuple[str | Message, str, int]:
+        """The answer to a plain prompt or messages, why it ends (the server's word), and how many tokens it has.
+
+        The answer is a text, or a message where the server gives reasoning apart or tool calls.
 
         `settings` join the body.  Raises BadPrompt where the server refuses this prompt, RedrafterError where it fails.
         """
@@ -166,14 +169,22 @@ class Endpoint:
         raise kind(f"{self.url}: {sentence}.") from None
 
 
-def _read(body: Any, *, plain: bool) -> tuple[str, str, int]:
+def _read(body: Any, *, plain: bool) -> tuple[str | Message, str, int]:
     try:
         choice = body["choices"][0]
-        text = choice["text"] if plain else choice["message"]["content"]
+        said = {"content": choice["text"]} if plain else choice["message"]
         tokens = (body.get("usage") or {}).get("completion_tokens") or 0
-        if isinstance(text, str) and isinstance(tokens, int):
-            return text, str(choice.get("finish_reason")), tokens
-    except (LookupError, TypeError, AttributeError):
+        message: Message = {"role": "assistant"}
+        for name in ("reasoning_content", "reasoning", "content", "tool_calls"):
+            if said.get(name) is not None:
+                message[name] = said[name]
+        for call in message.get("tool_calls", []):  # templates take objects, the protocol has JSON text
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        content = message.get("content")
+        if (isinstance(content, str) or message.get("tool_calls")) and isinstance(tokens, int):
+            answer: str | Message = message if content is None or len(message) > 2 else content
+            return answer, str(choice.get("finish_reason")), tokens
+    except (LookupError, TypeError, AttributeError, ValueError):
         pass
     raise _Failed("its answer holds no text where one belongs")
 
@@ -186,6 +197,7 @@ def by_endpoint(
     seeds: Sequence[int],
     concurrency: int,
     chat: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
     tally: Tally | None = None,
     skip: Skip | None = None,
 ) -> Iterator[Done]:
@@ -201,7 +213,8 @@ def by_endpoint(
         rows, counts = [], Counter[str]()
         for variant, temperature in enumerate(law.temperatures):
             seed = seeds[prompt.number * len(law.temperatures) + variant]
-            row, tokens = _answered(prompt, endpoint, law, temperature, seed, chat=chat)
+            asked = plan(prompt.record, prompt.where, chat=chat, template_kwargs=template_kwargs)
+            row, tokens = _answered(prompt, asked, endpoint, law, temperature, seed)
             cut = sum(reason == "length" for reason in row["finish_reasons"])
             rows.append(row)
             counts += Counter(rows=1, answers=len(row["finish_reasons"]), cut=cut, tokens=tokens)
@@ -241,31 +254,35 @@ def by_endpoint(
 
 
 def _answered(
-    prompt: Prompt, endpoint: Endpoint, law: Law, temperature: float, seed: int, *, chat: bool
+    prompt: Prompt, asked: Plan, endpoint: Endpoint, law: Law, temperature: float, seed: int
 ) -> tuple[dict[str, Any], int]:
     """One row, and how many tokens of it the server wrote."""
     settings: dict[str, Any] = {"max_tokens": law.max_new_tokens, "temperature": float(temperature)}
     if temperature > 0:
         told = {"top_p": law.top_p, "top_k": law.top_k, "seed": seed % 2**31}  # servers differ in the seeds they take
         settings |= {name: value for name, value in told.items() if value is not None}
-    asked = plan(prompt.record, prompt.where, chat=chat)
     row = named(prompt, temperature)
-    if asked.prompt is not None:
-        text, reason, tokens = endpoint.answer(asked.prompt, settings)
+    if asked.chat is None:
+        text, reason, tokens = endpoint.answer(str(asked.prompt), settings)
         whole = reason == "stop"  # `completion` is learnt with its end, `text` without
         row |= {"prompt": asked.prompt, "completion" if whole else "text": text, "finish_reasons": [reason]}
         return row, tokens
+    inputs = asked.chat.columns([])
+    settings |= {name: value for name, value in inputs.items() if name != "messages"}
     messages: list[Message] = []
     reasons: list[str] = []
     total = 0
     for stretch in asked.stretches:
         try:
-            text, reason, tokens = endpoint.answer([*messages, *stretch], settings)
+            said, reason, tokens = endpoint.answer([*messages, *stretch], settings)
         except BadPrompt:
             if not messages:
                 raise
             break
-        messages += [*stretch, {"role": "assistant", "content": text}]
+        message = {"role": "assistant", "content": said} if isinstance(said, str) else said
+        messages += [*stretch, message]
         reasons.append(reason)
         total += tokens
-    return row | {"messages": messages, "finish_reasons": reasons}, total
+        if message.get("tool_calls"):  # the row's next turn does not answer them
+            break
+    return row | {**inputs, "messages": messages, "finish_reasons": reasons}, total
