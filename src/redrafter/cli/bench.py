@@ -45,6 +45,11 @@ Overwrite = Annotated[
 Minutes = Annotated[
     float | None, typer.Option(min=0, help="After which nothing more is begun; the report is of what there is by then.")
 ]
+ROUNDS = 3
+ANSWERS = "64,128,512"
+DEMO_ANSWERS, DEMO_ROUNDS, DEMO_REQUESTS = "64", 2, 3
+"""What `bench --demo` measures unless an option says otherwise, so that it takes less than two minutes on two cores."""
+
 Demo = Annotated[bool, typer.Option("--demo", help="Measure all that is bundled on the demo's eight prompts.")]
 MethodHelp = (
     "NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES: what to call it, where it lies, and perhaps how it drafts: "
@@ -66,14 +71,28 @@ def bench(
     ] = None,
     max_new_tokens: NewTokens = 128,
     temperatures: Annotated[str, typer.Option(help="0 is greedy decoding.")] = "0,1",
-    rounds: Rounds = 3,
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of complete calls, timed end to end, or none.  "
+            f"\\[default: {ANSWERS}; with --demo {DEMO_ANSWERS}]"
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Times that everything is measured; medians are shown.  "
+            f"\\[default: {ROUNDS}; with --demo {DEMO_ROUNDS}]",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
     batches: Annotated[
         str | None, typer.Option(help="Also throughput against latency with so many rows together, as 1,2,4,8.")
     ] = None,
     transformers: Annotated[
-        bool, typer.Option("--transformers", help="Also measure transformers' own generate, without a drafter.")
-    ] = False,
+        bool, typer.Option(help="Also measure transformers' own generate, without a drafter.")
+    ] = True,
     seed: SeedOfAll = 0,
     compile: Compile = False,
     overwrite: Overwrite = False,
@@ -82,16 +101,20 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Compare ways to draft: speed, acceptance and equality of texts by task, in one report.
+    """Compare drafting methods: complete calls, decoding alone, acceptance and equality of texts, in one report.
 
     Run again with the same arguments, it goes on where it was stopped.
     """
     from redrafter.bench import plots
     from redrafter.bench.contenders import read_methods
+    from redrafter.bench.units import REQUESTS
     from redrafter.cli.loading import numbers, whole_numbers
 
     kinds = numbers(temperatures, "--temperatures")
     together = [] if batches is None else whole_numbers(batches, "--batches")
+    lengths = answers or (DEMO_ANSWERS if demo else ANSWERS)
+    calls = [] if lengths == "none" else whole_numbers(lengths, "--answers")
+    rounds = rounds or (DEMO_ROUNDS if demo else ROUNDS)
     told = read_methods([*_demo_methods(demo, model), *(method or [])])
     plots.required()
     shared = Shared(
@@ -117,6 +140,8 @@ def bench(
         batches=together,
         transformers=transformers,
         temperatures=kinds,
+        answers=calls,
+        requests=DEMO_REQUESTS if demo and answers is None else REQUESTS,
         rounds=rounds,
     )
     from redrafter.bench.comparing import compare
@@ -130,6 +155,7 @@ def bench(
             batch=batch_size,
             batches=together,
             rounds=rounds,
+            answers=calls,
             tell=tell,
         )
     _written(found, output)
@@ -272,7 +298,7 @@ class Shared:
         from redrafter.bench.comparing import Setting
         from redrafter.bench.contenders import load
         from redrafter.bench.tasks import by_category, file_names, read
-        from redrafter.bench.units import Asked
+        from redrafter.bench.units import REQUESTS, Asked
         from redrafter.cli.loading import load_model
 
         records = read(self.data, self.by) if self.data else _demo_rows(self.by)
@@ -291,7 +317,7 @@ class Shared:
             "seed": self.seed,
             "compile": self.compile,
         }
-        common = Asked(self.max_new_tokens, self.seed, self.compile)
+        common = Asked(self.max_new_tokens, self.seed, self.compile, asked.get("requests", REQUESTS))
         return Setting(target, tasks, common, arguments, self.output, self.overwrite, self.minutes), methods
 
 
@@ -318,6 +344,7 @@ def _telling() -> Iterator[Tell]:
             if not number:  # whatever is refused is refused before
                 until.enter_context(bar)
             rows = f", {unit.batch} rows" if unit.batch > 1 else ""
+            rows += f", calls of {unit.new_tokens} tokens" if unit.new_tokens else ""
             words = f"{unit.method}: {unit.category}, {law(unit.temperature)}{rows}"
             bar.update(job, description=words, completed=number, total=of)
 
