@@ -363,7 +363,13 @@ def test_the_demo_pair_writes_the_same_text(say):
 def test_the_demo_shows_its_text_and_a_table(say):
     status, out, _ = say("demo", "--prompt", "I need a hotel in London.", "--repeats", 1, "--max-new-tokens", 20)
     assert status == 0
-    for word in ("I need a hotel in London.", "tokens per step", "positions 1 to 5", "end-to-end speed-up", "same text: yes"):
+    for word in (
+        "I need a hotel in London.",
+        "tokens per step",
+        "positions 1 to 5",
+        "end-to-end speed-up",
+        "same text: yes",
+    ):
         assert word in out
     assert "the prompt is empty" in refusal(say("demo", "--json", "--prompt", ""))
 
