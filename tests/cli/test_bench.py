@@ -93,6 +93,7 @@ def test_complete_calls_are_timed_at_every_length_for_which_there_is_room(say, c
     )
     assert told.startswith("In greedy decoding ours")
     assert "the fastest end to end: a call that writes 12 tokens takes" in told
+    assert told[told.index("Wrote") :].count("\n| 12 | ours |") == 2, "a short table comes last"
     found = json.loads((out / "results.json").read_text())
     calls = {(one["method"], one["temperature"], one["new_tokens"]): one for one in found["calls"]}
     assert len(calls) == 4 * 2 * 2

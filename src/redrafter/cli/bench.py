@@ -353,8 +353,9 @@ def _telling() -> Iterator[Tell]:
 
 
 def _written(found: Results, output: Path) -> None:
-    """Writes the report and says what came of it, and what failed."""
+    """Writes the report and says what came of it, and what failed; the times of complete calls last."""
     from redrafter.bench.report import lead, write
+    from redrafter.bench.tables import calls, temperatures
 
     files = write(found, output)
     for sentence in lead(found):
@@ -362,3 +363,6 @@ def _written(found: Results, output: Path) -> None:
     for sentence in found["failed"]:
         typer.echo(f"not measured: {sentence}", err=True)
     typer.echo(f"Wrote {', '.join(str(one) for one in files)}.")
+    for temperature in temperatures(found.get("calls", [])):
+        table = calls(found, temperature)
+        typer.echo(f"\n{table.title}, end to end:\n{table.markdown}")
