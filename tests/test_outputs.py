@@ -86,7 +86,7 @@ def test_no_command_writes_a_drafter_into_a_foreign_place(say, disk, place, monk
             refusal(say(*words))
             assert digest(disk) == before, words
         for words in ("bench", "sweep"):
-            told = (words, "--model", disk / "model", "--method", disk / "drafter", "--data", disk / "prompts.jsonl")
+            told = (words, "--model", disk / "model", "--method", disk / "drafter", "--prompts", disk / "prompts.jsonl")
             refusal(say(*told, "--output", output, "--overwrite"))
             assert digest(disk) == before, words
         with pytest.raises(RedrafterError):
@@ -251,7 +251,7 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
 def test_of_two_commands_with_one_output_the_second_is_refused(say, disk):
     model, rows = ("--model", disk / "model"), disk / "rows.jsonl"
     told = ("--drafter", disk / "drafter", "--prompts", disk / "prompts.jsonl")
-    bench = ("--method", disk / "drafter", "--data", disk / "prompts.jsonl", "--output", disk / "new")
+    bench = ("--method", disk / "drafter", "--prompts", disk / "prompts.jsonl", "--output", disk / "new")
     before = digest(disk)
     with locked(disk / "new"), locked(disk / "new.jsonl", is_file=True), locked(disk / "drafter"):
         for words in (

@@ -40,7 +40,7 @@ def bench(
     `minutes`: after which nothing more is begun.
     """
     words = ["bench", "--model", model, "--prompts", data, "--output", output, "--limit", prompts, "--rounds", rounds]
-    words += ["--max-new-tokens", new_tokens, "--transformers", *_compiled()]
+    words += ["--max-new-tokens", new_tokens, "--answers", new_tokens, "--transformers", *_compiled()]
     for told in (*methods, "prompt lookup=prompt-lookup"):
         words += ["--method", told]
     return _measured(words, minutes, until)

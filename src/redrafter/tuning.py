@@ -1,13 +1,16 @@
 """The fastest shape of a draft for each batch size, on this machine and on a target's own text.
 
-Promises that a shape is chosen by tokens a second alone: what its drafts are accepted on the given prompts, over what
-its step takes here.  Drafting is switched off where it does not pay.  Does not know how either is printed.
+The times of the parts of a step choose a few candidates.  Complete calls of `generate`, drafted and undrafted in turn,
+decide: a shape is kept only if its gain exceeds the spread of those pairs.  Knows nothing about how either is printed.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from redrafter import hub
 from redrafter.config import DecodingShape, flat
 from redrafter.decoding import generate
 from redrafter.drafter import RecurrentDrafter
+from redrafter.errors import RedrafterError
 from redrafter.outputs import check_drafter_folder
 from redrafter.profiling import Bench
 from redrafter.proposers import Method
@@ -30,42 +34,84 @@ from redrafter.training.data import Row
 from redrafter.training.evaluation import Acceptance, answered, drafted_everywhere, walked
 
 PAYS = 1.03
-"""Times as fast as without drafting that a shape must be, or drafting is switched off."""
+"""The least speed-up over undrafted calls for which drafting is switched on."""
 
 TOGETHER = 8
 """Rows that are written and drafted at together, to measure acceptance."""
 
 FINALISTS = 3
-"""Shapes whose whole step is timed; the sums of their parts choose them."""
+"""Shapes that are tried in complete calls; the sums of their parts choose them."""
 
+SCREENED = 2
+"""Complete calls of each finalist, of which the fastest goes on."""
 
-@dataclass(frozen=True)
-class Timed:
-    """A shape with what its step writes and takes, for all rows together."""
+PAIRS = 9
+"""Pairs of a drafted and an undrafted call, of which one may be an outlier within CONFIDENCE."""
 
-    shape: DecodingShape
-    tokens_per_step: float
-    """Of one row."""
-    milliseconds: float
+CONFIDENCE = 0.95
+"""How often the interval of a speed-up holds the true median."""
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Of all rows."""
-        return 1e3 * self.shape.batch * self.tokens_per_step / self.milliseconds
+ESTIMATED = 16
+"""New tokens of the calls from which the time of a tuning is estimated."""
+
+Speed = Callable[[DecodingShape | None, int], float]
+"""Tokens a second of the complete call of a number, in a shape or, with None, undrafted."""
 
 
 @dataclass(frozen=True)
 class Tuned:
     """What was found for a batch size."""
 
-    best: Timed
-    alone: Timed
-    """Without drafting."""
+    candidate: DecodingShape
+    """The fastest of the shapes that draft."""
+    tokens_per_step: float
+    """Of one row, with the candidate."""
+    drafted: Sequence[float]
+    """Tokens a second of all rows in its complete calls."""
+    undrafted: Sequence[float]
+    """The same without drafting, each call right beside the drafted one of the same prompts."""
+
+    @property
+    def ratios(self) -> list[float]:
+        """Of each pair."""
+        return [one / other for one, other in zip(self.drafted, self.undrafted, strict=True)]
 
     @property
     def speed_up(self) -> float:
-        """Tokens a second, over those without drafting."""
-        return self.best.tokens_per_second / self.alone.tokens_per_second
+        """The median of the pairs' ratios."""
+        return statistics.median(self.ratios)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Between which the true median lies, with CONFIDENCE."""
+        return interval(self.ratios)
+
+    @property
+    def pays(self) -> bool:
+        """Whether drafting is faster by more than the pairs' spread, and by enough to be worth it."""
+        return self.speed_up >= PAYS and self.interval[0] > 1
+
+    @property
+    def shape(self) -> DecodingShape:
+        """What is kept: the candidate, or decoding without drafting."""
+        off = DecodingShape(batch=self.candidate.batch, beam_width=1, beam_length=0)
+        return self.candidate if self.pays else off
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The interval of the true median, with CONFIDENCE at least, whatever the values' distribution.
+
+    It lies between two of the sorted values: fewer than k of n independent values lie below the median with a
+    probability that the binomial distribution gives.  Too few values have no bounds.
+    """
+    ordered, count = sorted(values), len(values)
+    outside, below = 0, 0.0  # values left out at each end, and the probability that so few lie beyond the median
+    while outside < count:
+        below += math.comb(count, outside) / 2**count
+        if below > (1 - CONFIDENCE) / 2:
+            break
+        outside += 1
+    return (ordered[outside - 1], ordered[count - outside]) if outside else (-math.inf, math.inf)
 
 
 def shapes(widths: Sequence[int], lengths: Sequence[int], budgets: Sequence[int]) -> list[DecodingShape]:
@@ -76,12 +122,6 @@ def shapes(widths: Sequence[int], lengths: Sequence[int], budgets: Sequence[int]
             if budget is None or length < budget < weighed(width, length):
                 found.append(DecodingShape(beam_width=width, beam_length=length, node_budget=budget))
     return found
-
-
-def choose(alone: Timed, drafted: Sequence[Timed]) -> Timed:
-    """The fastest of what was drafted, or decoding without drafting where that does not pay."""
-    best = max(drafted, key=lambda one: one.tokens_per_second)
-    return best if best.tokens_per_second >= PAYS * alone.tokens_per_second else alone
 
 
 @dataclass(frozen=True)
@@ -115,6 +155,16 @@ class Texts:
         rows = [list(itertools.islice(tokens, length)) for _ in range(batch)]
         return request(self.model, self.drafter, rows, **self.settings)
 
+    def tokens_per_second(self, shape: DecodingShape | None, number: int, *, batch: int, compile: bool) -> float:
+        """Of one complete call of `generate` with the next `batch` prompts; undrafted without a shape."""
+        prompts = [row.prompt for row in self.asked.rows]
+        own = [prompts[(number * batch + row) % len(prompts)] for row in range(batch)]
+        told = {} if shape is None else shape.model_dump(exclude={"batch"})
+        begin = time.perf_counter()
+        drafter = None if shape is None else self.drafter
+        tokens = generate(self.model, drafter, own, compile=compile, **told, **self.settings).stats.tokens
+        return tokens / (time.perf_counter() - begin)
+
     def tokens_per_step(self, shape: DecodingShape) -> float:
         """What decoding that writes these texts writes in a step, the prompts' own runs not counted."""
         told = (shape.beam_width, shape.beam_length, shape.node_budget)
@@ -132,11 +182,10 @@ class Texts:
         return Acceptance.of(found, shape.beam_length).mean_acceptance_length
 
 
-def tune(bench: Bench, tokens_per_step: Mapping[DecodingShape, float]) -> Tuned:
-    """The fastest of the shapes at a bench's batch, by what each writes in a step.
+def promising(bench: Bench, tokens_per_step: Mapping[DecodingShape, float]) -> list[DecodingShape]:
+    """The FINALISTS of the shapes by an estimate: what each writes in a step, over the sum of its parts' times.
 
-    The parts of every shape's step are timed, and the whole step of those that promise the most: so a part is measured
-    once for all shapes in which it differs little.
+    A part is timed once for all shapes in which it differs little.
     """
     known: dict[tuple[Any, ...], float] = {}
 
@@ -153,14 +202,56 @@ def tune(bench: Bench, tokens_per_step: Mapping[DecodingShape, float]) -> Tuned:
             + once(("rest", nodes, length), lambda: bench.rest_ms(shape))
         )
 
-    def timed(shape: DecodingShape, milliseconds: float) -> Timed:
-        own = shape.model_copy(update={"batch": bench.batch})
-        return Timed(own, tokens_per_step.get(shape, 1.0), milliseconds)
+    estimated = {shape: tokens / parts(shape) for shape, tokens in tokens_per_step.items()}
+    finalists = sorted(estimated, key=lambda shape: -estimated[shape])[:FINALISTS]
+    return [shape.model_copy(update={"batch": bench.batch}) for shape in finalists]
 
-    promised = {shape: timed(shape, parts(shape)).tokens_per_second for shape in tokens_per_step}
-    finalists = sorted(promised, key=lambda shape: -promised[shape])[:FINALISTS]
-    alone = timed(DecodingShape(beam_width=1, beam_length=0), bench.step_ms())
-    return Tuned(choose(alone, [timed(shape, bench.step_ms(shape)) for shape in finalists]), alone)
+
+def tune(finalists: Sequence[DecodingShape], tokens_per_step: Mapping[DecodingShape, float], speed: Speed) -> Tuned:
+    """The fastest of the finalists in complete calls, and its speed-up over undrafted calls.
+
+    The calls that choose it are not among those that its speed-up is computed from, so that luck in the choice does not
+    count as speed.
+    """
+    for shape in (None, *finalists):
+        speed(shape, 0)  # builds what is built on first use
+    totals = dict.fromkeys(finalists, 0.0)
+    for number in range(SCREENED):
+        for shape in finalists if number % 2 else reversed(finalists):
+            totals[shape] += speed(shape, number)
+    best = max(totals, key=lambda shape: totals[shape])
+    found: dict[DecodingShape | None, list[float]] = {best: [], None: []}
+    for number in range(PAIRS):
+        for shape in (best, None) if number % 2 else (None, best):
+            found[shape].append(speed(shape, SCREENED + number))
+    return Tuned(best, tokens_per_step[best.model_copy(update={"batch": 1})], found[best], found[None])
+
+
+def estimate(
+    model: nn.Module, prompts: Sequence[list[int]], batches: Sequence[int], *, max_new_tokens: int, **settings: Any
+) -> float:
+    """About how many seconds a tuning takes at most, from short undrafted calls.
+
+    A batch size for which memory is too small counts for nothing.  Raises RedrafterError for bad prompts and settings.
+    """
+    request(model, None, prompts, max_new_tokens=max_new_tokens, **settings)
+
+    def seconds(rows: int) -> float:
+        own = list(itertools.islice(itertools.cycle(prompts), rows))
+        new_tokens, times = min(ESTIMATED, max_new_tokens), []
+        for _ in range(2):  # the first call builds what is built on first use
+            begin = time.perf_counter()
+            try:
+                written = generate(model, None, own, max_new_tokens=new_tokens, **settings).new_tokens
+            except RedrafterError:
+                return 0.0
+            times.append((time.perf_counter() - begin) / max(map(len, written)))
+        return max_new_tokens * times[-1]
+
+    calls = 1 + FINALISTS + SCREENED * FINALISTS + 2 * PAIRS
+    rows = min(TOGETHER, len(prompts))
+    texts = 2 * math.ceil(len(prompts) / rows)  # to write them, and about as long to draft at every place of them
+    return texts * seconds(rows) + sum(calls * seconds(batch) for batch in batches)
 
 
 def record(source: Path, shapes: Sequence[DecodingShape], tuned_on: str, output: Path | None = None) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from redrafter.bench.contenders import ALONE, THEIRS
-from redrafter.bench.results import parts, speeds
+from redrafter.bench.results import calls, parts, speeds
 
 
 def decoded(method: str, category: str, number: int, tokens: int, seconds: float, **more):
@@ -24,6 +24,21 @@ RECORDS = [
      "texts_compared": 4, "parted": [{"margin": 1.0, "rounding": 2.0, "explained": True}]},
     {"kind": "texts", "method": "ours", "category": "b", "temperature": 0.0, "batch": 1, "round": 0,
      "texts_compared": 2, "parted": [{"margin": 9.0, "rounding": 2.0, "explained": False}]},
+]  # fmt: skip
+
+
+def called(method: str, number: int, seconds: list[float], *, prompt: float = 0.5, first_steps: float = 0.25):
+    """Calls of 9 tokens, of which 4 are written after the first steps."""
+    count = len(seconds)
+    told = {"kind": "calls", "method": method, "category": "all", "temperature": 0.0, "batch": 1, "round": number}
+    parts = {"first_token_seconds": [prompt] * count, "starting_seconds": [first_steps] * count}
+    parts |= {"decoding_seconds": [one - prompt - first_steps for one in seconds], "decoding_tokens": [4] * count}
+    return told | {"new_tokens": 9, "seconds": seconds} | parts
+
+
+CALLS = [
+    called(ALONE, 0, [2.75, 4.75]), called("ours", 0, [1.75, 1.75]), called(THEIRS, 0, [3.5, 3.5], first_steps=1.0),
+    called(ALONE, 1, [2.75, 2.75]), called("ours", 1, [1.75, 3.75]),
 ]  # fmt: skip
 
 
@@ -52,6 +67,28 @@ def test_medians_are_of_rounds_and_ratios_of_one_round():
     assert alone["speed_up_over_transformers"]["median"] == 1.5  # 10/5 and 5/5
     assert "tokens_per_step" not in cell(THEIRS, "a")
     assert cell(THEIRS, "a")["speed_up"]["most"] == 1.0
+
+
+def test_complete_calls_are_compared_round_by_round():
+    found = {one["method"]: one for one in calls(RECORDS + CALLS)}
+    ours = found["ours"]
+    assert (ours["new_tokens"], ours["rounds"], ours["requests"]) == (9, 2, 2)
+    assert ours["seconds"] == {"median": 2.25, "least": 1.75, "most": 2.75}  # a round's mean call
+    assert ours["speed_up"] == {"median": 1.5714, "least": 1.0, "most": 2.1429}  # 7.5 / 3.5 and 5.5 / 5.5
+    assert ours["speed_up_over_transformers"] == {"median": 2.0, "least": 2.0, "most": 2.0}
+    assert (ours["first_token_ms"], ours["first_steps_ms"]) == (500.0, 250.0)
+    assert ours["decoding"]["tokens_per_second"] == {"median": 3.0, "least": 2.0, "most": 4.0}
+    assert ours["decoding"]["speed_up"] == {"median": 2.0, "least": 1.0, "most": 3.0}  # 4 / (8/6), 2 / 2
+    assert "speed_up" not in found[ALONE]
+    assert found[THEIRS]["speed_up"]["median"] == pytest.approx(7.5 / 7, rel=1e-4)
+    assert calls(RECORDS) == []
+
+
+def test_calls_that_end_with_their_first_steps_have_no_decoding_alone():
+    short = [one | {"decoding_tokens": [0, 0], "decoding_seconds": [0.1, 0.1]} for one in CALLS]
+    for one in calls(short):
+        assert one["decoding"] == {}
+        assert one["seconds"]["median"] > 0
 
 
 def test_all_categories_are_summed_in_the_rounds_that_are_whole():

@@ -8,17 +8,17 @@ import copy
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from matplotlib.colors import to_hex
-from test_bench_results import RECORDS
+from test_bench_results import CALLS, RECORDS
 
 from redrafter import RedrafterError
-from redrafter.bench import plots, readme, report
+from redrafter.bench import charts, plots, readme, report
 from redrafter.bench.contenders import ALONE, THEIRS
-from redrafter.bench.results import parts, speeds
+from redrafter.bench.results import calls, parts, speeds
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = 'ours, <32> & $5$ | "q"'
@@ -45,6 +45,12 @@ def results(records=RECORDS):
         "speed": speeds(records), "batches": speeds(together, "together"), "parts": parts([part]), "failed": [],
     }  # fmt: skip
     return json.loads(json.dumps(found).replace('"ours"', json.dumps(NAME)))
+
+
+def with_calls():
+    """The same with complete calls of 9 tokens and of 200."""
+    found = calls(CALLS) + calls([one | {"new_tokens": 200} for one in CALLS])
+    return results() | {"calls": json.loads(json.dumps(found).replace('"ours"', json.dumps(NAME)))}
 
 
 def swept():
@@ -106,6 +112,11 @@ class Page(HTMLParser):
              "Where the time of a step goes", "Rows together", "What the words mean"],
         ),
         (
+            with_calls,
+            ["What was measured", "End to end", "Speed by task", "Acceptance by position", "Drafters side by side",
+             "Where the time of a step goes", "Rows together", "What the words mean"],
+        ),
+        (
             swept,
             ["What was measured", "Drafters side by side", "Where the time of a step goes", "Width and length",
              "What folding saves", "Folded and unfolded", "Nodes", "Temperature", "Rows together",
@@ -118,7 +129,7 @@ def test_the_page_is_whole_in_itself(given, headings):
     page = Page(text)
     assert page.open == []
     assert page.headings == headings
-    alone = given is results  # of one drafter there is no picture beside others
+    alone = given is not swept  # of one drafter there is no picture beside others
     assert len(page.sources) == len(headings) - 2 - alone  # a picture in every section but the first and the last
     for source in page.sources:
         kind, _, data = source.partition(",")
@@ -193,28 +204,101 @@ def test_pictures_are_the_same_for_the_same_results():
     assert plots.drawn(results()) == plots.drawn(results())
 
 
-def test_a_colour_belongs_to_a_method():
-    found = results()
-    assert plots.colours(found)[NAME] == plots.COLOURS[0]
-    many = found | {"methods": [{"method": str(number), "path": f"folder {number // 2}"} for number in range(18)]}
-    tints = plots.colours(many)
-    assert len(set(tints.values())) == 18 + 2, "with more folders than colours too"
-    assert tints["0"] == plots.COLOURS[0]
-    assert tints["2"] == plots.COLOURS[1]
+def test_a_report_begins_with_what_a_user_waits_for():
+    found = with_calls()
+    first, second, *_ = report.lead(found)
+    assert first == (
+        f"In greedy decoding {NAME} is the fastest end to end: a call that writes 200 tokens takes 2.25 s, 1.57 (1.00 "
+        "to 2.14) times as fast as without a drafter and 2.00 times as fast as transformers' own generate."
+    )
+    assert second.startswith(f"In greedy decoding {NAME} is the fastest in decoding alone: 20 tokens a second")
+    text = report.markdown(found)
+    assert "end tokens are switched off for all methods" in text
+    name = NAME.replace("|", r"\|")
+    row = f"| 9 | {name} | 2.250 (1.750 to 2.750) | 1.57 (1.00 to 2.14) | 2.00 | 500.0 | 250.0 | 3.0 | 2.00 (1.00"
+    assert row in text
+    assert row.replace("| 9 |", "| 200 |") in text
+    assert "End to end" not in report.markdown(results())
 
 
-@pytest.mark.parametrize("draw", [plots._speed, plots._acceptance])
-def test_a_legend_names_what_any_panel_shows_in_its_colour(draw):
+def test_what_a_report_leaves_out_has_an_empty_cell_and_a_note():
+    found = results() | {"notes": ["The first token of ours on a is left out: it was warm-up."]}
+    for one in found["speed"]:
+        if (one["method"], one["category"]) == (NAME, "a"):
+            del one["first_token_ms"]
+    text = report.markdown(found)
+    assert "The first token of ours on a is left out" in text
+    assert "| 150.00 |  |  | 3 of 4 |" in text
+    assert "The first token of ours" in report.page(found)
+
+
+def many(folders: int, each: int):
+    """Results of so many folders, each in so many shapes."""
     found = results()
-    warm = [one | {"method": "warm", "temperature": 1.0} for one in found["speed"] if one["method"] == NAME]
-    found |= {"speed": found["speed"] + warm, "methods": [*found["methods"], {"method": "warm", "path": "warm"}]}
-    (legend,) = draw(found).legends
-    tints = plots.colours(found)
-    shown = {}
-    for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True):
-        colour = handle.get_facecolor() if hasattr(handle, "get_facecolor") else handle.get_color()
-        shown[text.get_text()] = to_hex(colour)
-    assert shown.items() >= {name: tints[name] for name in (NAME, "warm")}.items()
+    names = [(f"method {folder}.{shape}", f"folder {folder}") for folder in range(folders) for shape in range(each)]
+    entries = [one for one in found["speed"] if one["method"] == NAME]
+    found["speed"] += [one | {"method": name} for name, _ in names for one in entries]
+    found["methods"] += [found["methods"][2] | {"method": name, "path": path} for name, path in names]
+    found["parts"] += [found["parts"][0] | {"method": name} for name, _ in names]
+    return found, [name for name, _ in names]
+
+
+def test_no_two_methods_look_alike_and_a_folder_has_one_colour():
+    found, names = many(9, 4)
+    looks = charts.looks(found)
+    assert len(set(looks.values())) == len(looks) == 9 * 4 + 3
+    assert looks[NAME].colour == charts.COLOURS[0]
+    assert {looks[name].colour for name in names[:4]} == {charts.COLOURS[1]}
+
+
+def named(axis) -> list[str]:
+    """The methods that an axis names beside what it shows."""
+    return [text.get_text() for text in axis.get_yticklabels()]
+
+
+@pytest.mark.parametrize("draw", [plots._speed, plots._calls])
+def test_every_bar_has_its_name_beside_it(draw):
+    found, names = many(5, 3)
+    calls = [one for one in with_calls()["calls"] if one["method"] == NAME]
+    found["calls"] = [one | {"method": name} for name in names for one in calls]
+    found["speed"] += [one | {"temperature": 1.0} for one in found["speed"] if one["method"] == names[0]]
+    figure = draw(found)
+    assert set(names) <= set(named(figure.axes[0]))
+    for axis in figure.axes[1:]:
+        assert named(axis) == [names[0]], "a panel names what it shows"
+    (legend,) = figure.legends
+    shown = {text.get_text() for text in legend.get_texts()}
+    assert shown == ({"all prompts", "a", "b"} if draw is plots._speed else
+                     {"end to end, 200 tokens", "9 tokens", "decoding alone, 200 tokens"})  # fmt: skip
+
+
+def test_no_legend_holds_more_methods_than_there_are_colours():
+    found, names = many(5, 3)
+    figure = plots._acceptance(found)
+    assert not figure.legends
+    shown = []
+    for axis in figure.axes:
+        own = {text.get_text(): handle for text, handle in
+               zip(axis.get_legend().get_texts(), axis.get_legend().legend_handles, strict=True)}  # fmt: skip
+        shown += own
+        looks = charts.looks(found)
+        for name, handle in own.items():
+            assert (handle.get_color(), handle.get_linestyle()) == (looks[name].colour, looks[name].line)
+        assert len({charts.looks(found)[name].colour for name in own}) == 1, "a panel a folder"
+    assert sorted(shown) == sorted([NAME, *names])
+    few, names = many(2, 2)
+    (legend,) = plots._acceptance(few).legends
+    assert [text.get_text() for text in legend.get_texts()] == [NAME, *names]
+
+
+def test_names_beside_points_do_not_cover_each_other():
+    found, names = many(5, 3)
+    (axis,) = plots._heads(found).axes
+    texts = axis.texts
+    assert {text.get_text().split(" (")[0] for text in texts} == {NAME, *names}
+    heights = sorted(text.xyann[1] for text in texts)
+    assert min(b - a for a, b in pairwise(heights)) > 0.03
+    assert heights[-1] <= 1
 
 
 def test_a_mark_belongs_to_a_method():
@@ -228,7 +312,8 @@ def test_a_mark_belongs_to_a_method():
         for line in axis.get_lines():
             marks.setdefault(line.get_label().split(" (")[0], set()).add(line.get_marker())
     assert len(marks["other"]) == len(marks[NAME]) == 1
-    assert marks["other"] != marks[NAME]
+    looks = charts.looks(found)
+    assert looks["other"] != looks[NAME]
 
 
 def test_without_matplotlib_one_sentence_says_what_to_install(monkeypatch):
@@ -270,6 +355,22 @@ def test_a_page_shows_the_results_that_its_markers_name(tmp_path):
     other = readme.put(page.format("two.json"), tmp_path)
     assert other != new.replace("one.json", "two.json")
     assert readme.put(new + other, tmp_path) == new + other, "each has its own"
+
+
+def test_the_first_figures_of_a_page_are_end_to_end(tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps(with_calls()))
+    (tmp_path / "old.json").write_text(json.dumps(results()))
+    new = readme.put("<!-- results one.json -->\n<!-- /results -->", tmp_path)
+    assert (
+        "| method | drafts | decoding | end to end, 9 tokens | end to end, 200 tokens | tokens per step | tokens/s | "
+        "decoding alone | equal texts |"
+    ) in new
+    both = "1.57 (1.00 to 2.14) | 1.57 (1.00 to 2.14)"
+    assert f"| 4 beams of 2 tokens | greedy | {both} | 2.50 | 20 | 1.33 | 4 of 6, 1 unexplained |" in new
+    assert "End to end: complete calls of `generate` (2 prompts, one a call, end tokens off" in " ".join(new.split())
+    new = readme.put("<!-- results one.json old.json -->\n<!-- /results -->", tmp_path)
+    assert "| method | 1: greedy, end to end, 200 tokens | 1: greedy, decoding alone | 2: greedy |" in new
+    assert " | 1.57 | 1.33 (2.50) | 1.33 (2.50) |" in new
 
 
 def test_several_results_stand_side_by_side(tmp_path):

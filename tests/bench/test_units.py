@@ -12,7 +12,7 @@ from redrafter import RecurrentDrafter, RedrafterError, generate
 from redrafter.bench import units
 from redrafter.bench.contenders import ALONE, THEIRS, Contender
 from redrafter.bench.tasks import ALL, Tasks
-from redrafter.bench.units import Asked, Runner, Unit, of_bench, run, turned
+from redrafter.bench.units import Asked, Runner, Unit, of_bench, requests, run, turned
 from redrafter.training.journal import Journal
 
 MODEL = tiny_model()
@@ -64,6 +64,57 @@ def test_texts_and_parts_come_last_and_are_not_of_transformers():
     assert all(one.category == ALL for one in together)
     last = found[-8:]
     assert {(one.kind, one.method) for one in last} == {("parts", ALONE), ("parts", "ours"), ("texts", "ours")}
+
+
+def test_complete_calls_come_first_the_longest_answers_before_the_shorter():
+    found = plan(answers=[6, 12], rounds=2)
+    calls = [one for one in found if one.kind == "calls"]
+    assert [one.new_tokens for one in calls[:6]] == [12] * 3 + [6] * 3
+    assert found[:12] == calls[:12]
+    assert len(calls) == 2 * 2 * 2 * 3
+    assert {(one.category, one.batch) for one in calls} == {(ALL, 1)}
+    for begin in range(0, len(calls), 3):
+        assert {one.method for one in calls[begin : begin + 3]} == {ALONE, "ours", THEIRS}, "one right after the other"
+
+
+def test_calls_are_of_one_prompt_each_that_leaves_room():
+    own = runner()
+    assert requests(TASKS, 12, MODEL) == TASKS.mixed
+    assert requests(TASKS, 126, MODEL) == [[30], [7, 8]]
+    assert requests(TASKS, 127, MODEL) == [[30]]
+    assert requests(TASKS, 128, MODEL) == []
+    for name in (ALONE, "ours", THEIRS):
+        found = own.measure(Unit("calls", name, ALL, 0.0, 1, 0, 12))
+        assert {len(values) for values in found.values()} == {3}
+        assert found["decoding_tokens"] == [11] * 3
+        for whole, *parts in zip(
+            *(found[f"{part}seconds"] for part in ("", "first_token_", "starting_", "decoding_")), strict=True
+        ):
+            assert whole == pytest.approx(sum(parts))
+    few = runner(requests=2).measure(Unit("calls", ALONE, ALL, 0.0, 1, 0, 12))
+    assert len(few["seconds"]) == 2
+
+
+def test_every_prompt_is_read_before_its_first_token_is_timed(monkeypatch):
+    own, runs = runner(), []
+    plain = own._run
+
+    def watched(unit, prompts, new_tokens):
+        runs.append((prompts, new_tokens))
+        return plain(unit, prompts, new_tokens)
+
+    monkeypatch.setattr(own, "_run", watched)
+    monkeypatch.setattr(units, "WARM_UP", 5)
+    unit = Unit("decode", "ours", "a", 0.0, 1, 0)
+    own.measure(unit)
+    assert runs == [([[5, 9, 12]], 5), (TASKS.prompts["a"], 1), (TASKS.prompts["a"], 12)]
+    runs.clear()
+    own.measure(unit._replace(round=1))
+    own.measure(unit._replace(category="b"))
+    assert runs == [(TASKS.prompts["a"], 12), ([[30]], 1), ([[30]], 12)]
+    runs.clear()
+    own.measure(unit._replace(method=THEIRS))
+    assert runs[0] == ([[5, 9, 12]], 12), "what transformers compiles depends on the length of the call"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -212,7 +263,7 @@ def test_what_fails_is_told_and_not_tried_again_in_this_run(tmp_path):
     whole, own = plan(rounds=3), Counting("ours")
     records, failed = run(whole, own, Journal(tmp_path / "m.jsonl", {}), lambda unit: None)
     ours = [one for one in own.asked if one.method == "ours"]
-    assert len(ours) == len({one[:-1] for one in ours}) == len(failed)
+    assert len(ours) == len({one._replace(round=0) for one in ours}) == len(failed)
     assert "ours on a, temperature 1, 1 rows: No memory." in failed
     assert all(one["method"] != "ours" for one in records)
     assert len(records) == sum(one.method != "ours" for one in whole)

@@ -41,7 +41,7 @@ def common(model_folder, data, tmp_path, monkeypatch):
 @pytest.fixture
 def command(common, drafter_folder):
     words = ["bench", *common, "--method", f"ours={drafter_folder}", "--method", f"ours, wide={drafter_folder}@10x2:9"]
-    return [*words, "--limit", 1, "--rounds", 2, "--max-new-tokens", 6]
+    return [*words, "--limit", 1, "--rounds", 2, "--max-new-tokens", 6, "--answers", "none", "--no-transformers"]
 
 
 def lines_of(folder):
@@ -82,6 +82,43 @@ def test_methods_are_compared_by_task(say, command, tmp_path):
         (name, batch) for name in ("autoregressive", "transformers", "ours", "ours, wide") for batch in (2,)
     }
     assert len(found["parts"]) == 3 * 2
+
+
+def test_complete_calls_are_timed_at_every_length_for_which_there_is_room(say, command, tmp_path):
+    out = tmp_path / "out"
+    status, told, err = say(*command, "--answers", "4,12,512", "--transformers")
+    assert status == 0, err
+    assert "not measured: Answers of 512 tokens: the model's context of 128 tokens has no room." in " ".join(
+        err.split()
+    )
+    assert told.startswith("In greedy decoding ours")
+    assert "the fastest end to end: a call that writes 12 tokens takes" in told
+    assert told[told.index("Wrote") :].count("\n| 12 | ours |") == 2, "a short table comes last"
+    found = json.loads((out / "results.json").read_text())
+    calls = {(one["method"], one["temperature"], one["new_tokens"]): one for one in found["calls"]}
+    assert len(calls) == 4 * 2 * 2
+    for (method, _, new_tokens), one in calls.items():
+        assert new_tokens in (4, 12)
+        assert (one["rounds"], one["requests"]) == (2, 2)
+        assert one["seconds"]["least"] <= one["seconds"]["median"] <= one["seconds"]["most"]
+        assert ("speed_up" in one) == ("speed_up" in one["decoding"]) == (method != "autoregressive")
+        assert ("speed_up_over_transformers" in one) == (method != "transformers")
+    assert found["asked"]["answers"] == [4, 12, 512]
+    page = (out / "report.md").read_text()
+    assert page.index("## End to end") < page.index("## Speed by task")
+    assert "Answers of 512 tokens" in page
+
+
+def test_the_usual_lengths_are_measured_where_the_context_has_room(say, command, tmp_path):
+    cut = command.index("--answers")
+    words = [*command[:cut], "--rounds", 1, "--temperatures", 0]
+    status, _, err = say(*words)
+    assert status == 0
+    for length in (128, 512):
+        assert f"Answers of {length} tokens" in err
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {one["new_tokens"] for one in found["calls"]} == {64}
+    assert {one["method"] for one in found["calls"]} == {"autoregressive", "transformers", "ours", "ours, wide"}
 
 
 def test_a_second_run_measures_only_what_is_missing(say, command, tmp_path, monkeypatch):
@@ -219,22 +256,26 @@ def test_a_sweep_goes_through_shapes_batches_and_temperatures(say, common, draft
 def test_the_demo_measures_all_that_is_bundled_and_needs_nothing_else(say, tmp_path, monkeypatch):
     monkeypatch.setattr(units, "REPEATS", 1)
     words = ["bench", "--demo", "--output", tmp_path, "--rounds", 1, "--limit", 1, "--max-new-tokens", 16]
+    words += ["--answers", 8]
     status, told, err = say(*words, "--temperatures", "0", "--device", "cpu")
     assert status == 0, err
     assert "20 of 20 drafted texts are, token for token, what is written without a drafter." in told
     found = json.loads((tmp_path / "results.json").read_text())
     assert list(found["data"]["categories"]) == ["dialogue", "maths", "code", "open question"]
     assert [one["method"] for one in found["methods"]] == [
-        "autoregressive", "recurrent", "Medusa", "EAGLE", "two models", "prompt lookup",
+        "autoregressive", "transformers", "recurrent", "Medusa", "EAGLE", "two models", "prompt lookup",
     ]  # fmt: skip
+    assert [(one["method"], one["requests"]) for one in found["calls"]] == [
+        (one["method"], 4) for one in found["methods"]
+    ]
     assert set(found["asked"]["methods"].values()) == {"the bundled pair's", "prompt-lookup"}
-    assert found["methods"][1] == {
+    assert found["methods"][2] == {
         "method": "recurrent",
         "path": "drafter",
         "weights": "one recurrent step, 3 blocks of width 512",
         "draft_vocabulary": "2,048 of 4,096 tokens",
         "shape": "4 beams of 5 tokens, the 21 most probable nodes",
-        "parameters": found["methods"][1]["parameters"],
+        "parameters": found["methods"][2]["parameters"],
     }
     assert str(tmp_path) not in (tmp_path / "report.html").read_text()
     whole = next(one for one in found["speed"] if (one["method"], one["category"]) == ("recurrent", "all"))
@@ -265,6 +306,7 @@ def test_a_sweep_of_the_demo_has_its_rivals_beside_the_recurrent_drafter(say, tm
         (["--method", "ours=b"], "--method ours: the name is taken"),
         (["--temperatures", "-1"], "--temperatures takes numbers from 0, as 0,0.7,1, not '-1'."),
         (["--temperatures", "warm"], "--temperatures takes numbers from 0"),
+        (["--answers", "0"], "--answers takes whole numbers from 1"),
         (["--batches", "0"], "--batches takes whole numbers from 1"),
         (["--by", "question_id", "--max-new-tokens", "127"], "prompts are too long for the model"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -373,9 +374,35 @@ def test_the_demo_pair_writes_the_same_text(say):
 def test_the_demo_shows_its_text_and_a_table(say):
     status, out, _ = say("demo", "--prompt", "I need a hotel in London.", "--repeats", 1, "--max-new-tokens", 20)
     assert status == 0
-    for word in ("I need a hotel in London.", "tokens per step", "positions 1 to 5", "speed-up", "same text: yes"):
+    for word in (
+        "I need a hotel in London.",
+        "tokens per step",
+        "positions 1 to 5",
+        "end-to-end speed-up",
+        "same text: yes",
+    ):
         assert word in out
     assert "the prompt is empty" in refusal(say("demo", "--json", "--prompt", ""))
+
+
+def test_the_demo_times_complete_calls(say, monkeypatch):
+    import redrafter.cli.demo  # noqa: F401
+    from redrafter import decoding
+
+    clock, plain = [0.0], decoding.generate
+
+    def slow(model, drafter, *args, **told):
+        """As long as a call takes, wherever in the call that is: 3 s without a drafter, 2 s with it."""
+        clock[0] += 3.0 if drafter is None else 2.0
+        return plain(model, drafter, *args, **told)
+
+    monkeypatch.setattr(decoding, "generate", slow)
+    monkeypatch.setattr(sys.modules["redrafter.cli.demo"], "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    status, out, _ = say("demo", "--json", "--prompt", "Hello", "--repeats", 1, "--max-new-tokens", 3)
+    assert status == 0
+    result = json.loads(out)
+    assert (result["prompts"][0]["seconds_autoregressive"], result["prompts"][0]["seconds_drafted"]) == (3.0, 2.0)
+    assert result["median_speedup"] == 1.5
 
 
 def test_the_demo_writes_what_transformers_writes():

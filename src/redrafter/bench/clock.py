@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,8 +152,7 @@ def by_transformers(
         settings |= {"min_new_tokens": settings["max_new_tokens"]}
     if model.device.type == "cuda":
         settings |= {"cache_implementation": "static"}
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, model.device):
         for begin in range(0, len(order), batch):
             rows = order[begin : begin + batch]
             steps = _Steps()
@@ -169,6 +169,14 @@ def by_transformers(
             run.stats.tokens += sum(map(len, texts))
             run.stats.steps += sum(map(len, texts))
     return run
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's generators begin with `seed`, and are afterwards as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _written(

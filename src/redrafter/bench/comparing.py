@@ -18,9 +18,9 @@ from redrafter.bench import results as figures
 from redrafter.bench.contenders import ALONE, THEIRS, Contender, greedy_twins
 from redrafter.bench.tables import Results
 from redrafter.bench.tasks import ALL, Tasks
-from redrafter.bench.units import Asked, Record, Runner, Unit, of_bench, run, turned
+from redrafter.bench.units import Asked, Record, Runner, Unit, context_of, of_bench, requests, run, turned
 from redrafter.bench.variants import NO_NOISE, UNFOLDED, Variant
-from redrafter.config import DecodingShape
+from redrafter.config import DecodingShape, counted
 from redrafter.errors import RedrafterError
 from redrafter.outputs import MEASUREMENTS
 from redrafter.proposers.base import draftable
@@ -76,14 +76,18 @@ def compare(
     batch: int,
     batches: Sequence[int],
     rounds: int,
+    answers: Sequence[int],
     tell: Tell,
 ) -> Results:
-    """Every method beside decoding without one: by category and temperature, and by rows together for `batches`.
+    """Every method beside decoding without one: complete calls that write as many tokens as each of the `answers`,
+    decoding alone by category and temperature, and by rows together for `batches`.
 
-    Greedily, one that differs from another in coupling alone is that one, and is not measured again.
+    An answer for which the model's context has no room is named among what is not measured. Greedily, one that differs
+    from another in coupling alone is that one, and is not measured again.
     """
     twins = greedy_twins(methods, [batch, *batches])
     contenders = [Contender(ALONE), *([Contender(THEIRS)] if transformers else []), *methods]
+    room = {length: bool(requests(setting.tasks, length, setting.model)) for length in answers}
     units = of_bench(
         [one.label for one in contenders],
         list(setting.tasks.prompts),
@@ -91,11 +95,18 @@ def compare(
         batch=batch,
         batches=batches,
         rounds=rounds,
+        answers=[length for length in answers if room[length]],
         only_sampling=twins,
     )
     records, found = setting.run(units, contenders, tell)
+    found["failed"] += [
+        f"Answers of {counted(length, 'token')}: the model's context of {context_of(setting.model)} tokens has no room."
+        for length in answers
+        if not room[length]
+    ]
     return found | {
         "methods": figures.methods(contenders, setting.model, batch, twins),
+        "calls": figures.calls(records),
         "speed": figures.speeds(records),
         "batches": figures.speeds(records, "together"),
         "parts": figures.parts(records),

@@ -11,17 +11,15 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from redrafter.bench.contenders import ALONE, THEIRS
-from redrafter.bench.tables import Results, drafters, law, millions, overall, pairs, temperatures
+from redrafter.bench.charts import COLOURS, Look, dots, groups, labelled, legend, looks, panels, reach
+from redrafter.bench.tables import Results, drafters, headline, law, millions, overall, pairs, temperatures
+from redrafter.bench.tasks import ALL
 from redrafter.bench.variants import NO_NOISE, UNFOLDED
 from redrafter.errors import RedrafterError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
-"""Told apart by colour-blind readers too (Okabe and Ito)."""
 
 PARTS = {"draft_ms": ("draft", "#e69f00"), "verify_ms": ("verify", "#0072b2"), "rest_ms": ("the rest", "#999999")}
 
@@ -40,6 +38,7 @@ def drawn(results: Results) -> dict[str, str]:
     import matplotlib
 
     pictures: dict[str, Callable[[Results], Figure | None]] = {
+        "calls": _calls,
         "speed": _speed,
         "acceptance": _acceptance,
         "parts": _parts,
@@ -74,94 +73,76 @@ def drawn(results: Results) -> dict[str, str]:
     return found
 
 
-def _panels(count: int, *, width: float = 5.0, height: float = 3.4, columns: int = 2) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
-    for spare in axes[count:]:
-        spare.set_visible(False)
-    return figure, axes[:count]
-
-
-def colours(results: Results) -> dict[str, str]:
-    """A colour for every method, the same in all pictures; what drafts from one folder shares it, in paler tints."""
-    from matplotlib.colors import to_hex, to_rgb
-
-    drafted = [one for one in results["methods"] if one["method"] not in (ALONE, THEIRS)]
-    folders = list(dict.fromkeys(one["path"] for one in drafted))
-    found, used = {}, dict.fromkeys(COLOURS, 0)
-    for one in drafted:
-        colour = COLOURS[folders.index(one["path"]) % len(COLOURS)]
-        depth = 0.6 ** used[colour]
-        found[one["method"]] = to_hex([1 - depth * (1 - part) for part in to_rgb(colour)])
-        used[colour] += 1
-    return {ALONE: "#777777", THEIRS: "#222222"} | found
-
-
 def _speed(results: Results) -> Figure | None:
-    """Speed-ups by category, side by side, one panel a temperature."""
+    """Speed-ups of decoding alone: all prompts as a bar, categories as points on it, one panel a temperature."""
     speed = [one for one in results["speed"] if "speed_up" in one]
     if not speed or "sweep" in results:
         return None
-    tint, categories = colours(results), list(dict.fromkeys(one["category"] for one in speed))
+    tint, several = looks(results), len({one["category"] for one in speed}) > 1
     names = [name for name in tint if any(one["method"] == name for one in speed)]
-    wide = max(5.0, 1.1 + 0.24 * len(categories) * (len(names) + 1))
-    figure, axes = _panels(len(temperatures(speed)), width=min(wide, 12), columns=1 if wide > 6 else 2)
+    whole = overall(speed)
+    figure, axes = panels(len(temperatures(speed)), width=6.0, height=1.3 + 0.27 * len(names))
     for axis, temperature in zip(axes, temperatures(speed), strict=True):
-        for place, name in enumerate(names):
-            own = {
-                o["category"]: o["speed_up"] for o in speed if (o["method"], o["temperature"]) == (name, temperature)
-            }
-            if not own:  # measured at other temperatures alone
-                continue
-            at = [i for i, category in enumerate(categories) if category in own]
-            found = [own[categories[i]] for i in at]
-            size = 0.8 / len(names)
-            centres = [i + (place - (len(names) - 1) / 2) * size for i in at]
-            middle = [one["median"] for one in found]
-            reach = [[one["median"] - one["least"] for one in found], [one["most"] - one["median"] for one in found]]
-            axis.bar(centres, middle, size * 0.92, color=tint[name], label=name)
-            axis.errorbar(centres, middle, reach, fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
-        axis.axhline(1, color="#555555", linewidth=1, linestyle="--")
-        turn: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(categories) > 4 else {}
-        axis.set_xticks(range(len(categories)), categories, **turn)
-        axis.set(title=law(temperature), ylabel="times as fast")
-        axis.grid(axis="x", visible=False)
-        axis.set_ylim(0, 1.05 * max(one["speed_up"]["most"] for one in speed))
-    _legend(figure, axes)
+        bars = {one["method"]: one["speed_up"] for one in whole if one["temperature"] == temperature}
+        points: dict[str, dict[str, Any]] = {}
+        for one in speed:
+            if several and one["temperature"] == temperature and one["category"] != ALL:
+                points.setdefault(one["category"], {})[one["method"]] = one["speed_up"]
+        dots(axis, names, tint, bars, points, "all prompts" if several else speed[0]["category"])
+        axis.set(title=law(temperature), xlabel="times as fast as without a drafter")
+    legend(figure, axes)
     return figure
 
 
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend of all panels, below them, in rows of few names."""
-    found: dict[str, Any] = {}
-    for axis in axes:
-        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(name, handle)
-    if found:
-        figure.legend([*found.values()], [*found], loc="outside lower center", ncols=min(len(found), 3))
+def _calls(results: Results) -> Figure | None:
+    """Speed-ups of complete calls: one length of answer as a bar, the others and decoding alone as points on it."""
+    calls = [one for one in results.get("calls", []) if "speed_up" in one]
+    if not calls:
+        return None
+    tint = looks(results)
+    names = [name for name in tint if any(one["method"] == name for one in calls)]
+    figure, axes = panels(len(temperatures(calls)), width=6.0, height=1.3 + 0.27 * len(names))
+    for axis, temperature in zip(axes, temperatures(calls), strict=True):
+        chosen = [one for one in headline(results, temperature) if "speed_up" in one]
+        length = chosen[0]["new_tokens"]
+        points: dict[str, dict[str, Any]] = {}
+        for one in calls:
+            if one["temperature"] == temperature and one["new_tokens"] != length:
+                points.setdefault(f"{one['new_tokens']} tokens", {})[one["method"]] = one["speed_up"]
+        alone = {o["method"]: o["decoding"]["speed_up"] for o in chosen if "speed_up" in o["decoding"]}
+        points |= {f"decoding alone, {length} tokens": alone} if alone else {}
+        bars = {one["method"]: one["speed_up"] for one in chosen}
+        dots(axis, names, tint, bars, points, f"end to end, {length} tokens")
+        axis.set(title=law(temperature), xlabel="times as fast as without a drafter")
+    legend(figure, axes)
+    return figure
 
 
 def _acceptance(results: Results) -> Figure | None:
-    """The share of drafts of which so many tokens were accepted, over all prompts."""
+    """The share of drafts of which so many tokens were accepted, over all prompts; many methods folder by folder."""
     speed = [one for one in overall(results["speed"]) if one.get("acceptance_by_position")]
     if not speed or "sweep" in results:
         return None
-    tint = colours(results)
-    figure, axes = _panels(len(temperatures(speed)))
-    for axis, temperature in zip(axes, temperatures(speed), strict=True):
-        for one in speed:
-            if one["temperature"] == temperature:
-                rates = one["acceptance_by_position"]
-                places, shares = range(1, len(rates) + 1), [100 * rate for rate in rates]
-                axis.plot(places, shares, marker="o", markersize=4, color=tint[one["method"]], label=one["method"])
+    tint, kinds = looks(results), temperatures(speed)
+    shown = groups(results, list(dict.fromkeys(one["method"] for one in speed)))
+    several = len(shown) > 1
+    figure, axes = panels(len(shown) * len(kinds), height=2.3 if several else 3.4, columns=len(kinds) if several else 2)
+    for axis, (own, temperature) in zip(axes, itertools.product(shown, kinds), strict=True):
+        there = [one for one in speed if one["temperature"] == temperature]
+        for one in sorted(there, key=lambda one: one["method"] in own):  # the others lie behind
+            rates = one["acceptance_by_position"]
+            places, shares = range(1, len(rates) + 1), [100 * rate for rate in rates]
+            if one["method"] in own:
+                axis.plot(places, shares, label=one["method"], **tint[one["method"]].told)
+            else:
+                axis.plot(places, shares, color="#dddddd", linewidth=1)
         _whole(axis)
         axis.set(title=law(temperature), xlabel="position in the draft", ylabel="drafts accepted so far, %")
         axis.set_ylim(0, 100)
-    _legend(figure, axes)
+        if several:
+            axis.legend(fontsize=8)
+    if not several:
+        legend(figure, axes)
     return figure
 
 
@@ -178,7 +159,7 @@ def _parts(results: Results) -> Figure | None:
         return None
     kinds = temperatures(parts)
     names = list(dict.fromkeys(one["method"] for one in parts))
-    figure, axes = _panels(len(kinds), height=1.3 + 0.36 * len(names))
+    figure, axes = panels(len(kinds), height=1.3 + 0.36 * len(names))
     for axis, temperature in zip(axes, kinds, strict=True):
         own = {one["method"]: one for one in parts if one["temperature"] == temperature}
         there = [name for name in reversed(names) if name in own]
@@ -191,7 +172,7 @@ def _parts(results: Results) -> Figure | None:
             axis.text(end, place, f" {own[name]['step_ms']:.3g}", va="center", fontsize=9)
         axis.set(title=law(temperature), xlabel="milliseconds of a step", xlim=(0, 1.15 * max(left)))
         axis.grid(axis="y", visible=False)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -200,21 +181,21 @@ def _batches(results: Results) -> Figure | None:
     batches = results["batches"]
     if not batches:
         return None
-    tint, kinds = colours(results), temperatures(batches)
-    figure, axes = _panels(len(kinds))
+    tint, kinds = looks(results), temperatures(batches)
+    figure, axes = panels(len(kinds))
     for axis, temperature in zip(axes, kinds, strict=True):
         for name in dict.fromkeys(one["method"] for one in batches):
             own = [one for one in batches if (one["method"], one["temperature"]) == (name, temperature)]
             own.sort(key=lambda one: one["batch"])
             speed = [one["tokens_per_second"]["median"] for one in own]
             wait = [1e3 * one["batch"] / one["tokens_per_second"]["median"] for one in own]
-            axis.plot(wait, speed, marker="o", markersize=4, color=tint.get(name, COLOURS[0]), label=name)
+            axis.plot(wait, speed, label=name, **tint.get(name, Look(COLOURS[0])).told)
             for one, x, y in zip(own, wait, speed, strict=True):
                 axis.annotate(str(one["batch"]), (x, y), (4, 4), textcoords="offset points", fontsize=8)
         axis.set(title=law(temperature), xlabel="milliseconds a token, of one row", ylabel="tokens/s, of all rows")
         axis.margins(0.12)
         axis.set(xlim=(0, None), ylim=(0, None))
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -225,7 +206,7 @@ def _grid(results: Results) -> Figure | None:
         return None
     widths, lengths = (sorted({one["shape"][name] for one in grid}) for name in ("width", "length"))
     wide, high = 1.9 + 0.62 * len(lengths), 1.3 + 0.42 * len(widths)
-    figure, axes = _panels(2, width=max(3.6, wide), height=max(2.6, high), columns=2 if wide < 8 else 1)
+    figure, axes = panels(2, width=max(3.6, wide), height=max(2.6, high), columns=2 if wide < 8 else 1)
     speed = {(o["shape"]["width"], o["shape"]["length"]): o["tokens_per_second"]["median"] for o in grid}
     step = {(o["shape"]["width"], o["shape"]["length"]): o["tokens_per_step"] for o in grid}
     for axis, title, found, form in ((axes[0], "tokens/s", speed, ",.0f"), (axes[1], "tokens per step", step, ".2f")):
@@ -270,14 +251,13 @@ def _temperatures(results: Results) -> Figure | None:
 
 
 def _curves(label: str, lines: Sequence[tuple[str, Sequence[tuple[float, dict[str, Any]]]]]) -> Figure:
-    figure, (left, right) = _panels(2, width=4.4, height=3.2)
+    figure, (left, right) = panels(2, width=4.4, height=3.2)
     for place, (name, points) in enumerate(lines):
         at = [x for x, _ in points]
         told: dict[str, Any] = {"marker": "o", "markersize": 4, "color": COLOURS[place], "label": name or None}
         ups = [(x, one["speed_up"]) for x, one in points if "speed_up" in one]
         middle = [up["median"] for _, up in ups]
-        reach = [[up["median"] - up["least"] for _, up in ups], [up["most"] - up["median"] for _, up in ups]]
-        left.errorbar([x for x, _ in ups], middle, reach, capsize=2, **told)
+        left.errorbar([x for x, _ in ups], middle, reach([up for _, up in ups]), capsize=2, **told)
         right.plot(at, [one["tokens_per_step"] for _, one in points], **told)
     left.axhline(1, color="#555555", linewidth=1, linestyle="--")
     for axis in (left, right):
@@ -285,7 +265,7 @@ def _curves(label: str, lines: Sequence[tuple[str, Sequence[tuple[float, dict[st
     left.set(xlabel=label, ylabel="times as fast")
     right.set(xlabel=label, ylabel="tokens per step", ylim=(1, None))
     left.set_ylim(bottom=0)
-    _legend(figure, [left])
+    legend(figure, [left])
     return figure
 
 
@@ -294,7 +274,7 @@ def _folding(results: Results) -> Figure | None:
     grid = [one for one in results.get("sweep", {}).get("grid", []) if one["shape"]["width"] > 1]
     if not grid:
         return None
-    figure, (axis,) = _panels(1, width=5.6, height=3.6)
+    figure, (axis,) = panels(1, width=5.6, height=3.6)
     for place, length in enumerate(sorted({one["shape"]["length"] for one in grid})):
         own = sorted((one for one in grid if one["shape"]["length"] == length), key=lambda one: one["shape"]["width"])
         at = [one["shape"]["width"] for one in own]
@@ -306,7 +286,7 @@ def _folding(results: Results) -> Figure | None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(widths, [str(one) for one in widths])
     axis.set(xlabel="width, beams", ylabel="nodes after folding, %", ylim=(0, 105))
-    _legend(figure, [axis])
+    legend(figure, [axis])
     return figure
 
 
@@ -315,31 +295,29 @@ def _heads(results: Results) -> Figure | None:
     found = [one for one in drafters(results) if one["draft_ms"] is not None]
     if len({one["method"] for one in found}) < 2:
         return None
-    tint, kinds = colours(results), temperatures(found)
-    marks = dict(zip(tint, itertools.cycle("osD^vP"), strict=False))
-    figure, axes = _panels(len(kinds) + ("sweep" in results), width=4.8)
+    tint, kinds = looks(results), temperatures(found)
+    height = max(3.4, 1.0 + 0.23 * len({one["method"] for one in found}))
+    figure, axes = panels(len(kinds) + ("sweep" in results), width=6.0, height=height)
     for axis, temperature in zip(axes, kinds, strict=False):
-        for one in found:
-            if one["temperature"] != temperature:
-                continue
-            told: dict[str, Any] = {"color": tint[one["method"]], "marker": marks[one["method"]], "markersize": 8}
-            told |= {"linestyle": "none", "clip_on": False, "zorder": 3}
-            label = f"{one['method']} ({millions(one['parameters'])})"
-            axis.plot([one["draft_ms"]], [one["tokens_per_step"]], label=label, **told)
         axis.set(title=law(temperature), xlabel="milliseconds of a draft", ylabel="tokens per step")
         axis.set(xlim=(0, 1.1 * max(one["draft_ms"] for one in found)))
         axis.set(ylim=(1, 0.4 + max(one["tokens_per_step"] for one in found)))
+        points = []
+        for one in found:
+            if one["temperature"] == temperature:
+                look = tint[one["method"]]
+                told = look.told | {"linestyle": "none", "markersize": 8, "clip_on": False, "zorder": 3}
+                axis.plot([one["draft_ms"]], [one["tokens_per_step"]], label=one["method"], **told)
+                name = f"{one['method']} ({millions(one['parameters'])})"
+                points.append((one["draft_ms"], one["tokens_per_step"], name, look.colour))
+        labelled(axis, points, height=height)
     if "sweep" in results:
-        axis, own = axes[-1], [one for one in reversed(found) if "speed_up" in one]
-        middle = [one["speed_up"]["median"] for one in own]
-        names = [one["method"] for one in own]
-        axis.barh(names, middle, color=[tint[name] for name in names], height=0.62)
-        for place, one in enumerate(middle):
-            axis.text(one, place, f" {one:.2f}", va="center", fontsize=9)
-        axis.axvline(1, color="#555555", linewidth=1, linestyle="--")
-        axis.set(title=law(kinds[0]), xlabel="times as fast", xlim=(0, 1.15 * max(middle, default=1)))
-        axis.grid(axis="y", visible=False)
-    _legend(figure, axes)
+        axis, own = axes[-1], {one["method"]: one["speed_up"] for one in found if "speed_up" in one}
+        dots(axis, [*own], tint, own, {}, "all prompts")
+        for place, name in enumerate(reversed(own)):
+            axis.text(own[name]["most"], place, f" {own[name]['median']:.2f}", va="center", fontsize=9)
+        axis.set(title=law(kinds[0]), xlabel="times as fast as without a drafter")
+        axis.margins(x=0.15)
     return figure
 
 
@@ -351,7 +329,7 @@ def _unfolded(results: Results) -> Figure | None:
     ways = {label: found for label, found in ways.items() if found}
     if not ways:
         return None
-    figure, axes = _panels(2 * len(ways), width=4.4, height=3.0)
+    figure, axes = panels(2 * len(ways), width=4.4, height=3.0)
     for row, (label, found) in enumerate(ways.items()):
         nodes, speed = axes[2 * row : 2 * row + 2]
         at, folded, chains = ([*column] for column in zip(*found, strict=True))
@@ -359,14 +337,12 @@ def _unfolded(results: Results) -> Figure | None:
             told: dict[str, Any] = {"marker": "o", "markersize": 4, "color": colour, "label": name}
             nodes.plot(at, [one["nodes_per_draft"] for one in own], **told)
             each = [one["tokens_per_second"] for one in own]
-            middle = [one["median"] for one in each]
-            reach = [[one["median"] - one["least"] for one in each], [one["most"] - one["median"] for one in each]]
-            speed.errorbar(at, middle, reach, capsize=2, **told)
+            speed.errorbar(at, [one["median"] for one in each], reach(each), capsize=2, **told)
         for axis, title in ((nodes, "nodes verified in a draft"), (speed, "tokens/s, of all rows")):
             axis.set_xscale("log", base=2)
             axis.set_xticks(at, [str(one) for one in at])
             axis.minorticks_off()
             axis.margins(y=0.12)
             axis.set(xlabel=label, ylabel=title, ylim=(0, None))
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure

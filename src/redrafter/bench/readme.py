@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redrafter.bench.contenders import ALONE
-from redrafter.bench.tables import Results, Table, equal, law, overall, temperatures, times
+from redrafter.bench.tables import Results, Table, equal, headline, law, overall, temperatures, times
 from redrafter.config import counted
 from redrafter.errors import RedrafterError, reason
 
@@ -24,13 +24,19 @@ MARKED = re.compile(r"(<!-- results (\S+(?: \S+)*) -->\n).*?(<!-- /results -->)"
 
 
 def block(results: Results) -> str:
-    """A sentence and a table over all prompts, one line for each method and temperature."""
+    """A sentence and a table over all prompts, one line for each method and temperature.
+
+    Complete calls, where they were measured, come first: a column for each length of answer.
+    """
     shapes = {one["method"]: one.get("shape", "") for one in results["methods"]}
+    calls = {(one["method"], one["temperature"], one["new_tokens"]): one for one in results.get("calls", [])}
+    lengths = sorted({new_tokens for _, _, new_tokens in calls})
     rows = [
         [
             one["method"],
             shapes.get(one["method"], ""),
             law(one["temperature"]),
+            *(times(calls.get((one["method"], one["temperature"], n), {}).get("speed_up")) for n in lengths),
             f"{one['tokens_per_step']:.2f}" if "tokens_per_step" in one else "",
             f"{one['tokens_per_second']['median']:,.0f}",
             times(one.get("speed_up")),
@@ -39,25 +45,47 @@ def block(results: Results) -> str:
         for one in sorted(overall(results["speed"]), key=lambda one: one["temperature"])
         if one["method"] != ALONE
     ]
-    head = ["method", "drafts", "decoding", "tokens per step", "tokens/s", "times as fast", "equal texts"]
-    return f"{_measured_on(results)}\n\n{Table(head, rows, names=3).markdown}"
+    alone = ["tokens per step", "tokens/s", "decoding alone" if lengths else "times as fast", "equal texts"]
+    head = ["method", "drafts", "decoding", *(f"end to end, {n} tokens" for n in lengths), *alone]
+    told = "\n".join([_measured_on(results), *([_end_to_end(results)] if lengths else [])])
+    return f"{told}\n\n{Table(head, rows, names=3).markdown}"
+
+
+def _end_to_end(results: Results) -> str:
+    """What the columns of complete calls say."""
+    requests = max(one["requests"] for one in results["calls"])
+    told = (
+        f"End to end: complete calls of `generate` ({counted(requests, 'prompt')}, one a call, end tokens off so that "
+        "every answer has the length that is named), undrafted time over this method's; decoding alone leaves out the "
+        "prompt, and on CUDA the first steps."
+    )
+    return textwrap.fill(told, 120)
 
 
 def beside(many: Sequence[Results]) -> str:
     """Sentences and one table over all prompts: how many times as fast each method is, and its tokens per step.
 
-    A column for each of the results and temperature.
+    A column for each of the results and temperature, after one of complete calls where those were measured.
     """
-    cells: dict[tuple[str, int, float], str] = {}
-    columns = [(number, kind) for number, found in enumerate(many, start=1) for kind in temperatures(found["speed"])]
+    cells: dict[tuple[str, str], str] = {}
+    columns: list[str] = []
     for number, found in enumerate(many, start=1):
-        for one in overall(found["speed"]):
-            if "speed_up" in one:
-                step = f" ({one['tokens_per_step']:.2f})" if "tokens_per_step" in one else ""
-                cells[one["method"], number, one["temperature"]] = f"{one['speed_up']['median']:.2f}{step}"
-    names = list(dict.fromkeys(name for name, _, _ in cells))
-    rows = [[name, *(cells.get((name, *place), "") for place in columns)] for name in names]
-    head = ["method", *(f"{number}: {law(kind)}" for number, kind in columns)]
+        for kind in temperatures(found["speed"]):
+            title = f"{number}: {law(kind)}"
+            calls = headline(found, kind)
+            if calls:
+                columns.append(f"{title}, end to end, {calls[0]['new_tokens']} tokens")
+                own = [one for one in calls if "speed_up" in one]
+                cells |= {(one["method"], columns[-1]): f"{one['speed_up']['median']:.2f}" for one in own}
+                title = f"{title}, decoding alone"
+            columns.append(title)
+            for one in overall(found["speed"]):
+                if "speed_up" in one and one["temperature"] == kind:
+                    step = f" ({one['tokens_per_step']:.2f})" if "tokens_per_step" in one else ""
+                    cells[one["method"], title] = f"{one['speed_up']['median']:.2f}{step}"
+    names = list(dict.fromkeys(name for name, _ in cells))
+    rows = [[name, *(cells.get((name, title), "") for title in columns)] for name in names]
+    head = ["method", *columns]
     told = [f"{number}. {_measured_on(found, '   ').lstrip()}" for number, found in enumerate(many, start=1)]
     return "\n".join([*told, "", Table(head, rows).markdown])
 

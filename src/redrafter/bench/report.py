@@ -55,8 +55,9 @@ def title(results: Results) -> str:
 
 
 def lead(results: Results) -> list[str]:
-    """What came of it, in sentences."""
-    found = []
+    """What came of it, in sentences; complete calls first."""
+    found = [_fastest_call(results, one) for one in temperatures(results.get("calls", []))]
+    alone = " in decoding alone" if found else ""
     entries = results["sweep"]["all"] if "sweep" in results else overall(results["speed"])
     for temperature in temperatures(entries):
         own = [one for one in entries if one["temperature"] == temperature and "speed_up" in one]
@@ -65,9 +66,9 @@ def lead(results: Results) -> list[str]:
             continue
         best = max(own, key=lambda one: one["speed_up"]["median"])
         beside = best.get("speed_up_over_transformers")
-        how = "In greedy decoding" if not temperature else f"At temperature {temperature:g}"
         found.append(
-            f"{how} {best['method']} is the fastest: {best['tokens_per_second']['median']:,.0f} tokens a second, "
+            f"{_chosen(temperature)} {best['method']} is the fastest{alone}: "
+            f"{best['tokens_per_second']['median']:,.0f} tokens a second, "
             f"{times(best['speed_up'])} times as fast as without a drafter"
             + (f" and {times(beside)} times as fast as transformers' own generate" if beside else "")
             + f"; a step writes {best['tokens_per_step']:.2f} tokens."
@@ -89,9 +90,30 @@ def lead(results: Results) -> list[str]:
     return found
 
 
+def _chosen(temperature: float) -> str:
+    return "In greedy decoding" if not temperature else f"At temperature {temperature:g}"
+
+
+def _fastest_call(results: Results, temperature: float) -> str:
+    """The fastest method's complete calls; why there is none where nothing was drafted."""
+    calls = tables.headline(results, temperature)
+    drafted = [one for one in calls if "speed_up" in one and one["method"] != THEIRS]
+    if not drafted:
+        return f"{_chosen(temperature)} no drafted calls could be compared end to end."
+    best = max(drafted, key=lambda one: one["speed_up"]["median"])
+    beside = best.get("speed_up_over_transformers")
+    return (
+        f"{_chosen(temperature)} {best['method']} is the fastest end to end: a call that writes {best['new_tokens']} "
+        f"tokens takes {best['seconds']['median']:.3g} s, {times(best['speed_up'])} times as fast as without a drafter"
+        + (f" and {times(beside)} times as fast as transformers' own generate." if beside else ".")
+    )
+
+
 def sections(results: Results) -> list[Section]:
     """The page in order; what was not measured has no section."""
     found = [_measured(results)]
+    if results.get("calls"):
+        found.append(_calls(results))
     if "sweep" not in results:
         found += _compared(results)
     compared = tables.drafters(results)
@@ -143,6 +165,7 @@ def _measured(results: Results) -> Section:
         "the least and the most. Where tokens are drawn, a text is a function of its seed: the same with any drafter "
         "or none.",
     ]
+    sentences += results.get("notes", [])
     if data["too_long"]:
         sentences.append(f"{data['too_long']} prompts were left out: the model has no room for them and an answer.")
     rows = []
@@ -151,6 +174,23 @@ def _measured(results: Results) -> Section:
         rows.append([one["method"], one.get("path", ""), drafts, tables.millions(one.get("parameters"))])
     table = Table(["method", "from", "drafts", "parameters beside the model's"], rows, names=3)
     return Section("What was measured", sentences, tables=[table])
+
+
+def _calls(results: Results) -> Section:
+    requests = max(one["requests"] for one in results["calls"])
+    on_cuda = any(one["first_steps_ms"] for one in results["calls"])
+    told = [
+        f"What a user's clock shows: complete calls of generate, one prompt a call, {counted(requests, 'prompt')}. A "
+        "call's time includes the checks of its arguments, the prompt, "
+        + ("the first steps, in which a CUDA graph is captured, " if on_cuda else "")
+        + "decoding, and everything between them. Each figure is a round's mean over its calls.",
+        "Every answer has exactly the length that is named: end tokens are switched off for all methods, so some texts "
+        "run on where they would have ended. Calls before the first timed one build what is built on first use. "
+        "Decoding alone leaves out the prompt" + (" and the first steps." if on_cuda else "."),
+    ]
+    picture = ("calls", "Times as fast as without a drafter, end to end by length of answer, and decoding alone.")
+    pages = [tables.calls(results, one) for one in temperatures(results["calls"])]
+    return Section("End to end", told, picture, pages)
 
 
 def _compared(results: Results) -> list[Section]:
@@ -237,6 +277,10 @@ def _terms(results: Results) -> Section:
     }
     if any(one["method"] == THEIRS for one in results["methods"]):
         terms[THEIRS] = "transformers' own generate without a drafter, with a static cache and compiled steps on CUDA."
+    if results.get("calls"):
+        terms["a call, s"] = "Seconds of a complete call of generate, as its caller measures them."
+        if any(one["first_steps_ms"] for one in results["calls"]):
+            terms["first steps, ms"] = "The first three steps, in which a CUDA graph is captured or code is compiled."
     if any("peak_memory_bytes" in one for one in results["speed"]):
         terms["peak memory"] = "Weights of the model and of the method, and the most that a run needed beside them."
     return Section("What the words mean", terms=terms)

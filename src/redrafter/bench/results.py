@@ -24,6 +24,9 @@ from redrafter.decoding import path_of
 from redrafter.profiling import device_name
 from redrafter.target import Target
 
+BASES = {"speed_up": ALONE, "speed_up_over_transformers": THEIRS}
+"""What a ratio is to, by the ratio's name."""
+
 _SUMMED = ("tokens", "seconds", "steps", "drafts", "drafted", "accepted")
 
 
@@ -91,11 +94,54 @@ def speeds(records: Sequence[Record], kind: str = "decode", unfolded: Mapping[st
                     number: _together([part[number] for part in parts]) for number in sorted(rounds)
                 }
     equal, found = _equal(records), []
-    bases = {"speed_up": ALONE, "speed_up_over_transformers": THEIRS}
     for key, cell in cells.items():
         own = {} if unfolded is None or key[0] not in unfolded else {"speed_up_over_unfolded": unfolded[key[0]]}
-        found.append(_speed(key, cell, cells, bases | own) | equal.get(key, {}))
+        found.append(_speed(key, cell, cells, BASES | own) | equal.get(key, {}))
     return found
+
+
+def calls(records: Sequence[Record]) -> list[Record]:
+    """Complete calls of every method × temperature × answer: the time of one, where it goes, and its ratios.
+
+    A round's figure is of all its calls together: their mean time, and for a ratio the other method's time over it.
+    `decoding` holds the same of decoding alone: without the prompt and the first steps.
+    """
+    cells: dict[tuple[Any, ...], dict[int, Record]] = {}
+    for one in records:
+        if one["kind"] == "calls":
+            cells.setdefault((one["method"], one["temperature"], one["new_tokens"]), {})[one["round"]] = one
+    found = []
+    for (method, temperature, new_tokens), rounds in sorted(cells.items(), key=lambda cell: cell[0][1:]):
+        told: Record = {"method": method, "temperature": temperature, "new_tokens": new_tokens}
+        told |= {"rounds": len(rounds), "requests": len(next(iter(rounds.values()))["seconds"])}
+        told["seconds"] = _spread([statistics.mean(one["seconds"]) for one in rounds.values()])
+        told["first_token_ms"] = _median_ms(rounds.values(), "first_token_seconds")
+        told["first_steps_ms"] = _median_ms(rounds.values(), "starting_seconds")
+        speeds = [_decoding_speed(one) for one in rounds.values()]
+        decoding: Record = {"tokens_per_second": _spread(speeds)} if all(speeds) else {}
+        for name, base in BASES.items():
+            beside = cells.get((base, temperature, new_tokens), {})
+            pairs = [(one, beside[number]) for number, one in rounds.items() if number in beside]
+            if not pairs or base == method:
+                continue
+            told[name] = _spread([sum(other["seconds"]) / sum(one["seconds"]) for one, other in pairs])
+            bases = [_decoding_speed(other) for _, other in pairs]
+            if decoding and all(bases):
+                decoding[name] = _spread(
+                    [_decoding_speed(one) / own for (one, _), own in zip(pairs, bases, strict=True)]
+                )
+        found.append(told | {"decoding": decoding})
+    return found
+
+
+def _decoding_speed(one: Record) -> float:
+    """Tokens a second after the first steps; 0 for calls that end with those."""
+    tokens = sum(one["decoding_tokens"])
+    return tokens / sum(one["decoding_seconds"]) if tokens else 0.0
+
+
+def _median_ms(rounds: Iterable[Record], name: str) -> float:
+    return _median([1e3 * seconds for one in rounds for seconds in one[name]])
 
 
 def _together(parts: Sequence[Record]) -> Record:

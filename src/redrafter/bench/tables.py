@@ -47,11 +47,11 @@ def overall(speed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return together or list(speed)
 
 
-def times(found: dict[str, float] | None) -> str:
+def times(found: dict[str, float] | None, form: str = ".2f") -> str:
     """A median with its spread; `least` and `most` are left out where they say nothing."""
     if found is None:
         return ""
-    middle, least, most = (f"{found[name]:.2f}" for name in ("median", "least", "most"))
+    middle, least, most = (format(found[name], form) for name in ("median", "least", "most"))
     return middle if least == most else f"{middle} ({least} to {most})"
 
 
@@ -70,14 +70,51 @@ def speed(results: Results, temperature: float) -> Table:
         "tokens per step": lambda one: f"{one['tokens_per_step']:.2f}" if "tokens_per_step" in one else "",
         "nodes a draft": lambda one: f"{one['nodes_per_draft']:.1f}" if one.get("nodes_per_draft") else "",
         "step, ms": lambda one: f"{one['step_ms']:.2f}",
-        "first token, ms": lambda one: f"{one['first_token_ms']:.1f}",
+        "first token, ms": lambda one: f"{one['first_token_ms']:.1f}" if "first_token_ms" in one else "",
         "peak memory, MB": lambda one: f"{one['peak_memory_bytes'] / 1e6:,.0f}" if "peak_memory_bytes" in one else "",
         "equal texts": equal,
     }
+    return _filled(columns, entries, law(temperature).capitalize(), names=2)
+
+
+def calls(results: Results, temperature: float) -> Table:
+    """Complete calls of every method at one temperature, by the tokens that they write, decoding alone beside them."""
+    columns = {
+        "tokens": lambda one: f"{one['new_tokens']}",
+        "method": lambda one: one["method"],
+        "a call, s": lambda one: times(one["seconds"], ".3f"),
+        "x autoregressive": lambda one: times(one.get("speed_up")),
+        "x transformers": lambda one: times(one.get("speed_up_over_transformers")),
+        "first token, ms": lambda one: f"{one['first_token_ms']:.1f}",
+        "first steps, ms": lambda one: f"{one['first_steps_ms']:.1f}" if one["first_steps_ms"] else "",
+        "then tokens/s": lambda one: median(one["decoding"].get("tokens_per_second"), ",.1f"),
+        "decoding alone, x autoregressive": lambda one: times(one["decoding"].get("speed_up")),
+        "decoding alone, x transformers": lambda one: times(one["decoding"].get("speed_up_over_transformers")),
+    }
+    entries = [one for one in results["calls"] if one["temperature"] == temperature]
+    names = [one["method"] for one in results["methods"]]
+    entries.sort(key=lambda one: (one["new_tokens"], names.index(one["method"])))
+    return _filled(columns, entries, law(temperature).capitalize(), names=2)
+
+
+def median(found: dict[str, float] | None, form: str) -> str:
+    """A median alone; nothing where nothing was measured."""
+    return "" if found is None else format(found["median"], form)
+
+
+def headline(results: Results, temperature: float) -> list[dict[str, Any]]:
+    """Complete calls at a temperature whose answers are nearest to 128 tokens; none where none were measured."""
+    found = [one for one in results.get("calls", []) if one["temperature"] == temperature]
+    length = min((one["new_tokens"] for one in found), key=lambda n: abs(n - 128), default=0)
+    return [one for one in found if one["new_tokens"] == length]
+
+
+def _filled(columns: dict[str, Any], entries: Sequence[dict[str, Any]], title: str, *, names: int) -> Table:
+    """A row for each entry; columns that no entry has anything for are left out."""
     rows = [[write(one) for write in columns.values()] for one in entries]
     there = [place for place in range(len(columns)) if any(row[place] for row in rows)]
     head = [list(columns)[place] for place in there]
-    return Table(head, [[row[place] for place in there] for row in rows], law(temperature).capitalize(), names=2)
+    return Table(head, [[row[place] for place in there] for row in rows], title, names=names)
 
 
 def equal(one: dict[str, Any]) -> str:

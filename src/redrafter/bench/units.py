@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from redrafter.bench.calls import Call, call, call_transformers
 from redrafter.bench.clock import Run, by_transformers, follow, untimed
 from redrafter.bench.contenders import THEIRS, Contender
 from redrafter.bench.tasks import ALL, Tasks
@@ -27,11 +28,14 @@ from redrafter.profiling import Bench
 from redrafter.request import request
 from redrafter.training.journal import Journal
 
-Kind = Literal["decode", "together", "parts", "texts"]
+Kind = Literal["calls", "decode", "together", "parts", "texts"]
 Record = dict[str, Any]
 
 WARM_UP = 16
 """New tokens of the call that nobody counts."""
+
+REQUESTS = 8
+"""Prompts at most of which complete calls are timed, each in a call of its own."""
 
 GROUPS = 4
 """Calls of rows together at most, each with other prompts while there are some."""
@@ -41,10 +45,11 @@ REPEATS = 20
 
 
 class Unit(NamedTuple):
-    """One thing to measure; `decode` and `together` once a round, the others once.
+    """One thing to measure; `calls`, `decode` and `together` once a round, the others once.
 
-    `decode`: a category's prompts are written, rows enter and leave; `together`: so many rows that do not end;
-    `parts`: a step, piece by piece; `texts`: what was written, held against what was written without a drafter.
+    `calls`: complete calls of `generate` that write `new_tokens` each, one prompt a call; `decode`: a category's
+    prompts are written, rows enter and leave; `together`: so many rows that do not end; `parts`: a step, piece by
+    piece; `texts`: what was written, held against what was written without a drafter.
     """
 
     kind: Kind
@@ -53,6 +58,8 @@ class Unit(NamedTuple):
     temperature: float
     batch: int
     round: int
+    new_tokens: int = 0
+    """Of each of the `calls`; the others write as many as the command says."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ class Asked:
     max_new_tokens: int
     seed: int
     compile: bool
+    requests: int = REQUESTS
+    """Prompts of complete calls at most."""
 
     def law(self, temperature: float) -> dict[str, Any]:
         """How tokens are chosen at a temperature, of which 0 is greedy decoding."""
@@ -84,15 +93,19 @@ def of_bench(
     batch: int,
     batches: Sequence[int],
     rounds: int,
+    answers: Sequence[int] = (),
     only_sampling: Collection[str] = (),
 ) -> list[Unit]:
     """The units of a comparison, in order; the first of the contenders is the one without a drafter.
 
-    Those of `only_sampling` are not measured where decoding is greedy.
+    The longest of the `answers` comes first: transformers compiles its steps again for a longer cache. Those of
+    `only_sampling` are not measured where decoding is greedy.
     """
     found: list[Unit] = []
     for number in range(rounds):
         order = turned(contenders, number)
+        for temperature, length in itertools.product(temperatures, sorted(answers, reverse=True)):
+            found += [Unit("calls", name, ALL, temperature, 1, number, length) for name in order]
         for temperature, category in itertools.product(temperatures, categories):
             found += [Unit("decode", name, category, temperature, batch, number) for name in order]
         for temperature, rows in itertools.product(temperatures, batches):
@@ -105,6 +118,18 @@ def of_bench(
     return [unit for unit in found if unit.temperature or unit.method not in only_sampling]
 
 
+def requests(tasks: Tasks, new_tokens: int, model: PreTrainedModel) -> list[list[int]]:
+    """The prompts of complete calls: one of each category in turn, those that leave room for so many new tokens."""
+    limit = context_of(model)
+    return [one for one in tasks.mixed if limit is None or len(one) + new_tokens <= limit]
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """Positions of the model, where its config says how many."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 @dataclass
 class Runner:
     """Measures units of one model; `contenders` and `prompts` by their names."""
@@ -115,7 +140,8 @@ class Runner:
     asked: Asked
     texts: dict[tuple[str, str, float, int], list[list[int]]] = field(default_factory=dict)
     """What was written in the first round, by method, category, temperature and batch."""
-    _warm: set[tuple[str, float, int, bool]] = field(default_factory=set)
+    _warm: set[tuple[Any, ...]] = field(default_factory=set)
+    """What was run before anything was timed."""
 
     def measure(self, unit: Unit) -> Record:
         """The figures of a unit.  Raises RedrafterError where it cannot be measured."""
@@ -123,13 +149,11 @@ class Runner:
             return self._parts(unit)
         if unit.kind == "texts":
             return self._held(unit)
+        if unit.kind == "calls":
+            return self._calls(unit)
         together = unit.kind == "together"
         prompts = self._groups(unit.batch) if together else self._prompts(unit.category)
-        warm = (unit.method, unit.temperature, unit.batch, together)
-        if warm not in self._warm:
-            longest = sorted(prompts, key=len)[-unit.batch :]
-            self._run(unit, longest, min(WARM_UP, self.asked.max_new_tokens))
-            self._warm.add(warm)
+        self._warm_up(unit, prompts)
         run, memory = self._with_memory(unit, prompts)
         found = run.told | ({"peak_memory_bytes": memory} if memory else {})
         if not unit.round and not together:
@@ -140,6 +164,57 @@ class Runner:
         """Keeps what later units need of one that is measured."""
         if "texts" in found:
             self.texts[unit.method, unit.category, unit.temperature, unit.batch] = found["texts"]
+
+    def _calls(self, unit: Unit) -> Record:
+        """The times of complete calls, prompt by prompt.
+
+        Before the first of them every prompt has had a short call, so that no time includes what is built on first use,
+        and on CUDA one of full length, for which code is compiled.
+        """
+        prompts = requests(self.tasks, unit.new_tokens, self.model)[: self.asked.requests]
+        law, one = self.asked.law(unit.temperature), self.contenders[unit.method]
+
+        def called(prompt: list[int], new_tokens: int) -> Call:
+            if one.label == THEIRS:
+                return call_transformers(self.model, prompt, new_tokens, **law)
+            how = one.settings(1) | law | {"compile": self.asked.compile}
+            return call(self.model, one.method, prompt, new_tokens, **how)
+
+        warm = ("calls", unit.method, unit.temperature, unit.new_tokens)
+        if warm not in self._warm:
+            if self.model.device.type == "cuda":
+                called(max(prompts, key=len), unit.new_tokens)
+            for prompt in prompts:
+                called(prompt, min(WARM_UP, unit.new_tokens))
+            self._warm.add(warm)
+        found = [called(prompt, unit.new_tokens) for prompt in prompts]
+        return {
+            "seconds": [one.seconds for one in found],
+            "first_token_seconds": [one.first for one in found],
+            "starting_seconds": [one.starting for one in found],
+            "decoding_seconds": [one.decoding for one in found],
+            "decoding_tokens": [one.tokens for one in found],
+        }
+
+    def _warm_up(self, unit: Unit, prompts: list[list[int]]) -> None:
+        """Builds what is built on first use, so that no time includes it.
+
+        The longest prompts write some tokens once for each way of decoding, and every prompt is read once by each
+        method: libraries choose, load or compile kernels by the length of a prompt, which would count as the time of
+        its first token.
+        """
+        together = unit.kind == "together"
+        warm: tuple[Any, ...] = (unit.kind, unit.method, unit.temperature, unit.batch)
+        if warm not in self._warm:
+            longest = sorted(prompts, key=len)[-unit.batch :]
+            # transformers compiles its steps for a cache of the length of the call
+            new_tokens = self.asked.max_new_tokens
+            self._run(unit, longest, new_tokens if unit.method == THEIRS else min(WARM_UP, new_tokens))
+            self._warm.add(warm)
+        warm = ("prompts", unit.method, unit.batch, together, unit.category)
+        if warm not in self._warm:
+            self._run(unit, prompts, 1)
+            self._warm.add(warm)
 
     def _groups(self, rows: int) -> list[list[int]]:
         """Prompts of whole groups of so many rows."""
@@ -187,7 +262,6 @@ class Runner:
         device, one = self.model.device, self.contenders[unit.method]
         if device.type != "cuda":
             return self._run(unit, prompts, self.asked.max_new_tokens), None
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run = self._run(unit, prompts, self.asked.max_new_tokens)
@@ -202,7 +276,7 @@ class Runner:
         written = [prompt + text for prompt, text in self._undrafted(unit)]
         if not written:
             raise RedrafterError("there are no texts to stand at.")
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = context_of(self.model)
         mean = sum(map(len, written)) // len(written)
         context = min(mean, limit or mean)
         tokens = itertools.cycle(itertools.chain.from_iterable(written))
@@ -258,12 +332,12 @@ def run(
         there = [json.loads(line) for line in lines]
     known = {Unit(**{name: one[name] for name in Unit._fields}): one for one in there}
     records: list[Record] = []
-    failed: dict[tuple[Any, ...], str] = {}
+    failed: dict[Unit, str] = {}
     for unit in units:
         found = known.get(unit)
         tell(unit)
         if found is None:
-            alike = unit[:-1]  # the same in another round
+            alike = unit._replace(round=0)  # the same in another round
             if alike in failed:
                 continue
             if seconds is not None and time.monotonic() - begin >= seconds:
@@ -273,6 +347,7 @@ def run(
                 found = unit._asdict() | runner.measure(unit)
             except RedrafterError as error:  # the others are still wanted
                 where = "" if unit.category == ALL else f" on {unit.category}"
+                where += f" in calls of {unit.new_tokens} tokens" if unit.new_tokens else ""
                 failed[alike] = f"{unit.method}{where}, temperature {unit.temperature:g}, {unit.batch} rows: {error}"
                 continue
             journal.checkpoint([found], done=journal.done + 1, source="", counts=Counter())

@@ -54,6 +54,11 @@ Overwrite = Annotated[
 Minutes = Annotated[
     float | None, typer.Option(min=0, help="After which nothing more is begun; the report is of what there is by then.")
 ]
+ROUNDS = 3
+ANSWERS = "64,128,512"
+DEMO_ANSWERS, DEMO_ROUNDS, DEMO_REQUESTS = "64", 2, 3
+"""What `bench --demo` measures unless an option says otherwise, so that it takes less than two minutes on two cores."""
+
 Demo = Annotated[bool, typer.Option("--demo", help="Measure all that is bundled on the demo's eight prompts.")]
 MethodHelp = (
     "NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES: what to call it, where it lies, and perhaps how it drafts: "
@@ -77,14 +82,28 @@ def bench(
     template_kwargs: TemplateKwargs = None,
     max_new_tokens: NewTokens = 128,
     temperatures: Annotated[str, typer.Option(help="0 is greedy decoding.")] = "0,1",
-    rounds: Rounds = 3,
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of complete calls, timed end to end, or none.  "
+            f"\\[default: {ANSWERS}; with --demo {DEMO_ANSWERS}]"
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Times that everything is measured; medians are shown.  "
+            f"\\[default: {ROUNDS}; with --demo {DEMO_ROUNDS}]",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
     batches: Annotated[
         str | None, typer.Option(help="Also throughput against latency with so many rows together, as 1,2,4,8.")
     ] = None,
     transformers: Annotated[
-        bool, typer.Option("--transformers", help="Also measure transformers' own generate, without a drafter.")
-    ] = False,
+        bool, typer.Option(help="Also measure transformers' own generate, without a drafter.")
+    ] = True,
     seed: SeedOfAll = 0,
     compile: Compile = False,
     overwrite: Overwrite = False,
@@ -94,16 +113,20 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Compare ways to draft: speed, acceptance and equality of texts by task, in one report.
+    """Compare drafting methods: complete calls, decoding alone, acceptance and equality of texts, in one report.
 
     Run again with the same arguments, it goes on where it was stopped.
     """
     from redrafter.bench import plots
     from redrafter.bench.contenders import read_methods
+    from redrafter.bench.units import REQUESTS
     from redrafter.cli.loading import numbers, template_variables, whole_numbers
 
     kinds = numbers(temperatures, "--temperatures")
     together = [] if batches is None else whole_numbers(batches, "--batches")
+    lengths = answers or (DEMO_ANSWERS if demo else ANSWERS)
+    calls = [] if lengths == "none" else whole_numbers(lengths, "--answers")
+    rounds = rounds or (DEMO_ROUNDS if demo else ROUNDS)
     told = read_methods([*_demo_methods(demo, model), *(method or [])])
     plots.required()
     shared = Shared(
@@ -132,6 +155,8 @@ def bench(
         batches=together,
         transformers=transformers,
         temperatures=kinds,
+        answers=calls,
+        requests=DEMO_REQUESTS if demo and answers is None else REQUESTS,
         rounds=rounds,
     )
     from redrafter.bench.comparing import compare
@@ -145,6 +170,7 @@ def bench(
             batch=batch_size,
             batches=together,
             rounds=rounds,
+            answers=calls,
             tell=tell,
         )
     _written(found, output)
@@ -302,7 +328,7 @@ class Shared:
         from redrafter.bench.comparing import Setting
         from redrafter.bench.contenders import load
         from redrafter.bench.tasks import by_category, file_names, read
-        from redrafter.bench.units import Asked
+        from redrafter.bench.units import REQUESTS, Asked
         from redrafter.cli.loading import config_value, load_model, load_tokenizer
 
         records = read(self.prompts, self.by) if self.prompts else _demo_rows(self.by)
@@ -328,7 +354,7 @@ class Shared:
             "seed": self.seed,
             "compile": self.compile,
         }
-        common = Asked(self.max_new_tokens, self.seed, self.compile)
+        common = Asked(self.max_new_tokens, self.seed, self.compile, asked.get("requests", REQUESTS))
         return Setting(target, tasks, common, arguments, self.output, self.overwrite, self.minutes), methods
 
 
@@ -355,6 +381,7 @@ def _telling() -> Iterator[Tell]:
             if not number:  # whatever is refused is refused before
                 until.enter_context(bar)
             rows = f", {unit.batch} rows" if unit.batch > 1 else ""
+            rows += f", calls of {unit.new_tokens} tokens" if unit.new_tokens else ""
             words = f"{unit.method}: {unit.category}, {law(unit.temperature)}{rows}"
             bar.update(job, description=words, completed=number, total=of)
 
@@ -363,8 +390,9 @@ def _telling() -> Iterator[Tell]:
 
 
 def _written(found: Results, output: Path) -> None:
-    """Writes the report and says what came of it, and what failed."""
+    """Writes the report and says what came of it, and what failed; the times of complete calls last."""
     from redrafter.bench.report import lead, write
+    from redrafter.bench.tables import calls, temperatures
 
     files = write(found, output)
     for sentence in lead(found):
@@ -372,3 +400,6 @@ def _written(found: Results, output: Path) -> None:
     for sentence in found["failed"]:
         typer.echo(f"not measured: {sentence}", err=True)
     typer.echo(f"Wrote {', '.join(str(one) for one in files)}.")
+    for temperature in temperatures(found.get("calls", [])):
+        table = calls(found, temperature)
+        typer.echo(f"\n{table.title}, end to end:\n{table.markdown}")

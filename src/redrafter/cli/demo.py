@@ -39,7 +39,10 @@ def demo(
     repeats: Annotated[int, typer.Option(min=1, help="Times to measure each way; the medians are shown.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Watch the bundled model write with and without its drafter: the same text, sooner."""
+    """Watch the bundled model write with and without its drafter: the same text, sooner.
+
+    Times and speed-ups are end to end: of complete calls of `generate`, prompts included.
+    """
     from rich.console import Console
 
     from redrafter.cli.loading import demo_folder, load_drafter, load_model
@@ -106,7 +109,10 @@ def _measure(
     settings: dict[str, Any],
     repeats: int,
 ) -> tuple[dict[str, Any], Stats]:
-    """Both ways in turn, so that a drifting machine favours neither; the first round only warms up."""
+    """Complete calls of `generate`, drafted and undrafted in turn so that a machine that drifts favours neither.
+
+    Their seconds are end to end: checks, prompt and decoding.  The first round only warms up.
+    """
     from redrafter.decoding import generate
 
     seconds: dict[bool, list[float]] = {False: [], True: []}
@@ -157,5 +163,5 @@ def _table(console: Console, rows: list[dict[str, Any]], by_position: list[int],
     shares = ", ".join(f"{count / max(1, drafts):.0%}" for count in by_position)
     console.print(f"tokens per step: {tokens / steps:.2f}")
     console.print(f"drafts accepted at positions 1 to {len(by_position)}: {shares}")
-    console.print(f"median speed-up on this machine: {speed_up:.2f}x")
+    console.print(f"median end-to-end speed-up on this machine: {speed_up:.2f}x (complete calls, prompts included)")
     console.print(f"same text: {'yes' if all(r['same_text'] for r in rows) else 'NO'}")

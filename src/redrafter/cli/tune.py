@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,7 +48,10 @@ def tune(
     template_kwargs: TemplateKwargs = None,
     max_new_tokens: NewTokens = 128,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in the cache while timing.  \\[default: as long as the texts are]")
+        int | None,
+        typer.Option(
+            min=1, help="Tokens in the cache while parts of a step are timed.  \\[default: as long as the texts are]"
+        ),
     ] = None,
     do_sample: DoSample = False,
     temperature: Temperature = None,
@@ -54,14 +59,18 @@ def tune(
     top_p: TopP = None,
     min_p: MinP = None,
     seed: Seed = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Times to measure each; the median counts.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Times to measure each part of a step; the median counts.")] = 20,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is fastest, and write nothing.")] = False,
     any_target: AnyTarget = False,
     compile: Compile = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Find the fastest drafts for each batch size; `generate` then takes them, unless told a shape."""
+    """Find the fastest drafts for each batch size; `generate` then uses them, unless it is given a shape.
+
+    Complete calls of `generate` decide, drafted and undrafted in turn: drafting is switched on only where its gain
+    exceeds their spread.
+    """
     from redrafter.cli.loading import (
         check_context,
         claim,
@@ -105,6 +114,7 @@ def tune(
     law = read_settings(
         None, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
+    _say_how_long(tuning.estimate(target, ids, batches, max_new_tokens=max_new_tokens, compile=compile, **law))
     texts = tuning.Texts.written(target, method, ids, max_new_tokens=max_new_tokens, **law)
     length = context or texts.length
     writes = {shape: texts.tokens_per_step(shape) for shape in candidates}
@@ -113,7 +123,10 @@ def tune(
     for batch in batches:
         try:
             bench = Bench.of(texts.again(batch, length), method, candidates, repeats=repeats, compile=compile)
-            found.append(tuning.tune(bench, writes))
+            finalists = tuning.promising(bench, writes)
+            del bench  # its cache
+            speed = partial(texts.tokens_per_second, batch=batch, compile=compile)
+            found.append(tuning.tune(finalists, writes, speed))
         except RedrafterError as error:  # what fits is still wanted
             unfit[batch] = error
     if not found:
@@ -123,36 +136,58 @@ def tune(
     _table(found)
     kind = str(target.dtype).removeprefix("torch.")
     way = "sampled" if do_sample else "greedy"
-    tuned_on = f"{device_name(target.device)}, {kind}, {way}, {length} tokens of context"
+    tuned_on = f"{device_name(target.device)}, {kind}, {way}, complete calls of up to {max_new_tokens} tokens"
     tuned_on += ", compiled layers" if compile and Target(target).packs else ""
     if dry_run:
         typer.echo(f"Measured on {tuned_on}; nothing is written.")
         return
-    folder = tuning.record(hub.fetch(drafter), [one.best.shape for one in found], tuned_on, output)
+    folder = tuning.record(hub.fetch(drafter), [one.shape for one in found], tuned_on, output)
     typer.echo(f"Wrote the shapes into {folder}: {tuned_on}.")
 
 
+def _say_how_long(seconds: float) -> None:
+    """Before anything is measured."""
+    from redrafter.config import counted
+
+    minutes = seconds >= 90
+    about = counted(round(seconds / 60), "minute") if minutes else counted(max(1, round(seconds)), "second")
+    typer.echo(
+        f"This takes about {about} at most: less with fewer --batch-sizes or --max-new-tokens, or a smaller --limit.",
+        err=True,
+    )
+
+
 def _table(found: list[Tuned]) -> None:
-    """The fastest shape of every batch size."""
+    """The fastest shape of every batch size, and whether it is kept."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    from redrafter.tuning import CONFIDENCE, PAIRS
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("batch", justify="right")
-    table.add_column("shape", no_wrap=True)
-    for name in ("tokens/step", "ms/step", "tokens/s", "x autoregressive"):
+    table.add_column("fastest drafts", no_wrap=True)
+    for name in ("tokens/step", "tokens/s", "undrafted", "speed-up", "interval"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("drafting")
     for one in found:
-        best = one.best
+        low, high = one.interval
         table.add_row(
-            str(best.shape.batch),
-            best.shape.in_words,
-            f"{best.tokens_per_step:.2f}",
-            f"{best.milliseconds:.3f}",
-            f"{best.tokens_per_second:,.0f}",
+            str(one.candidate.batch),
+            one.candidate.in_words,
+            f"{one.tokens_per_step:.2f}",
+            f"{statistics.median(one.drafted):,.0f}",
+            f"{statistics.median(one.undrafted):,.0f}",
             f"{one.speed_up:.2f}",
+            f"{low:.2f} to {high:.2f}",
+            "on" if one.pays else "off",
         )
     console = Console(highlight=False)
-    console.width = max(console.width, 120)  # a narrow terminal wraps lines rather than loses figures
+    console.width = max(console.width, 140)  # a narrow terminal wraps lines rather than loses figures
     console.print(table)
+    console.print(
+        f"tokens/s: complete calls, prompts included; speed-up: median of {PAIRS} pairs of a drafted and an undrafted "
+        f"call, with its {CONFIDENCE:.0%} interval",
+        soft_wrap=True,
+    )

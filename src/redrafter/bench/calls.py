@@ -1,0 +1,97 @@
+"""Complete calls of `generate`, timed as their caller's clock shows them.
+
+A call has one prompt and writes exactly as many tokens as it was asked for: end tokens are switched off, for drafted
+decoding, for undrafted decoding and for transformers' own `generate`.  Knows nothing about rounds or reports.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from redrafter.bench.clock import seeded, untimed
+from redrafter.decoding import generate
+from redrafter.errors import RedrafterError, reason
+from redrafter.proposers import Method
+
+
+@dataclass(frozen=True)
+class Call:
+    """The times of one call, in seconds."""
+
+    seconds: float
+    """From the call to its return: checks, prompt, first steps, decoding and everything between them."""
+    first: float
+    """From the call to its first token."""
+    starting: float
+    """Of the first steps after it, in which a CUDA graph is captured or code is compiled; 0 where nothing is."""
+    tokens: int
+    """Written after those."""
+
+    @property
+    def decoding(self) -> float:
+        """What is left: decoding alone, which wrote `tokens`."""
+        return self.seconds - self.first - self.starting
+
+
+class _Clock(BaseStreamer):  # type: ignore[misc]
+    """Notes when tokens arrive.  The first thing that a streamer receives is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        self.tokens.append(value.numel())
+
+    def end(self) -> None:
+        pass
+
+
+def call(
+    model: PreTrainedModel, drafter: Method | None, prompt: Sequence[int], new_tokens: int, **settings: Any
+) -> Call:
+    """One call of `redrafter.generate`.  Raises RedrafterError if it writes fewer tokens than it should."""
+    clock, begin = _Clock(), time.perf_counter()
+    found = generate(model, drafter, [prompt], streamer=clock, max_new_tokens=new_tokens, eos_token_id=(), **settings)
+    return _timed(clock, begin, len(found.new_tokens[0]), new_tokens, untimed(model.device))
+
+
+def call_transformers(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int, **settings: Any) -> Call:
+    """One call of transformers' own `generate`, on CUDA with a static cache, for which transformers compiles its steps.
+
+    Raises RedrafterError where transformers cannot, and if it writes fewer tokens than it should.
+    """
+    seed = settings.pop("seed", 0)
+    if model.device.type == "cuda":
+        settings |= {"cache_implementation": "static"}
+    with seeded(seed, model.device):
+        clock, begin = _Clock(), time.perf_counter()
+        ids = torch.tensor([prompt], device=model.device)
+        settings |= {"max_new_tokens": new_tokens, "eos_token_id": None, "streamer": clock}
+        try:
+            found = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise RedrafterError(f"transformers' generate fails: {reason(error)}.") from error
+        written = len(found[0].tolist()) - len(prompt)
+    return _timed(clock, begin, written, new_tokens, untimed(model.device))
+
+
+def _timed(clock: _Clock, begin: float, written: int, wanted: int, skip: int) -> Call:
+    end = time.perf_counter()
+    if written != wanted:
+        raise RedrafterError(
+            f"A call wrote {written} of {wanted} tokens, so its time says nothing: remove what ends texts early from "
+            "the model's generation_config."
+        )
+    first, *steps = clock.times[1:]
+    skip = min(skip, len(steps))
+    started = steps[skip - 1] if skip else first
+    return Call(end - begin, first - begin, started - first, sum(clock.tokens[2 + skip :]))
