@@ -73,7 +73,8 @@ OF_OTHER_TYPES = (
     ([[5]], {"generation_config": {"top_k": 3}}, "must be a GenerationConfig, not a dict"),
     ([[5]], {"logits_processor": transformers.TopKLogitsWarper(3)}, "logits_processor must be a list of what"),
     ([[5]], {"stopping_criteria": [3]}, r"stopping_criteria must be a list of what is called, not \[3\]"),
-    ([[5]], {"drafter": "my-drafter"}, "str is no method of drafting: .* loads a folder"),
+    ([[5]], {"drafter": "no/such/folder"}, "There is no drafter folder at no/such/folder"),
+    ([[5]], {"drafter": 3}, "int is no method of drafting: pass a loaded drafter, its folder or hub id"),
     ([[5]], {"drafter": MODEL}, "LlamaForCausalLM is no method of drafting: .* TwoModel drafts by a model"),
 )
 

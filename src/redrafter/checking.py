@@ -98,7 +98,7 @@ def parting(
     position = next((i for i in range(shorter) if one[i] != other[i]), shorter)
     asked = request(model, None, prompts, **settings)
     text = torch.tensor([prompts[row] + one[:position]], device=asked.target.device)
-    with torch.inference_mode():
+    with asked.target.evaluating(), torch.inference_mode():
         logits = asked.target.model(input_ids=text, use_cache=False).logits[:, -1:]
         place = Place(
             row=torch.tensor([row], device=text.device),

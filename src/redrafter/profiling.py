@@ -26,7 +26,7 @@ from redrafter.proposers import Method, Proposer
 from redrafter.request import Request
 from redrafter.sampling import Draw, Sampler
 from redrafter.step import Emission, State, empty, prefill, step
-from redrafter.target import Target
+from redrafter.target import Target, evaluating
 from redrafter.tree import DraftTree, chain
 from redrafter.verify import walk
 
@@ -137,11 +137,12 @@ class Bench:
         context = len(rows[0].prompt)
         slots = context + 2 * reach  # a step writes the path's tokens where its nodes end
         proposer = max(made, key=lambda one: one.positions, default=None)  # the others see the last of its positions
-        with within_memory(target.device, _remedy(len(rows))), target.evaluating(), torch.inference_mode():
+        modules = proposer.modules if proposer else ()
+        models = dict.fromkeys((target.model, *modules))  # a model may draft for itself
+        with within_memory(target.device, _remedy(len(rows))), evaluating(*models), torch.inference_mode():
             state = empty(target, proposer, batch=len(rows), slots=slots)
             prefill(target, proposer, sampler, rows, state)
             state.place.alive.zero_()  # so that no step leads on from where they stand
-        modules = proposer.modules if proposer else ()
         return cls(target, drafter, modules, sampler, state, context, repeats, compile and target.packs)
 
     @property
@@ -238,7 +239,7 @@ class Bench:
         captured = self.target.device.type == "cuda"
         models = dict.fromkeys((self.target.model, *self.modules))  # a model may draft for itself
         quick = quicker(*models, captured=captured)
-        with within_memory(self.target.device, _remedy(self.batch)), self.target.evaluating(), quick, compiled(layers):
+        with within_memory(self.target.device, _remedy(self.batch)), evaluating(*models), quick, compiled(layers):
             return milliseconds(function, self.target.device, self.repeats)
 
 

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
-from transformers import GenerationConfig, PreTrainedModel
+import numpy as np
+from torch import Tensor
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    WatermarkingConfig,
+)
 
 from redrafter.errors import RedrafterError
 
@@ -50,7 +58,7 @@ FIELDS: dict[str, Field] = {
     "min_length": _honoured("prompt and new tokens; `min_new_tokens` goes first"),
     "min_new_tokens": _honoured(),
     "max_time": _honoured("looked at after every token; from the call on, waiting included"),
-    "stop_strings": _honoured("needs `tokenizer`; a row ends with the token that completes one"),
+    "stop_strings": _honoured("needs `tokenizer`; a row ends with the token that completes one; `()` for none"),
     "eos_token_id": _honoured("one or several; `()` for none"),
     "pad_token_id": _honoured("fills the rows of `sequences`"),
     "do_sample": _honoured(),
@@ -128,8 +136,31 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 """Fields that mean nothing in greedy decoding."""
 
 
+ONE_TEXT = {"num_return_sequences": 1, "output_scores": False, "output_logits": False}
+"""What a caller sets that writes one text for each prompt, whatever the model's own config says."""
+
 COUNTS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "num_return_sequences")
 """Fields that hold whole numbers."""
+
+_CONFIGS: dict[str, Any] = {"watermarking_config": WatermarkingConfig, "compile_config": CompileConfig}
+"""Fields that hold an object, which may also be given as a dictionary of its arguments."""
+
+
+def plain(value: Any) -> Any:
+    """NumPy's and torch's numbers and arrays, also inside lists and dictionaries, as Python's; all else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, dict):
+        return {plain(key): plain(one) for key, one in value.items()}
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+
+
+def with_stop_strings(
+    model: PreTrainedModel, settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """`settings`, with the tokenizer added where there are stop strings, the model's own included."""
+    own = getattr(getattr(model, "generation_config", None), "stop_strings", None)
+    return {**settings, "tokenizer": tokenizer} if settings.get("stop_strings", own) else dict(settings)
 
 
 def check_numbers(values: Mapping[str, Any], *, whole: bool = False) -> None:
@@ -144,7 +175,7 @@ def resolve(model: PreTrainedModel, config: GenerationConfig | None, told: dict[
 
     Raises RedrafterError for what is not supported, impossible, unknown, or would go unheeded.
     """
-    told = {name: value for name, value in told.items() if value is not None}
+    told = {name: plain(value) for name, value in told.items() if value is not None}
     for name in told:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, n=1)
@@ -165,6 +196,8 @@ def resolve(model: PreTrainedModel, config: GenerationConfig | None, told: dict[
             for other in lengths:
                 if other != name and other not in told:
                     setattr(resolved, other, None)
+    for name, value in _said(resolved).items():
+        setattr(resolved, name, _built(name, plain(value)))
     check_numbers({name: getattr(resolved, name) for name in COUNTS}, whole=True)
     check_numbers({name: getattr(resolved, name, None) for name in (*SAMPLING, "max_time")})
     _refuse(resolved, told)
@@ -178,6 +211,17 @@ def resolve(model: PreTrainedModel, config: GenerationConfig | None, told: dict[
     except (ValueError, TypeError, AttributeError) as error:
         raise RedrafterError(f"transformers refuses a setting: {str(error).strip().rstrip('.')}.") from error
     return resolved
+
+
+def _built(name: str, value: Any) -> Any:
+    """A field's value, made of a dictionary where it is to hold an object.  Raises RedrafterError where it cannot be."""
+    if name not in _CONFIGS or not isinstance(value, dict):
+        return value
+    try:
+        return _CONFIGS[name](**value)
+    except (TypeError, ValueError) as error:
+        kind = _CONFIGS[name].__name__
+        raise RedrafterError(f"{name} must hold the arguments of a {kind}, not {value!r} ({error}).") from error
 
 
 def _said(config: GenerationConfig) -> dict[str, Any]:
@@ -194,9 +238,11 @@ def _refuse(config: GenerationConfig, told: dict[str, Any]) -> None:
         neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0, "eta_cutoff": 0}
         for name in SAMPLING:
             if name in told and told[name] != neutral.get(name):
-                raise RedrafterError(f"{name} means nothing in greedy decoding: ask for do_sample, or leave it out.")
+                raise RedrafterError(f"{name} means nothing in greedy decoding: set do_sample, or leave it out.")
         if (config.num_return_sequences or 1) > 1:
-            raise RedrafterError("num_return_sequences means nothing in greedy decoding: all would be the same.")
+            raise RedrafterError(
+                "num_return_sequences means nothing in greedy decoding, where all would be the same: set do_sample."
+            )
         return
     if config.temperature is not None and not config.temperature > 0:
         raise RedrafterError(f"The temperature must be positive to sample, not {config.temperature:g}.")

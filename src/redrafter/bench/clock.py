@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 
 from redrafter.errors import RedrafterError, reason
 from redrafter.results import Event, Stats
+from redrafter.target import evaluating
 
 CAPTURING = 3
 """Steps of a call until a graph is captured."""
@@ -151,7 +152,8 @@ def by_transformers(
         settings |= {"min_new_tokens": settings["max_new_tokens"]}
     if model.device.type == "cuda":
         settings |= {"cache_implementation": "static"}
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for begin in range(0, len(order), batch):
             rows = order[begin : begin + batch]

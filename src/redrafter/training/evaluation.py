@@ -24,7 +24,7 @@ from redrafter.request import Request, request
 from redrafter.results import Generation, Stats
 from redrafter.sampling import Place, Sampler
 from redrafter.step import PREFILL_CHUNK
-from redrafter.target import Target
+from redrafter.target import Target, evaluating
 from redrafter.training.data import Row, collate
 from redrafter.training.loss import context_at, windows
 from redrafter.verify import walk
@@ -146,21 +146,22 @@ def drafted_everywhere(
     """Accepted and drafted tokens at every window, [M, 2] for each row, by position; arguments as for `acceptance`."""
     chunk = chunk or min(CHUNK, max(1, SCORES // target.vocab_size))
     verdicts: list[Tensor] = []
-    for places in everywhere(target, rows, length=proposer.length, batch_size=batch_size):
-        ids, hidden = places.ids, places.hidden
-        seed = torch.tensor((seeds or [0] * len(rows))[len(verdicts) :][: len(ids)], device=ids.device)
-        found = [torch.zeros((0, 2), dtype=torch.long, device=ids.device)]
-        if hidden is not None:
-            ids = torch.nn.functional.pad(ids, (0, proposer.length + proposer.size))  # as many slots as in decoding
-            memory = _remembered(proposer, ids, hidden, seed)
-            at_once = chunk if memory is None else min(chunk, max(1, MEMORIES // memory.row_bytes))
-            for at, t, text, wanted in places.chunks(at_once):
-                context = context_at(hidden, at, t, proposer.positions).unflatten(1, (proposer.positions, -1))
-                texts = ids[at].scatter(1, t[:, None] + 1, text[:, :1])  # a continuation has its own
-                place = Place(at, seed[at], texts, length=t + 1, alive=torch.ones_like(at))
-                own = None if memory is None else memory.of_rows(at)
-                found.append(_verdicts(target, proposer, sampler, own, place, context, text, wanted))
-        verdicts += torch.cat(found).cpu().split(places.row.bincount(minlength=len(ids)).tolist())
+    with evaluating(*proposer.modules):
+        for places in everywhere(target, rows, length=proposer.length, batch_size=batch_size):
+            ids, hidden = places.ids, places.hidden
+            seed = torch.tensor((seeds or [0] * len(rows))[len(verdicts) :][: len(ids)], device=ids.device)
+            found = [torch.zeros((0, 2), dtype=torch.long, device=ids.device)]
+            if hidden is not None:
+                ids = torch.nn.functional.pad(ids, (0, proposer.length + proposer.size))  # as many slots as in decoding
+                memory = _remembered(proposer, ids, hidden, seed)
+                at_once = chunk if memory is None else min(chunk, max(1, MEMORIES // memory.row_bytes))
+                for at, t, text, wanted in places.chunks(at_once):
+                    context = context_at(hidden, at, t, proposer.positions).unflatten(1, (proposer.positions, -1))
+                    texts = ids[at].scatter(1, t[:, None] + 1, text[:, :1])  # a continuation has its own
+                    place = Place(at, seed[at], texts, length=t + 1, alive=torch.ones_like(at))
+                    own = None if memory is None else memory.of_rows(at)
+                    found.append(_verdicts(target, proposer, sampler, own, place, context, text, wanted))
+            verdicts += torch.cat(found).cpu().split(places.row.bincount(minlength=len(ids)).tolist())
     return verdicts
 
 
