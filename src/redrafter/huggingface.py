@@ -191,7 +191,7 @@ def _not_passed_on() -> dict[str, Any]:
         return {}
     told = {name: calling.f_locals.get(name) for name in ("streamer", *_NOT_PASSED_ON)}
     if calling.f_locals.get("kwargs", {}).get("past_key_values") is not None:
-        told["past_key_values, to go on from or to be filled,"] = True
+        told["A cache of your own, past_key_values,"] = True
     return told
 
 
@@ -209,8 +209,14 @@ def _refuse(input_ids: Tensor, attention_mask: Tensor, model_kwargs: dict[str, A
 
 def _refuse_adapter_names(model: PreTrainedModel) -> None:
     """Raises RedrafterError where PEFT chooses an adapter for each row, as rows do not keep their places here."""
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    if any("adapter_names" in getattr(hook, "keywords", {}) for hook in hooks):
+    found = False
+    for module in model.modules():
+        for number, hook in list(module._forward_pre_hooks.items()):
+            if "adapter_names" in getattr(hook, "keywords", {}):
+                found = True
+                del module._forward_pre_hooks[number]  # PEFT leaves it there after an error
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
+    if found:
         raise RedrafterError("adapter_names is not supported: call set_adapter, and generate for each adapter alone.")
 
 

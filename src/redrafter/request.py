@@ -150,6 +150,8 @@ def request(
         Row(number, prompt, one, _budget(config, number, prompt))
         for number, (prompt, one) in enumerate(zip(prompts, seeds, strict=True))
     ]
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):
+        raise RedrafterError(f"tokenizer must be a tokenizer of transformers, not {tokenizer!r}.")
     extra = _called("logits_processor", logits_processor)
     penalties = (presence_penalty or 0.0, frequency_penalty or 0.0)
     sampler = _sampler(target.model, config, rows, extra, prefix_allowed_tokens_fn, penalties)
@@ -230,8 +232,8 @@ def _unpadded(
     if bool((framed.diff(dim=1).abs().sum(dim=1) > 2).any()) or (inferred and not bool(kept.any(dim=1).all())):
         if inferred:
             raise RedrafterError(
-                f"A row of input_ids holds the padding token {config.pad_token_id} between others, or nothing else: pass "
-                "attention_mask, which says what is padding."
+                f"A row of input_ids holds the padding token {config.pad_token_id} between others, or nothing else: "
+                "pass attention_mask, which says what is padding."
             )
         raise RedrafterError("The attention mask has holes: pad each row at one or both ends only.")
     return [row[mask].tolist() for row, mask in zip(input_ids, kept, strict=True)]

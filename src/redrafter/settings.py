@@ -136,7 +136,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 """Fields that mean nothing in greedy decoding."""
 
 
-ONE_TEXT = {"num_return_sequences": 1, "output_scores": False, "output_logits": False}
+ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1, "output_scores": False, "output_logits": False}
 """What a caller sets that writes one text for each prompt, whatever the model's own config says."""
 
 COUNTS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "num_return_sequences")
@@ -178,7 +178,7 @@ def resolve(model: PreTrainedModel, config: GenerationConfig | None, told: dict[
     told = {name: plain(value) for name, value in told.items() if value is not None}
     for name in told:
         if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, n=1)
+            near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)
             advice = f"; did you mean {near[0]}?" if near else "."
             raise RedrafterError(f"{name} is no setting of generation{advice}")
     if config is not None and not isinstance(config, GenerationConfig):
@@ -214,7 +214,10 @@ def resolve(model: PreTrainedModel, config: GenerationConfig | None, told: dict[
 
 
 def _built(name: str, value: Any) -> Any:
-    """A field's value, made of a dictionary where it is to hold an object.  Raises RedrafterError where it cannot be."""
+    """A field's value; where it is to hold an object and is a dictionary, the object made of that.
+
+    Raises RedrafterError where it cannot be made.
+    """
     if name not in _CONFIGS or not isinstance(value, dict):
         return value
     try:

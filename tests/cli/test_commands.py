@@ -103,7 +103,7 @@ def test_a_node_budget_drafts_no_more_than_it_says(say, model_folder, drafter_fo
         assert row["drafted"] <= (row["steps"] - 1) * (budget - 1)
         texts.append(row["text"])
     assert texts[0] == texts[1] == json.loads(say(*command)[1])["text"]
-    assert "node_budget must hold the root and 3 drafted tokens, not be 3" in refusal(say(*command, "--node-budget", 3))
+    assert "--node-budget must hold the root and 3 drafted tokens, not be 3" in refusal(say(*command, "--node-budget", 3))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

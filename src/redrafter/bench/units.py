@@ -25,6 +25,7 @@ from redrafter.decoding import stream
 from redrafter.errors import RedrafterError
 from redrafter.profiling import Bench
 from redrafter.request import request
+from redrafter.settings import ONE_TEXT
 from redrafter.training.journal import Journal
 
 Kind = Literal["decode", "together", "parts", "texts"]
@@ -141,6 +142,10 @@ class Runner:
         if "texts" in found:
             self.texts[unit.method, unit.category, unit.temperature, unit.batch] = found["texts"]
 
+    def _law(self, temperature: float) -> dict[str, Any]:
+        """The same, and off what the model's own config may say of stop strings and of several texts."""
+        return self.asked.law(temperature) | {"stop_strings": ()} | ONE_TEXT
+
     def _groups(self, rows: int) -> list[list[int]]:
         """Prompts of whole groups of so many rows."""
         groups = max(1, min(GROUPS, len(self.tasks.mixed) // rows))
@@ -150,7 +155,7 @@ class Runner:
         return self.tasks.mixed if category == ALL else self.tasks.prompts[category]
 
     def _run(self, unit: Unit, prompts: list[list[int]], new_tokens: int) -> Run:
-        law, together = self.asked.law(unit.temperature), unit.kind == "together"
+        law, together = self._law(unit.temperature), unit.kind == "together"
         one = self.contenders[unit.method]
         if one.label == THEIRS:
             ends = request(self.model, None, prompts, **law).ends
@@ -165,7 +170,7 @@ class Runner:
     def _streamed(self, unit: Unit, prompts: list[list[int]], new_tokens: int, **more: Any) -> Run:
         one = self.contenders[unit.method]
         shape = one.shape(unit.batch)
-        settings = one.settings(unit.batch) | self.asked.law(unit.temperature) | more
+        settings = one.settings(unit.batch) | self._law(unit.temperature) | more
         events = stream(
             self.model,
             one.method,
@@ -198,7 +203,7 @@ class Runner:
     def _parts(self, unit: Unit) -> Record:
         """Milliseconds of a step and of its parts, on rows as long as the texts are on average."""
         one, shape = self.contenders[unit.method], self.contenders[unit.method].shape(unit.batch)
-        law = self.asked.law(unit.temperature)
+        law = self._law(unit.temperature)
         written = [prompt + text for prompt, text in self._undrafted(unit)]
         if not written:
             raise RedrafterError("there are no texts to stand at.")
@@ -227,7 +232,7 @@ class Runner:
         plain, drafted = (self.texts.get((name, *place)) for name in (next(iter(self.contenders)), unit.method))
         if plain is None or drafted is None:
             raise RedrafterError("there are no texts to compare.")
-        settings = self.asked.law(unit.temperature) | {"max_new_tokens": self.asked.max_new_tokens}
+        settings = self._law(unit.temperature) | {"max_new_tokens": self.asked.max_new_tokens}
         prompts = self._prompts(unit.category)
         found = [
             parting(self.model, prompts, row, one, other, settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -59,6 +60,16 @@ def _misspelt(error: Exception) -> str | None:
     return f"{error.format_message().rstrip('.')}; see {command} --help."
 
 
+def _in_flags(sentence: str, words: list[str]) -> str:
+    """The library's names of arguments, such as do_sample, as the flags of the running command, such as --do-sample."""
+    commands: dict[str, Any] = getattr(typer.main.get_command(app), "commands", {})
+    name = next((word for word in words if word in commands), None)
+    for option in commands[name].params if name else ():
+        if "_" in option.name and option.opts[0].startswith("--"):
+            sentence = re.sub(rf"(?<!--set )(?<![\w/.-]){option.name}(?![\w=/]|\.\w)", option.opts[0], sentence)
+    return sentence
+
+
 def _end(status: int) -> NoReturn:
     """Ends the process; one that is in a group of torch.distributed without the end of the interpreter.
 
@@ -88,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
             _end(status or 0)
         sentence = "Interrupted."
     except RedrafterError as error:
-        sentence = str(error)
+        sentence = _in_flags(str(error), words)
         if debug:
             raise
     except OSError as error:

@@ -51,6 +51,7 @@ def check(
     from redrafter.checking import compare
     from redrafter.cli.loading import check_bits, load_method, load_model, read_settings
     from redrafter.prompts import prompt_ids, read_prompts
+    from redrafter.settings import with_stop_strings
 
     check_bits(draft_bits)
     settings = read_settings(
@@ -62,22 +63,15 @@ def check(
         min_p=min_p,
         seed=seed,
         max_new_tokens=max_new_tokens,
-    )
-    target, tokenizer = load_model(model, dtype, device)
-    head = load_method(drafter, target, draft_bits)
-    ids = [prompt_ids(record, tokenizer, where) for where, record in read_prompts(prompts)]
-    if "stop_strings" in settings:
-        settings["tokenizer"] = tokenizer
-    report = compare(
-        target,
-        head,
-        ids,
         batch_size=batch_size,
         beam_width=beam_width,
         beam_length=beam_length,
         node_budget=node_budget,
-        **settings,
     )
+    target, tokenizer = load_model(model, dtype, device)
+    head = load_method(drafter, target, draft_bits)
+    ids = [prompt_ids(record, tokenizer, where) for where, record in read_prompts(prompts)]
+    report = compare(target, head, ids, **with_stop_strings(target, settings, tokenizer))
     for parting in report.partings:
         verdict = "within rounding" if parting.explained else "NOT explained by rounding"
         typer.echo(

@@ -71,6 +71,7 @@ def evaluate(
         beam_width=beam_width,
         beam_length=beam_length,
         node_budget=node_budget,
+        tokenizer=tokenizer,
     )
     otherwise = {way: sum(one.walked != one.decoding for one in texts) for way, texts in found.items()}
     whole = {way: Measured.total(texts) for way, texts in found.items()}

@@ -72,6 +72,7 @@ def generate(
     from redrafter.decoding import stream
     from redrafter.prompts import conversation, prompt_ids, read_prompts
     from redrafter.results import finished
+    from redrafter.settings import ONE_TEXT, with_stop_strings
 
     check_bits(draft_bits, drafted=not no_drafter)
     if compile:
@@ -85,6 +86,12 @@ def generate(
         min_p=min_p,
         seed=seed,
         max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        beam_width=beam_width,
+        beam_length=beam_length,
+        node_budget=node_budget,
+        fast=fast,
+        compile=compile,
     )
     records = [("--prompt", {"prompt": prompt})] if prompts is None else read_prompts(prompts)
     if chat:
@@ -96,22 +103,10 @@ def generate(
     head = None if no_drafter or drafter is None else load_method(drafter, target, draft_bits)
     ids = [prompt_ids(record, tokenizer, where) for where, record in records]
 
-    if "stop_strings" in settings:
-        settings["tokenizer"] = tokenizer
+    settings = with_stop_strings(target, settings, tokenizer) | ONE_TEXT
     shape = (beam_width, beam_length, node_budget)
     positions = 0 if head is None else head.drafting(min(batch_size, len(ids)), *shape)[1]
-    events = stream(
-        target,
-        head,
-        ids,
-        batch_size=batch_size,
-        beam_width=beam_width,
-        beam_length=beam_length,
-        node_budget=node_budget,
-        fast=fast,
-        compile=compile,
-        **settings,
-    )
+    events = stream(target, head, ids, **settings)
 
     begin, total = time.perf_counter(), [0, 0]
     for one in _in_order(finished(events, rows=len(ids), positions=positions)):

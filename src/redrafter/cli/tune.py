@@ -64,6 +64,7 @@ def tune(
     from redrafter.prompts import prompt_ids, read_prompts
     from redrafter.proposers.base import draftable
     from redrafter.proposers.loading import kind_of
+    from redrafter.settings import with_stop_strings
     from redrafter.target import Target
 
     if not dry_run and output is None and hub.may_be_on_the_hub(drafter):
@@ -85,6 +86,7 @@ def tune(
         None, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
     ids = [prompt_ids(record, tokenizer, where) for where, record in records]
+    law = with_stop_strings(target, law, tokenizer)
     texts = tuning.Texts.written(target, method, ids, max_new_tokens=max_new_tokens, **law)
     length = context or texts.length
     writes = {shape: texts.tokens_per_step(shape) for shape in candidates}
