@@ -196,7 +196,7 @@ class Runner:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run = self._run(unit, prompts, self.asked.max_new_tokens)
-        target = request(self.model, one.method, prompts[:1], **one.settings(unit.batch)).target
+        target = request(self.model, one.method, prompts[:1], **one.settings(unit.batch), **self._law(0.0)).target
         weights = sum(weight.nbytes for weight in self.model.parameters()) + one.bytes(target)
         return run, torch.cuda.max_memory_allocated(device) - before + weights
 

@@ -61,12 +61,15 @@ def _misspelt(error: Exception) -> str | None:
 
 
 def _in_flags(sentence: str, words: list[str]) -> str:
-    """The library's names of arguments, such as do_sample, as the flags of the running command, such as --do-sample."""
+    """The library's names of arguments, such as do_sample, as the flags of the running command, such as --do-sample.
+
+    Names that the user wrote stay as they are.
+    """
     commands: dict[str, Any] = getattr(typer.main.get_command(app), "commands", {})
-    name = next((word for word in words if word in commands), None)
-    for option in commands[name].params if name else ():
-        if "_" in option.name and option.opts[0].startswith("--"):
-            sentence = re.sub(rf"(?<!--set )(?<![\w/.-]){option.name}(?![\w=/]|\.\w)", option.opts[0], sentence)
+    running = next((commands[word] for word in words if word in commands), None)
+    for option in running.params if running else ():
+        if "_" in option.name and option.opts[0].startswith("--") and not any(option.name in word for word in words):
+            sentence = re.sub(rf"(?<![\w/.-]){option.name}(?![\w=/]|\.\w)", option.opts[0], sentence)
     return sentence
 
 
