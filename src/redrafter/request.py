@@ -129,7 +129,7 @@ def request(
     target = Target(model, () if drafter is None else drafter.layers)
     config = resolve(target.model, generation_config, settings)
     if eos_token_id is not None:
-        config.eos_token_id = eos_token_id
+        config.eos_token_id = plain(eos_token_id)
     ends = ends_of(config)
     _refuse_unknown_tokens(config, target.vocab_size)
     shape = {"beam_width": beam_width, "beam_length": beam_length, "node_budget": node_budget}
