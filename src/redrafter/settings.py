@@ -290,15 +290,19 @@ _INTRODUCTION = """\
 Written from the table in `src/redrafter/settings.py`; do not edit. A test holds it against the installed transformers.
 
 `generate` and `stream` take every field of a `GenerationConfig` by name, or as `generation_config=`. What is not set is
-taken from the model's own `generation_config`, as in `model.generate`; what is set nowhere is off. Beside them:
+taken from the model's own `generation_config`, as in `model.generate`; what is set nowhere is off. Numbers and arrays
+may be NumPy's or torch's, and `watermarking_config` and `compile_config` dictionaries of their arguments. A name that
+is neither a field nor listed here is refused, among them the other arguments of `model.generate` (`assistant_model`,
+`inputs_embeds`, `position_ids`, `past_key_values`, `negative_prompt_ids`, `synced_gpus`, ...). Beside the fields:
 
 | argument | |
 |---|---|
 | `logits_processor` | a list of any `LogitsProcessor`; called for a row at a time, [1, T], with the row's true text |
-| `stopping_criteria` | a list of any `StoppingCriteria`; called for a row at a time after each of its tokens |
+| `stopping_criteria` | a list of any `StoppingCriteria`; called for a row after each of its tokens, with scores if `output_scores` |
 | `prefix_allowed_tokens_fn` | as in `model.generate`; called with the number of the row and its text |
 | `presence_penalty`, `frequency_penalty` | OpenAI's, of the tokens written |
 | `tokenizer` | for `stop_strings`, and for text in the events |
+| `streamer` | for `generate`: one of transformers'; its `end()` is called after an error too |
 | `seed` | one for each row, or one from which row 0, 1, … get their own |
 | `batch_size` | rows decoded together at most; where one ends, the next one enters its slot |
 | `beam_width`, `beam_length` | the shape of a draft; `beam_length=0` decodes without drafting |
@@ -309,4 +313,24 @@ taken from the model's own `generation_config`, as in `model.generate`; what is 
 Sampling and the repetition penalty run over all nodes of a draft at once. Any other processor makes the walk lazy: it
 is called node by node along the path that is taken, once for each position, with the text that stands there. So
 processors that keep a state of their own work as long as they are not shared by rows.
+
+## Padding
+
+A tensor or NumPy array of prompts may be padded at both ends of its rows. Without `attention_mask` the padding is found
+as in `model.generate`: every `pad_token_id`, unless that is an end token too; a row that holds it between other tokens,
+or nothing else, is refused. A list of rows holds no padding; one that looks padded is refused.
+
+## Behind `model.generate`
+
+`custom_generate=redrafter.custom_generate` and `custom_generate=FOLDER` take the same arguments, `tokenizer` for stop
+strings and `streamer` included. What `model.generate` itself takes and decoding cannot heed is refused by name:
+`assistant_model`, `synced_gpus`, `negative_prompt_ids`, a `past_key_values` of the caller's, `inputs_embeds`, unusual
+`position_ids`, PEFT's `adapter_names`. `cache_implementation="paged"` makes transformers pass over any callable.
+After a row has ended its places hold padding; transformers writes on there where a model has no end token.
+
+## On the command line
+
+`--set NAME=VALUE` takes every field below that has no option of its own, the value as JSON. A command writes one text
+for each prompt, whatever `num_return_sequences` the model's own config names. Stop strings of that config end texts;
+`--set stop_strings=[]` turns them off.
 """
