@@ -298,7 +298,7 @@ is neither a field nor listed here is refused, among them the other arguments of
 | argument | |
 |---|---|
 | `logits_processor` | a list of any `LogitsProcessor`; called for a row at a time, [1, T], with the row's true text |
-| `stopping_criteria` | a list of any `StoppingCriteria`; called for a row after each of its tokens, with scores if `output_scores` |
+| `stopping_criteria` | a list of any `StoppingCriteria`; called for a row after each token, with scores as asked |
 | `prefix_allowed_tokens_fn` | as in `model.generate`; called with the number of the row and its text |
 | `presence_penalty`, `frequency_penalty` | OpenAI's, of the tokens written |
 | `tokenizer` | for `stop_strings`, and for text in the events |
