@@ -73,3 +73,15 @@ def test_only_a_margin_within_rounding_is_excused():
     tie = Parting(row=0, position=3, margin=0.01, rounding=0.02)
     assert tie.explained
     assert not replace(tie, margin=0.03).explained
+
+
+def test_margins_are_those_of_the_model_in_evaluation_mode():
+    """Also where the caller's model is in training mode, in which dropout would change them."""
+    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    text = checking.generate(model, None, [[5, 9]], max_new_tokens=4).new_tokens[0]
+    other = [*text[:2], (text[2] + 1) % 61, text[3]]
+    expected = checking.parting(model, [[5, 9]], 0, text, other, {"max_new_tokens": 4})
+    model.train()
+    for _ in range(3):
+        assert checking.parting(model, [[5, 9]], 0, text, other, {"max_new_tokens": 4}) == expected
+    assert model.training

@@ -322,22 +322,76 @@ def test_a_stop_string_ends_a_row_where_it_ends_it_without_drafting(model_folder
     assert len(lengths) > 5
 
 
-def test_a_streamer_gets_the_prompt_and_every_token_and_its_end():
-    heard = []
+class Listener(transformers.generation.streamers.BaseStreamer):
+    """Notes what it is given."""
 
-    class Listener(transformers.generation.streamers.BaseStreamer):
-        def put(self, value):
-            heard.append(value.flatten().tolist())
+    def __init__(self):
+        self.heard = []
 
-        def end(self):
-            heard.append("end")
+    def put(self, value):
+        assert value.device.type == "cpu"
+        self.heard.append(value.tolist())
 
-    out = generate(MODEL, RecurrentDrafter.for_target(MODEL), [[5, 9, 12]], max_new_tokens=9, streamer=Listener())
-    assert heard[0] == [5, 9, 12]
-    assert heard[-1] == "end"
-    assert [token for step in heard[1:-1] for token in step] == out.new_tokens[0]
-    with pytest.raises(RedrafterError, match="A streamer takes one row, not 2"):
-        generate(MODEL, None, [[5], [6]], streamer=Listener())
+    def end(self):
+        self.heard.append("end")
+
+
+@pytest.mark.parametrize("batch_size", [None, 1])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_streamer_is_given_what_transformers_gives_it(rows, batch_size):
+    """Prompts, one token of every row at a time, padding where a row has ended, and the end once."""
+    ids = torch.tensor([[5, 9, 12], [0, 7, 8], [30, 31, 32]])[:rows]
+    told = {"max_new_tokens": 12, "eos_token_id": [34, 20], "pad_token_id": 0, "do_sample": False}
+    theirs, ours = Listener(), Listener()
+    MODEL.generate(ids, attention_mask=(ids != 0).long(), streamer=theirs, **told)
+    head = RecurrentDrafter.for_target(MODEL)
+    generate(MODEL, head, ids, (ids != 0).long(), streamer=ours, batch_size=batch_size, **told)
+    assert ours.heard == theirs.heard
+    assert len(ours.heard) > 3
+
+
+def test_the_reader_of_a_streamer_does_not_wait_after_an_error(model_folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    for rows, told in (([[5]], {"num_beams": 2}), ([[5, 61]], {}), ([[5]] * 2, {})):
+        streamer = transformers.TextIteratorStreamer(tokenizer, timeout=10)
+        with pytest.raises(RedrafterError):
+            generate(MODEL, None, rows, streamer=streamer, max_new_tokens=3, **told)
+        assert "".join(streamer) == ""
+
+
+def test_a_criterion_sees_the_scores_that_are_asked_for():
+    """A tuple of [1, V] for each token so far, as from transformers, also inside a draft; or None."""
+
+    class Unsure(transformers.StoppingCriteria):
+        def __init__(self, seen):
+            self.seen = seen
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.seen.append(None if scores is None else torch.stack(scores))
+            return torch.tensor([scores is not None and len(scores) > 2 and float(scores[-1].max()) < BOUND])
+
+    ids = torch.tensor([[5, 9, 12]])
+    told = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.2}
+    asked = {"output_scores": True, "return_dict_in_generate": True}
+    best = [float(one.max()) for one in MODEL.generate(ids, **told, **asked).scores]
+    BOUND = sorted(best[2:])[3] + 1e-3
+    theirs, ours, none = [], [], []
+    expected = MODEL.generate(ids, **told, **asked, stopping_criteria=[Unsure(theirs)]).sequences
+    for head in (None, RecurrentDrafter.for_target(MODEL)):
+        ours.clear()
+        out = generate(MODEL, head, ids, **told, output_scores=True, stopping_criteria=[Unsure(ours)])
+        assert out.sequences.tolist() == expected.tolist()
+        assert out.finish_reasons == ["stop"]
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    generate(MODEL, None, ids, **told, stopping_criteria=[Unsure(none)])
+    assert none == [None] * 14
+
+
+def test_scores_of_a_low_precision_are_float32_as_in_transformers():
+    model = tiny_model().to(torch.bfloat16)
+    out = generate(model, None, [[5]], max_new_tokens=3, output_scores=True, output_logits=True)
+    assert out.scores[0].dtype == out.logits[0].dtype == torch.float32
 
 
 def test_a_consumer_that_stops_early_leaves_all_as_it_was():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
+import threading
+
 import pytest
 import torch
 import transformers
@@ -11,7 +15,7 @@ import redrafter
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError
 from redrafter.drafter import RecurrentDrafter as Drafter
-from redrafter.proposers.loading import load_method
+from redrafter.proposers import loading
 
 MODEL = tiny_model()
 MODEL.generation_config.pad_token_id = 0
@@ -53,8 +57,8 @@ def test_the_sequences_are_those_of_transformers(told):
 
 def test_a_named_drafter_is_loaded_once_for_a_model_where_it_is(model_folder, drafter_folder, monkeypatch):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
-    load, loaded = load_method, []
-    monkeypatch.setattr("redrafter.huggingface.load_method", lambda *told: loaded.append(load(*told)) or loaded[-1])
+    load, loaded = loading.load_method, []
+    monkeypatch.setattr(loading, "load_method", lambda *told: loaded.append(load(*told)) or loaded[-1])
     told = {"inputs": torch.tensor([[5, 9, 12]]), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     ours = {"custom_generate": redrafter.custom_generate, "drafter": drafter_folder}
     for kind in (torch.float32, torch.float32, torch.float64):
@@ -219,3 +223,185 @@ def test_what_cannot_be_heeded_is_refused(told, sentence):
     arguments = INPUTS | {"drafter": head(), "max_new_tokens": 3} | told
     with pytest.raises(RedrafterError, match=sentence):
         MODEL.generate(**arguments, custom_generate=redrafter.custom_generate)
+
+
+@pytest.fixture(params=["callable", "folder"])
+def ways(request, model_folder, drafter_folder, monkeypatch, tmp_path):
+    """A model, its tokenizer, and the arguments with which it decodes by a drafter."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    how = {"custom_generate": str(drafter_folder), "trust_remote_code": True}
+    if request.param == "callable":
+        how = {"custom_generate": redrafter.custom_generate, "drafter": drafter_folder}
+    return model, tokenizer, how
+
+
+PADDED = {"input_ids": torch.tensor([[0, 5, 9, 12], [40, 41, 42, 43]]), "do_sample": False, "max_new_tokens": 20}
+PADDED |= {"eos_token_id": 2, "pad_token_id": 0}
+
+
+def ascii_letters(text: str) -> list[str]:
+    """Those of a text that are whole characters of one token."""
+    return [one for one in text if one.isascii() and one.isprintable() and one != " "]
+
+
+def test_stop_strings_end_rows_as_in_transformers(ways):
+    model, tokenizer, how = ways
+    letters = ascii_letters(tokenizer.decode(model.generate(**PADDED)[0, 6:]))
+    for strings in (letters[0], [letters[1], "never"]):
+        told = {**PADDED, "stop_strings": strings, "tokenizer": tokenizer}
+        expected = model.generate(**told)
+        assert not expected.equal(model.generate(**PADDED)), "what would not show cannot fail"
+        assert model.generate(**told, **how).equal(expected)
+    model.generation_config.stop_strings = [letters[0]]
+    assert model.generate(**PADDED, tokenizer=tokenizer, **how).equal(model.generate(**PADDED, tokenizer=tokenizer))
+
+
+def test_stop_strings_reach_a_drafter_through_partial_and_through_a_pipeline(model_folder, drafter_folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    letter = ascii_letters(tokenizer.decode(model.generate(**PADDED)[0, 6:]))[0]
+    told = {**PADDED, "stop_strings": letter, "tokenizer": tokenizer}
+    bound = functools.partial(redrafter.custom_generate, drafter=str(drafter_folder))
+    assert model.generate(**told, custom_generate=bound).equal(model.generate(**told))
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    law = {"do_sample": False, "max_new_tokens": 20}
+    text = pipe("Once", **law)[0]["generated_text"]
+    law["stop_sequence"] = ascii_letters(text[6:])[0]
+    expected = pipe("Once", **law)
+    assert len(expected[0]["generated_text"]) < len(text)
+    assert pipe("Once", **law, custom_generate=redrafter.custom_generate, drafter=str(drafter_folder)) == expected
+
+
+class Listener(transformers.generation.streamers.BaseStreamer):
+    """Notes what it is given."""
+
+    def __init__(self):
+        self.heard = []
+
+    def put(self, value):
+        self.heard.append(value.tolist())
+
+    def end(self):
+        self.heard.append("end")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_streamer_is_given_what_transformers_gives_it(ways, rows):
+    model, _, how = ways
+    told = {**PADDED, "input_ids": PADDED["input_ids"][-rows:], "eos_token_id": [40, 200, 99]}
+    theirs, ours = Listener(), Listener()
+    expected = model.generate(**told, streamer=theirs)
+    assert model.generate(**told, streamer=ours, **how).equal(expected)
+    assert ours.heard == theirs.heard
+
+
+def test_a_reader_in_another_thread_gets_the_text_and_an_end(ways):
+    model, tokenizer, how = ways
+    told = {**PADDED, "input_ids": PADDED["input_ids"][1:]}
+    expected = tokenizer.decode(model.generate(**told)[0, 4:])
+    streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    thread = threading.Thread(target=model.generate, kwargs={**told, **how, "streamer": streamer})
+    thread.start()
+    assert "".join(streamer) == expected
+    thread.join()
+
+
+def test_a_reader_does_not_wait_after_an_error(ways):
+    model, tokenizer, how = ways
+
+    class Broken(transformers.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            raise ArithmeticError
+
+    told = {**PADDED, "input_ids": PADDED["input_ids"][1:]}
+    faults = (({"output_attentions": True}, RedrafterError), ({"logits_processor": [Broken()]}, ArithmeticError))
+    for more, error in faults:
+        streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+        with pytest.raises(error):
+            model.generate(**told, **how, **more, streamer=streamer)
+        assert "".join(streamer) == ""
+
+
+def test_a_text_streamer_refuses_a_batch_as_in_transformers(ways):
+    model, tokenizer, how = ways
+    for streamer in (TextStreamer(tokenizer), transformers.TextIteratorStreamer(tokenizer)):
+        for own in ({}, how):
+            with pytest.raises(ValueError, match="only supports batch size 1"):
+                model.generate(**PADDED, streamer=streamer, **own)
+
+
+def test_none_switches_off_the_models_own_setting_in_a_folder_too(ways):
+    model, _, how = ways
+    model.generation_config.repetition_penalty = 3.0
+    told = {**PADDED, "repetition_penalty": None}
+    assert model.generate(**told, **how).equal(model.generate(**told))
+    assert not model.generate(**told).equal(model.generate(**PADDED))
+
+
+def test_the_padding_of_a_batch_without_a_mask_is_found_as_in_transformers(ways):
+    model, _, how = ways
+    expected = model.generate(**PADDED)
+    assert model.generate(**PADDED, **how).equal(expected)
+    mask = torch.ones_like(PADDED["input_ids"])  # a prompt may hold the padding token
+    assert model.generate(**PADDED, attention_mask=mask, **how).equal(model.generate(**PADDED, attention_mask=mask))
+    assert not model.generate(**PADDED, attention_mask=mask).equal(expected)
+
+
+def test_a_criterion_sees_scores_where_transformers_shows_them(ways):
+    model, _, how = ways
+    seen = []
+
+    class Noted(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append(None if scores is None else [one.shape for one in scores])
+            return torch.tensor([False])
+
+    for asked in ({}, {"output_scores": True}, {"output_scores": True, "return_dict_in_generate": True}):
+        told = {**PADDED, "input_ids": PADDED["input_ids"][1:], "stopping_criteria": [Noted()], **asked}
+        model.generate(**told)
+        expected = seen.copy()
+        seen.clear()
+        model.generate(**told, **how)
+        assert seen == expected
+        seen.clear()
+
+
+@pytest.mark.parametrize(
+    "name", ["assistant_model", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask", "labels"]
+)
+def test_arguments_that_transformers_keeps_to_itself_are_refused_by_name(ways, name):
+    model, _, how = ways
+    value = {"assistant_model": model, "synced_gpus": True}.get(name, PADDED["input_ids"])
+    with pytest.raises(RedrafterError, match=f"{name} is not supported"):
+        model.generate(**PADDED, **{name: value}, **how)
+
+
+def test_caches_and_embeddings_of_the_caller_are_refused(ways):
+    model, _, how = ways
+    with pytest.raises(RedrafterError, match="past_key_values, is not supported"):
+        model.generate(**PADDED, past_key_values=transformers.DynamicCache(), **how)
+    told = {**PADDED, "inputs_embeds": model.get_input_embeddings()(PADDED["input_ids"])}
+    with pytest.raises(RedrafterError, match="inputs_embeds is not supported"):
+        model.generate(**told, **how)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
+def test_an_adapter_for_each_row_is_refused_and_leaves_the_model_as_it_was():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model(), config, adapter_name="own").eval()
+    how = {"custom_generate": redrafter.custom_generate, "drafter": "prompt-lookup"}
+    with pytest.raises(RedrafterError, match="adapter_names is not supported: call set_adapter"):
+        model.generate(**PADDED, adapter_names=["own", "__base__"], **how)
+    assert model.generate(**PADDED, **how).equal(model.generate(**PADDED))
+
+
+def test_a_drafter_is_read_again_when_its_folder_changes(model_folder, drafter_folder, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    folder = shutil.copytree(drafter_folder, tmp_path / "drafter")
+    first = loading.named(folder, model)
+    assert loading.named(str(folder), model) is first
+    RecurrentDrafter.for_target(model, beam_length=2, beam_width=2).save_pretrained(folder)
+    assert loading.named(folder, model).config.beam_length == 2

@@ -8,16 +8,21 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_example_runs_as_printed():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_python_examples_run_as_printed(monkeypatch, tmp_path):
+    """One after the other; a later one goes on from those before."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     printed = io.StringIO()
+    names: dict[str, object] = {}
     with contextlib.redirect_stdout(printed):
-        exec(compile(example, "README.md", "exec"), {})
+        for example in examples:
+            exec(compile(example, "README.md", "exec"), names)
     text, figure = printed.getvalue().splitlines()
     assert "hotel" in text
     assert float(figure.removesuffix(" tokens per step")) > 2.5

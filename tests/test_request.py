@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,6 +12,7 @@ from conftest import tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, generate, stream
 from redrafter.config import DecodingShape
 from redrafter.request import NEW_TOKENS, request
+from redrafter.settings import plain
 
 MODEL = tiny_model()
 
@@ -73,7 +75,8 @@ OF_OTHER_TYPES = (
     ([[5]], {"generation_config": {"top_k": 3}}, "must be a GenerationConfig, not a dict"),
     ([[5]], {"logits_processor": transformers.TopKLogitsWarper(3)}, "logits_processor must be a list of what"),
     ([[5]], {"stopping_criteria": [3]}, r"stopping_criteria must be a list of what is called, not \[3\]"),
-    ([[5]], {"drafter": "my-drafter"}, "str is no method of drafting: .* loads a folder"),
+    ([[5]], {"drafter": "no/such/folder"}, "There is no drafter folder at no/such/folder"),
+    ([[5]], {"drafter": 3}, "int is no method of drafting: pass a loaded drafter, its folder or hub id"),
     ([[5]], {"drafter": MODEL}, "LlamaForCausalLM is no method of drafting: .* TwoModel drafts by a model"),
 )
 
@@ -254,3 +257,133 @@ def test_no_text_depends_on_the_tuning(law):
         assert (out.stats.drafted == 0) == (batch_size == 4)
         steps.add(out.stats.drafted)
     assert len(steps) > 2, "what drafts alike shows nothing"
+
+
+def test_a_drafter_may_be_named(model_folder, drafter_folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    told = {"max_new_tokens": 8, "do_sample": False}
+    expected = generate(model, None, [[5, 6, 5, 6]], **told).new_tokens
+    for name in ("prompt-lookup", drafter_folder, str(drafter_folder), str(model_folder)):
+        out = generate(model, name, [[5, 6, 5, 6]], **told)
+        assert out.new_tokens == expected
+        assert out.stats.accepted_by_position, "it was drafted"
+        events = list(stream(model, name, [[5, 6, 5, 6]], **told))
+        assert [token for event in events for token in event.tokens] == expected[0]
+
+
+def padded(**config):
+    """A model with a padding token, and a batch that is padded with it."""
+    model = tiny_model()
+    model.generation_config.update(pad_token_id=0, **config)
+    return model, torch.tensor([[0, 0, 5, 9, 12], [0, 7, 8, 7, 8], [30, 31, 32, 33, 34]])
+
+
+@pytest.mark.parametrize("end", [None, 2, [2, 50], [2, 0]])
+@pytest.mark.parametrize("kind", ["tensor", "int32", "numpy"])
+def test_padding_without_a_mask_is_found_as_in_transformers(end, kind, unchecked):
+    """By the padding token, unless it is an end token too."""
+    model, ids = padded(eos_token_id=end)
+    expected = model.generate(ids, do_sample=False, max_new_tokens=8)[:, 5:].tolist()
+    given = {"tensor": ids, "int32": ids.int(), "numpy": ids.numpy()}[kind]
+    new = generate(model, "prompt-lookup", given, max_new_tokens=8).new_tokens
+    assert [row + [0] * (len(expected[0]) - len(row)) for row in new] == expected
+    as_text = generate(model, None, ids, torch.ones_like(ids), max_new_tokens=8).new_tokens
+    assert (as_text == new) == (end == [2, 0])
+
+
+def test_padding_that_cannot_be_told_from_text_is_refused():
+    model, ids = padded()
+    for bad in (torch.tensor([[5, 0, 6]]), torch.tensor([[0, 0], [5, 6]])):
+        with pytest.raises(RedrafterError, match=r"holds the padding token 0 .* pass attention_mask"):
+            generate(model, None, bad, max_new_tokens=2)
+    for rows in (ids.tolist(), ids.flip(1).tolist()):
+        for call in (generate, stream):
+            with pytest.raises(RedrafterError, match="Row 0 of input_ids looks padded with token 0"):
+                call(model, None, rows, max_new_tokens=2)
+    # texts that all begin with the token, and texts of several lengths, are not padded
+    assert generate(model, None, [[0, 5], [0, 6]], max_new_tokens=2).new_tokens
+    assert generate(model, None, [[0, 5], [6]], max_new_tokens=2).new_tokens
+
+
+def test_rows_that_end_are_filled_as_in_transformers():
+    """With an end token where there is no padding token."""
+    model = tiny_model()
+    model.generation_config.pad_token_id = None
+    ids = torch.tensor([[5, 9, 12], [30, 31, 32]])
+    first = generate(model, None, ids, max_new_tokens=2).new_tokens[0][1]
+    told = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": [first, 60]}
+    expected = model.generate(ids, attention_mask=ids * 0 + 1, **told)
+    assert generate(model, None, ids, **told).sequences.tolist() == expected.tolist()
+
+
+NUMBERS = {
+    "temperature": np.float32(0.7),
+    "top_k": np.int32(9),
+    "top_p": torch.tensor(0.9),
+    "do_sample": np.bool_(True),
+    "seed": np.int64(7),
+    "max_new_tokens": np.int64(6),
+    "batch_size": np.int64(2),
+    "eos_token_id": np.array([3, 4]),
+    "suppress_tokens": np.array([8, 9]),
+    "bad_words_ids": [[np.int64(5)]],
+    "sequence_bias": {(np.int64(6),): np.float32(-3.0)},
+    "presence_penalty": np.float64(0.5),
+}
+
+
+def test_numbers_may_be_those_of_numpy_and_torch(unchecked):
+    python = plain(NUMBERS)
+    assert not any(isinstance(value, np.generic | np.ndarray | torch.Tensor) for value in python.values())
+    expected = generate(MODEL, None, [[5, 9], [7, 7]], **python).new_tokens
+    ids = np.array([[5, 9], [7, 7]])
+    assert generate(MODEL, PromptLookup(), ids, ids * 0 + 1, **NUMBERS).new_tokens == expected
+    assert generate(MODEL, None, list(ids), **NUMBERS).new_tokens == expected
+    config = {name: NUMBERS[name] for name in ("temperature", "top_k", "do_sample", "max_new_tokens")}
+    given = transformers.GenerationConfig(**config)
+    expected = generate(MODEL, None, ids, **plain(config), seed=[3, 4]).new_tokens
+    assert generate(MODEL, None, ids, generation_config=given, seed=np.array([3, 4])).new_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("watermarking_config", {"greenlist_ratio": 0.25, "bias": 9.0}),
+        ("sequence_bias", {(20,): -9.0, (9, 12): -9.0}),
+        ("compile_config", {"dynamic": True}),
+        ("cache_config", {"x": 1}),
+    ],
+)
+def test_settings_may_be_dictionaries(name, value):
+    ids = torch.tensor([[5, 9, 12]])
+    told = {"max_new_tokens": 9, "do_sample": False}
+    theirs = {name: value} if name in ("watermarking_config", "sequence_bias") else {}
+    expected = MODEL.generate(ids, attention_mask=ids * 0 + 1, pad_token_id=0, **told, **theirs)[0, 3:].tolist()
+    assert generate(MODEL, None, ids, **told, **{name: value}).new_tokens == [expected]
+
+
+def test_wrappers_of_torch_compile_are_looked_through():
+    model = tiny_model()
+    told = {"max_new_tokens": 6, "do_sample": False}
+    expected = generate(model, None, [[5, 9, 12]], **told).new_tokens
+    compiled = torch.compile(model, backend="eager")
+    for drafter in (None, "prompt-lookup", torch.compile(RecurrentDrafter.for_target(model), backend="eager")):
+        assert generate(compiled, drafter, [[5, 9, 12]], **told).new_tokens == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("assistant_model", "inputs_embeds", "position_ids", "token_type_ids", "past_key_values", "synced_gpus"),
+        *("negative_prompt_ids", "custom_generate", "trust_remote_code", "use_model_defaults", "inputs"),
+    ],
+)
+def test_other_arguments_of_transformers_are_refused_by_name(name):
+    for call in (generate, stream):
+        with pytest.raises(RedrafterError, match=f"{name} is no setting of generation"):
+            call(MODEL, None, [[5]], **{name: 1})
+
+
+def test_what_is_no_tokenizer_is_refused(unchecked):
+    with pytest.raises(RedrafterError, match="tokenizer must be a tokenizer of transformers, not 'tiny'"):
+        generate(MODEL, None, [[5]], tokenizer="tiny")

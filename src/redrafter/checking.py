@@ -18,6 +18,7 @@ from redrafter.proposers import Method
 from redrafter.proposers.base import measured
 from redrafter.request import request
 from redrafter.sampling import Place
+from redrafter.settings import ONE_TEXT
 from redrafter.tree import chain
 
 ROUNDING = 8
@@ -70,7 +71,7 @@ def compare(
 
     Raises RedrafterError for bad prompts and settings.
     """
-    settings = settings | {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    settings = settings | ONE_TEXT | {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     if request(model, None, prompts, **settings).sampler.do_sample:  # both ways must draw alike
         settings["seed"] = row_seeds(settings.get("seed"), len(prompts))
     plain = generate(model, None, prompts, **settings)

@@ -10,8 +10,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +29,10 @@ from redrafter.fast.packed import optimize_linears
 from redrafter.isolation import original
 from redrafter.memory import within_memory
 from redrafter.proposers import Method
-from redrafter.request import Request, Row, request
+from redrafter.request import Request, Row, check_rows, request
 from redrafter.results import Event, FinishReason, Generation, Stats, finished
+from redrafter.sampling import precise
+from redrafter.settings import Whole
 from redrafter.step import Emission, State, admit, empty, step
 from redrafter.text import with_text
 from redrafter.turns import Turn
@@ -40,17 +44,20 @@ row's is lost."""
 
 def stream(
     model: nn.Module,
-    drafter: Method | None,
+    drafter: Method | str | Path | None,
     input_ids: Tensor | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
     **settings: Any,
 ) -> Iterator[Event]:
     """Decoding of a batch, an event for every row that a step advanced.
 
-    `model` is a causal language model of transformers, or PEFT's wrapper around one.  `drafter` is a RecurrentDrafter,
-    a `TwoModel`, a `PromptLookup` or any other `Method` of drafting; None, or `beam_length=0`, decodes
-    autoregressively.  `input_ids` is a padded tensor [B, P] with its `attention_mask`, or a list of rows of any
-    lengths.  `settings` are all that a `GenerationConfig` can say, and
+    `model` is a causal language model of transformers, or PEFT's or `torch.compile`'s wrapper around one.  `drafter` is
+    a RecurrentDrafter, a `TwoModel`, a `PromptLookup` or any other `Method` of drafting, or a name that
+    `redrafter.proposers.loading.load_method` takes: the folder or hub id of one, or "prompt-lookup"; what is named is
+    loaded once for a model.  None, or `beam_length=0`, decodes autoregressively.  `input_ids` is a padded tensor or
+    NumPy array [B, P] with its `attention_mask`, or a list of rows of any lengths, without padding.  Without
+    `attention_mask` the padding of a tensor is found as in `model.generate`: by the padding token, if it is not an end
+    token too.  `settings` are all that a `GenerationConfig` can say, and
 
     - `generation_config`: such a config; what is set nowhere is taken from the model's own, as in `model.generate`;
     - `beam_width`, `beam_length` (drafted tokens only), `node_budget`: told none of them, what `redrafter tune`
@@ -71,12 +78,12 @@ def stream(
 
     The arguments are checked when this is called, not at the first event.  Raises RedrafterError.
     """
-    return _stream(request(model, drafter, input_ids, attention_mask, **settings))
+    return _stream(_request(model, drafter, input_ids, attention_mask, **settings))
 
 
 def path_of(model: nn.Module) -> dict[str, str]:
     """How a model's steps are decoded on its device, in words, found out by taking a few of them."""
-    asked = request(model, None, [[0]], max_new_tokens=6)
+    asked = request(model, None, [[0]], generation_config=Whole(max_new_tokens=6))
     state = empty(asked.target, None, batch=1, slots=16)
     advance, turn = _stepping(asked, state)
     with turn, torch.inference_mode():
@@ -92,7 +99,7 @@ def path_of(model: nn.Module) -> dict[str, str]:
 
 def generate(
     model: nn.Module,
-    drafter: Method | None,
+    drafter: Method | str | Path | None,
     input_ids: Tensor | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
     *,
@@ -101,14 +108,17 @@ def generate(
 ) -> Generation:
     """Decoding of a batch: the text that the model writes alone, in fewer runs of it.
 
-    Arguments as for `stream`.  `streamer` is one of transformers', for a single row.
+    Arguments as for `stream`.  `streamer` is one of transformers': it is given the prompts and then one token of every
+    row at a time, as by `model.generate`, and its `end()` is called also where an error is raised, so that no reader
+    waits for ever.
     """
     begin = time.perf_counter()
-    asked = request(model, drafter, input_ids, attention_mask, **settings)
-    if streamer is not None and len(asked.rows) > 1:
-        raise RedrafterError(f"A streamer takes one row, not {len(asked.rows)}; use stream() for more.")
-    events = _stream(asked) if streamer is None else _fed(streamer, asked)
-    ended = sorted(finished(events, rows=len(asked.rows), positions=asked.length), key=lambda one: one.row)
+    with ExitStack() as ending:
+        if streamer is not None:
+            ending.callback(streamer.end)
+        asked = _request(model, drafter, input_ids, attention_mask, **settings)
+        events = _stream(asked) if streamer is None else _fed(streamer, asked)
+        ended = sorted(finished(events, rows=len(asked.rows), positions=asked.length), key=lambda one: one.row)
     rows = [one.stats for one in ended]
     new = [one.new_tokens for one in ended]
     written = [torch.tensor(row.prompt + tokens) for row, tokens in zip(asked.rows, new, strict=True)]
@@ -122,6 +132,12 @@ def generate(
         scores=[one.scores for one in ended] if asked.output_scores else None,
         logits=[one.logits for one in ended] if asked.output_logits else None,
     )
+
+
+def _request(model: nn.Module, drafter: Any, input_ids: Any, attention_mask: Any, **settings: Any) -> Request:
+    asked = request(model, drafter, input_ids, attention_mask, **settings)
+    check_rows(asked, input_ids)
+    return asked
 
 
 def _stream(asked: Request) -> Iterator[Event]:
@@ -142,12 +158,24 @@ def _within_memory(asked: Request) -> Iterator[Event]:
 
 
 def _fed(streamer: BaseStreamer, asked: Request) -> Iterator[Event]:
-    """The events of a single row, its tokens handed on to a streamer as they come."""
-    streamer.put(torch.tensor([asked.rows[0].prompt]))
+    """The events; a streamer is given the prompts [B, P], then the next token of every row, [B], once all rows have it.
+
+    Rows that have ended are padded.  Raises RedrafterError for a streamer that refuses several rows.
+    """
+    prompts = [torch.tensor(row.prompt) for row in asked.rows]
+    try:
+        streamer.put(torch.nn.utils.rnn.pad_sequence(prompts, True, asked.pad, padding_side="left"))
+    except ValueError as error:
+        raise RedrafterError(f"The streamer refuses {len(prompts)} rows: {error}; stream() takes them.") from error
+    waiting: list[deque[int]] = [deque() for _ in prompts]
+    going = set(range(len(prompts)))
     for event in _stream(asked):
-        streamer.put(torch.tensor(event.tokens))
+        waiting[event.row].extend(event.tokens)
+        if event.finish_reason is not None:
+            going.discard(event.row)
+        while any(waiting) and all(waiting[row] for row in going):
+            streamer.put(torch.tensor([row.popleft() if row else asked.pad for row in waiting]))
         yield event
-    streamer.end()
 
 
 def _events(asked: Request) -> Iterator[Event]:
@@ -282,6 +310,8 @@ class _Writing:
     """Tokens that it may still write."""
     committed: int
     """Its slots of the cache."""
+    scores: list[Tensor] = field(default_factory=list)
+    """Those of its tokens, [1, V] each, for criteria that look at them."""
 
     def event(self, asked: Request, report: list[int], text: Tensor, emitted: Emission, place: int) -> Event:
         """Cuts the row's tokens of one step where the row ends; `place` is its place in the emission."""
@@ -303,8 +333,12 @@ class _Writing:
                 raise RedrafterError(f"The model's logits for {where} hold NaN or infinity.")
             if token in asked.ends:
                 reason = "eos"
-            elif asked.criteria and _stops(asked.criteria, text[self.slot : self.slot + 1, : begin + count]):
-                reason = "stop"
+            elif asked.criteria:
+                if asked.output_scores:
+                    self.scores.append(precise(emitted.choice.scores[place, emitted.path[place, count - 1]])[None])
+                told = tuple(self.scores) if asked.output_scores else None
+                if _stops(asked.criteria, text[self.slot : self.slot + 1, : begin + count], told):
+                    reason = "stop"
             if reason is not None:
                 tokens = tokens[:count]
                 break
@@ -318,11 +352,11 @@ class _Writing:
             min(accepted, len(tokens)),
             drafted,
             reason,
-            scores=emitted.choice.scores[place, nodes] if asked.output_scores else None,
-            logits=emitted.logits[place, nodes] if asked.output_logits else None,
+            scores=precise(emitted.choice.scores[place, nodes]) if asked.output_scores else None,
+            logits=precise(emitted.logits[place, nodes]) if asked.output_logits else None,
         )
 
 
-def _stops(criteria: list[StoppingCriteria], text: Int[Tensor, "1 T"]) -> bool:
-    answers = (criterion(text, None) for criterion in criteria)  # a tensor, or as transformers allows a bool
+def _stops(criteria: list[StoppingCriteria], text: Int[Tensor, "1 T"], scores: tuple[Tensor, ...] | None) -> bool:
+    answers = [criterion(text, scores) for criterion in criteria]  # a tensor, or as transformers allows a bool
     return any(bool(torch.as_tensor(answer).all()) for answer in answers)

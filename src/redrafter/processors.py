@@ -6,7 +6,7 @@ Promises transformers' protocol: token ids [R, T] and scores [R, V] in, scores o
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, TopPLogitsWarper
 
@@ -29,15 +29,18 @@ class OccurrencePenalty(LogitsProcessor):  # type: ignore[misc]
 
 
 class Nucleus(TopPLogitsWarper):  # type: ignore[misc]
-    """Top-p as transformers has it (arXiv 1904.09751, section 3.1), without sorting the vocabulary on a CPU.
+    """Top-p that keeps exactly the tokens that transformers keeps, without sorting the vocabulary on a CPU.
 
-    The nucleus is looked for among the largest scores, then among more of them for those rows alone whose mass is not
-    reached, so that no row's result depends on another's; rows flatter than that are sorted.  Looking asks the device,
-    which a GPU would be stopped by; there a sort is cheap.
+    transformers sorts the scores of a row from the lowest to the highest, adds up their probabilities in float32 and
+    drops tokens while the sum is at most `1 - top_p`.  Here the last token to keep is looked for among the `size`
+    largest scores.  A row is left to transformers where the last token to keep is not among those, where its score
+    equals that of the next one (torch's sort is not stable, so only the sort itself tells which is kept), where the sum
+    comes so close to `1 - top_p` that rounding decides, and where the scores hold NaN.  No row's result depends on
+    another row.  The look-up reads the device, so on a GPU, where sorting is cheap, transformers does every row.
     """
 
     looks = (128, 2048)
-    """How many scores are looked at, one after the other."""
+    """The sizes, tried one after the other."""
 
     @classmethod
     def like(cls, other: TopPLogitsWarper) -> Nucleus:
@@ -45,23 +48,36 @@ class Nucleus(TopPLogitsWarper):  # type: ignore[misc]
         return cls(other.top_p, other.filter_value, other.min_tokens_to_keep)
 
     def __call__(self, input_ids: Int[Tensor, "R T"] | None, scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
-        """Scores with the tail of each row filled in."""
-        if scores.device.type != "cpu":
+        """The scores with `filter_value` in place of those that are dropped."""
+        if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
             return super().__call__(input_ids, scores)  # type: ignore[no-any-return]
-        total = scores.logsumexp(dim=-1, keepdim=True)
-        out = torch.full_like(scores, self.filter_value)
-        rows = torch.arange(len(scores))  # those whose nucleus is not found yet
+        out = torch.empty_like(scores)
+        rows = torch.arange(len(scores))  # those that are still to do
         for size in self.looks:
-            if not len(rows) or size >= scores.shape[-1]:
+            if not len(rows) or not self.min_tokens_to_keep < size < scores.shape[-1]:
                 break
-            top = scores[rows].topk(size, dim=-1)
-            chances = (top.values - total[rows]).exp()
-            inside = chances.cumsum(dim=-1) - chances < self.top_p  # the mass before a token falls short of top_p
-            inside[:, : self.min_tokens_to_keep] = True
-            found = ~inside[:, -1]
-            kept = top.values.masked_fill(~inside, self.filter_value)
-            out[rows[found]] = out[rows[found]].scatter(1, top.indices[found], kept[found])
+            found, kept = self._kept(scores[rows], size)
+            out[rows[found]] = scores[rows[found]].masked_fill(~kept, self.filter_value)
             rows = rows[~found]
         if len(rows):
             out[rows] = super().__call__(input_ids, scores[rows])
         return out
+
+    def _kept(self, scores: Float[Tensor, "R V"], size: int) -> tuple[Bool[Tensor, " R"], Bool[Tensor, "found V"]]:
+        """Which rows are decided by their `size` largest scores, and the tokens that those rows keep."""
+        limit, vocabulary = 1 - self.top_p, scores.shape[-1]
+        total = scores.logsumexp(dim=-1, keepdim=True).double()
+        top = scores.topk(size, dim=-1).values
+        chances = (top.double() - total).exp()
+        mass = 1 - (chances.cumsum(dim=-1) - chances)  # of a token and all below it
+        # Bounds of the rounding, in units of float32: of the sum that transformers' softmax divides by, whose tail
+        # holds `limit`; and of `total`.
+        rounding = 2**-24 * (limit * (limit * vocabulary / 4 + 4 * size) + total.abs() + 256)
+        inside = mass > limit
+        inside[:, : self.min_tokens_to_keep] = True
+        close = ((mass - limit).abs() <= rounding)[:, self.min_tokens_to_keep :].any(dim=-1)
+        count = inside.sum(dim=-1, keepdim=True).clamp(max=size - 1)
+        last = top.gather(1, count - 1)
+        tied = (last == top.gather(1, count))[:, 0]
+        found = total[:, 0].isfinite() & ~inside[:, -1] & ~close & ~tied
+        return found, scores[found] >= last[found]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from redrafter.config import DecodingShape, counted
 from redrafter.errors import RedrafterError

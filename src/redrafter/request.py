@@ -9,9 +9,12 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
+from pathlib import Path
 from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -25,9 +28,10 @@ from redrafter.errors import RedrafterError
 from redrafter.noise import row_seeds
 from redrafter.processors import Nucleus, OccurrencePenalty
 from redrafter.proposers import Method, Proposer
+from redrafter.proposers.loading import named
 from redrafter.sampling import Sampler
-from redrafter.settings import check_numbers, resolve
-from redrafter.target import Target
+from redrafter.settings import check_numbers, plain, resolve
+from redrafter.target import Target, unwrapped
 
 NEW_TOKENS = 256
 """Tokens that a row may write where nobody says how many."""
@@ -58,6 +62,9 @@ class Request:
     criteria: list[StoppingCriteria]
     tokenizer: PreTrainedTokenizerBase | None
     pad: int
+    """What fills rows that are shorter than others."""
+    padding: int | None
+    """The token that may be padding in `input_ids`, which an end token is not."""
     output_scores: bool
     output_logits: bool
     fast: bool
@@ -83,7 +90,7 @@ class Request:
 
 def request(
     model: nn.Module,
-    drafter: Method | None,
+    drafter: Method | str | Path | None,
     input_ids: Tensor | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
     *,
@@ -108,15 +115,20 @@ def request(
 
     Raises RedrafterError.
     """
+    if isinstance(drafter, str | Path):
+        drafter = named(drafter, unwrapped(model))
     if drafter is not None and not isinstance(drafter, Method):
         raise RedrafterError(
-            f"{type(drafter).__name__} is no method of drafting: load_method of redrafter.proposers.loading loads a "
-            "folder, and TwoModel drafts by a model."
+            f"{type(drafter).__name__} is no method of drafting: pass a loaded drafter, its folder or hub id, or "
+            "prompt-lookup; TwoModel drafts by a model."
         )
+    batch_size, beam_width, beam_length, node_budget, seed, presence_penalty, frequency_penalty = map(
+        plain, (batch_size, beam_width, beam_length, node_budget, seed, presence_penalty, frequency_penalty)
+    )
     target = Target(model, () if drafter is None else drafter.layers)
     config = resolve(target.model, generation_config, settings)
     if eos_token_id is not None:
-        config.eos_token_id = eos_token_id
+        config.eos_token_id = plain(eos_token_id)
     ends = ends_of(config)
     _refuse_unknown_tokens(config, target.vocab_size)
     shape = {"beam_width": beam_width, "beam_length": beam_length, "node_budget": node_budget}
@@ -124,19 +136,21 @@ def request(
     check_numbers({"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty})
     if batch_size is not None and batch_size < 1:
         raise RedrafterError(f"batch_size must be at least 1, not {batch_size}.")
-    prompts = _prompts(target, input_ids, attention_mask)
+    prompts = _prompts(target, config, input_ids, attention_mask)
     prompts = [prompt for prompt in prompts for _ in range(config.num_return_sequences or 1)]
     batch = min(batch_size or len(prompts), len(prompts))
     proposer = None
     if drafter is not None:
         proposer = drafter.proposer(target, *drafter.drafting(batch, beam_width, beam_length, node_budget))
     if seed is not None and not config.do_sample:
-        raise RedrafterError("seed means nothing in greedy decoding: ask for do_sample, or leave it out.")
+        raise RedrafterError("seed means nothing in greedy decoding: set do_sample, or leave it out.")
     seeds = row_seeds(seed, len(prompts)) if config.do_sample else [0] * len(prompts)
     rows = [
         Row(number, prompt, one, _budget(config, number, prompt))
         for number, (prompt, one) in enumerate(zip(prompts, seeds, strict=True))
     ]
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):
+        raise RedrafterError(f"tokenizer must be a tokenizer of transformers, not {tokenizer!r}.")
     extra = _called("logits_processor", logits_processor)
     penalties = (presence_penalty or 0.0, frequency_penalty or 0.0)
     sampler = _sampler(target, config, rows, extra, prefix_allowed_tokens_fn, penalties)
@@ -152,7 +166,8 @@ def request(
         batch=batch,
         criteria=_criteria(config, tokenizer, _called("stopping_criteria", stopping_criteria)),
         tokenizer=tokenizer,
-        pad=config.pad_token_id or 0,
+        pad=padding_of(config),
+        padding=None if config.pad_token_id in ends else config.pad_token_id,
         output_scores=bool(config.output_scores),
         output_logits=bool(config.output_logits),
         fast=fast,
@@ -161,10 +176,13 @@ def request(
 
 
 def _prompts(
-    target: Target, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None
+    target: Target,
+    config: GenerationConfig,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    attention_mask: Tensor | None,
 ) -> list[list[int]]:
     """Prompts as lists of ids, padding removed."""
-    prompts = _unpadded(input_ids, attention_mask)
+    prompts = _unpadded(config, _tensor(input_ids), _tensor(attention_mask))
     if not prompts:
         raise RedrafterError("There is no prompt.")
     for row, prompt in enumerate(prompts):
@@ -179,7 +197,17 @@ def _prompts(
     return prompts
 
 
-def _unpadded(input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None) -> list[list[int]]:
+def _tensor(value: Any) -> Any:
+    """A NumPy array as a tensor."""
+    try:
+        return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+    except TypeError:  # an array of objects, whose rows are looked at one by one
+        return list(value)
+
+
+def _unpadded(
+    config: GenerationConfig, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None
+) -> list[list[int]]:
     if not isinstance(input_ids, Tensor):
         if attention_mask is not None:
             raise RedrafterError("An attention mask goes with a tensor of input ids, not with a list of rows.")
@@ -188,8 +216,9 @@ def _unpadded(input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tenso
         raise RedrafterError(f"input_ids must have two dimensions, rows and tokens, not {input_ids.ndim}.")
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise RedrafterError(f"input_ids must be whole numbers, not {str(input_ids.dtype).removeprefix('torch.')}.")
+    inferred = attention_mask is None
     if attention_mask is None:
-        return input_ids.tolist()  # type: ignore[no-any-return]
+        attention_mask = _inferred_mask(config, input_ids)
     if not isinstance(attention_mask, Tensor):
         raise RedrafterError(f"The attention mask must be a tensor, not {type(attention_mask).__name__}.")
     if attention_mask.shape != input_ids.shape:
@@ -199,9 +228,38 @@ def _unpadded(input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tenso
         )
     kept = attention_mask.bool()
     framed = torch.nn.functional.pad(kept.int(), (1, 1))
-    if bool((framed.diff(dim=1).abs().sum(dim=1) > 2).any()):
+    if bool((framed.diff(dim=1).abs().sum(dim=1) > 2).any()) or (inferred and not bool(kept.any(dim=1).all())):
+        if inferred:
+            raise RedrafterError(
+                f"A row of input_ids holds the padding token {config.pad_token_id} between others, or nothing else: "
+                "pass attention_mask, which says what is padding."
+            )
         raise RedrafterError("The attention mask has holes: pad each row at one or both ends only.")
     return [row[mask].tolist() for row, mask in zip(input_ids, kept, strict=True)]
+
+
+def _inferred_mask(config: GenerationConfig, input_ids: Int[Tensor, "B P"]) -> Int[Tensor, "B P"]:
+    """As transformers infers it: padding tokens are left out, unless the padding token ends texts too.
+
+    Rows of one token have no padding.
+    """
+    if config.pad_token_id is None or int(config.pad_token_id) in ends_of(config) or input_ids.shape[1] == 1:
+        return torch.ones_like(input_ids)
+    return (input_ids.long() != int(config.pad_token_id)).long()
+
+
+def check_rows(request: Request, input_ids: Any) -> None:
+    """Raises RedrafterError for rows in a list that look padded, as a list comes without an attention mask."""
+    rows, pad = [row.prompt for row in request.rows], request.padding
+    if isinstance(input_ids, Tensor | np.ndarray) or pad is None or len({len(row) for row in rows}) != 1:
+        return
+    for end in (0, -1):
+        padded = [row[end] == pad for row in rows]
+        if any(padded) and not all(padded):
+            raise RedrafterError(
+                f"Row {padded.index(True)} of input_ids looks padded with token {pad}, and a list has no attention "
+                "mask: give the rows without padding, or tensors of input_ids and attention_mask."
+            )
 
 
 def _rows(input_ids: Any) -> list[Any]:
@@ -240,6 +298,15 @@ def ends_of(config: GenerationConfig) -> frozenset[int]:
         return frozenset(map(index, told if several else [told]))
     except TypeError:
         raise RedrafterError(f"eos_token_id must be the id of a token, or several, not {told!r}.") from None
+
+
+def padding_of(config: GenerationConfig) -> int:
+    """The token that fills rows which have ended: as in transformers an end token where there is no padding token."""
+    if config.pad_token_id is not None:
+        return int(config.pad_token_id)
+    ends = plain(config.eos_token_id)
+    first = ends[0] if isinstance(ends, Sequence) and ends else ends
+    return 0 if first is None or isinstance(first, Sequence) else int(first)
 
 
 def _refuse_unknown_tokens(config: GenerationConfig, vocabulary: int) -> None:
@@ -319,11 +386,14 @@ def _criteria(
     criteria: list[StoppingCriteria] = []
     if config.max_time is not None:
         criteria.append(MaxTimeCriteria(max_time=config.max_time))
-    if config.stop_strings is not None:
+    if config.stop_strings is not None and config.stop_strings not in ([], ()):
         strings = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings
         if not isinstance(strings, Collection) or not all(isinstance(one, str) and one for one in strings):
             raise RedrafterError("Every one of the stop_strings must be a string that is not empty.")
         if tokenizer is None:
-            raise RedrafterError("stop_strings need the tokenizer: pass tokenizer=.")
-        criteria.append(StopStringCriteria(tokenizer, list(strings)))
+            raise RedrafterError("stop_strings need the tokenizer: pass tokenizer=, or stop_strings=() for none.")
+        try:
+            criteria.append(StopStringCriteria(tokenizer, list(strings)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RedrafterError(f"transformers refuses stop_strings: {str(error).strip().rstrip('.')}.") from error
     return [*criteria, *extra]

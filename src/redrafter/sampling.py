@@ -56,7 +56,7 @@ class Draw:
 
     def warp(self, logits: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K"]:
         """Logits over any vocabulary after temperature and truncation, in float32 at least."""
-        scores = _precise(logits).flatten(0, -2)
+        scores = precise(logits).flatten(0, -2)
         for warper in self.warpers:
             scores = warper(None, scores)
         return scores.view(logits.shape)
@@ -153,7 +153,7 @@ class Sampler:
     def _everywhere(self, draw: Draw, tree: DraftTree, logits: Float[Tensor, "B N V"], place: Place) -> Choice:
         scores = logits
         for processor in self.processors[0]:
-            scores = _precise(scores)
+            scores = precise(scores)
             if type(processor) is hf.RepetitionPenaltyLogitsProcessor:
                 scores = penalised(scores, written(tree, place, scores.shape[-1]), processor.penalty)
             else:
@@ -161,13 +161,13 @@ class Sampler:
         drawn = scores
         if draw.noise is not None:
             rows = torch.arange(len(scores), device=scores.device)[:, None]
-            drawn = _precise(scores) + draw.noise[rows, tree.depth]
+            drawn = precise(scores) + draw.noise[rows, tree.depth]
         best, tokens = drawn.max(dim=-1)
         return Choice(tokens, best.isfinite().long(), scores)
 
     def _along_paths(self, draw: Draw, tree: DraftTree, logits: Float[Tensor, "B N V"], place: Place) -> Choice:
         """Asks the device at every node: processors are called with the true text [1, T], once for each position."""
-        scores = _precise(logits).clone()
+        scores = precise(logits).clone()
         alive = place.alive.tolist()
         tokens = torch.where(place.alive[:, None] == 1, -1, 0).expand(tree.tokens.shape).clone()
         sound = torch.ones_like(tokens)
@@ -210,5 +210,6 @@ def penalised(scores: Float[Tensor, "B N V"], seen: Bool[Tensor, "B N V"], penal
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def _precise(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def precise(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """In float32 at least, as transformers has scores."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
-from transformers import GenerationConfig, PreTrainedModel
+import numpy as np
+from torch import Tensor
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    WatermarkingConfig,
+)
 
 from redrafter.errors import RedrafterError
 
@@ -50,7 +58,7 @@ FIELDS: dict[str, Field] = {
     "min_length": _honoured("prompt and new tokens; `min_new_tokens` goes first"),
     "min_new_tokens": _honoured(),
     "max_time": _honoured("looked at after every token; from the call on, waiting included"),
-    "stop_strings": _honoured("needs `tokenizer`; a row ends with the token that completes one"),
+    "stop_strings": _honoured("needs `tokenizer`; a row ends with the token that completes one; `()` for none"),
     "eos_token_id": _honoured("one or several; `()` for none"),
     "pad_token_id": _honoured("fills the rows of `sequences`"),
     "do_sample": _honoured(),
@@ -128,8 +136,31 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 """Fields that mean nothing in greedy decoding."""
 
 
+ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1, "output_scores": False, "output_logits": False}
+"""What a caller sets that writes one text for each prompt, whatever the model's own config says."""
+
 COUNTS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "num_return_sequences")
 """Fields that hold whole numbers."""
+
+_CONFIGS: dict[str, Any] = {"watermarking_config": WatermarkingConfig, "compile_config": CompileConfig}
+"""Fields that hold an object, which may also be given as a dictionary of its arguments."""
+
+
+def plain(value: Any) -> Any:
+    """NumPy's and torch's numbers and arrays, also inside lists and dictionaries, as Python's; all else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, dict):
+        return {plain(key): plain(one) for key, one in value.items()}
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+
+
+def with_stop_strings(
+    model: PreTrainedModel, settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """`settings`, with the tokenizer added where there are stop strings, the model's own included."""
+    own = getattr(getattr(model, "generation_config", None), "stop_strings", None)
+    return {**settings, "tokenizer": tokenizer} if settings.get("stop_strings", own) else dict(settings)
 
 
 def check_numbers(values: Mapping[str, Any], *, whole: bool = False) -> None:
@@ -144,10 +175,10 @@ def resolve(model: PreTrainedModel, config: GenerationConfig | None, told: dict[
 
     Raises RedrafterError for what is not supported, impossible, unknown, or would go unheeded.
     """
-    told = {name: value for name, value in told.items() if value is not None}
+    told = {name: plain(value) for name, value in told.items() if value is not None}
     for name in told:
         if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, n=1)
+            near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)
             advice = f"; did you mean {near[0]}?" if near else "."
             raise RedrafterError(f"{name} is no setting of generation{advice}")
     if config is not None and not isinstance(config, GenerationConfig):
@@ -165,6 +196,8 @@ def resolve(model: PreTrainedModel, config: GenerationConfig | None, told: dict[
             for other in lengths:
                 if other != name and other not in told:
                     setattr(resolved, other, None)
+    for name, value in _said(resolved).items():
+        setattr(resolved, name, _built(name, plain(value)))
     check_numbers({name: getattr(resolved, name) for name in COUNTS}, whole=True)
     check_numbers({name: getattr(resolved, name, None) for name in (*SAMPLING, "max_time")})
     _refuse(resolved, told)
@@ -178,6 +211,20 @@ def resolve(model: PreTrainedModel, config: GenerationConfig | None, told: dict[
     except (ValueError, TypeError, AttributeError) as error:
         raise RedrafterError(f"transformers refuses a setting: {str(error).strip().rstrip('.')}.") from error
     return resolved
+
+
+def _built(name: str, value: Any) -> Any:
+    """A field's value; where it is to hold an object and is a dictionary, the object made of that.
+
+    Raises RedrafterError where it cannot be made.
+    """
+    if name not in _CONFIGS or not isinstance(value, dict):
+        return value
+    try:
+        return _CONFIGS[name](**value)
+    except (TypeError, ValueError) as error:
+        kind = _CONFIGS[name].__name__
+        raise RedrafterError(f"{name} must hold the arguments of a {kind}, not {value!r} ({error}).") from error
 
 
 def _said(config: GenerationConfig) -> dict[str, Any]:
@@ -194,9 +241,11 @@ def _refuse(config: GenerationConfig, told: dict[str, Any]) -> None:
         neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0, "eta_cutoff": 0}
         for name in SAMPLING:
             if name in told and told[name] != neutral.get(name):
-                raise RedrafterError(f"{name} means nothing in greedy decoding: ask for do_sample, or leave it out.")
+                raise RedrafterError(f"{name} means nothing in greedy decoding: set do_sample, or leave it out.")
         if (config.num_return_sequences or 1) > 1:
-            raise RedrafterError("num_return_sequences means nothing in greedy decoding: all would be the same.")
+            raise RedrafterError(
+                "num_return_sequences means nothing in greedy decoding, where all would be the same: set do_sample."
+            )
         return
     if config.temperature is not None and not config.temperature > 0:
         raise RedrafterError(f"The temperature must be positive to sample, not {config.temperature:g}.")
@@ -241,15 +290,19 @@ _INTRODUCTION = """\
 Written from the table in `src/redrafter/settings.py`; do not edit. A test holds it against the installed transformers.
 
 `generate` and `stream` take every field of a `GenerationConfig` by name, or as `generation_config=`. What is not set is
-taken from the model's own `generation_config`, as in `model.generate`; what is set nowhere is off. Beside them:
+taken from the model's own `generation_config`, as in `model.generate`; what is set nowhere is off. Numbers and arrays
+may be NumPy's or torch's, and `watermarking_config` and `compile_config` dictionaries of their arguments. A name that
+is neither a field nor listed here is refused, among them the other arguments of `model.generate` (`assistant_model`,
+`inputs_embeds`, `position_ids`, `past_key_values`, `negative_prompt_ids`, `synced_gpus`, ...). Beside the fields:
 
 | argument | |
 |---|---|
 | `logits_processor` | a list of any `LogitsProcessor`; called for a row at a time, [1, T], with the row's true text |
-| `stopping_criteria` | a list of any `StoppingCriteria`; called for a row at a time after each of its tokens |
+| `stopping_criteria` | a list of any `StoppingCriteria`; called for a row after each token, with scores as asked |
 | `prefix_allowed_tokens_fn` | as in `model.generate`; called with the number of the row and its text |
 | `presence_penalty`, `frequency_penalty` | OpenAI's, of the tokens written |
 | `tokenizer` | for `stop_strings`, and for text in the events |
+| `streamer` | for `generate`: one of transformers'; its `end()` is called after an error too |
 | `seed` | one for each row, or one from which row 0, 1, … get their own |
 | `batch_size` | rows decoded together at most; where one ends, the next one enters its slot |
 | `beam_width`, `beam_length` | the shape of a draft; `beam_length=0` decodes without drafting |
@@ -260,4 +313,24 @@ taken from the model's own `generation_config`, as in `model.generate`; what is 
 Sampling and the repetition penalty run over all nodes of a draft at once. Any other processor makes the walk lazy: it
 is called node by node along the path that is taken, once for each position, with the text that stands there. So
 processors that keep a state of their own work as long as they are not shared by rows.
+
+## Padding
+
+A tensor or NumPy array of prompts may be padded at both ends of its rows. Without `attention_mask` the padding is found
+as in `model.generate`: every `pad_token_id`, unless that is an end token too; a row that holds it between other tokens,
+or nothing else, is refused. A list of rows holds no padding; one that looks padded is refused.
+
+## Behind `model.generate`
+
+`custom_generate=redrafter.custom_generate` and `custom_generate=FOLDER` take the same arguments, `tokenizer` for stop
+strings and `streamer` included. What `model.generate` itself takes and decoding cannot heed is refused by name:
+`assistant_model`, `synced_gpus`, `negative_prompt_ids`, a `past_key_values` of the caller's, `inputs_embeds`, unusual
+`position_ids`, PEFT's `adapter_names`. `cache_implementation="paged"` makes transformers pass over any callable.
+After a row has ended its places hold padding; transformers writes on there where a model has no end token.
+
+## On the command line
+
+`--set NAME=VALUE` takes every field below that has no option of its own, the value as JSON. A command writes one text
+for each prompt, whatever `num_return_sequences` the model's own config names. Stop strings of that config end texts;
+`--set stop_strings=[]` turns them off.
 """

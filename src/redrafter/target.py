@@ -57,12 +57,12 @@ class Target:
     """A causal language model and what decoding needs to know of it."""
 
     def __init__(self, model: nn.Module, layers: Sequence[int] = ()):
-        """Takes a `PreTrainedModel`, or a `PeftModel` around one.
+        """Takes a `PreTrainedModel`, or a wrapper of PEFT or `torch.compile` around one.
 
         `layers`: numbers, from 1, of those whose outputs are given beside what the output head reads.  Raises
         RedrafterError where the model cannot verify trees or lacks such a layer.
         """
-        self.model = _unwrapped(model)
+        self.model = unwrapped(model)
         """The caller's, which is never run here."""
         _refuse_by_structure(self.model, self.model.config.get_text_config())
         self.module: PreTrainedModel = isolated(self.model)
@@ -369,12 +369,16 @@ class Target:
         return RedrafterError(f"{type(self.model).__name__} cannot verify draft trees: {reason}.")
 
 
-def _unwrapped(model: Any) -> PreTrainedModel:
-    """The model of transformers inside PEFT's wrapper; adapters live in its layers and stay in effect."""
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The model of transformers inside the wrappers of PEFT, whose adapters stay in effect, and of `torch.compile`.
+
+    What `torch.compile` compiled is not used: decoding runs the model itself.  Raises RedrafterError for other models.
+    """
+    model = getattr(model, "_orig_mod", model)
     if hasattr(model, "get_base_model"):
         if any(config.is_prompt_learning for config in model.peft_config.values()):
             raise RedrafterError("Adapters that put virtual tokens before the prompt are not supported; LoRA is.")
-        model = model.get_base_model()
+        model = getattr(model.get_base_model(), "_orig_mod", model.get_base_model())
     if not isinstance(model, PreTrainedModel):
         raise RedrafterError(f"{type(model).__name__} is not a model of transformers.")
     return model

@@ -30,6 +30,7 @@ from redrafter.proposers import Method
 from redrafter.proposers.beams import weighed
 from redrafter.proposers.loading import KINDS
 from redrafter.request import Request, request
+from redrafter.settings import ONE_TEXT
 from redrafter.training.data import Row
 from redrafter.training.evaluation import Acceptance, answered, drafted_everywhere, walked
 
@@ -137,6 +138,7 @@ class Texts:
     @classmethod
     def written(cls, model: nn.Module, drafter: Method, prompts: list[list[int]], **settings: Any) -> Texts:
         """Lets the model write from the prompts, without the drafter.  Raises RedrafterError for bad prompts."""
+        settings |= ONE_TEXT
         if settings.get("do_sample"):
             settings.setdefault("seed", 0)  # every shape drafts for the same draws
         asked = request(model, drafter, prompts, **settings)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -113,7 +114,9 @@ def test_a_node_budget_drafts_no_more_than_it_says(say, model_folder, drafter_fo
         assert row["drafted"] <= (row["steps"] - 1) * (budget - 1)
         texts.append(row["text"])
     assert texts[0] == texts[1] == json.loads(say(*command)[1])["text"]
-    assert "node_budget must hold the root and 3 drafted tokens, not be 3" in refusal(say(*command, "--node-budget", 3))
+    assert "--node-budget must hold the root and 3 drafted tokens, not be 3" in refusal(
+        say(*command, "--node-budget", 3)
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
@@ -498,3 +501,92 @@ def test_of_processes_started_together_each_takes_a_gpu_of_its_own(monkeypatch):
     assert [chosen_device(told) for told in ("auto", "cuda", "cuda:2", "cpu")] == ["cuda:3", "cuda:3", "cuda:2", "cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [chosen_device(told) for told in ("auto", "mps")] == ["cpu", "mps"]
+
+
+@pytest.fixture
+def stopping(model_folder, tmp_path) -> Path:
+    """A model whose own generation config names a stop string, scores, several texts and a length."""
+    folder = shutil.copytree(model_folder, tmp_path / "stopping" / "tiny")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("Once", return_tensors="pt").input_ids
+    text = tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=0)[0, ids.shape[1] :])
+    config = json.loads((folder / "generation_config.json").read_text())
+    config |= {"stop_strings": [text[5:6]], "num_return_sequences": 2, "output_scores": True, "max_length": 9}
+    (folder / "generation_config.json").write_text(
+        json.dumps(config | {"return_dict_in_generate": True, "do_sample": True})
+    )
+    return folder
+
+
+def test_a_models_own_stop_strings_end_texts_in_every_command(say, stopping, drafter_folder, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Once"}\n{"prompt": "a"}\n')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(stopping)
+    model = transformers.AutoModelForCausalLM.from_pretrained(stopping)
+    ids = tokenizer("Once", return_tensors="pt")
+    told = {"do_sample": False, "max_new_tokens": 12, "num_return_sequences": 1, "tokenizer": tokenizer}
+    expected = model.generate(**ids, **told).sequences[0, ids.input_ids.shape[1] :]
+    assert len(expected) < 12, "what would not show cannot fail"
+    own = ["--model", stopping, "--drafter", drafter_folder, "--max-new-tokens", 12]
+    status, out, _ = say("generate", *own, "--prompt", "Once")
+    assert (status, out) == (0, tokenizer.decode(expected, skip_special_tokens=True) + "\n")
+    status, out, _ = say("generate", *own, "--prompt", "Once", "--set", "stop_strings=[]", "--json")
+    assert json.loads(out)["tokens"] == 12
+    status, out, _ = say("check", *own, "--prompts", tmp_path / "p.jsonl")
+    assert (status, "2 of 2 texts equal" in out) == (0, True)
+    status, out, _ = say("eval", *own, "--data", tmp_path / "p.jsonl", "--json")
+    assert (status, json.loads(out)["greedy"]["tokens"] < 24) == (0, True)
+    answers = tmp_path / "o.jsonl"
+    status, *_ = say("distill", *own, "--prompts", tmp_path / "p.jsonl", "--output", answers, "--device", "cpu")
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert (status, len(rows)) == (0, 2)
+    assert rows[0]["finish_reasons"] == ["stop"]
+    assert say("info", "--model", stopping)[0] == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "check"])
+@pytest.mark.parametrize(
+    ("pair", "sentence"),
+    [
+        ("batch_size=2", "--set batch_size: use --batch-size"),
+        ("beam_length=2", "--set beam_length: use --beam-length"),
+        ("num_return_sequences=2", "--set num_return_sequences: a command writes one text for each prompt"),
+        ("output_scores=true", "--set output_scores: a command writes text alone"),
+        ("max_length=20", "--set max_length: use --max-new-tokens"),
+        ("tokenizer=x", "tokenizer is no setting of generation"),
+        ("generation_config={}", "generation_config is no setting of generation"),
+        ("drafter=x", "drafter is no setting of generation"),
+        ("top_h=null", "--set top_h: null sets nothing"),
+        ('watermarking_config={"hue": 3}', "watermarking_config must hold the arguments of a WatermarkingConfig"),
+        ('sequence_bias={"5": -1.0}', "transformers refuses a setting"),
+    ],
+)
+def test_what_cannot_be_set_is_refused_by_name(say, model_folder, drafter_folder, prompts, command, pair, sentence):
+    words = [command, "--model", model_folder, "--drafter", drafter_folder, "--prompts", prompts, "--set", pair]
+    assert sentence in refusal(say(*words))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("watermarking_config", {"greenlist_ratio": 0.25, "bias": 9.0}),
+        ("sequence_bias", [[[35], -9.0], [[36, 37], -9.0]]),
+        ("compile_config", {"dynamic": True}),
+    ],
+)
+def test_settings_that_are_dictionaries_can_be_set(say, model_folder, drafter_folder, name, value):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    ids = tokenizer("Once", return_tensors="pt")
+    told = {} if name == "compile_config" else {name: value}
+    expected = model.generate(**ids, do_sample=False, max_new_tokens=9, **told)[0, ids.input_ids.shape[1] :]
+    words = ["generate", "--model", model_folder, "--drafter", drafter_folder, "--max-new-tokens", 9]
+    status, out, _ = say(*words, "--prompt", "Once", "--set", f"{name}={json.dumps(value)}")
+    assert (status, out) == (0, tokenizer.decode(expected, skip_special_tokens=True) + "\n")
+
+
+def test_a_message_names_the_flag(say, model_folder, drafter_folder):
+    words = ["generate", "--model", model_folder, "--drafter", drafter_folder, "--prompt", "Once"]
+    err = refusal(say(*words, "--seed", 3))
+    assert "set --do-sample" in err
+    assert "do_sample" not in err

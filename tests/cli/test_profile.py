@@ -70,7 +70,7 @@ def test_a_fresh_drafter_may_be_of_another_form(say, timed):
     _, record = profile(say, "--shape", "tiny", "--exit-dim", 48, "--draft-vocab", 12, "--beam-width", 3)
     assert record["shape"] == {"beam_width": 3, "beam_length": 4, "node_budget": None}
     assert record["context"] == 256  # what fits
-    assert "beam_width must lie between 1 and the drafter's 12 tokens" in refusal(
+    assert "--beam-width must lie between 1 and the drafter's 12 tokens" in refusal(
         say("profile", "--shape", "tiny", "--draft-vocab", 12, "--beam-width", 13, *QUICK)
     )
 

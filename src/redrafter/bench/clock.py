@@ -147,6 +147,7 @@ def by_transformers(
     each call that do not count.  Raises RedrafterError where transformers cannot.
     """
     run = Run(stats=Stats())
+    settings["stop_strings"] = settings.get("stop_strings") or None  # how transformers is told of none
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # a longer one later is compiled anew
     if together:
         settings |= {"min_new_tokens": settings["max_new_tokens"]}

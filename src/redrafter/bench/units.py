@@ -26,6 +26,7 @@ from redrafter.decoding import stream
 from redrafter.errors import RedrafterError
 from redrafter.profiling import Bench
 from redrafter.request import request
+from redrafter.settings import ONE_TEXT
 from redrafter.training.journal import Journal
 
 Kind = Literal["calls", "decode", "together", "parts", "texts"]
@@ -172,7 +173,7 @@ class Runner:
         and on CUDA one of full length, for which code is compiled.
         """
         prompts = requests(self.tasks, unit.new_tokens, self.model)[: self.asked.requests]
-        law, one = self.asked.law(unit.temperature), self.contenders[unit.method]
+        law, one = self._law(unit.temperature), self.contenders[unit.method]
 
         def called(prompt: list[int], new_tokens: int) -> Call:
             if one.label == THEIRS:
@@ -216,6 +217,10 @@ class Runner:
             self._run(unit, prompts, 1)
             self._warm.add(warm)
 
+    def _law(self, temperature: float) -> dict[str, Any]:
+        """The same, and off what the model's own config may say of stop strings and of several texts."""
+        return self.asked.law(temperature) | {"stop_strings": ()} | ONE_TEXT
+
     def _groups(self, rows: int) -> list[list[int]]:
         """Prompts of whole groups of so many rows."""
         groups = max(1, min(GROUPS, len(self.tasks.mixed) // rows))
@@ -225,7 +230,7 @@ class Runner:
         return self.tasks.mixed if category == ALL else self.tasks.prompts[category]
 
     def _run(self, unit: Unit, prompts: list[list[int]], new_tokens: int) -> Run:
-        law, together = self.asked.law(unit.temperature), unit.kind == "together"
+        law, together = self._law(unit.temperature), unit.kind == "together"
         one = self.contenders[unit.method]
         if one.label == THEIRS:
             ends = request(self.model, None, prompts, **law).ends
@@ -240,7 +245,7 @@ class Runner:
     def _streamed(self, unit: Unit, prompts: list[list[int]], new_tokens: int, **more: Any) -> Run:
         one = self.contenders[unit.method]
         shape = one.shape(unit.batch)
-        settings = one.settings(unit.batch) | self.asked.law(unit.temperature) | more
+        settings = one.settings(unit.batch) | self._law(unit.temperature) | more
         events = stream(
             self.model,
             one.method,
@@ -265,14 +270,14 @@ class Runner:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run = self._run(unit, prompts, self.asked.max_new_tokens)
-        target = request(self.model, one.method, prompts[:1], **one.settings(unit.batch)).target
+        target = request(self.model, one.method, prompts[:1], **one.settings(unit.batch), **self._law(0.0)).target
         weights = sum(weight.nbytes for weight in self.model.parameters()) + one.bytes(target)
         return run, torch.cuda.max_memory_allocated(device) - before + weights
 
     def _parts(self, unit: Unit) -> Record:
         """Milliseconds of a step and of its parts, on rows as long as the texts are on average."""
         one, shape = self.contenders[unit.method], self.contenders[unit.method].shape(unit.batch)
-        law = self.asked.law(unit.temperature)
+        law = self._law(unit.temperature)
         written = [prompt + text for prompt, text in self._undrafted(unit)]
         if not written:
             raise RedrafterError("there are no texts to stand at.")
@@ -301,7 +306,7 @@ class Runner:
         plain, drafted = (self.texts.get((name, *place)) for name in (next(iter(self.contenders)), unit.method))
         if plain is None or drafted is None:
             raise RedrafterError("there are no texts to compare.")
-        settings = self.asked.law(unit.temperature) | {"max_new_tokens": self.asked.max_new_tokens}
+        settings = self._law(unit.temperature) | {"max_new_tokens": self.asked.max_new_tokens}
         prompts = self._prompts(unit.category)
         found = [
             parting(self.model, prompts, row, one, other, settings)

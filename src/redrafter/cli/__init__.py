@@ -8,6 +8,7 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -60,6 +61,19 @@ def _misspelt(error: Exception) -> str | None:
         return None
     command = error.ctx.command_path if error.ctx else "redrafter"
     return f"{error.format_message().rstrip('.')}; see {command} --help."
+
+
+def _in_flags(sentence: str, words: list[str]) -> str:
+    """The library's names of arguments, such as do_sample, as the flags of the running command, such as --do-sample.
+
+    Names that the user wrote stay as they are.
+    """
+    commands: dict[str, Any] = getattr(typer.main.get_command(app), "commands", {})
+    running = next((commands[word] for word in words if word in commands), None)
+    for option in running.params if running else ():
+        if "_" in option.name and option.opts[0].startswith("--") and not any(option.name in word for word in words):
+            sentence = re.sub(rf"(?<![\w/.-]){option.name}(?![\w=/]|\.\w)", option.opts[0], sentence)
+    return sentence
 
 
 def _end(status: int) -> NoReturn:
@@ -116,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
             _end(status or 0)
         sentence = "Interrupted."
     except RedrafterError as error:
-        sentence = str(error)
+        sentence = _in_flags(str(error), words)
         if debug:
             raise
     except OSError as error:

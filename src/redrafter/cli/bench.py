@@ -322,7 +322,7 @@ class Shared:
         check_model_path(path)
         for one in told:
             check_drafter_path(one.path)
-        check_bench_folder(self.output, inputs=[path, *(self.data or []), *(one.path for one in told)])
+        check_bench_folder(self.output, inputs=[path, *(self.prompts or []), *(one.path for one in told)])
         claim(context, self.output)
 
         from redrafter.bench.comparing import Setting

@@ -60,6 +60,7 @@ def check(
     from redrafter.checking import compare
     from redrafter.cli.loading import check_bits, load_method, load_model, read_settings, tokenized_prompts
     from redrafter.prompts import read_prompts
+    from redrafter.settings import with_stop_strings
 
     check_bits(draft_bits)
     settings = read_settings(
@@ -71,22 +72,15 @@ def check(
         min_p=min_p,
         seed=seed,
         max_new_tokens=max_new_tokens,
-    )
-    ids = tokenized_prompts(read_prompts(*prompts, limit=limit), model, template_kwargs)
-    target, tokenizer = load_model(model, dtype, device)
-    head = load_method(drafter, target, draft_bits, any_target=any_target)
-    if "stop_strings" in settings:
-        settings["tokenizer"] = tokenizer
-    report = compare(
-        target,
-        head,
-        ids,
         batch_size=batch_size,
         beam_width=beam_width,
         beam_length=beam_length,
         node_budget=node_budget,
-        **settings,
     )
+    ids = tokenized_prompts(read_prompts(*prompts, limit=limit), model, template_kwargs)
+    target, tokenizer = load_model(model, dtype, device)
+    head = load_method(drafter, target, draft_bits, any_target=any_target)
+    report = compare(target, head, ids, **with_stop_strings(target, settings, tokenizer))
     for parting in report.partings:
         verdict = "within rounding" if parting.explained else "NOT explained by rounding"
         typer.echo(

@@ -202,9 +202,8 @@ def _target(
     from redrafter.training.answers import by_target, check_prompt
     from redrafter.training.distillation import least
 
-    for name in ("do_sample", "num_return_sequences"):
-        if name in options:
-            raise RedrafterError(f"--set {name}: use --temperature, which may be repeated.")
+    if "do_sample" in options:
+        raise RedrafterError("--set do_sample: use --temperature, which may be repeated.")
     tokenizer = load_tokenizer(model, template, reading["template_kwargs"])
     free = ("batch_size", "beam_width", "beam_length", "node_budget")  # on which no text depends
     told = {"model": model, "dtype": dtype, "chat_template": tokenizer.chat_template, **_told(reading), **asdict(law)}

@@ -64,7 +64,7 @@ def evaluate(
     records = read_prompts(*prompts, *(more or []), limit=limit)
     groups = {} if by is None else _grouped(records, by)
     ids = tokenized_prompts(records, model, template_kwargs)
-    target, _ = load_model(model, dtype, device)
+    target, tokenizer = load_model(model, dtype, device)
     head = load_method(drafter, target, draft_bits, any_target=any_target)
     found = measure(
         target,
@@ -77,6 +77,7 @@ def evaluate(
         beam_width=beam_width,
         beam_length=beam_length,
         node_budget=node_budget,
+        tokenizer=tokenizer,
     )
     otherwise = {way: sum(one.walked != one.decoding for one in texts) for way, texts in found.items()}
     whole = {way: Measured.total(texts) for way, texts in found.items()}

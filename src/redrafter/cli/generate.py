@@ -93,6 +93,7 @@ def generate(
     from redrafter.prompts import asked, read_prompts
     from redrafter.results import finished
     from redrafter.rows import Text, metadata, parse_row
+    from redrafter.settings import ONE_TEXT, with_stop_strings
 
     check_bits(draft_bits, drafted=not no_drafter)
     if compile:
@@ -106,6 +107,12 @@ def generate(
         min_p=min_p,
         seed=seed,
         max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        beam_width=beam_width,
+        beam_length=beam_length,
+        node_budget=node_budget,
+        fast=fast,
+        compile=compile,
     )
     records = read_prompts(*prompts, limit=limit) if prompts else [("--prompt", {"prompt": prompt})]
     ids = tokenized_prompts(records, model, template_kwargs, chat=chat)
@@ -113,22 +120,10 @@ def generate(
     target, tokenizer = load_model(model, dtype, device)
     head = None if no_drafter or drafter is None else load_method(drafter, target, draft_bits, any_target=any_target)
 
-    if "stop_strings" in settings:
-        settings["tokenizer"] = tokenizer
+    settings = with_stop_strings(target, settings, tokenizer) | ONE_TEXT
     shape = (beam_width, beam_length, node_budget)
     positions = 0 if head is None else head.drafting(min(batch_size, len(ids)), *shape)[1]
-    events = stream(
-        target,
-        head,
-        ids,
-        batch_size=batch_size,
-        beam_width=beam_width,
-        beam_length=beam_length,
-        node_budget=node_budget,
-        fast=fast,
-        compile=compile,
-        **settings,
-    )
+    events = stream(target, head, ids, **settings)
 
     begin, total = time.perf_counter(), [0, 0]
     for one in _in_order(finished(events, rows=len(ids), positions=positions)):

@@ -98,6 +98,18 @@ BadRows = Annotated[str, typer.Option(help="stop at the first row that cannot be
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
 
 
+_ONE = "a command writes one text for each prompt; repeat the prompt, or for distill use --temperature several times"
+_TEXT_ALONE = "a command writes text alone; redrafter.generate in Python returns scores"
+_NOT_BY_SET = {
+    "num_return_sequences": _ONE,
+    "output_scores": _TEXT_ALONE,
+    "output_logits": _TEXT_ALONE,
+    "return_dict_in_generate": _TEXT_ALONE,
+    "max_length": "use --max-new-tokens",
+}
+"""Settings that a command cannot honour, with what to do."""
+
+
 class _Echo(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(self.format(record), err=True)
@@ -112,7 +124,12 @@ def show_log() -> None:
 
 
 def read_settings(more: list[str] | None, **told: Any) -> dict[str, Any]:
-    """What was told of the decoding, and NAME=VALUE pairs, which are JSON where they can be read so."""
+    """The values of a command's own options, and of `--set NAME=VALUE`, which is JSON where it can be read so.
+
+    Raises RedrafterError for a name that is no setting, or that has an option of its own.
+    """
+    from redrafter.settings import FIELDS
+
     settings = {name: value for name, value in told.items() if value is not None}
     for pair in more or []:
         name, equals, value = pair.partition("=")
@@ -120,10 +137,16 @@ def read_settings(more: list[str] | None, **told: Any) -> dict[str, Any]:
             raise RedrafterError(f"--set takes NAME=VALUE, not {pair}.")
         if name in told:
             raise RedrafterError(f"--set {name}: use --{name.replace('_', '-')}.")
+        if name in _NOT_BY_SET:
+            raise RedrafterError(f"--set {name}: {_NOT_BY_SET[name]}.")
+        if name not in (*FIELDS, "presence_penalty", "frequency_penalty"):
+            raise RedrafterError(f"--set: {name} is no setting of generation; docs/settings.md lists them.")
         try:
             settings[name] = json.loads(value)
         except json.JSONDecodeError:
             settings[name] = value
+        if settings[name] is None:
+            raise RedrafterError(f"--set {name}: null sets nothing; give the value that turns it off.")
     return settings
 
 

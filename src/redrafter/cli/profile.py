@@ -155,13 +155,14 @@ def _bench(
     from redrafter.profiling import Bench
     from redrafter.proposers.base import draftable, measured
     from redrafter.request import request
+    from redrafter.settings import ONE_TEXT
 
     check_context(context, model)
     config = model.config.get_text_config()
     length = context or min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
     shape = measured(drafter, batch, *told)
     texts = torch.randint(config.vocab_size, (batch, length)).tolist()
-    asked = request(model, drafter, texts, do_sample=do_sample, **shape)
+    asked = request(model, drafter, texts, do_sample=do_sample, stop_strings=(), **ONE_TEXT, **shape)
     width, depth, budget = drafter.drafting(batch, *shape.values())
     drafting = DecodingShape(beam_width=width, beam_length=depth, node_budget=budget)
     wider, _ = draftable(drafter, asked.target, [drafting.model_copy(update={"beam_width": one}) for one in widths])

@@ -89,12 +89,13 @@ def tune(
     if not dry_run and output is None and may_be_on_the_hub(drafter):
         raise RedrafterError(f"{drafter} is not a folder to write into: give an --output for the tuned drafter.")
     if output is not None:
-        check_drafter_folder(output, overwrite=False, inputs=[model, drafter, prompts])
+        check_drafter_folder(output, overwrite=False, inputs=[model, drafter, *prompts])
     from redrafter import hub, tuning
     from redrafter.profiling import Bench, device_name
     from redrafter.prompts import read_prompts
     from redrafter.proposers.base import draftable
     from redrafter.proposers.loading import kind_of
+    from redrafter.settings import with_stop_strings
     from redrafter.target import Target
 
     if not dry_run and kind_of(drafter) is None:
@@ -103,7 +104,7 @@ def tune(
         check_drafter_folder(output or Path(drafter), inputs=[model])
         claim(ctx, output or Path(drafter))
     ids = tokenized_prompts(read_prompts(*prompts, limit=limit), model, template_kwargs)
-    target, _ = load_model(model, dtype, device)
+    target, tokenizer = load_model(model, dtype, device)
     check_context(context, target)
     method = load_method(drafter, target, any_target=any_target)
     candidates, refused = draftable(method, Target(target, method.layers), tuning.shapes(beams, depths, sizes))
@@ -114,6 +115,7 @@ def tune(
     law = read_settings(
         None, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
+    law = with_stop_strings(target, law, tokenizer)
     _say_how_long(tuning.estimate(target, ids, batches, max_new_tokens=max_new_tokens, compile=compile, **law))
     texts = tuning.Texts.written(target, method, ids, max_new_tokens=max_new_tokens, **law)
     length = context or texts.length

@@ -5,6 +5,7 @@ A method with weights of its own is added here, by the `model_type` that its fol
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import torch
@@ -46,6 +47,24 @@ def load_method(path: str | Path, model: PreTrainedModel, bits: int = 16, *, any
     if kind is None:
         return TwoModel(_draft_model(path, Target(model)))
     return kind.from_pretrained(path, target=model, any_target=any_target)
+
+
+_loaded: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, tuple[object, Method]]] = weakref.WeakKeyDictionary()
+"""What `named` has loaded for each model, by name, with all that it depends on."""
+
+
+def named(path: str | Path, model: PreTrainedModel) -> Method:
+    """What `load_method` loads, kept from call to call.
+
+    It is loaded again where the model has moved or changed its dtype, and where the files of a local folder have
+    changed.  Raises RedrafterError as `load_method` does.
+    """
+    folder, known, name = Path(path), _loaded.setdefault(model, {}), str(path)
+    files = [one.stat() for one in sorted(folder.iterdir()) if one.is_file()] if folder.is_dir() else []
+    state = (model.device, model.dtype, [(one.st_ino, one.st_mtime_ns, one.st_size) for one in files])
+    if name not in known or known[name][0] != state:
+        known[name] = state, load_method(path, model)
+    return known[name][1]
 
 
 def load_head(path: str | Path) -> Head:

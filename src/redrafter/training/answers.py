@@ -23,6 +23,7 @@ from redrafter.noise import row_seeds
 from redrafter.prompts import check_asked, check_ids, encode, prompt_ids, render
 from redrafter.results import finished
 from redrafter.rows import Chat, Text, parse_row
+from redrafter.settings import ONE_TEXT, with_stop_strings
 from redrafter.target import Target
 from redrafter.training.distillation import Done, Prompt, Tally, least, named
 
@@ -293,7 +294,7 @@ def by_target(
         while going:
             for temperature in dict.fromkeys(law.temperatures):
                 together = [one for one in going if one.temperature == temperature]
-                law_settings = law.settings(temperature) | settings
+                law_settings = law.settings(temperature) | settings | ONE_TEXT
                 counts += _answered(together, model, tokenizer, drafter, limit, tally, law_settings)
             going = [one for one in going if one.ask(tokenizer, limit)]
         rows = [row for one in dialogues for row in one.rows()]
@@ -314,8 +315,7 @@ def _answered(
     """One turn of all of them, which share a law."""
     if settings["do_sample"]:
         settings["seed"] = [one.seed for one in dialogues]
-    if "stop_strings" in settings:
-        settings["tokenizer"] = tokenizer
+    settings = with_stop_strings(model, settings, tokenizer)
     counts: Counter[str] = Counter()
     prompts = [one.texts[-1].input_ids for one in dialogues]
     told = [settings.get(name) for name in ("beam_width", "beam_length", "node_budget")]

@@ -22,7 +22,7 @@ from redrafter.errors import RedrafterError
 from redrafter.files import Skip, read_records
 from redrafter.request import ends_of
 from redrafter.results import Event
-from redrafter.settings import resolve
+from redrafter.settings import ONE_TEXT, resolve
 from redrafter.target import Target
 from redrafter.training.continuations import CHUNK, continuations
 from redrafter.training.data import Row, collate, tokenized_rows
@@ -185,7 +185,7 @@ def by_continuation(
     tally = tally or Tally()
     target = Target(model)
     limit = least(limit, target.context_length)
-    ends = ends_of(resolve(target.model, None, {}))
+    ends = ends_of(resolve(target.model, None, dict(ONE_TEXT)))
     while part := list(islice(prompts, chunk)):
         before = tally.tokens
         own = [

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from redrafter.cache import SlotCache
 from redrafter.decoding import generate
@@ -23,8 +24,9 @@ from redrafter.proposers.base import measured
 from redrafter.request import Request, request
 from redrafter.results import Generation, Stats
 from redrafter.sampling import Place, Sampler
+from redrafter.settings import ONE_TEXT, with_stop_strings
 from redrafter.step import PREFILL_CHUNK
-from redrafter.target import Target
+from redrafter.target import Target, unwrapped
 from redrafter.training.data import Row, collate
 from redrafter.training.loss import context_at, windows
 from redrafter.verify import walk
@@ -244,12 +246,16 @@ def evaluate(
     beam_width: int | None = None,
     beam_length: int | None = None,
     node_budget: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, list[Measured]]:
     """Writes from every prompt, `greedy` and `sampled`, and counts drafts; one entry for each prompt.
 
-    Other settings are the model's own, as in `generate`.  Raises RedrafterError for bad prompts and settings.
+    Other settings are the model's own, as in `generate`; stop strings need the `tokenizer`.  Raises RedrafterError for
+    bad prompts and settings.
     """
-    common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    common: dict[str, Any] = ONE_TEXT | {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    if tokenizer is not None:
+        common = with_stop_strings(unwrapped(model), common, tokenizer)
     batch = min(batch_size, len(prompts))
     common |= measured(drafter, batch, beam_width, beam_length, node_budget)
     ways: dict[str, dict[str, Any]] = {
