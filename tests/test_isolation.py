@@ -29,9 +29,9 @@ def logits(model):
         return model(TOKENS).logits
 
 
-def gradients(model) -> int:
+def gradients(model, tokens=TOKENS) -> int:
     model.zero_grad()
-    model(TOKENS, labels=TOKENS).loss.backward()
+    model(tokens, labels=tokens).loss.backward()
     return sum(one.grad is not None and bool(one.grad.any()) for one in model.parameters())
 
 
@@ -233,3 +233,37 @@ def test_a_function_in_place_of_forward_runs_unless_it_would_run_dropout():
     model.train()
     with pytest.raises(RedrafterError, match=r"call model\.eval\(\) first"):
         generate(model, None, PROMPTS[:1], max_new_tokens=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.filterwarnings("default")  # torch.compile has warnings of its own
+def test_forward_passes_beside_captured_steps(compile):
+    """Captures of this thread raise no error in another one, and change no result there."""
+    model = tiny_model().cuda().train()
+    drafter = RecurrentDrafter.for_target(model, beam_width=3, beam_length=3)
+    tokens, text = TOKENS.cuda(), generate(model, None, PROMPTS, max_new_tokens=20, fast=False).new_tokens
+    with torch.no_grad():
+        expected = model(tokens).logits
+    stop, errors = threading.Event(), []
+
+    def run():
+        try:
+            while not stop.is_set():
+                with torch.no_grad():
+                    if not torch.equal(model(tokens).logits.cpu(), expected.cpu()):
+                        errors.append("other logits")
+        except Exception as error:
+            errors.append(repr(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for _ in range(10):
+            found = generate(model, drafter, PROMPTS, max_new_tokens=20, compile=compile)
+            assert found.new_tokens == text
+    finally:
+        stop.set()
+        thread.join()
+    assert not errors
+    assert gradients(model, tokens) == sum(1 for _ in model.parameters())

@@ -12,7 +12,7 @@ import torch
 
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, decoding, generate
-from redrafter.fast.graph import Captured
+from redrafter.fast.graph import Captured, RefuseSynchronization, Synchronizes
 
 LAWS = {"greedy": {}, "sampled": {"do_sample": True, "top_p": 0.9, "seed": 7}}
 PROMPTS = [[5, 9, 12], list(range(3, 30)), [7], [8, 8, 4, 3], [11, 3]]
@@ -110,6 +110,49 @@ def test_a_model_on_several_devices_is_called_and_that_is_said(monkeypatch):
     model.elsewhere = torch.nn.Linear(1, 1, device="meta")
     with pytest.warns(UserWarning, match="without a CUDA graph: the model lies on several devices"):
         assert generate(model, drafter, PROMPTS, max_new_tokens=9).new_tokens == expected
+
+
+READS = {
+    "item": lambda x: x.sum().item(),
+    "branch": lambda x: bool(x.sum() > 0),
+    "mask": lambda x: x[x > 0],
+    "assignment by a mask": lambda x: x.clone().index_put_((x > 0,), torch.tensor(1.0)),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 0),
+    "equality": lambda x: torch.equal(x, x),
+    "unique": lambda x: x.unique(),
+}
+COMPUTES = {
+    "sum": lambda x: (x + 1).sum(),
+    "masked fill": lambda x: x.masked_fill(x > 0, 0),
+    "where": lambda x: torch.where(x > 0, x, 0),
+    "scatter": lambda x: torch.zeros_like(x).scatter_(0, torch.zeros(3, dtype=torch.long, device=x.device), x),
+    "index": lambda x: x[torch.zeros(2, dtype=torch.long, device=x.device)],
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_operators_that_wait_for_the_device_are_found(device):
+    x = torch.ones(3, device=device)
+    for function in READS.values():
+        with pytest.raises(Synchronizes), RefuseSynchronization(device):
+            function(x)
+
+    for function in COMPUTES.values():
+        with RefuseSynchronization(device):
+            function(x)
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_copy_between_devices_is_found(device):
+    with pytest.raises(Synchronizes), RefuseSynchronization(device):
+        torch.ones(3).to(device)
+
+
+@pytest.mark.gpu
+def test_a_tensor_made_of_numbers_is_found():
+    with pytest.raises(Synchronizes), RefuseSynchronization("cuda"):
+        torch.tensor([1.0], device="cuda")
 
 
 @pytest.mark.gpu
