@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -28,7 +28,7 @@ from redrafter.fast.packed import quicker
 from redrafter.memory import within_memory
 from redrafter.proposers import Method
 from redrafter.request import Request, Row, request
-from redrafter.results import Event, FinishReason, Generation, Stats, finished
+from redrafter.results import Event, Finished, FinishReason, Generation, Stats, finished
 from redrafter.step import Emission, State, admit, empty, step
 from redrafter.target import evaluating
 from redrafter.text import with_text
@@ -97,18 +97,25 @@ def generate(
     attention_mask: Tensor | None = None,
     *,
     streamer: BaseStreamer | None = None,
+    on_row: Callable[[Finished], object] | None = None,
     **settings: Any,
 ) -> Generation:
     """Decoding of a batch: the text that the model writes alone, in fewer runs of it.
 
-    Arguments as for `stream`.  `streamer` is one of transformers', for a single row.
+    Arguments as for `stream`.  `streamer` is one of transformers', for a single row.  `on_row` is called with each row
+    as it finishes.
     """
     begin = time.perf_counter()
     asked = request(model, drafter, input_ids, attention_mask, **settings)
     if streamer is not None and len(asked.rows) > 1:
         raise RedrafterError(f"A streamer takes one row, not {len(asked.rows)}; use stream() for more.")
     events = _stream(asked) if streamer is None else _fed(streamer, asked)
-    ended = sorted(finished(events, rows=len(asked.rows), positions=asked.length), key=lambda one: one.row)
+    ended = []
+    for one in finished(events, rows=len(asked.rows), positions=asked.length):
+        ended.append(one)
+        if on_row is not None:
+            on_row(one)
+    ended.sort(key=lambda one: one.row)
     rows = [one.stats for one in ended]
     new = [one.new_tokens for one in ended]
     written = [torch.tensor(row.prompt + tokens) for row, tokens in zip(asked.rows, new, strict=True)]

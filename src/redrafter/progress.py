@@ -20,6 +20,9 @@ from rich.text import Text
 INTERVAL = 10.0
 """Seconds between two lines where stderr is not a terminal."""
 
+FIRST = 2.0
+"""Seconds to the first line: work that is refused at once shows nothing but the reason."""
+
 T = TypeVar("T")
 
 
@@ -28,8 +31,9 @@ class Progress(AbstractContextManager["Progress"]):
 
     `unit` names what is counted, in the plural.  `total` and `done` may be fractions; they are shown rounded down.
     `details` is called at each refresh and gives more of the line.  With `rate=False` no rate is shown, as where
-    seconds are counted.  A line is printed by a thread of its own, so it appears even if nothing has finished since
-    the last one; the first line is printed at once, and a last one at the end unless an exception ends the work.
+    seconds are counted.  Lines are printed by a thread of its own, so they appear even if nothing has finished since
+    the last one: the first after `FIRST` seconds, then every `INTERVAL`, and one at the end unless an exception ends
+    the work.
     """
 
     def __init__(
@@ -61,7 +65,6 @@ class Progress(AbstractContextManager["Progress"]):
             self._bar.add_task("", total=self.total)
             self.update(self.done)
             return self
-        self.print(str(self))
         self._thread = threading.Thread(target=self._print_lines, daemon=True)
         self._thread.start()
         return self
@@ -81,6 +84,10 @@ class Progress(AbstractContextManager["Progress"]):
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.done, total=self.total)
 
+    def advance(self, _: object = None) -> None:
+        """One more is done; takes an argument, so that it can be used as a callback."""
+        self.update(self.done + 1)
+
     def print(self, line: str) -> None:
         """Prints a line; on a terminal above the bar."""
         self.console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -99,8 +106,10 @@ class Progress(AbstractContextManager["Progress"]):
         return ", ".join(parts)
 
     def _print_lines(self) -> None:
-        while not self._ended.wait(INTERVAL):
+        wait = FIRST
+        while not self._ended.wait(wait):
             self.print(str(self))
+            wait = INTERVAL
 
 
 class _Line(ProgressColumn):

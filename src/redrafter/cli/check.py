@@ -50,6 +50,7 @@ def check(
     """Decode with and without the drafter; exit status 1 if texts part where rounding does not explain it."""
     from redrafter.checking import compare
     from redrafter.cli.loading import check_bits, load_method, load_model, read_settings
+    from redrafter.progress import Progress
     from redrafter.prompts import prompt_ids, read_prompts
 
     check_bits(draft_bits)
@@ -68,16 +69,18 @@ def check(
     ids = [prompt_ids(record, tokenizer, where) for where, record in read_prompts(prompts)]
     if "stop_strings" in settings:
         settings["tokenizer"] = tokenizer
-    report = compare(
-        target,
-        head,
-        ids,
-        batch_size=batch_size,
-        beam_width=beam_width,
-        beam_length=beam_length,
-        node_budget=node_budget,
-        **settings,
-    )
+    with Progress("texts", 2 * len(ids)) as progress:
+        report = compare(
+            target,
+            head,
+            ids,
+            batch_size=batch_size,
+            beam_width=beam_width,
+            beam_length=beam_length,
+            node_budget=node_budget,
+            on_row=progress.advance,
+            **settings,
+        )
     for parting in report.partings:
         verdict = "within rounding" if parting.explained else "NOT explained by rounding"
         typer.echo(

@@ -51,6 +51,7 @@ def evaluate(
         raise RedrafterError(f"--limit must be at least 1, not {limit}.")
 
     from redrafter.cli.loading import check_bits, load_method, load_model
+    from redrafter.progress import Progress
     from redrafter.prompts import prompt_ids, read_prompts
     from redrafter.training.evaluation import Measured
     from redrafter.training.evaluation import evaluate as measure
@@ -60,18 +61,21 @@ def evaluate(
     groups = {} if by is None else _grouped(records, by)
     target, tokenizer = load_model(model, dtype, device)
     head = load_method(drafter, target, draft_bits)
-    found = measure(
-        target,
-        head,
-        [prompt_ids(record, tokenizer, where) for where, record in records],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        batch_size=batch_size,
-        beam_width=beam_width,
-        beam_length=beam_length,
-        node_budget=node_budget,
-    )
+    ids = [prompt_ids(record, tokenizer, where) for where, record in records]
+    with Progress("texts", 2 * len(ids)) as progress:
+        found = measure(
+            target,
+            head,
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            beam_width=beam_width,
+            beam_length=beam_length,
+            node_budget=node_budget,
+            on_row=progress.advance,
+        )
     otherwise = {way: sum(one.walked != one.decoding for one in texts) for way, texts in found.items()}
     whole = {way: Measured.total(texts) for way, texts in found.items()}
     parts = {

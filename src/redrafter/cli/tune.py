@@ -61,6 +61,7 @@ def tune(
 
     from redrafter import hub, tuning
     from redrafter.profiling import Bench, device_name
+    from redrafter.progress import Progress, track
     from redrafter.prompts import prompt_ids, read_prompts
     from redrafter.proposers.base import draftable
     from redrafter.proposers.loading import kind_of
@@ -85,12 +86,13 @@ def tune(
         None, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
     ids = [prompt_ids(record, tokenizer, where) for where, record in records]
-    texts = tuning.Texts.written(target, method, ids, max_new_tokens=max_new_tokens, **law)
+    with Progress("texts", len(ids)) as progress:
+        texts = tuning.Texts.written(target, method, ids, on_row=progress.advance, max_new_tokens=max_new_tokens, **law)
     length = context or texts.length
-    writes = {shape: texts.tokens_per_step(shape) for shape in candidates}
+    writes = {shape: texts.tokens_per_step(shape) for shape in track(candidates, "shapes measured")}
     found: list[Tuned] = []
     unfit: dict[int, RedrafterError] = {}
-    for batch in batches:
+    for batch in track(batches, "batch sizes timed"):
         try:
             bench = Bench.of(texts.again(batch, length), method, candidates, repeats=repeats, compile=compile)
             found.append(tuning.tune(bench, writes))
