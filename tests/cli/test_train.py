@@ -136,6 +136,10 @@ def test_what_is_chosen_is_printed_with_the_time_and_what_to_raise(say, model_fo
     made = json.loads((tmp_path / "b" / "config.json").read_text())
     assert (made["draft_vocab_size"], made["exit_dim"]) == (12, 16)
     assert "No rows were held out, so it is not known whether to train longer" in " ".join(err.split())
+    status, _, err = say(*words, "--output", tmp_path / "c", "--draft-vocabulary", "0", "--max-steps", "1")
+    assert status == 0
+    assert "tokens are drafted" not in err
+    assert json.loads((tmp_path / "c" / "config.json").read_text()).get("draft_vocab_size") is None
 
 
 def test_data_with_nothing_to_learn_is_refused_before_the_target_is_loaded(say, model_folder, tmp_path, monkeypatch):

@@ -122,9 +122,9 @@ def train(
     draft_vocabulary: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            help="Draft only the N most frequent tokens of the data.  \\[default: all of up to 2,048, else as many as "
-            "are 98 % of the tokens to learn on a CPU, 99.9 % on a GPU]",
+            min=0,
+            help="Draft only the N most frequent tokens of the data; 0: all.  \\[default: all of up to 2,048, else as "
+            "many as are 98 % of the tokens to learn on a CPU, 99.9 % on a GPU]",
         ),
     ] = None,
     cross_entropy: Annotated[float, typer.Option(help="Weight of the loss on tokens.")] = 1.0,
@@ -261,7 +261,7 @@ def train(
         drafted = draft_vocabulary or Target(target).vocab_size
         choices.append(width_for(Target(target), 2 if blocks is None else blocks, drafted, target.device))
         exit_dim = choices[-1].value
-    vocabulary = None if draft_vocabulary is None else most_frequent(rows, draft_vocabulary)
+    vocabulary = most_frequent(rows, draft_vocabulary) if draft_vocabulary else None
     drafter: Head
     if method == "medusa":
         drafter = MedusaHeads.fresh(

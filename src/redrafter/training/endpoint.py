@@ -215,8 +215,8 @@ def by_endpoint(
     begun: dict[Future[Done], Prompt] = {}  # in the order of the prompts
 
     def may_begin() -> bool:
-        oldest, *_, newest = [one.number for one in (*begun.values(), *begun.values())] or [0, 0]
-        return len(begun) < 4 * concurrency and newest - oldest < LOOK_AHEAD * concurrency
+        numbers = [one.number for one in begun.values()] or [0]
+        return len(begun) < 4 * concurrency and numbers[-1] - numbers[0] < LOOK_AHEAD * concurrency
 
     try:
         while True:
