@@ -512,6 +512,7 @@ def test_whether_acceptance_was_still_rising_is_told_with_the_option_to_raise():
     assert "still rising at the end: raise --max-steps (now 7)" in course(1.5, 2.0, max_steps=7)
     assert "no longer rising (best after step 2)" in course(1.5, 2.0, 2.0)
     assert "no longer rising (best after step 1)" in course(2.5, 2.0, 2.2)
+    assert "little is learnt yet: raise --epochs (now 2)" in course(1.02, 1.0)
     assert "measured once" in course(2.0)
     assert "No rows were held out" in course()
 

@@ -220,7 +220,7 @@ def train(
 
     ranks = None if cartesian is None else _ranks(cartesian, beam_length)
     recipe = Recipe(
-        FEWEST if epochs is None else epochs,
+        float(FEWEST) if epochs is None else epochs,
         max_steps,
         batch_size,
         learning_rate,

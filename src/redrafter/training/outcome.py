@@ -15,6 +15,9 @@ from redrafter.training.recipe import Recipe
 RISING = 1.01
 """Growth of the tokens per step between two measurements from which acceptance counts as rising."""
 
+BEGUN = 1.1
+"""Tokens per step below which a run has hardly begun; 1 is a drafter of which nothing is accepted."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -69,6 +72,8 @@ def advice(measured: Sequence[Measurement], recipe: Recipe) -> str:
             f"{words}; measured once, so it is not known whether it was still rising. To train longer raise {option}."
         )
     *before, last = [one.length for one in measured]
+    if max(*before, last) < BEGUN:
+        return f"{words}; little is learnt yet: raise {option} to train longer."
     if last >= RISING * before[-1] and last >= max(before):
         return f"{words}; still rising at the end: raise {option} to train longer."
     best = max(measured, key=lambda one: one.length)
