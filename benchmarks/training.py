@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from redrafter import RecurrentDrafter
 from redrafter.target import Target
 from redrafter.training.loss import Objective
-from redrafter.training.trainer import Unrolled
+from redrafter.training.unrolled import Unrolled
 
 SHAPES = {  # hidden, intermediate, layers, heads, key and value heads, vocabulary
     "tiny": (64, 172, 2, 4, 4, 512),

@@ -12,7 +12,7 @@ from conftest import tiny_model
 from redrafter import DrafterConfig, RecurrentDrafter, RedrafterError, apple, generate
 from redrafter.fast.eight import EightBit
 from redrafter.target import Target
-from redrafter.training.trainer import Unrolled
+from redrafter.training.unrolled import Unrolled
 
 
 def random_drafter(**changes) -> RecurrentDrafter:

@@ -113,7 +113,8 @@ def compare(
     def trained(variant: Variant) -> Record:
         if variant.data == "continuations" and "continuations" not in data:
             ends = frozenset([tokenizer.eos_token_id])
-            data["continuations"] = continued(Target(model), asked, depth=LENGTH + 1, ends=ends, batch_size=64)
+            made = dict(continued(Target(model), asked, depth=LENGTH + 1, ends=ends, batch_size=64))
+            data["continuations"] = [made[index] for index in range(len(asked))]
         return _variant(variant, model, data[variant.data], texts, output, plan)
 
     for number, variant in enumerate(listed):

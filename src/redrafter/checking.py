@@ -6,6 +6,7 @@ differently between two all but equal logits.  Does not excuse anything else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from redrafter.noise import row_seeds
 from redrafter.proposers import Method
 from redrafter.proposers.base import measured
 from redrafter.request import request
+from redrafter.results import Finished
 from redrafter.sampling import Place
 from redrafter.settings import ONE_TEXT
 from redrafter.tree import chain
@@ -65,19 +67,22 @@ def compare(
     beam_width: int | None = None,
     beam_length: int | None = None,
     node_budget: int | None = None,
+    on_row: Callable[[Finished], object] | None = None,
     **settings: Any,
 ) -> Report:
     """Generates from every prompt with and without the drafter; `settings` are those of `generate`.
+
+    `on_row` is called with each of these texts, two for each prompt, as it is written.
 
     Raises RedrafterError for bad prompts and settings.
     """
     settings = settings | ONE_TEXT | {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     if request(model, None, prompts, **settings).sampler.do_sample:  # both ways must draw alike
         settings["seed"] = row_seeds(settings.get("seed"), len(prompts))
-    plain = generate(model, None, prompts, **settings)
+    plain = generate(model, None, prompts, on_row=on_row, **settings)
     batch = min(batch_size, len(prompts))
     shape = measured(drafter, batch, beam_width, beam_length, node_budget)
-    drafted = generate(model, drafter, prompts, **shape, **settings)
+    drafted = generate(model, drafter, prompts, on_row=on_row, **shape, **settings)
     partings = [
         parting(model, prompts, row, one, other, settings)
         for row, (one, other) in enumerate(zip(plain.new_tokens, drafted.new_tokens, strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
@@ -30,7 +30,7 @@ from redrafter.isolation import original
 from redrafter.memory import within_memory
 from redrafter.proposers import Method
 from redrafter.request import Request, Row, check_rows, request
-from redrafter.results import Event, FinishReason, Generation, Stats, finished
+from redrafter.results import Event, Finished, FinishReason, Generation, Stats, finished
 from redrafter.sampling import precise
 from redrafter.settings import Whole
 from redrafter.step import Emission, State, admit, empty, step
@@ -104,21 +104,27 @@ def generate(
     attention_mask: Tensor | None = None,
     *,
     streamer: BaseStreamer | None = None,
+    on_row: Callable[[Finished], object] | None = None,
     **settings: Any,
 ) -> Generation:
     """Decoding of a batch: the text that the model writes alone, in fewer runs of it.
 
     Arguments as for `stream`.  `streamer` is one of transformers': it is given the prompts and then one token of every
     row at a time, as by `model.generate`, and its `end()` is called also where an error is raised, so that no reader
-    waits for ever.
+    waits for ever.  `on_row` is called with each row as it finishes.
     """
     begin = time.perf_counter()
+    ended = []
     with ExitStack() as ending:
         if streamer is not None:
             ending.callback(streamer.end)
         asked = _request(model, drafter, input_ids, attention_mask, **settings)
         events = _stream(asked) if streamer is None else _fed(streamer, asked)
-        ended = sorted(finished(events, rows=len(asked.rows), positions=asked.length), key=lambda one: one.row)
+        for one in finished(events, rows=len(asked.rows), positions=asked.length):
+            ended.append(one)
+            if on_row is not None:
+                on_row(one)
+    ended.sort(key=lambda one: one.row)
     rows = [one.stats for one in ended]
     new = [one.new_tokens for one in ended]
     written = [torch.tensor(row.prompt + tokens) for row, tokens in zip(asked.rows, new, strict=True)]

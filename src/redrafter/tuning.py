@@ -30,6 +30,7 @@ from redrafter.proposers import Method
 from redrafter.proposers.beams import weighed
 from redrafter.proposers.loading import KINDS
 from redrafter.request import Request, request
+from redrafter.results import Finished
 from redrafter.settings import ONE_TEXT
 from redrafter.training.data import Row
 from redrafter.training.evaluation import Acceptance, answered, drafted_everywhere, walked
@@ -136,13 +137,24 @@ class Texts:
     rows: list[Row]
 
     @classmethod
-    def written(cls, model: nn.Module, drafter: Method, prompts: list[list[int]], **settings: Any) -> Texts:
-        """Lets the model write from the prompts, without the drafter.  Raises RedrafterError for bad prompts."""
+    def written(
+        cls,
+        model: nn.Module,
+        drafter: Method,
+        prompts: list[list[int]],
+        *,
+        on_row: Callable[[Finished], object] | None = None,
+        **settings: Any,
+    ) -> Texts:
+        """Lets the model write from the prompts, without the drafter; `on_row` is called with each text.
+
+        Raises RedrafterError for bad prompts.
+        """
         settings |= ONE_TEXT
         if settings.get("do_sample"):
             settings.setdefault("seed", 0)  # every shape drafts for the same draws
         asked = request(model, drafter, prompts, **settings)
-        new = generate(model, None, prompts, batch_size=TOGETHER, **settings).new_tokens
+        new = generate(model, None, prompts, batch_size=TOGETHER, on_row=on_row, **settings).new_tokens
         return cls(model, drafter, settings, asked, answered(asked, new))
 
     @property

@@ -234,8 +234,8 @@ def test_an_interrupt_says_how_to_go_on(say, model_folder, tmp_path, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Checkpointing, "_save_checkpoint", stop)
         status, _, err = say(*train)
-    assert status == 2
-    assert "Interrupted; run it again with --resume to go on from checkpoint-2." in err
+    assert status == 130
+    assert "Interrupted; run it again with --resume to go on from checkpoint-2 in " in err
     assert not (output / "config.json").exists()
     assert say(*train, "--resume")[0] == 0
     files = ["README.md", "config.json", "custom_generate", "model.safetensors"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,11 @@ from conftest import refusal
 
 MAIN = "from redrafter.cli import main; main()"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+OFTEN = "import redrafter.progress as shown; shown.FIRST = shown.INTERVAL = 0.02; "
+
+
+def command(*words: object, before: str = "") -> list[str]:
+    return [sys.executable, "-W", "ignore", "-c", before + MAIN, *map(str, words)]
 
 
 @pytest.fixture
@@ -128,28 +134,6 @@ def test_what_is_read_is_not_written_over(say, words, prompts, tmp_path):
     assert "is one of the files to read" in refusal(say(*words, "--overwrite"))
 
 
-def test_a_terminal_sees_tokens_between_checkpoints():
-    import io
-
-    from rich.console import Console
-
-    from redrafter.cli.distill import _watch
-    from redrafter.training.distillation import Tally
-
-    tally = Tally()
-
-    def checkpoints():
-        for done in (4, 5):
-            tally.tokens, tally.steps = 1000 * done, 400 * done
-            yield done
-
-    out = io.StringIO()
-    _watch(Console(file=out, force_terminal=True, width=120), checkpoints(), 3, 5, tally)
-    assert "5/5" in out.getvalue()
-    assert "5,000 tokens" in out.getvalue()
-    assert "2.50 per step" in out.getvalue()
-
-
 def test_a_tokenizer_without_a_template(say, words, model_folder, prompts, tmp_path):
     bare = tmp_path / "bare"
     transformers.AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained(bare)
@@ -167,25 +151,41 @@ def test_a_tokenizer_without_a_template(say, words, model_folder, prompts, tmp_p
     assert "begun with other options (chat_template" in refusal(say(*own, "--chat"))
 
 
-def test_an_interrupt_says_how_to_go_on(say, words, tmp_path, monkeypatch):
-    from redrafter.training.journal import Journal
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_what_is_finished(say, words, prompts, tmp_path, sign, status):
+    """Although the next checkpoint is far away; all rows are in one chunk, and some have a second turn."""
+    lines = [{"turns": [f"a {n}", "and"]} if n % 3 == 1 else {"prompt": f"b {n}"} for n in range(24)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--max-new-tokens", 20, "--batch-size", 3, "--save-seconds", 1000, "--device", "cpu"]
+    log = tmp_path / "log"
+    with log.open("w") as err:
+        stopped = subprocess.Popen(command(*words, *options, before=OFTEN), env=ENVIRONMENT, stderr=err)
+        while not (seen := re.findall(r"^(\d+) of 24 rows", log.read_text(), re.MULTILINE)) or int(seen[-1]) < 3:
+            assert stopped.poll() is None, log.read_text()
+            time.sleep(0.01)
+        stopped.send_signal(sign)
+        assert stopped.wait() == status, log.read_text()
+    last = log.read_text().splitlines()[-1]
+    saved = int(re.fullmatch(r"redrafter: Interrupted; (\d+) finished rows are saved: .*again.*", last)[1])
+    assert 1 <= saved < 24
+    result, _, err = say(*words, *options)
+    assert result == 0
+    assert f"Going on after {saved} of 24 rows." in err
+    own = tmp_path / "own.jsonl"
+    words[-1] = tmp_path / "whole.jsonl"
+    assert say(*words, *options)[0] == 0
+    assert own.read_bytes() == words[-1].read_bytes()
 
-    checkpoint = Journal.checkpoint
 
-    def stop(self, *args, **more):
-        checkpoint(self, *args, **more)
+def test_an_interrupt_before_any_answer(say, words, tmp_path, monkeypatch):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
-    options = ["--save-rows", 2, "--max-new-tokens", 3]
-    with monkeypatch.context() as patched:
-        patched.setattr(Journal, "checkpoint", stop)
-        assert "Interrupted; the same command goes on after 2 of 3 rows." in refusal(say(*words, *options))
-    status, _, err = say(*words, *options, "--limit", 2)
-    assert (status, "Nothing is left to do" in err) == (0, True)
-    status, _, err = say(*words, *options)
-    assert status == 0
-    assert "Going on after 2 of 3 rows." in err
-    assert [row["row"] for row in rows_of(tmp_path / "own.jsonl")] == [1, 2, 3]
+    monkeypatch.setattr("redrafter.training.distillation.survey", stop)
+    status, out, err = say(*words)
+    assert (status, out) == (130, "")
+    assert err.endswith("redrafter: Interrupted; 0 finished rows are saved: run the same command again to continue.\n")
+    assert not (tmp_path / "own.jsonl").exists()
 
 
 def test_an_endpoint_is_asked_with_the_key_of_the_environment(say, words, tmp_path, monkeypatch):
@@ -213,20 +213,26 @@ def test_an_endpoint_is_asked_with_the_key_of_the_environment(say, words, tmp_pa
     assert "must be a URL" in refusal(say(*words, "--endpoint", "localhost"))
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-W", "ignore", "-c", MAIN, *map(str, words)]
-
-
 def test_a_killed_run_goes_on_to_the_same_file(say, words, prompts, tmp_path):
-    """Killed for good, by SIGKILL: between checkpoints, and again at once after a later one."""
+    """Killed for good, by SIGKILL: before any row is finished, and at two later moments."""
     prompts.write_text("".join(json.dumps({"turns": [f"a {n}", "and"]}) + "\n" for n in range(24)))
-    options = ["--save-rows", 2, "--max-new-tokens", 9, "--temperature", 0, "--temperature", 1, "--batch-size", 3]
+    options = ["--save-seconds", 0, "--max-new-tokens", 9, "--temperature", 0, "--temperature", 1, "--batch-size", 3]
     options += ["--device", "cpu"]
     own, note = tmp_path / "own.jsonl", tmp_path / "own.jsonl.state"
 
     def done() -> int:
         return json.loads(note.read_text())["done"] if note.exists() else 0
 
+    def answers() -> int:
+        ahead = json.loads(note.read_text())["ahead"] if note.exists() else {}
+        return sum(len(own) for result in ahead.values() for own in result.get("part", []))
+
+    killed = subprocess.Popen(command(*words, *options), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while answers() < 3 and killed.poll() is None:
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "it was to be killed before its end"
+    assert answers() >= 3, "although no row is finished, its answers are there"
     for moment, wait in ((2, 0.05), (6, 0.0)):
         killed = subprocess.Popen(command(*words, *options), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
         while done() < moment and killed.poll() is None:

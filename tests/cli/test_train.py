@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from conftest import refusal
 from redrafter import RedrafterError
+from redrafter.training.checks import newest_checkpoint
 
 
 @pytest.fixture
@@ -111,6 +113,37 @@ def test_a_dry_run_says_what_it_would_take(say, model_folder, rows, tmp_path):
     assert not (tmp_path / "states").exists()
 
 
+def test_what_is_chosen_is_printed_with_the_time_and_what_to_raise(say, model_folder, rows, tmp_path):
+    rows.write_text("\n".join(rows.read_text().splitlines()[:20]))
+    words = ("train", "--model", model_folder, "--data", rows, "--batch-size", "8")
+    status, out, err = say(*words, "--output", tmp_path / "a")
+    assert (status, out) == (0, "")
+    err = " ".join(err.split())
+    assert "Chosen: 20 epochs of 3 steps, because 19 rows are few" in err
+    assert "all 259 tokens are drafted" in err
+    assert "the head is 64 wide" in err
+    assert re.search(r"Expected time: about \d+ s \(60 steps of [\d.e-]+ s, 6 measurements of [\d.e-]+ s\)", err)
+    assert "60 of 60 steps, loss " in err
+    assert err.count("tokens per step on held-out rows") == 6
+    assert re.search(
+        r"Held-out tokens per step: ([\d.]+, ){5}[\d.]+; (still rising .* raise --epochs|no longer|little)", err
+    )
+    assert re.search(r"Loss [\d.]+ nats per drafted token \([\d.]+ over 4 draft positions\)\. Wrote ", err)
+
+    asked = ("--epochs", "2", "--draft-vocabulary", "12", "--exit-dim", "16", "--held-out", "0")
+    status, _, err = say(*words, "--output", tmp_path / "b", *asked)
+    assert status == 0
+    assert "Chosen" not in err, "what the user asks for is not chosen"
+    assert "6 of 6 steps" in err
+    made = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (made["draft_vocab_size"], made["exit_dim"]) == (12, 16)
+    assert "No rows were held out, so it is not known whether to train longer" in " ".join(err.split())
+    status, _, err = say(*words, "--output", tmp_path / "c", "--draft-vocabulary", "0", "--max-steps", "1")
+    assert status == 0
+    assert "tokens are drafted" not in err
+    assert json.loads((tmp_path / "c" / "config.json").read_text()).get("draft_vocab_size") is None
+
+
 def test_data_with_nothing_to_learn_is_refused_before_the_target_is_loaded(say, model_folder, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"input_ids": [5, 6, 7], "loss_mask": [1, 1, 0]}))
 
@@ -163,7 +196,7 @@ def test_medusa_heads_from_rows_to_text(say, model_folder, rows, tmp_path):
     assert "2 of 2 texts equal" in out
     status, out, err = say("eval", *told, "--prompts", prompts, "--max-new-tokens", "20", "--json")
     assert status == 0
-    assert err == ""
+    assert "4 of 4 texts" in err
     counts = json.loads(out)
     for way in ("greedy", "sampled"):
         assert counts[way]["decoding"] == counts[way]["walked"]
@@ -202,6 +235,7 @@ TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2".split()
 ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
 ACCELERATE += "--dynamo_backend no --main_process_port 0".split()
 MAIN = "from redrafter.cli import main; main()"
+OFTEN = "import redrafter.progress as shown; shown.FIRST = shown.INTERVAL = 0.02; "
 SHARD = 2**13
 SLOWLY = f"""
 import time
@@ -298,6 +332,56 @@ def test_a_killed_run_goes_on_to_the_same_weights(say, model_folder, rows, tmp_p
         assert say(*words, folder, "--resume")[0] == 0
     resumed = load_file(folder / "model.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def stopped_by(sign: int, words: list[str], log: Path, seen) -> int:
+    """The exit status of a command to which a signal is sent once its stderr shows something."""
+    with log.open("w") as err:
+        process = subprocess.Popen(words, env=ENVIRONMENT, stderr=err)
+        while not seen(log.read_text()):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.01)
+        process.send_signal(sign)
+        return process.wait()
+
+
+def steps_shown(text: str) -> int:
+    """The last step that progress lines tell."""
+    return max((int(step) for step in re.findall(r"^(\d+) of \d+ steps", text, re.MULTILINE)), default=0)
+
+
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on(say, model_folder, rows, tmp_path, sign, status):
+    """No checkpoint was due, and the weights in the end are those of a run that was not interrupted."""
+    options = "--max-steps 300 --device cpu --batch-size 4 --exit-dim 16 --held-out 2 --save-steps 1000".split()
+    words = ("train", "--model", model_folder, "--data", rows, *options, "--output")
+    log, folder = tmp_path / "log", tmp_path / "stopped"
+    main = OFTEN + MAIN
+    assert stopped_by(sign, command(*words, folder, main=main), log, lambda text: steps_shown(text) > 2) == status
+    last = log.read_text().splitlines()[-1]
+    step = int(re.fullmatch(r"redrafter: Interrupted; .*--resume.* checkpoint-(\d+) .*", last)[1])
+    assert 3 <= step < 300
+    assert newest_checkpoint(folder / "checkpoints").name == f"checkpoint-{step}"
+    whole, resumed = (subprocess.run(command(*words, *how), env=ENVIRONMENT, capture_output=True, text=True)
+                      for how in ([tmp_path / "whole"], [folder, "--resume"]))  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    assert whole.returncode == 0, whole.stderr
+    assert weights_of(tmp_path / "whole") == weights_of(folder)
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_an_interrupt_before_the_first_step(say, model_folder, rows, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("redrafter.training.trainer.held_out_acceptance", stop)
+    words = ("train", "--model", model_folder, "--data", rows, "--output", tmp_path / "d", "--max-steps", "2")
+    status, out, err = say(*words)
+    assert (status, out) == (130, "")
+    assert err.endswith("redrafter: Interrupted before the first step; run the same command again.\n")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

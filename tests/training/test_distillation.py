@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -22,7 +23,7 @@ from redrafter.prompts import prompt_ids
 from redrafter.training import endpoint as endpoint_module
 from redrafter.training.answers import Dialogue, Law, by_target, check_prompt, plan
 from redrafter.training.data import read_rows
-from redrafter.training.distillation import Tally, by_continuation, distil, read, survey
+from redrafter.training.distillation import Done, Part, Tally, by_continuation, distil, read, survey
 from redrafter.training.endpoint import Endpoint, by_endpoint
 from redrafter.training.journal import Journal
 
@@ -68,10 +69,14 @@ def sources(tmp_path):
 def answered(sources, model, tokenizer, drafter=None, law=None, *, chunk=9, skip=None, **settings):
     law = law or Law(max_new_tokens=9)
     seeds = law.seeds(len(RECORDS))
-    done = list(
-        by_target(read(sources), model, tokenizer, drafter, law, seeds=seeds, chunk=chunk, skip=skip, **settings)
-    )
-    return [row for one in done for row in one.rows]
+    work = by_target(read(sources), model, tokenizer, drafter, law, seeds=seeds, chunk=chunk, skip=skip, **settings)
+    return in_order(work)
+
+
+def in_order(work):
+    """The rows of all prompts, in the order of the prompts."""
+    done = [one for one in work if isinstance(one, Done)]
+    return [row for one in sorted(done, key=lambda one: one.prompt.number) for row in one.rows]
 
 
 def prompt_of(row):
@@ -289,9 +294,7 @@ def test_a_template_that_refuses_a_later_turn_is_heard_before_any_work(tokenizer
 def test_continuations_are_greedy_generation_from_every_place(tmp_path, model, tokenizer, batch_size):
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "one, two"}\n{"text": "a"}\n{"prompt": "q", "completion": " and so on and on"}\n')
-    done = list(by_continuation(read([path]), model, tokenizer, depth=3, chunk=2, batch_size=batch_size, limit=14))
-    assert [one.last.number for one in done] == [1, 2]
-    rows = [row for one in done for row in one.rows]
+    rows = in_order(by_continuation(read([path]), model, tokenizer, depth=3, chunk=2, batch_size=batch_size, limit=14))
     for row, own in zip(rows, read_rows([path], tokenizer, max_length=14), strict=True):
         assert row["input_ids"] == own.input_ids
         assert row["loss_mask"] == own.trained
@@ -310,10 +313,6 @@ class Worked:
         self.seen, self.stop_at = [], stop_at
 
     def __call__(self, prompts):
-        from collections import Counter
-
-        from redrafter.training.distillation import Done
-
         for prompt in prompts:
             if prompt.number == self.stop_at:
                 raise RedrafterError("It broke.")
@@ -321,10 +320,10 @@ class Worked:
             yield Done(prompt, [{"row": prompt.number, **prompt.record}], Counter(rows=1))
 
 
-def kept(sources, path, work, told=None, *, overwrite=False, **more):
+def kept(sources, path, work, told=None, *, overwrite=False, limit=None, **saving):
     journal = Journal(path, told or {"a": 1}, overwrite=overwrite)
-    found = survey(sources, lambda prompt: None, journal, **more)
-    return list(distil(sources, found, journal, work, **more)), journal
+    found = survey(sources, lambda prompt: None, journal, limit=limit)
+    return list(distil(sources, found, journal, work, limit=limit, **saving)), journal
 
 
 def test_work_goes_on_where_it_broke(sources, tmp_path):
@@ -346,6 +345,107 @@ def test_work_goes_on_where_it_broke(sources, tmp_path):
     kept(sources, path, work, {"a": 2}, overwrite=True, limit=2)
     assert work.seen == [0, 1]
     assert path.read_text().count("\n") == 2
+
+
+class Backwards(Worked):
+    """Finishes all prompts but the first; then something happens."""
+
+    def __init__(self, then):
+        super().__init__()
+        self.then = then
+
+    def __call__(self, prompts):
+        first, *others = prompts
+        yield from super().__call__(reversed(others))
+        self.then()
+        yield from super().__call__([first])
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_rows_that_wait_for_an_earlier_one_are_saved(sources, tmp_path):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        kept(sources, path, Backwards(interrupt))
+    assert path.read_text() == ""
+    with pytest.raises(RedrafterError, match="begun with other options"):
+        Journal(path, {"a": 2})
+    again = Worked()
+    steps, journal = kept(sources, path, again)
+    assert again.seen == [0]
+    assert (steps, journal.done, journal.ahead, journal.counts["rows"]) == ([1, 5], 5, {}, 5)
+    assert [json.loads(line)["row"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
+
+
+def test_saved_rows_of_a_source_that_has_changed_are_made_again(sources, tmp_path):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        kept(sources, path, Backwards(interrupt))
+    lines = sources[0].read_text().splitlines(keepends=True)
+    sources[0].write_text("".join([*lines[:3], '{"prompt": "another"}\n', lines[4]]))
+    again = Worked()
+    kept(sources, path, again)
+    assert sorted(again.seen) == [0, 3, 4]
+    assert json.loads(path.read_text().splitlines()[3])["prompt"] == "another"
+
+
+@pytest.mark.parametrize("saving", [{"save_seconds": 0.0}, {"save_rows": 2}, {}])
+def test_rows_are_saved_by_time_and_by_number(sources, tmp_path, saving):
+    path, on_disk = tmp_path / "out.jsonl", []
+
+    def look():
+        note = json.loads((tmp_path / "out.jsonl.state").read_text())
+        on_disk.append(len(note["ahead"]))
+
+    kept(sources, path, Backwards(look), **saving)
+    assert on_disk == [4 if saving else 0], "two or four of them, or none within 30 s"
+
+
+@pytest.mark.parametrize("temperatures", [(0.0,), (0.0, 0.9)])
+def test_every_finished_answer_of_a_conversation_is_saved(sources, model, tokenizer, tmp_path, temperatures):
+    """Interrupted after each number of answers, the run asks for the others alone and writes the same rows."""
+    law = Law(temperatures, max_new_tokens=9)
+    total = 8 * len(temperatures)
+
+    def work(tally):
+        return lambda prompts: by_target(
+            prompts, model, tokenizer, None, law, seeds=law.seeds(5), chunk=9, batch_size=2, tally=tally
+        )
+
+    def run(path, tally, stop=None):
+        journal = Journal(path, {})
+        found = survey(sources, lambda prompt: None, journal)
+        for number, _ in enumerate(distil(sources, found, journal, work(tally), tally=tally), start=1):
+            if number == stop:
+                raise KeyboardInterrupt
+
+    whole = Tally()
+    run(tmp_path / "whole.jsonl", whole)
+    for stop in (1, 4, total - 1):
+        path, first, second = tmp_path / f"{stop}.jsonl", Tally(), Tally()
+        with pytest.raises(KeyboardInterrupt):
+            run(path, first, stop)
+        answers = []
+
+        def count(events, tally=second, answers=answers):
+            for event in Tally.watch(tally, events):
+                answers.append(event.finish_reason is not None)
+                yield event
+
+        second.watch = count
+        run(path, second)
+        assert sum(answers) == total - stop
+        assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        assert Journal(path, {}).counts == Journal(tmp_path / "whole.jsonl", {}).counts
+
+
+def test_a_row_advances_with_its_answers(sources, model, tokenizer):
+    law = Law(max_new_tokens=4)
+    work = by_target(read(sources), model, tokenizer, None, law, seeds=law.seeds(5), chunk=9)
+    shares = [one.share for one in work if isinstance(one, Part) and one.prompt.number == 1]
+    assert shares == pytest.approx([1 / 3, 2 / 3])
 
 
 def test_a_file_of_other_work_is_refused(sources, tmp_path):
@@ -382,7 +482,7 @@ def test_two_processes_do_not_mix_their_lines(sources, tmp_path):
             yield done
 
     with pytest.raises(RedrafterError, match="Something else writes"):
-        kept(sources, tmp_path / "out.jsonl", work)
+        kept(sources, tmp_path / "out.jsonl", work, save_rows=1)
 
 
 @pytest.mark.parametrize("full", ["file", "note"])
@@ -401,7 +501,7 @@ def test_a_full_disk_keeps_what_is_written(sources, tmp_path, monkeypatch, full)
     with pytest.raises(
         RedrafterError, match=r"cannot be written: no space is left on the device\. What came of 2 of 5"
     ):
-        kept(sources, path, work)
+        kept(sources, path, work, save_rows=1)
     assert path.read_text().count("\n") == 2
     assert sorted(one.name for one in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.state", "prompts.jsonl"]
     monkeypatch.undo()
@@ -519,7 +619,7 @@ def from_server(sources, server, law=None, *, concurrency=1, skip=None, endpoint
     )
     done = list(work)
     assert tally.tokens == sum(one.counts["tokens"] for one in done)
-    return [row for one in done for row in one.rows]
+    return in_order(done)
 
 
 def test_a_server_answers_turn_by_turn(sources, served, tokenizer):
@@ -594,6 +694,15 @@ def test_a_server_that_fails_for_good_is_said_in_a_sentence_and_rows_are_kept(
     kept(sources, path, work)
     assert [json.loads(line)["completion"] for line in path.read_text().splitlines()] == ["A", "B"]
     assert len(server.asked) == 8
+
+
+def test_answers_that_wait_for_an_earlier_one_of_a_server_are_given_back_at_once(sources, served):
+    sources[0].write_text("".join(json.dumps({"prompt": f"row {i}"}) + "\n" for i in range(6)))
+    server, law = served("slow"), Law()
+    work = by_endpoint(read(sources), Endpoint(server.url, "m"), law, seeds=law.seeds(6), concurrency=6)
+    numbers = [one.prompt.number for one in work]
+    assert sorted(numbers) == list(range(6))
+    assert numbers != list(range(6)) or server.most < 2, "one of them was slow"
 
 
 def test_what_a_server_will_never_take(sources, served):

@@ -12,9 +12,11 @@ from conftest import refusal, tiny_model
 from redrafter import EagleHead, RedrafterError, generate
 from redrafter.target import Target
 from redrafter.training.data import Row, collate
+from redrafter.training.estimating import estimate
 from redrafter.training.loss import Objective, unrolled_loss
 from redrafter.training.recipe import Recipe
-from redrafter.training.trainer import Unrolled, estimate, held_out_acceptance, run
+from redrafter.training.trainer import held_out_acceptance, run
+from redrafter.training.unrolled import Unrolled
 from test_eagle import continued, random_head
 
 MODEL = tiny_model()

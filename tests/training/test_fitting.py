@@ -10,11 +10,12 @@ from redrafter import RedrafterError, generate
 from redrafter.medusa import MedusaHeads, fit_tree
 from redrafter.target import Target
 from redrafter.training.data import Row
+from redrafter.training.estimating import estimate
 from redrafter.training.evaluation import acceptance
 from redrafter.training.fitting import ROWS, accuracies, fit
 from redrafter.training.loss import Objective
 from redrafter.training.recipe import Recipe
-from redrafter.training.trainer import estimate, run
+from redrafter.training.trainer import run
 from test_medusa_heads import random_heads
 
 MODEL = tiny_model()

@@ -18,10 +18,11 @@ from redrafter import RecurrentDrafter, RedrafterError
 from redrafter.target import Target
 from redrafter.training import states as module
 from redrafter.training.data import Row, collate
+from redrafter.training.estimating import estimate
 from redrafter.training.loss import Objective
 from redrafter.training.recipe import Recipe
 from redrafter.training.states import States
-from redrafter.training.trainer import estimate, run
+from redrafter.training.trainer import run
 
 MODEL = tiny_model()
 TARGET = Target(MODEL)

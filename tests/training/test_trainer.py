@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from dataclasses import replace
 from functools import cached_property
@@ -14,12 +15,17 @@ import torch
 
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate
+from redrafter.interrupt import Interrupted, interruptible
+from redrafter.medusa import MedusaHeads
 from redrafter.training import clock, trainer
+from redrafter.training.checks import check_place, newest_checkpoint
 from redrafter.training.data import Row, most_frequent
+from redrafter.training.estimating import estimate
 from redrafter.training.evaluation import Acceptance
 from redrafter.training.loss import Objective
+from redrafter.training.outcome import Measurement, advice
 from redrafter.training.recipe import Recipe, share_of_rate
-from redrafter.training.trainer import estimate, newest_checkpoint, run
+from redrafter.training.trainer import run
 
 MODEL = tiny_model()
 
@@ -124,7 +130,7 @@ def test_a_run_does_not_go_on_after_rows_that_it_has_not_seen(tmp_path, monkeypa
     begun(rows, tmp_path, recipe, monkeypatch, until=2)
     rows = rows[: changed.get("rows", 16)]
     if "WORLD_SIZE" in changed:
-        monkeypatch.setattr(trainer, "_processes", lambda: 2)
+        monkeypatch.setattr(trainer, "processes", lambda: 2)
     told = {name: value for name, value in changed.items() if name not in ("rows", "WORLD_SIZE")}
     monkeypatch.setattr(trainer, "Target", lambda *_: pytest.fail("it was told late"))
     with pytest.raises(RedrafterError, match=f"was begun with {sentence}: go on as it was begun"):
@@ -250,10 +256,10 @@ def test_of_several_gpus_a_process_takes_the_one_that_its_model_is_on(tmp_path, 
     arguments = trainer._arguments(fresh(), Recipe(batch_size=3), tmp_path, measured=False)
     assert arguments.train_batch_size == 3, "not that of a copy on each"
     first, second = torch.device("cuda:0"), torch.device("cuda:1")
-    trainer._check_place(first, first)
-    trainer._check_place(torch.device("mps"), torch.device("mps:0"))
+    check_place(first, first)
+    check_place(torch.device("mps"), torch.device("mps:0"))
     with pytest.raises(RedrafterError, match="trains on cuda:0, and the model is on cuda:1: choose a GPU by"):
-        trainer._check_place(first, second)
+        check_place(first, second)
 
 
 def test_the_best_checkpoint_on_held_out_rows_is_kept(tmp_path, monkeypatch):
@@ -272,7 +278,8 @@ def test_the_best_checkpoint_on_held_out_rows_is_kept(tmp_path, monkeypatch):
     rows = own_text(16)
     recipe = Recipe(max_steps=7, batch_size=3, learning_rate=5e-3, save_steps=2)
     run(MODEL, drafter, rows[:12], tmp_path, recipe, held_out=rows[12:], resume=False)
-    assert looks == [3, *[4] * 5], "a batch before the first step, then after steps 2, 4, 6, the last one, for the card"
+    assert looks == [3, *[4] * 4], "a batch before the first step, then after steps 2, 4, 6 and the last one"
+    assert "| mean acceptance length | 1.90 tokens" in (tmp_path / "README.md").read_text(), "as it was at step 4"
     assert all(torch.equal(a, b) for a, b in zip(weights(drafter), seen[3], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(seen[3], seen[5], strict=True))
 
@@ -341,7 +348,8 @@ def test_accumulated_batches_are_one_step(tmp_path):
 
 
 def by_a_clock_of_whole_seconds(monkeypatch) -> None:
-    """Every look at the clock finds one second more."""
+    """Every look at the clock finds one second more; what is not training takes no time."""
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=map(float, count()).__next__))
 
 
@@ -398,6 +406,121 @@ def test_a_time_is_refused_where_it_is_none_or_not_alone():
         Recipe(seconds=0.0)
     with pytest.raises(RedrafterError, match="give one of them"):
         Recipe(seconds=1.0, max_steps=2)
+
+
+def measured_in(seconds: float, monkeypatch) -> list[int]:
+    """A row takes so many seconds to measure, and a step one; returns the time, then how many rows were measured."""
+    now, looks, step = [0.0], [], trainer.Trainer.training_step
+
+    def stepped(self, *args, **kwargs):
+        now[0] += 1
+        return step(self, *args, **kwargs)
+
+    def measured(module, rows, batch_size):
+        now[0] += seconds * len(rows)
+        looks.append(len(rows))
+        return Acceptance(drafts=10, draft_tokens=30, accepted=5, by_position=[5, 0, 0])
+
+    fake = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(trainer, "time", fake)
+    monkeypatch.setattr(clock, "time", fake)
+    monkeypatch.setattr(trainer.Trainer, "training_step", stepped)
+    monkeypatch.setattr(trainer, "held_out_acceptance", measured)
+    looks.append(now)
+    return looks
+
+
+def test_measurements_count_in_the_time_of_a_run(tmp_path, monkeypatch):
+    """30 held-out rows take 30 s of 100: a batch is measured before the first step, and all once, at the end."""
+    found = measured_in(1.0, monkeypatch)
+    rows = own_text(34)
+    recipe = Recipe(seconds=100.0, batch_size=4)
+    ended = run(MODEL, fresh(), rows[:4], tmp_path, recipe, held_out=rows[4:], resume=False)
+    now, *looks = found
+    assert looks == [4, 30]
+    assert ended.steps == 100 - 4 - 30
+    assert now[0] == 100.0
+    assert ended.found.drafts == 10
+
+
+def test_fewer_held_out_rows_are_measured_where_they_would_take_the_time(tmp_path, monkeypatch):
+    found = measured_in(1.0, monkeypatch)
+    rows = own_text(34)
+    recipe = Recipe(seconds=100.0, batch_size=4)
+    run(MODEL, fresh(), rows[:4], tmp_path, recipe, held_out=rows[4:], fewer_held_out=True, resume=False)
+    now, first, *looks = found
+    assert first == 4
+    assert set(looks) == {5}, "which take 5 s each"
+    assert 2 <= len(looks) <= 6
+    assert now[0] <= 101.0
+
+
+def test_medusa_heads_are_measured_once_more_within_their_time(tmp_path, monkeypatch):
+    found = measured_in(1.0, monkeypatch)
+    monkeypatch.setattr(trainer, "fit", lambda *_: None)
+    heads = MedusaHeads.fresh(MODEL, heads=3)
+    rows = own_text(14)
+    run(MODEL, heads, rows[:4], tmp_path, Recipe(seconds=100.0, batch_size=4), held_out=rows[4:], resume=False)
+    now, *looks = found
+    assert looks == [4, 10, 10]
+    assert 80 <= now[0] <= 100
+
+
+@pytest.mark.parametrize("save_seconds", [0.0, 1000.0])
+def test_checkpoints_are_written_by_time(tmp_path, monkeypatch, save_seconds):
+    saved, save = [], trainer.Checkpointing._save_checkpoint
+
+    def kept(self, *args, **kwargs):
+        saved.append(self.state.global_step)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.Checkpointing, "_save_checkpoint", kept)
+    recipe = Recipe(max_steps=4, batch_size=4, save_seconds=save_seconds)
+    run(MODEL, fresh(), own_text(4), tmp_path, recipe, resume=False)
+    assert saved == ([1, 2, 3, 4] if save_seconds == 0 else [4])
+    with pytest.raises(RedrafterError, match="must not be negative"):
+        Recipe(save_seconds=-1.0)
+
+
+def test_a_signal_during_a_measurement_saves_the_step_before_it(tmp_path, monkeypatch):
+    looks = []
+
+    def measured(module, rows, batch_size):
+        looks.append(len(rows))
+        if len(looks) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return Acceptance(drafts=10, draft_tokens=30, accepted=5, by_position=[5, 0, 0])
+
+    monkeypatch.setattr(trainer, "held_out_acceptance", measured)
+    rows, recipe = own_text(8), Recipe(max_steps=8, batch_size=4, save_steps=2)
+    with pytest.raises(Interrupted) as raised, interruptible():
+        run(MODEL, fresh(), rows[:6], tmp_path, recipe, held_out=rows[6:], resume=False)
+    assert raised.value.number == signal.SIGTERM
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-4"
+    assert run(MODEL, fresh(), rows[:6], tmp_path, recipe, held_out=rows[6:], resume=True).steps == 8
+
+
+def test_whether_acceptance_was_still_rising_is_told_with_the_option_to_raise():
+    def course(*lengths, **how):
+        found = [Acceptance(100, 300, round(100 * (one - 1)), [0]) for one in lengths]
+        return advice([Measurement(step, one) for step, one in enumerate(found, start=1)], Recipe(**how))
+
+    assert course(1.5, 2.0, 2.1) == (
+        "Held-out tokens per step: 1.50, 2.00, 2.10; still rising at the end: raise --epochs (now 2) to train longer."
+    )
+    assert "still rising at the end: raise --minutes (now 1.5)" in course(1.5, 2.0, seconds=90.0)
+    assert "still rising at the end: raise --max-steps (now 7)" in course(1.5, 2.0, max_steps=7)
+    assert "no longer rising (best after step 2)" in course(1.5, 2.0, 2.0)
+    assert "no longer rising (best after step 1)" in course(2.5, 2.0, 2.2)
+    assert "little is learnt yet: raise --epochs (now 2)" in course(1.02, 1.0)
+    assert "measured once" in course(2.0)
+    assert "No rows were held out" in course()
+
+
+def test_a_loss_is_told_with_its_unit():
+    assert Objective().in_words(8.0, 4) == "2.000 nats per drafted token (8.000 over 4 draft positions)"
+    assert Objective(0.0, kl=1.0, decay=0.5).in_words(3.0, 2).startswith("2.000 nats per drafted token")
+    assert "nats" not in Objective(total_variation=1.0).in_words(8.0, 4), "a distance has no unit"
 
 
 def test_an_estimate_counts_the_steps_and_trains_nothing():

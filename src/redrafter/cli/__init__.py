@@ -118,19 +118,23 @@ def _silence_torchao() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command: exit status 0, 1 for a failed check, 2 for bad input, which is said in one sentence."""
+    """Runs a command: exit status 0, 1 for a failed check, 2 for bad input, which is said in one sentence.
+
+    A run that Ctrl-C or SIGTERM stops has exit status 130 or 143.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
     _print_anything()
     _silence_torchao()
+    failed = 2
     try:
         told = [word for word in words if word != "--debug"] or ["--help"]
         status = app(told, prog_name="redrafter", standalone_mode=False)
         if status != 130:  # what typer makes of an interrupt
             _end(status or 0)
-        sentence = "Interrupted."
+        sentence, failed = "Interrupted.", 130
     except RedrafterError as error:
-        sentence = _in_flags(str(error), words)
+        sentence, failed = _in_flags(str(error), words), getattr(error, "status", 2)
         if debug:
             raise
     except OSError as error:
@@ -143,4 +147,4 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         sentence = _misspelt(error) or f"{type(error).__name__}: {str(error).rstrip('.')}; add --debug to see where."
     print(f"redrafter: {' '.join(sentence.split())}", file=sys.stderr)
-    _end(2)
+    _end(failed)

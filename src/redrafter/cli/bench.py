@@ -366,27 +366,25 @@ def _demo_rows(by: str) -> list[tuple[str, dict[str, Any]]]:
 
 @contextmanager
 def _telling() -> Iterator[Tell]:
-    """A bar on stderr that says what is being measured."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    """Progress on stderr that says what is being measured."""
     from redrafter.bench.tables import law
+    from redrafter.progress import Progress
 
-    columns = [BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")]
+    current = [""]
     with ExitStack() as until:
-        bar = Progress(*columns, console=Console(stderr=True))
-        job = bar.add_task("", total=None)
+        progress = Progress("measurements", 0, details=lambda: current[0])
 
         def tell(unit: Unit, number: int, of: int) -> None:
-            if not number:  # whatever is refused is refused before
-                until.enter_context(bar)
             rows = f", {unit.batch} rows" if unit.batch > 1 else ""
             rows += f", calls of {unit.new_tokens} tokens" if unit.new_tokens else ""
-            words = f"{unit.method}: {unit.category}, {law(unit.temperature)}{rows}"
-            bar.update(job, description=words, completed=number, total=of)
+            current[0] = f"{unit.method}: {unit.category}, {law(unit.temperature)}{rows}"
+            progress.update(number, of)
+            if not number:  # whatever is refused is refused before
+                until.enter_context(progress)
 
         yield tell
-        bar.update(job, description="measured", completed=bar.tasks[0].total)
+        current[0] = ""
+        progress.update(progress.total)
 
 
 def _written(found: Results, output: Path) -> None:

@@ -59,6 +59,7 @@ def check(
     check_drafter_path(drafter)
     from redrafter.checking import compare
     from redrafter.cli.loading import check_bits, load_method, load_model, read_settings, tokenized_prompts
+    from redrafter.progress import Progress
     from redrafter.prompts import read_prompts
     from redrafter.settings import with_stop_strings
 
@@ -80,7 +81,8 @@ def check(
     ids = tokenized_prompts(read_prompts(*prompts, limit=limit), model, template_kwargs)
     target, tokenizer = load_model(model, dtype, device)
     head = load_method(drafter, target, draft_bits, any_target=any_target)
-    report = compare(target, head, ids, **with_stop_strings(target, settings, tokenizer))
+    with Progress("texts", 2 * len(ids)) as progress:
+        report = compare(target, head, ids, on_row=progress.advance, **with_stop_strings(target, settings, tokenizer))
     for parting in report.partings:
         verdict = "within rounding" if parting.explained else "NOT explained by rounding"
         typer.echo(

@@ -40,13 +40,12 @@ from redrafter.outputs import check_rows_file
 from redrafter.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from redrafter.files import Skip
+    from redrafter.progress import Progress
     from redrafter.training.answers import Law
-    from redrafter.training.distillation import Done, Prompt, Tally
+    from redrafter.training.distillation import Done, Part, Prompt, Tally
 
-    Work = Callable[[Iterator[Prompt]], Iterator[Done]]
+    Work = Callable[[Iterator[Prompt]], Iterator[Done | Part]]
 
 
 def distill(
@@ -102,8 +101,11 @@ def distill(
     beam_length: Length = None,
     node_budget: Budget = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model works on together.")] = 32,
+    save_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds between checkpoints; finished answers are saved at each.")
+    ] = 30.0,
     save_rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows from one checkpoint to the next.  \\[default: 16 x batch size]")
+        int | None, typer.Option(min=1, help="Also save after each N finished rows.  \\[default: by time alone]")
     ] = None,
     limit: Limit = None,
     bad_rows: BadRows = "stop",
@@ -118,7 +120,8 @@ def distill(
 ) -> None:
     """Let the target answer prompts, for a drafter to learn from.
 
-    The same command again goes on from the last checkpoint, which FILE.state beside the file knows of.
+    Finished answers are saved as the run goes on, and on Ctrl-C or SIGTERM (exit status 130 or 143).  Run the same
+    command again to continue; FILE.state beside the file says how far it is.
     """
     sources = [*prompts, *(more or [])]
     files = [name for source in sources for name in (source, *glob.glob(source))]
@@ -147,7 +150,7 @@ def distill(
     from redrafter.training.answers import Law
 
     drawn = Law(tuple(temperature or [0.0]), max_new_tokens=max_new_tokens, **law)
-    chunk = save_rows or 16 * batch_size
+    chunk = 16 * batch_size
     reading: dict[str, Any] = {"chat": chat, "template_kwargs": template_variables(template_kwargs)}
     if endpoint is not None and endpoint_model is not None:
         way = _endpoint(endpoint, endpoint_model, drawn, reading, concurrency, timeout, insecure_endpoint)
@@ -164,7 +167,8 @@ def distill(
             **shape,
         )
         way = _target(model, drafter, template, drawn, reading, chunk, max_length, options, dtype, device, any_target)
-    _run(sources, output, way, limit=limit, bad_rows=bad_rows, overwrite=overwrite)
+    saving: dict[str, Any] = {"save_seconds": save_seconds, "save_rows": save_rows}
+    _run(sources, output, way, limit=limit, bad_rows=bad_rows, overwrite=overwrite, saving=saving)
 
 
 def _refuse_idle(when: str, options: dict[str, Any]) -> None:
@@ -277,63 +281,56 @@ def _told(reading: dict[str, Any]) -> dict[str, Any]:
     return {**reading, "template_kwargs": reading["template_kwargs"] or None}
 
 
-def _run(sources: list[str], output: Path, way: _Way, *, limit: int | None, bad_rows: str, overwrite: bool) -> None:
+def _run(
+    sources: list[str],
+    output: Path,
+    way: _Way,
+    *,
+    limit: int | None,
+    bad_rows: str,
+    overwrite: bool,
+    saving: dict[str, Any],
+) -> None:
     """Looks at all rows, then works on those that the file lacks, and says how far it is."""
     from rich.console import Console
 
-    from redrafter.training.distillation import Tally, distil, survey
+    from redrafter.interrupt import StoppedRun, interruptible
+    from redrafter.training.distillation import Tally, distil, saved, survey
     from redrafter.training.journal import Journal
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     journal = Journal(output, way.told, overwrite=overwrite)
     tally = Tally()
-    with skipping(bad_rows) as skip:
-        with console.status("Looking at all rows …"):
-            found = survey(sources, way.check, journal, limit=limit, skip=skip)
-        if journal.done == found.total:
-            console.print(f"Nothing is left to do: {output} holds what came of all {found.total:,} rows.")
-            return
-        if journal.done:
-            console.print(f"Going on after {journal.done:,} of {found.total:,} rows.")
-        work = way.start(found.total, tally, skip)
-        try:
-            _watch(console, distil(sources, found, journal, work, limit=limit), journal.done, found.total, tally)
-        except KeyboardInterrupt:
-            raise RedrafterError(
-                f"Interrupted; the same command goes on after {journal.done:,} of {found.total:,} rows."
-            ) from None
+    try:
+        with interruptible(), skipping(bad_rows) as skip:
+            with console.status("Looking at all rows …"):
+                found = survey(sources, way.check, journal, limit=limit, skip=skip)
+            if journal.done == found.total:
+                console.print(f"Nothing is left to do: {output} holds what came of all {found.total:,} rows.")
+                return
+            if journal.done or journal.ahead:
+                console.print(f"Going on after {saved(journal):,} of {found.total:,} rows.")
+            work = way.start(found.total, tally, skip)
+            with _progress(found.total, journal.done, tally) as progress:
+                for finished in distil(sources, found, journal, work, limit=limit, tally=tally, **saving):
+                    progress.update(finished)
+    except KeyboardInterrupt as error:
+        sentence = f"Interrupted; {saved(journal):,} finished rows are saved"
+        raise StoppedRun(f"{sentence}: run the same command again to continue.", error) from None
     counts = journal.counts
     steps = f", {counts['tokens'] / counts['steps']:.2f} per step" if counts["steps"] else ""
     cut = f"; {counts['cut']:,} of {counts['answers']:,} answers were cut short" if counts["cut"] else ""
     console.print(f"{counts['rows']:,} rows, {counts['tokens']:,} tokens{steps}{cut}. Wrote {output}.")
 
 
-def _watch(console: Console, checkpoints: Iterator[int], done: int, total: int, tally: Tally) -> None:
-    """Runs the work; shows a bar on a terminal, and elsewhere a line for a checkpoint, one in ten seconds at most."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.text import Text
+def _progress(total: int, done: int, tally: Tally) -> Progress:
+    """Rows, with the tokens written so far and their rate."""
+    from redrafter.progress import Progress
 
-    begin = told = time.monotonic()
+    begin = time.monotonic()
 
     def figures() -> str:
         speed = f"{tally.tokens:,} tokens, {tally.tokens / max(1e-9, time.monotonic() - begin):,.0f} tokens/s"
         return speed + (f", {tally.tokens / tally.steps:.2f} per step" if tally.steps else "")
 
-    if not console.is_terminal:
-        for done in checkpoints:
-            if time.monotonic() - told >= 10 or done == total:
-                told = time.monotonic()
-                console.print(f"{done:,} of {total:,} rows, {figures()}")
-        return
-
-    class Figures(ProgressColumn):
-        """Looked up at every refresh, for tokens come between checkpoints."""
-
-        def render(self, task: object) -> Text:
-            return Text(figures())
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("rows"), Figures(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=total, completed=done)
-        for done in checkpoints:
-            progress.update(bar, completed=done)
+    return Progress("rows", total, done=done, details=figures)

@@ -56,6 +56,7 @@ def evaluate(
     check_model_path(model)
     check_drafter_path(drafter)
     from redrafter.cli.loading import check_bits, load_method, load_model, tokenized_prompts
+    from redrafter.progress import Progress
     from redrafter.prompts import read_prompts
     from redrafter.training.evaluation import Measured
     from redrafter.training.evaluation import evaluate as measure
@@ -66,19 +67,21 @@ def evaluate(
     ids = tokenized_prompts(records, model, template_kwargs)
     target, tokenizer = load_model(model, dtype, device)
     head = load_method(drafter, target, draft_bits, any_target=any_target)
-    found = measure(
-        target,
-        head,
-        ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        batch_size=batch_size,
-        beam_width=beam_width,
-        beam_length=beam_length,
-        node_budget=node_budget,
-        tokenizer=tokenizer,
-    )
+    with Progress("texts", 2 * len(ids)) as progress:
+        found = measure(
+            target,
+            head,
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            beam_width=beam_width,
+            beam_length=beam_length,
+            node_budget=node_budget,
+            tokenizer=tokenizer,
+            on_row=progress.advance,
+        )
     otherwise = {way: sum(one.walked != one.decoding for one in texts) for way, texts in found.items()}
     whole = {way: Measured.total(texts) for way, texts in found.items()}
     parts = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from redrafter.cli.loading import (
     claim,
 )
 from redrafter.errors import RedrafterError
-from redrafter.outputs import check_drafter_folder, check_states_folder
+from redrafter.outputs import CHECKPOINTS, check_drafter_folder, check_states_folder
 from redrafter.paths import check_model_path
 
 METHODS = ("recurrent", "medusa", "eagle")
@@ -121,7 +122,8 @@ def train(
         ),
     ] = None,
     exit_dim: Annotated[
-        int | None, typer.Option(min=1, help="Width of the head.  \\[default: 2 x hidden size]")
+        int | None,
+        typer.Option(min=1, help="Width of the head.  \\[default: 2 x hidden size; on a CPU perhaps 1 x]"),
     ] = None,
     blocks: Annotated[
         int | None, typer.Option(min=0, help="Residual blocks of the head.  \\[default: 2; medusa: 1 of each]")
@@ -134,7 +136,12 @@ def train(
     ] = None,
     context_positions: Annotated[int, typer.Option(min=1, help="Last positions of which it sees the states.")] = 1,
     draft_vocabulary: Annotated[
-        int | None, typer.Option(min=1, help="Draft only the N most frequent tokens of the data.  \\[default: all]")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Draft only the N most frequent tokens of the data; 0: all.  \\[default: all of up to 2,048, else as "
+            "many as are 98 % of the tokens to learn on a CPU, 99.9 % on a GPU]",
+        ),
     ] = None,
     cross_entropy: Annotated[float, typer.Option(help="Weight of the loss on tokens.")] = 1.0,
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the target's distribution.")] = 0.0,
@@ -145,18 +152,27 @@ def train(
         typer.Option(help=f"eagle: weight of the distance from the target's features.  \\[default: {FEATURES}]"),
     ] = None,
     decay: Annotated[float, typer.Option(help="What a draft position counts of the one before.")] = 1.0,
-    epochs: Annotated[float, typer.Option(help="Times to see the data.")] = 2.0,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="Times to see the data.  \\[default: 2; for few rows as many as make 600 steps, 20 at most]"),
+    ] = None,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps, instead of epochs where positive.")] = -1,
     minutes: Annotated[
-        float | None, typer.Option(help="Of training by the clock, instead of epochs: as many steps as that takes.")
+        float | None,
+        typer.Option(
+            help="Wall-clock time from loaded model to written drafter, instead of epochs: steps, measurements and "
+            "checkpoints count.  A step and the writing of files may exceed it by a few seconds."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that a process takes in at once.")] = 8,
     accumulation: Annotated[int, typer.Option(min=1, help="Batches for each optimiser step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW; warm-up, then cosine to zero.")] = 1e-3,
     precision: Annotated[str, typer.Option(help="Of the drafter: auto, float32, bfloat16 or float16.")] = "auto",
+    save_minutes: Annotated[float, typer.Option(min=0, help="Minutes between checkpoints.")] = 2.0,
     save_steps: Annotated[
-        int, typer.Option(min=1, help="Steps from one checkpoint and measurement to the next.")
-    ] = 500,
+        int | None,
+        typer.Option(min=1, help="Steps between measurements, with a checkpoint.  \\[default: a sixth of the run]"),
+    ] = None,
     report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb, trackio, …")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and order.")] = 0,
     licence: Annotated[str | None, typer.Option("--license", help="Of the data, for the card.")] = None,
@@ -172,7 +188,10 @@ def train(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Train a drafter for a model; the model itself is not changed."""
+    """Train a drafter for a model; the model itself is not changed.
+
+    Ctrl-C and SIGTERM save a checkpoint and stop (exit status 130 or 143); --resume continues.
+    """
     first = os.environ.get("RANK", "0") == "0"
     if public and not push_to_hub:
         raise RedrafterError("--public is for a repository that --push-to-hub creates.")
@@ -216,19 +235,25 @@ def train(
     from redrafter.drafter import RecurrentDrafter
     from redrafter.eagle import EagleHead
     from redrafter.head import Head
+    from redrafter.interrupt import StoppedRun, interruptible
     from redrafter.medusa import NODES, MedusaHeads
     from redrafter.target import Target
-    from redrafter.training.data import coverage, most_frequent, read_rows, split
+    from redrafter.training.checks import newest_checkpoint
+    from redrafter.training.data import coverage, most_frequent, pack, read_rows, split
+    from redrafter.training.defaults import FEWEST, Choice, epochs_for, vocabulary_for, width_for
+    from redrafter.training.estimating import estimate
     from redrafter.training.loss import Objective
+    from redrafter.training.outcome import advice
     from redrafter.training.recipe import Recipe
-    from redrafter.training.trainer import estimate, newest_checkpoint, run
+    from redrafter.training.trainer import run
 
     recipe = Recipe(
-        epochs,
+        float(FEWEST) if epochs is None else epochs,
         max_steps,
         batch_size,
         learning_rate,
         save_steps=save_steps,
+        save_seconds=60 * save_minutes,
         seed=seed,
         objective=Objective(cross_entropy, kl, total_variation, coupled, decay, features),
         accumulation=accumulation,
@@ -260,7 +285,19 @@ def train(
     rows, measured = split(rows, min(64, len(rows) // 20) if held_out is None else held_out, seed=seed)
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"beam_width": beam_width, "node_budget": node_budget}
-    vocabulary = None if draft_vocabulary is None else most_frequent(rows, draft_vocabulary)
+    choices: list[Choice] = []
+    if epochs is None and max_steps < 1 and minutes is None:
+        groups = len(pack(rows, recipe.packing)) if recipe.packing else len(rows)
+        choices.append(epochs_for(groups, batch_size, accumulation))
+        recipe = replace(recipe, epochs=float(choices[-1].value or FEWEST))
+    if draft_vocabulary is None and method != "eagle":
+        choices.append(vocabulary_for(rows, Target(target).vocab_size, target.device))
+        draft_vocabulary = choices[-1].value
+    if exit_dim is None and method == "recurrent":
+        drafted = draft_vocabulary or Target(target).vocab_size
+        choices.append(width_for(Target(target), 2 if blocks is None else blocks, drafted, target.device))
+        exit_dim = choices[-1].value
+    vocabulary = most_frequent(rows, draft_vocabulary) if draft_vocabulary else None
     drafter: Head
     if method == "medusa":
         drafter = MedusaHeads.fresh(
@@ -292,6 +329,8 @@ def train(
         f"{len(rows):,} rows, {learnt:,} tokens to learn, {len(measured)} rows held out; "
         f"{hub.count_parameters(drafter):,} parameters."
     )
+    if choices:
+        console.print(f"Chosen: {'; '.join(choice.reason for choice in choices)}.")
     if drafter.draft_vocabulary is not None:
         covered = coverage(rows, drafter.draft_vocabulary)
         console.print(f"The draft vocabulary of {draft_vocabulary:,} covers {covered:.2%} of the tokens to learn.")
@@ -303,13 +342,20 @@ def train(
         console.print(f"{needs.steps:,} steps, about {needs.seconds:,.0f} s; {weights}{peak}{states}.")
         return
     names = [source if "/" in source and not Path(source).exists() else Path(source).name for source in sources]
+    about: dict[str, Any] = {"sources": names, "licence": licence, "tell": console.print, "resume": resume}
     try:
-        about: dict[str, Any] = {"sources": names, "licence": licence, "tell": console.print}
-        loss = run(target, drafter, rows, output, recipe, held_out=measured, resume=resume, **about).loss
-    except KeyboardInterrupt:
-        again = newest_checkpoint(output / "checkpoints")
-        advice = f"run it again with --resume to go on from {again.name}" if again else "no checkpoint was written yet"
-        raise RedrafterError(f"Interrupted; {advice}.") from None
-    console.print(f"Loss {loss:.3f}. Wrote {output}.")
+        with interruptible():
+            found = run(
+                target, drafter, rows, output, recipe, held_out=measured, fewer_held_out=held_out is None, **about
+            )
+    except KeyboardInterrupt as error:
+        again = newest_checkpoint(output / CHECKPOINTS)
+        if again is None:
+            raise StoppedRun("Interrupted before the first step; run the same command again.", error) from None
+        raise StoppedRun(
+            f"Interrupted; run it again with --resume to go on from {again.name} in {again.parent}.", error
+        ) from None
+    console.print(advice(found.measured, recipe))
+    console.print(f"Loss {recipe.objective.in_words(found.loss, beam_length)}. Wrote {output}.")
     if push_to_hub and first:
         console.print(f"Uploaded to {hub.push(output, push_to_hub, public=public)}.")

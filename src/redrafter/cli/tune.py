@@ -92,6 +92,7 @@ def tune(
         check_drafter_folder(output, overwrite=False, inputs=[model, drafter, *prompts])
     from redrafter import hub, tuning
     from redrafter.profiling import Bench, device_name
+    from redrafter.progress import Progress, track
     from redrafter.prompts import read_prompts
     from redrafter.proposers.base import draftable
     from redrafter.proposers.loading import kind_of
@@ -117,12 +118,13 @@ def tune(
     )
     law = with_stop_strings(target, law, tokenizer)
     _say_how_long(tuning.estimate(target, ids, batches, max_new_tokens=max_new_tokens, compile=compile, **law))
-    texts = tuning.Texts.written(target, method, ids, max_new_tokens=max_new_tokens, **law)
+    with Progress("texts", len(ids)) as progress:
+        texts = tuning.Texts.written(target, method, ids, on_row=progress.advance, max_new_tokens=max_new_tokens, **law)
     length = context or texts.length
-    writes = {shape: texts.tokens_per_step(shape) for shape in candidates}
+    writes = {shape: texts.tokens_per_step(shape) for shape in track(candidates, "shapes measured")}
     found: list[Tuned] = []
     unfit: dict[int, RedrafterError] = {}
-    for batch in batches:
+    for batch in track(batches, "batch sizes timed"):
         try:
             bench = Bench.of(texts.again(batch, length), method, candidates, repeats=repeats, compile=compile)
             finalists = tuning.promising(bench, writes)

@@ -25,7 +25,7 @@ from redrafter.results import finished
 from redrafter.rows import Chat, Text, parse_row
 from redrafter.settings import ONE_TEXT, with_stop_strings
 from redrafter.target import Target
-from redrafter.training.distillation import Done, Prompt, Tally, least, named
+from redrafter.training.distillation import Done, Part, Prompt, Tally, least, named
 
 
 @dataclass(frozen=True)
@@ -264,16 +264,17 @@ def by_target(
     tally: Tally | None = None,
     skip: Skip | None = None,
     **settings: Any,
-) -> Iterator[Done]:
+) -> Iterator[Done | Part]:
     """Answers of a model, `chunk` prompts at a time, turn after turn in continuous batches.
 
+    Each prompt is given back as it finishes, in any order, and as a part after each of its answers before the last.
     `seeds` are `law.seeds` of all prompts; `limit` bounds the tokens of a text, as the model's context does; `settings`
     go to `stream`.  A prompt that leaves no room is told to `skip`, or without it raises RedrafterError.
     """
     tally = tally or Tally()
     limit = least(limit, Target(model).context_length)
     while part := list(islice(prompts, chunk)):
-        dialogues: list[Dialogue] = []
+        going: list[_Active] = []
         for prompt in part:
             first = prompt.number * len(law.temperatures)
             own = [
@@ -281,48 +282,92 @@ def by_target(
                 for k in range(len(law.temperatures))
             ]
             try:
-                for one in own:
-                    one.ask(tokenizer, limit)
+                going.append(_Active.begun(prompt, own, tokenizer, limit))
             except RedrafterError as error:
                 if skip is None:
                     raise
                 skip(str(error))
-            else:
-                dialogues += own
-        counts: Counter[str] = Counter()
-        going = dialogues
+                yield Done(prompt, [], Counter())
         while going:
-            for temperature in dict.fromkeys(law.temperatures):
-                together = [one for one in going if one.temperature == temperature]
+            for k, temperature in enumerate(law.temperatures):
+                together = [one for one in going if one.asked[k]]
                 law_settings = law.settings(temperature) | settings | ONE_TEXT
-                counts += _answered(together, model, tokenizer, drafter, limit, tally, law_settings)
-            going = [one for one in going if one.ask(tokenizer, limit)]
-        rows = [row for one in dialogues for row in one.rows()]
-        counts["rows"] = len(rows)
+                for one, answer in _answered(together, k, model, tokenizer, drafter, tally, law_settings):
+                    one.take(k, answer, tokenizer, limit)
+                    yield one.result()
+            going = [one for one in going if any(one.asked)]
+
+
+_Answer = tuple[list[int], str, int]
+"""New tokens, why they end, and the steps that they took."""
+
+
+@dataclass
+class _Active:
+    """A prompt that is being answered: its dialogue at each temperature."""
+
+    prompt: Prompt
+    dialogues: list[Dialogue]
+    asked: list[bool]
+    """Whether each dialogue waits for an answer."""
+    answers: list[list[_Answer]]
+    """Of each dialogue so far: from these it can be made again."""
+
+    @classmethod
+    def begun(
+        cls, prompt: Prompt, dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerBase, limit: int | None
+    ) -> _Active:
+        """Asks for the first turn, or continues after the answers that an interrupted run saved.
+
+        Raises RedrafterError if the first turn does not fit.
+        """
+        one = cls(prompt, dialogues, [each.ask(tokenizer, limit) for each in dialogues], [[] for _ in dialogues])
+        for k, saved in enumerate(prompt.part or []):
+            for tokens, reason, steps in saved:
+                one.take(k, (tokens, reason, steps), tokenizer, limit)
+        return one
+
+    def take(self, k: int, answer: _Answer, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
+        """Gives a dialogue its answer and asks for its next turn."""
+        tokens, reason, _ = answer
+        self.answers[k].append(answer)
+        self.dialogues[k].answer(tokens, reason, tokenizer, limit)
+        self.asked[k] = self.dialogues[k].ask(tokenizer, limit)
+
+    def result(self) -> Done | Part:
+        """All rows with their counts if no turn is left, else the answers so far."""
+        given = [answer for own in self.answers for answer in own]
+        if any(self.asked):
+            turns = sum(max(1, len(one.plan.stretches)) for one in self.dialogues)
+            return Part(self.prompt, [list(own) for own in self.answers], len(given) / turns)
+        rows = [row for one in self.dialogues for row in one.rows()]
+        counts = Counter(rows=len(rows), answers=len(given))
+        counts["tokens"] = sum(len(tokens) for tokens, _, _ in given)
+        counts["steps"] = sum(steps for _, _, steps in given)
         counts["cut"] = sum(reason == "length" for row in rows for reason in row["finish_reasons"])
-        yield Done(part[-1], rows, counts)
+        return Done(self.prompt, rows, counts)
 
 
 def _answered(
-    dialogues: list[Dialogue],
+    together: list[_Active],
+    k: int,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     drafter: RecurrentDrafter | None,
-    limit: int | None,
     tally: Tally,
     settings: dict[str, Any],
-) -> Counter[str]:
-    """One turn of all of them, which share a law."""
+) -> Iterator[tuple[_Active, _Answer]]:
+    """One turn of the dialogues at temperature number `k`, each as it finishes."""
+    if not together:
+        return
+    dialogues = [one.dialogues[k] for one in together]
     if settings["do_sample"]:
         settings["seed"] = [one.seed for one in dialogues]
     settings = with_stop_strings(model, settings, tokenizer)
-    counts: Counter[str] = Counter()
     prompts = [one.texts[-1].input_ids for one in dialogues]
     told = [settings.get(name) for name in ("beam_width", "beam_length", "node_budget")]
     batch = min(settings.get("batch_size") or len(prompts), len(prompts))
     positions = 0 if drafter is None else drafter.drafting(batch, *told)[1]
     events = tally.watch(stream(model, drafter, prompts, **settings))
     for one in finished(events, rows=len(dialogues), positions=positions):
-        dialogues[one.row].answer(one.new_tokens, one.finish_reason, tokenizer, limit)
-        counts += Counter(answers=1, tokens=one.stats.tokens, steps=one.stats.steps)
-    return counts
+        yield together[one.row], (one.new_tokens, one.finish_reason, one.stats.steps)

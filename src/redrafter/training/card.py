@@ -5,7 +5,7 @@ Promises that nothing stands in it that the run did not see.  Does not know the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import __version__ as TRANSFORMERS
@@ -14,6 +14,7 @@ from redrafter import __version__, hub
 from redrafter.head import Head
 from redrafter.training.data import Row, coverage
 from redrafter.training.evaluation import Acceptance
+from redrafter.training.outcome import Measurement
 from redrafter.training.recipe import Recipe
 
 
@@ -24,7 +25,7 @@ class Run:
     rows: list[Row]
     recipe: Recipe
     loss: float
-    """The last one logged, in nats, summed over draft positions."""
+    """The last one logged, summed over draft positions; `Objective.in_words` says its unit."""
     steps: int
     found: Acceptance | None
     """On held-out rows, where there were any."""
@@ -35,6 +36,8 @@ class Run:
     """Times that the rows were seen."""
     seconds: float
     """Of training by the clock, held-out rows and checkpoints counted; of a run that was resumed, since then."""
+    measured: list[Measurement] = field(default_factory=list)
+    """On held-out rows, in the course of the run."""
 
     @property
     def tokens(self) -> int:
@@ -80,7 +83,7 @@ def card(drafter: Head, run: Run) -> str:
             f"| objective | {objective} |",
             f"| steps | {run.steps:,} of {recipe.batch_size} x {recipe.accumulation}{share}{clock}, rate "
             f"{recipe.learning_rate:g} |",
-            f"| last loss | {run.loss:.3f} nats, summed over positions |",
+            f"| last loss | {recipe.objective.in_words(run.loss, config.beam_length)} |",
             *_acceptance(run.found, drafter),
             f"| versions | redrafter {__version__}, torch {torch.__version__}, transformers {TRANSFORMERS} |",
             "",

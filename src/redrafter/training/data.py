@@ -230,6 +230,12 @@ def most_frequent(rows: list[Row], count: int) -> Tensor:
     return counts.argsort(descending=True, stable=True)[:count]
 
 
+def kinds_for(rows: list[Row], share: float) -> int:
+    """How many of the most frequent tokens make up this share of the tokens to learn."""
+    counts = _counts(rows).sort(descending=True).values
+    return int((counts.cumsum(0) < share * counts.sum()).sum()) + 1
+
+
 def coverage(rows: list[Row], vocabulary: Tensor) -> float:
     """The share of the tokens to learn that a draft vocabulary [count] holds."""
     counts = _counts(rows)

@@ -13,12 +13,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from ipaddress import ip_address
-from itertools import islice
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -35,6 +34,9 @@ PAUSE = 1.0
 """Seconds before the second time; twice as many before each later one, or as many as the server asks for."""
 
 LONGEST_PAUSE = 60.0
+
+LOOK_AHEAD = 64
+"""Prompts, for each request at a time, that are begun after the oldest one without an answer."""
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """Statuses that may pass."""
@@ -201,7 +203,7 @@ def by_endpoint(
     tally: Tally | None = None,
     skip: Skip | None = None,
 ) -> Iterator[Done]:
-    """Answers of a served model, `concurrency` prompts at a time, each kept in its order as soon as it is there.
+    """Answers of a served model, `concurrency` prompts at a time, each as soon as it is there, in any order.
 
     `seeds` are `law.seeds` of all prompts.  A first turn that the server refuses is told to `skip`, or without it
     raises BadPrompt; a later one ends its conversation.
@@ -220,7 +222,7 @@ def by_endpoint(
             counts += Counter(rows=1, answers=len(row["finish_reasons"]), cut=cut, tokens=tokens)
         return Done(prompt, rows, counts)
 
-    def start(prompt: Prompt) -> tuple[Prompt, Future[Done]]:
+    def start(prompt: Prompt) -> Future[Done]:
         future: Future[Done] = Future()
 
         def run() -> None:
@@ -233,22 +235,35 @@ def by_endpoint(
                     future.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()  # an interrupt does not wait for answers on their way
-        return prompt, future
+        return future
 
-    begun = deque(start(prompt) for prompt in islice(prompts, 4 * concurrency))
+    def result(prompt: Prompt, future: Future[Done]) -> Done:
+        try:
+            return future.result()
+        except BadPrompt as error:
+            if skip is None:
+                raise RedrafterError(f"{prompt.where}: {error}") from None
+            skip(f"{prompt.where}: {error}")
+            return Done(prompt, [], Counter())
+
+    begun: dict[Future[Done], Prompt] = {}  # in the order of the prompts
+
+    def may_begin() -> bool:
+        numbers = [one.number for one in begun.values()] or [0]
+        return len(begun) < 4 * concurrency and numbers[-1] - numbers[0] < LOOK_AHEAD * concurrency
+
     try:
-        while begun:
-            prompt, future = begun.popleft()
-            try:
-                done = future.result()
-            except BadPrompt as error:
-                if skip is None:
-                    raise RedrafterError(f"{prompt.where}: {error}") from None
-                skip(f"{prompt.where}: {error}")
-                done = Done(prompt, [], Counter())
-            tally.tokens += done.counts["tokens"]
-            yield done
-            begun.extend(start(prompt) for prompt in islice(prompts, 1))
+        while True:
+            while may_begin() and (prompt := next(prompts, None)) is not None:
+                begun[start(prompt)] = prompt
+            if not begun:
+                return
+            ended, _ = wait(begun, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in sorted(ended, key=lambda one: (one.exception() is not None, begun[one].number)):
+                done = result(begun.pop(future), future)
+                tally.tokens += done.counts["tokens"]
+                yield done
+            tally.tick()
     finally:
         stopped.set()
 

@@ -7,7 +7,7 @@ tokens and one more), come decoding's own counts, up to rounding.  Does not know
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from redrafter.errors import RedrafterError
 from redrafter.proposers import Method, Proposer
 from redrafter.proposers.base import measured
 from redrafter.request import Request, request
-from redrafter.results import Generation, Stats
+from redrafter.results import Finished, Generation, Stats
 from redrafter.sampling import Place, Sampler
 from redrafter.settings import ONE_TEXT, with_stop_strings
 from redrafter.step import PREFILL_CHUNK
@@ -247,11 +247,14 @@ def evaluate(
     beam_length: int | None = None,
     node_budget: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    on_row: Callable[[Finished], object] | None = None,
 ) -> dict[str, list[Measured]]:
     """Writes from every prompt, `greedy` and `sampled`, and counts drafts; one entry for each prompt.
 
-    Other settings are the model's own, as in `generate`; stop strings need the `tokenizer`.  Raises RedrafterError for
-    bad prompts and settings.
+    `on_row` is called with each of these texts, two for each prompt, as it is written.  Other settings are the model's
+    own, as in `generate`; stop strings need the `tokenizer`.
+
+    Raises RedrafterError for bad prompts and settings.
     """
     common: dict[str, Any] = ONE_TEXT | {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     if tokenizer is not None:
@@ -265,7 +268,10 @@ def evaluate(
     asked = {way: request(model, drafter, prompts, **settings) for way, settings in ways.items()}
     if asked["greedy"].proposer is None:
         raise RedrafterError("Without drafting there is nothing to measure: beam_length must be at least 1.")
-    return {way: _measured(asked[way], generate(model, drafter, prompts, **ways[way]), batch_size) for way in ways}
+    return {
+        way: _measured(asked[way], generate(model, drafter, prompts, on_row=on_row, **ways[way]), batch_size)
+        for way in ways
+    }
 
 
 def _measured(asked: Request, written: Generation, batch_size: int) -> list[Measured]:

@@ -26,6 +26,8 @@ class Journal:
 
     A checkpoint appends lines, makes them safe on the disk, and then replaces the note, which says how many bytes
     count; what a killed process wrote beyond them is cut off by the next one.  Nothing is written before `open`.
+    `ahead` holds results that cannot be appended yet, because an earlier one is missing: JSON by the result's number.
+    The note contains them, so they are saved together with the size.
 
     `told` is what the lines depend on: JSON by names.  Raises RedrafterError where the file holds lines of other work,
     unless `overwrite` throws them away, or is not a file of ours.
@@ -38,6 +40,7 @@ class Journal:
         self.done = 0  # rows of the source that are answered
         self.source = ""  # a digest of them
         self.counts: Counter[str] = Counter()
+        self.ahead: dict[int, Any] = {}
         self._size = 0
         self._file: BinaryIO | None = None
         if _OTHERWISE_READ & set(path.suffixes):
@@ -56,11 +59,12 @@ class Journal:
             note = json.loads(self.note.read_text(encoding="utf-8"))
             told, done, kept = dict(note["told"]), int(note["done"]), int(note["bytes"])
             source, counts = str(note["source"]), Counter(note["counts"])
+            ahead = {int(number): result for number, result in note.get("ahead", {}).items()}
         except FileNotFoundError:
             return
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise RedrafterError(f"{self.note} is not a note of this command: {again}.") from None
-        if not done:  # nothing that other options could contradict
+        if not done and not ahead:  # nothing that other options could contradict
             return
         others = [name for name in {**told, **self.told} if told.get(name) != self.told.get(name)]
         if others:
@@ -68,7 +72,7 @@ class Journal:
             raise RedrafterError(f"{self.path} was begun with other options ({differ}): give the same, {again}.")
         if size < kept:
             raise RedrafterError(f"{self.path} has lost lines since it was written: {again}.")
-        self.done, self._size, self.source, self.counts = done, kept, source, counts
+        self.done, self._size, self.source, self.counts, self.ahead = done, kept, source, counts, ahead
 
     def open(self) -> None:
         """Creates the file or cuts it to its last checkpoint.  Raises RedrafterError where it cannot be written."""
@@ -80,8 +84,18 @@ class Journal:
         except OSError as error:
             raise self._failed(error) from error
 
-    def checkpoint(self, rows: Iterable[dict[str, Any]], *, done: int, source: str, counts: Counter[str]) -> None:
+    def checkpoint(
+        self,
+        rows: Iterable[dict[str, Any]],
+        *,
+        done: int,
+        source: str,
+        counts: Counter[str],
+        ahead: dict[int, Any] | None = None,
+    ) -> None:
         """Appends rows: `done` and `source` are what is answered with them, `counts` what they add.
+
+        `ahead` replaces the results that cannot be appended yet.
 
         Raises RedrafterError where it cannot be written (the file then ends at the checkpoint before), or where another
         process writes the same file.
@@ -91,17 +105,18 @@ class Journal:
         data = lines.encode("utf-8", errors="replace")  # an endpoint may send half a character
         if os.fstat(self._file.fileno()).st_size != self._size:
             raise RedrafterError(f"Something else writes {self.path}; let one process do it.")
-        before = (self._size, self.done, self.source, self.counts)
+        before = (self._size, self.done, self.source, self.counts, self.ahead)
         try:
             left = memoryview(data)
             while left:
                 left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
+            if data:
+                os.fsync(self._file.fileno())
             self._size, self.done, self.source = self._size + len(data), done, source
-            self.counts = self.counts + counts
+            self.counts, self.ahead = self.counts + counts, ahead or {}
             self._write_note()
         except OSError as error:
-            self._size, self.done, self.source, self.counts = before
+            self._size, self.done, self.source, self.counts, self.ahead = before
             with contextlib.suppress(OSError):
                 self._file.truncate(self._size)
             raise self._failed(error) from error
@@ -114,9 +129,13 @@ class Journal:
 
     def _write_note(self) -> None:
         note = {"told": self.told, "done": self.done, "bytes": self._size, "source": self.source}
+        text = json.dumps({**note, "counts": self.counts, "ahead": self.ahead}, indent=None if self.ahead else 1)
         passing = self.note.with_name(f".{self.note.name}.{os.getpid()}.part")
         try:
-            passing.write_text(json.dumps({**note, "counts": self.counts}, indent=1) + "\n", encoding="utf-8")
+            with passing.open("w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(passing, self.note)
         except OSError:
             with contextlib.suppress(OSError):

@@ -54,6 +54,16 @@ class Objective:
         """Whether the target's logits are asked for."""
         return bool(self.kl or self.total_variation or self.coupled)
 
+    def in_words(self, loss: float, length: int) -> str:
+        """A loss of `length` draft positions with its unit: for each drafted token, and their sum.
+
+        Cross-entropies and divergences are in nats; with other parts the sum has no unit.
+        """
+        each = loss / sum(self.decay**depth for depth in range(length))
+        if self.total_variation or self.features:
+            return f"{each:.3f} per drafted token (weighted sum of losses; {loss:.3f} over {length} draft positions)"
+        return f"{each:.3f} nats per drafted token ({loss:.3f} over {length} draft positions)"
+
 
 TOKENS = Objective()
 """The released script's: cross-entropy alone."""

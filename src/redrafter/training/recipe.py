@@ -6,12 +6,16 @@ Does not know the run.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from redrafter.errors import RedrafterError
 from redrafter.training.loss import TOKENS, Objective
+
+MEASUREMENTS = 6
+"""Times that a run measures held-out rows, unless `save_steps` says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,10 @@ class Recipe:
     learning_rate: float = 1e-3
     warmup: float = 0.1
     """Share of the steps, or of the time, followed by a cosine to zero."""
-    save_steps: int = 500
-    """Optimiser steps from one checkpoint, and one look at the held-out rows, to the next."""
+    save_steps: int | None = None
+    """Optimiser steps between measurements of the held-out rows, with a checkpoint; None: `MEASUREMENTS` of them."""
+    save_seconds: float = 120.0
+    """Seconds between checkpoints, whatever the steps."""
     seed: int = 0
     objective: Objective = TOKENS
     accumulation: int = 1
@@ -49,7 +55,7 @@ class Recipe:
     cache_states: Path | None = None
     """Folder in which the target's states are kept, computed once for all epochs and runs."""
     seconds: float | None = None
-    """Train for so long by the clock, instead of `epochs`: as many steps as that takes."""
+    """Wall-clock seconds of the whole run instead of `epochs`: training, measuring, and keeping states."""
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
@@ -60,8 +66,15 @@ class Recipe:
             raise RedrafterError("Training ends after a number of steps or after a time: give one of them.")
         if self.max_steps < 1 and self.epochs <= 0:
             raise RedrafterError(f"The epochs must be positive, not {self.epochs:g}.")
+        if self.save_seconds < 0:
+            raise RedrafterError(f"The time between checkpoints must not be negative, not {self.save_seconds:g} s.")
         if not 0 < self.window_share <= 1:
             raise RedrafterError(f"The share of windows must be above 0 and at most 1, not {self.window_share:g}.")
+
+    def steps_of(self, groups: int) -> int:
+        """Optimiser steps over so many rows, or groups of packed ones, unless the clock ends the run."""
+        batches = math.ceil(groups / (self.batch_size * processes()))
+        return self.max_steps if self.max_steps > 0 else math.ceil(math.ceil(batches / self.accumulation) * self.epochs)
 
 
 def share_of_rate(progress: float, warmup: float) -> float:
@@ -69,3 +82,8 @@ def share_of_rate(progress: float, warmup: float) -> float:
     if progress < warmup:
         return progress / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+
+
+def processes() -> int:
+    """Processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -9,134 +9,59 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jaxtyping import Float, Int
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from redrafter import interrupt
 from redrafter.errors import RedrafterError, reason
 from redrafter.head import Head
 from redrafter.medusa import MedusaHeads
 from redrafter.memory import within_memory
 from redrafter.outputs import CHECKPOINTS, COMPLETE, ORDER, check_drafter_folder
 from redrafter.target import Target
+from redrafter.training.callbacks import AsTold, Schedule, Watched
 from redrafter.training.card import Run, card
-from redrafter.training.clock import ByTheClock, SecondsBar
+from redrafter.training.checks import (
+    KEPT,
+    check_disk,
+    check_divided,
+    check_objective,
+    check_place,
+    check_start,
+    newest_checkpoint,
+    order_of,
+    step_of,
+)
+from redrafter.training.clock import ByTheClock
 from redrafter.training.data import Row, collate, pack
+from redrafter.training.estimating import precision_of, step_seconds
 from redrafter.training.evaluation import Acceptance, acceptance
 from redrafter.training.fitting import fit
-from redrafter.training.loss import TOKENS, Objective, unrolled_loss
-from redrafter.training.recipe import Recipe
-from redrafter.training.sharding import bytes_here, is_sharded
-from redrafter.training.states import States, Tell
-
-KEPT = 3
-"""Checkpoints that exist at one time, at most: the best, the one before the last, and the last."""
+from redrafter.training.outcome import Measurement
+from redrafter.training.recipe import MEASUREMENTS, Recipe, processes
+from redrafter.training.sharding import is_sharded
+from redrafter.training.states import Tell
+from redrafter.training.unrolled import Unrolled
 
 ENDLESS = 10**9
-"""Steps of a run that the clock ends."""
+"""Steps of a run that the clock ends, and between what transformers is not to decide."""
 
 METRIC = "acceptance_length"
 """What the best checkpoint is chosen by: 1 + accepted tokens of a draft, on held-out rows."""
 
-
-class Unrolled(nn.Module):
-    """The drafter as a module that maps a batch to its loss; the target is held outside, so it is never saved."""
-
-    def __init__(self, drafter: Head, target: Target, objective: Objective = TOKENS, window_share: float = 1.0):
-        """Raises RedrafterError for a drafter in 8 bits."""
-        drafter.check_whole("trained")
-        super().__init__()
-        self.drafter = drafter
-        self.objective = objective
-        self.window_share = window_share
-        self.target = (target,)  # a tuple, so that its weights are not taken for this module's
-
-    def hidden_states(self, input_ids: Int[Tensor, "B P"], segments: Int[Tensor, "B P"]) -> Float[Tensor, "B P F"]:
-        """What the drafter is given of the target, which is not trained."""
-        (target,) = self.target
-        with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
-            return target.hidden_states(input_ids, segments)
-
-    def kept_states(self, folder: Path, rows: list[Row]) -> States:
-        """Where those of the rows lie on disk, or will."""
-        reach = max(len(row.input_ids) for row in rows) if self.drafter.reads_text else self.drafter.positions
-        return States(folder, self.target[0], self.hidden_states, rows, reach=reach)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        segments: Tensor,
-        trained: Tensor,
-        continuations: Tensor | None = None,
-        hidden: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """The loss under the key that the Trainer looks for; `hidden` are the target's states, where they are known."""
-        (target,) = self.target
-        if hidden is None:
-            hidden = self.hidden_states(input_ids, segments)
-
-        def embed(tokens: Tensor) -> Tensor:
-            embedding: Tensor = target.embed(tokens)
-            return embedding.detach()
-
-        def head(states: Tensor) -> Tensor:
-            with torch.autocast(target.device.type, enabled=False):
-                return target.logits(states[..., -target.hidden_size :])
-
-        loss = unrolled_loss(
-            self.drafter,
-            embed,
-            hidden,
-            input_ids,
-            trained,
-            length=self.drafter.config.beam_length,
-            objective=self.objective,
-            head=head,
-            continuations=continuations,
-            segments=segments,
-            share=self.window_share,
-        )
-        return {"loss": loss}
-
-
-class _MeasuredAtTheEnd(TrainerCallback):  # type: ignore[misc]
-    """The last step is measured too: Trainer saves it, but may look at the held-out rows only before.
-
-    Where the clock says which one that is, it is this that ends the run.
-    """
-
-    def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
-        measured = args.eval_strategy != "no"
-        if isinstance(lr_scheduler, ByTheClock) and lr_scheduler.progress >= 1:
-            control.should_training_stop = control.should_save = True  # the best is sought among what was saved
-        if control.should_training_stop or state.global_step >= state.max_steps:
-            control.should_evaluate = measured
-
-
-class _AsTold(TrainerCallback):  # type: ignore[misc]
-    """A run that goes on heeds what it is told now, where its checkpoint says otherwise: when to save, and the rate."""
-
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, optimizer: Any = None, **kwargs: Any
-    ) -> None:
-        state.compute_steps(args, state.max_steps)
-        before, rates = lr_scheduler.base_lrs[0], [args.learning_rate] * len(lr_scheduler.base_lrs)
-        if lr_scheduler.base_lrs != rates:
-            lr_scheduler.base_lrs = rates
-            for group in optimizer.param_groups:
-                group["lr"] *= args.learning_rate / before
+MEASURING = 0.04
+"""Share of a run's time that one measurement of held-out rows may take, unless the user says how many there are."""
 
 
 class Checkpointing(Trainer):  # type: ignore[misc]
@@ -145,6 +70,11 @@ class Checkpointing(Trainer):  # type: ignore[misc]
     held_out: list[Row]
     seconds: float | None = None
     """Of training, where the clock ends it."""
+    measuring = 0.0
+    """Seconds that a measurement of the held-out rows takes."""
+    measurements_at_end = 1
+    saved_step = 0
+    """The last step of which there is a checkpoint, as each process knows for itself."""
     sick: Tensor | None = None
     """The first step whose loss was not finite; it stays on the device until someone must know."""
 
@@ -152,7 +82,8 @@ class Checkpointing(Trainer):  # type: ignore[misc]
         """As Trainer's, or by the clock."""
         if self.seconds is not None:
             warmup = self.args.warmup_steps  # a share
-            self.lr_scheduler = ByTheClock(self.optimizer if optimizer is None else optimizer, self.seconds, warmup)
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = ByTheClock(optimizer, self.seconds, warmup, self._reserve())
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -171,15 +102,37 @@ class Checkpointing(Trainer):  # type: ignore[misc]
         super().log(*args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Acceptance on the held-out rows, in place of a loss."""
+        """Acceptance on the held-out rows, in place of a loss.  A signal interrupts it at once."""
+        began = time.perf_counter()
         module, batch_size = self.accelerator.unwrap_model(self.model), self.args.per_device_train_batch_size
-        found = held_out_acceptance(module, self.held_out, batch_size)
-        metrics = {f"{metric_key_prefix}_{METRIC}": found.mean_acceptance_length}
-        metrics |= {f"{metric_key_prefix}_accepted_{i}": rate for i, rate in enumerate(found.rates, start=1)}
+        with interrupt.at_once() if self.args.world_size == 1 else contextlib.nullcontext():
+            found = held_out_acceptance(module, self.held_out, batch_size)
+        self.measuring = time.perf_counter() - began
+        if isinstance(self.lr_scheduler, ByTheClock):
+            self.lr_scheduler.reserve = self._reserve()
+        metrics = Measurement(self.state.global_step, found).metrics(metric_key_prefix)
         self.log(metrics)
         control = self.control  # type: ignore[has-type]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
+
+    def measurements(self) -> list[Measurement]:
+        """All of the run, those before it was resumed too."""
+        return Measurement.of_log(self.state.log_history)
+
+    def save_now(self) -> None:
+        """A checkpoint of the last step, unless there is one."""
+        if self.state.global_step not in (0, self.saved_step):
+            self._save_checkpoint(self.model, trial=None)
+
+    def affordable(self) -> bool:
+        """Whether a measurement before the end of the run is worth its time."""
+        return self.seconds is None or self.measuring <= 1.5 * MEASURING * self.seconds
+
+    def _reserve(self) -> float:
+        """Seconds to keep for what follows the last step; half of all at most, so that something is learnt."""
+        assert self.seconds is not None
+        return min(self.measuring * self.measurements_at_end, self.seconds / 2)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_sick()
@@ -197,6 +150,7 @@ class Checkpointing(Trainer):  # type: ignore[misc]
             raise RedrafterError(f"The checkpoint {folder} could not be written: {cause}.") from error
         if self.is_world_process_zero():
             (folder / COMPLETE).touch()
+        self.saved_step = self.state.global_step
 
     def _refuse_sick(self) -> None:
         if self.sick is not None and (step := int(self.sick)):
@@ -221,12 +175,6 @@ def held_out_acceptance(module: Unrolled, rows: list[Row], batch_size: int = 8) 
         drafter.train(training)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end; half-written ones are passed over."""
-    whole = (path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}"))
-    return max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
-
-
 def run(
     model: PreTrainedModel,
     drafter: Head,
@@ -235,97 +183,170 @@ def run(
     recipe: Recipe,
     *,
     held_out: list[Row] | None = None,
+    fewer_held_out: bool = False,
     sources: list[str] | None = None,
     licence: str | None = None,
-    tell: Tell = lambda _: None,
+    tell: Tell | None = None,
     resume: bool,
 ) -> Run:
     """Trains `drafter` in place and writes it to `output`; returns what its card tells of the run.
 
     Checkpoints live in `output/checkpoints` until the drafter is written, beside what loggers write.  With rows
-    `held_out` the weights written are those of the checkpoint with the longest accepted drafts there.  `sources` and
-    `licence` are what the card says of the data; `tell` hears of states that are kept, before they are computed.
+    `held_out` the weights written are those of the checkpoint with the longest accepted drafts there.  If the clock
+    ends the run, `fewer_held_out` lets it measure only as many of them as there is time for.  `sources` and `licence`
+    are what the card says of the data; `tell` receives sentences about what will be done and how long it takes.
     Started by `torchrun` or `accelerate launch`, the processes share the batches and the first one writes.
+
     Raises RedrafterError where `output` holds something that this run would replace, where there is nothing to resume,
-    or where the loss stops being finite.
+    or where the loss stops being finite; `Interrupted` after a signal (`interrupt.interruptible`), with a checkpoint of
+    the last step written.
     """
+    began = time.perf_counter()
     if os.environ.get("RANK", "0") == "0":
         check_drafter_folder(output, own=[recipe.cache_states])
     checkpoints = output / CHECKPOINTS
-    latest = newest_checkpoint(checkpoints)
-    if resume and latest is None:
-        raise RedrafterError(f"There is no checkpoint to resume from in {checkpoints}.")
-    if not resume and latest is not None:
-        raise RedrafterError(f"{output} holds an unfinished run: pass --resume, or another --output.")
-    order = _order(rows, recipe)
-    if resume:
-        _refuse_another_order(checkpoints / ORDER, order)
-    if any(row.continuations for row in rows) and recipe.objective.of_distribution:
-        raise RedrafterError("Rows with continuations know no distribution: train on them with cross-entropy alone.")
-    if any(row.continuations for row in rows) and drafter.reads_text:
-        raise RedrafterError(f"Rows with continuations have no states along them, which {drafter.config.kind} learns.")
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise RedrafterError("FSDP of accelerate would divide the drafter: use --shard-target to divide the target.")
+    order = order_of(rows, recipe, processes())
+    latest = check_start(output, order, resume=resume)
+    check_objective(rows, drafter, recipe)
     target = Target(model, drafter.layers)
     if is_sharded(model) and not target.head_alone:
-        if drafter.reads_text:
-            raise RedrafterError(
-                "The whole model makes this target's logits: divided, it has no output head to train on."
-            )
-        if recipe.objective.of_distribution:
-            raise RedrafterError(
-                "The whole model makes this target's logits: divided, train it with cross-entropy alone."
-            )
-    _check_disk(checkpoints, drafter)
+        check_divided(drafter, recipe)
+    check_disk(checkpoints, drafter)
     module = Unrolled(drafter, target, recipe.objective, recipe.window_share)
     remedy = f"lower --batch-size (now {recipe.batch_size}), --max-length or --beam-width"
+    held_out, measuring = held_out or [], 0.0
     if held_out:  # the longest ones as they will be measured, before hours of training could be lost by it
         drafter.check(target, *drafter.drafting(0))
-        longest = sorted(held_out, key=lambda row: -len(row.input_ids))[: recipe.batch_size]
         with within_memory(drafter.device, remedy):
-            held_out_acceptance(module, longest, recipe.batch_size)
-    try:
-        trainer = Checkpointing(
-            model=module,
-            args=_arguments(drafter, recipe, checkpoints, measured=bool(held_out)),
-            train_dataset=rows if recipe.packing is None else pack(rows, recipe.packing),
-            eval_dataset=held_out or None,
-            data_collator=collate,
-            callbacks=[_AsTold(), _MeasuredAtTheEnd()],
-        )
-    except (ValueError, RuntimeError) as error:  # a precision or a logger that is not to be had here
-        raise RedrafterError(f"This cannot be trained so: {reason(error)}.") from error
-    _check_place(trainer.args.device, drafter.device)
-    trainer.held_out = held_out or []
-    trainer.seconds = recipe.seconds
-    if recipe.seconds is not None:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(SecondsBar)
+            measuring = _seconds_of_measurement(module, held_out, recipe)
+    if fewer_held_out and recipe.seconds is not None and measuring > MEASURING * recipe.seconds:
+        every = int(min(measuring / (MEASURING * recipe.seconds) + 1, max(1, len(held_out) // recipe.batch_size)))
+        held_out, measuring = held_out[::every], measuring / every
+    groups: list[Any] = list(rows) if recipe.packing is None else pack(rows, recipe.packing)
+    trainer = _trainer(module, groups, held_out, recipe, checkpoints)
+    check_place(trainer.args.device, drafter.device)
     if recipe.cache_states is not None:
         states = module.kept_states(recipe.cache_states, rows)
-        process, processes = trainer.args.process_index, trainer.args.world_size
-        states.compute(tell, process=process, processes=processes, together=is_sharded(target.model))
+        process, together = trainer.args.process_index, is_sharded(target.model)
+        states.compute(tell or str, process=process, processes=trainer.args.world_size, together=together)
         trainer.data_collator = partial(collate, states=states)
     if not resume and trainer.is_world_process_zero():
         (checkpoints / ORDER).write_text(json.dumps(order), encoding="utf-8")
     with within_memory(drafter.device, remedy):
-        result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        if tell is not None:
+            tell(_expected(trainer, module, groups, recipe, measuring, latest))
+        trainer.measuring = measuring
+        if recipe.seconds is not None:
+            trainer.seconds = max(0.0, recipe.seconds - (time.perf_counter() - began)) or recipe.seconds / 100
+        result = _fitted(trainer, recipe, latest)
+    return _published(trainer, drafter, target, rows, output, recipe, result, sources or [], licence)
+
+
+def _seconds_of_measurement(module: Unrolled, held_out: list[Row], recipe: Recipe) -> float:
+    """Seconds that measuring all rows takes, by a batch of the longest ones."""
+    longest = sorted(held_out, key=lambda row: -len(row.input_ids))[: recipe.batch_size]
+    began = time.perf_counter()
+    held_out_acceptance(module, longest, recipe.batch_size)
+    took = time.perf_counter() - began
+    return took * sum(len(row.input_ids) for row in held_out) / sum(len(row.input_ids) for row in longest)
+
+
+def _trainer(
+    module: Unrolled, groups: list[Any], held_out: list[Row], recipe: Recipe, checkpoints: Path
+) -> Checkpointing:
+    """The Trainer, before its first step.  Raises RedrafterError for a precision or a logger that is not there."""
+    try:
+        trainer = Checkpointing(
+            model=module,
+            args=_arguments(module.drafter, recipe, checkpoints, measured=bool(held_out)),
+            train_dataset=groups,
+            eval_dataset=held_out or None,
+            data_collator=collate,
+            callbacks=[AsTold()],
+        )
+    except (ValueError, RuntimeError) as error:
+        raise RedrafterError(f"This cannot be trained so: {reason(error)}.") from error
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Schedule(recipe, measured=bool(held_out), affordable=trainer.affordable))
+    trainer.held_out = held_out
+    trainer.seconds = recipe.seconds
+    trainer.measurements_at_end = 3 if isinstance(module.drafter, MedusaHeads) else 1  # a tree is fitted and measured
+    return trainer
+
+
+def _expected(
+    trainer: Checkpointing, module: Unrolled, groups: list[Any], recipe: Recipe, measuring: float, latest: Path | None
+) -> str:
+    """How long the run will take, or the rest of it after a checkpoint."""
+    if recipe.seconds is not None:
+        rows = f"; measuring {len(trainer.held_out)} held-out rows takes about {measuring:,.0f} s of it"
+        return f"Expected time: {recipe.seconds / 60:g} minutes{rows if trainer.held_out else ''}."
+    step = step_seconds(module, groups, recipe, trainer.data_collator)
+    whole, done = recipe.steps_of(len(groups)), 0 if latest is None else step_of(latest)
+    every, steps = recipe.save_steps or max(1, whole // MEASUREMENTS), max(0, whole - done)
+    times = -(-steps // every) if trainer.held_out else 0
+    seconds = steps * step + times * measuring
+    parts = f"{steps:,} steps of {step:,.2g} s, {times} measurements of {measuring:,.2g} s"
+    return f"Expected time: about {in_words(seconds)} ({parts})."
+
+
+def in_words(seconds: float) -> str:
+    """A duration, rounded."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _fitted(trainer: Checkpointing, recipe: Recipe, latest: Path | None) -> Any:
+    """Trains, and returns what the Trainer says of it; after a signal saves a checkpoint and raises Interrupted."""
+    objective, length = recipe.objective, trainer.model.drafter.config.beam_length
+    try:
+        with ExitStack() as until, interrupt.deferred():
+            trainer.add_callback(Watched(until, lambda loss: f"loss {objective.in_words(loss, length)}"))
+            return trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+    except interrupt.Interrupted as error:
+        if not error.forced:  # else it may have come in the middle of a step
+            with interrupt.deferred():
+                trainer.save_now()
+        raise
+
+
+def _published(
+    trainer: Checkpointing,
+    drafter: Head,
+    target: Target,
+    rows: list[Row],
+    output: Path,
+    recipe: Recipe,
+    result: Any,
+    sources: list[str],
+    licence: str | None,
+) -> Run:
+    """Writes the drafter to its folder and removes the checkpoints."""
+    checkpoints = Path(trainer.args.output_dir)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     loss = float(logged[-1] if logged else result.training_loss)
+    measured = trainer.measurements()
+    kept = trainer.state.best_global_step or trainer.state.global_step
+    found = next((one.found for one in measured if one.step == kept), None)
     if isinstance(drafter, MedusaHeads):
-        fit(drafter, target, rows, held_out or [])
-    found = held_out_acceptance(trainer.model, held_out, recipe.batch_size) if held_out else None
-    drafter.eval().to(model.dtype)
+        fit(drafter, target, rows, trainer.held_out)
+        found = None  # another tree, so it must be measured again
+    if found is None and trainer.held_out:
+        found = held_out_acceptance(trainer.model, trainer.held_out, recipe.batch_size)
+    drafter.eval().to(target.model.dtype)
     ended = Run(
         rows,
         recipe,
         loss,
         trainer.state.global_step,
         found,
-        sources or [],
+        sources,
         licence,
         epochs=trainer.state.epoch,
         seconds=result.metrics["train_runtime"],
+        measured=measured,
     )
     if trainer.is_world_process_zero():
         drafter.save_pretrained(output, card=card(drafter, ended))
@@ -338,111 +359,13 @@ def run(
     return ended
 
 
-def _check_place(taken: torch.device, device: torch.device) -> None:
-    """Raises RedrafterError where a process trains on another device than its model is on."""
-    if (taken.type, taken.index or 0) != (device.type, device.index or 0):
-        raise RedrafterError(
-            f"This process trains on {taken}, and the model is on {device}: choose a GPU by the environment's "
-            "CUDA_VISIBLE_DEVICES instead."
-        )
-
-
-def _check_disk(checkpoints: Path, drafter: Head) -> None:
-    """Raises RedrafterError where the checkpoints to be written before the first is removed would not fit."""
-    there = next(folder for folder in (checkpoints, *checkpoints.resolve().parents) if folder.exists())
-    more = KEPT - len(list(checkpoints.glob("checkpoint-*")))
-    needed = more * 3 * sum(one.nbytes for one in drafter.parameters())  # AdamW keeps two moments
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        told = f"{needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free there"
-        raise RedrafterError(f"The checkpoints in {checkpoints} take up to {told}.")
-
-
-def _order(rows: list[Row], recipe: Recipe) -> dict[str, int | None]:
-    """What decides which rows each step sees, by the options' names."""
-    return {
-        "a number of rows of": len(rows),
-        "a number of processes of": _processes(),
-        "--batch-size": recipe.batch_size,
-        "--accumulation": recipe.accumulation,
-        "--seed": recipe.seed,
-        "--packing": recipe.packing,
-    }
-
-
-def _refuse_another_order(path: Path, order: dict[str, int | None]) -> None:
-    """Raises RedrafterError where a run would go on after rows that it has not seen."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name, ours in order.items():
-        if (theirs := before.get(name, ours)) != ours:
-            raise RedrafterError(f"The run was begun with {name} {theirs}, not {ours}: go on as it was begun.")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run would take, by its first batches."""
-
-    steps: int
-    seconds: float
-    """Of all steps, the target run in each; without loading, saving and looks at held-out rows."""
-    weights: int
-    """Bytes of the target, and of the drafter with its gradients and AdamW's two moments."""
-    states: int | None
-    """Bytes on disk of the target's states, where they are kept."""
-    peak: int | None
-    """Bytes allocated at most on a CUDA device; the drafter's moments are counted in."""
-
-
-def estimate(model: PreTrainedModel, drafter: Head, rows: list[Row], recipe: Recipe) -> Estimate:
-    """Runs the loss and its gradients for the first batches, without a step of the optimiser."""
-    groups: list[Any] = list(rows) if recipe.packing is None else pack(rows, recipe.packing)
-    batches = math.ceil(len(groups) / (recipe.batch_size * _processes()))
-    steps = math.ceil(math.ceil(batches / recipe.accumulation) * recipe.epochs)
-    steps = recipe.max_steps if recipe.max_steps > 0 else steps
-    module = Unrolled(drafter, Target(model, drafter.layers), recipe.objective, recipe.window_share)
-    precision, device = _precision(drafter, recipe), drafter.device
-    trained = sum(p.numel() * p.element_size() for p in drafter.parameters())
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    times = []
-    for begin in range(0, min(len(groups), 3 * recipe.batch_size), recipe.batch_size):
-        started = time.perf_counter()
-        batch = {name: part.to(device) for name, part in collate(groups[begin : begin + recipe.batch_size]).items()}
-        with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
-            loss = module(**batch)["loss"]
-        loss.backward()
-        loss.item()  # waits for the device
-        times.append(time.perf_counter() - started)
-    drafter.zero_grad(set_to_none=True)
-    step = recipe.accumulation * min(times)
-    if recipe.seconds is not None:
-        steps = math.ceil(recipe.seconds / step)
-    return Estimate(
-        steps,
-        steps * step,
-        bytes_here(model) + 4 * trained,
-        None if recipe.cache_states is None else module.kept_states(recipe.cache_states, rows).size,
-        torch.cuda.max_memory_allocated(device) + 2 * trained if on_gpu else None,
-    )
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _precision(drafter: Head, recipe: Recipe) -> str:
-    if recipe.precision != "auto":
-        return recipe.precision
-    return "bfloat16" if drafter.device.type == "cuda" else "float32"
-
-
 def _arguments(drafter: Head, recipe: Recipe, checkpoints: Path, *, measured: bool) -> TrainingArguments:
     on_gpu = drafter.device.type == "cuda"
-    precision = _precision(drafter, recipe)
-    every: dict[str, Any] = {"save_strategy": "steps", "save_steps": recipe.save_steps}
+    precision = precision_of(drafter, recipe)
+    steps = ENDLESS if recipe.save_steps is None else recipe.save_steps  # `Schedule` decides too
+    every: dict[str, Any] = {"save_strategy": "steps", "save_steps": steps}
     if measured:
-        every |= {"eval_strategy": "steps", "eval_steps": recipe.save_steps}
+        every |= {"eval_strategy": "steps", "eval_steps": steps}
         every |= {"load_best_model_at_end": True, "metric_for_best_model": METRIC, "greater_is_better": True}
     arguments = TrainingArguments(
         output_dir=str(checkpoints),

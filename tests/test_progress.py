@@ -1,0 +1,74 @@
+"""Progress of long commands: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+
+import pytest
+from rich.console import Console
+
+from redrafter import progress as module
+from redrafter.progress import Progress, track
+
+LINE = r"{} of 8 rows, some words(, [\d.]+ (rows/s|s each))?(, (\d:\d\d:\d\d left|time left unknown))?"
+
+
+def until(done) -> None:
+    """Waits for a condition."""
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_lines_come_even_if_nothing_finishes(monkeypatch):
+    monkeypatch.setattr(module, "FIRST", 0.001)
+    monkeypatch.setattr(module, "INTERVAL", 0.001)
+    out = io.StringIO()
+    with Progress("rows", 8, done=3, details=lambda: "some words", console=Console(file=out)) as progress:
+        until(lambda: out.getvalue().count("\n") >= 2)
+        assert re.fullmatch(LINE.format(3), out.getvalue().splitlines()[0])
+        assert "time left unknown" in out.getvalue()
+        progress.update(5.9)
+        until(lambda: "5 of 8 rows" in out.getvalue().splitlines()[-1])
+        progress.update(8)
+    lines = out.getvalue().splitlines()
+    assert re.fullmatch(LINE.format(8), lines[-1])
+    assert "left" not in lines[-1]
+    assert all(re.fullmatch(LINE.format(r"\d"), line) for line in lines)
+    assert re.search(r"[\d.]+ (rows/s|s each), \d:\d\d:\d\d left", out.getvalue())
+
+
+def test_work_that_is_refused_shows_no_progress():
+    out = io.StringIO()
+    with pytest.raises(ValueError, match="no"), Progress("rows", 8, console=Console(file=out)):
+        raise ValueError("no")
+    assert out.getvalue() == ""
+
+
+def test_a_terminal_has_a_bar():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    with Progress("rows", 8, done=3, details=lambda: "some words", console=console) as progress:
+        progress.print("beside [it]")
+        progress.update(8)
+    assert "beside [it]" in out.getvalue()
+    assert "8 of 8 rows, some words" in out.getvalue()
+    assert "\u2501" in out.getvalue(), "the bar"
+
+
+def test_a_quiet_console_shows_nothing():
+    out = io.StringIO()
+    with Progress("rows", 2, console=Console(file=out, quiet=True)) as progress:
+        progress.advance()
+    assert progress.done == 1
+    assert out.getvalue() == ""
+
+
+def test_items_are_tracked(capsys):
+    assert list(track([4, 5], "numbers", name=str)) == [4, 5]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"2 of 2 numbers(, .*)?\n", err)
