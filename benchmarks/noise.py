@@ -1,0 +1,92 @@
+"""Seeded noise beside its earlier form, and the walk by its kernel beside PyTorch's.
+
+    python benchmarks/noise.py [--device cuda] [--repeats 100]
+
+The earlier noise had 23 random bits.  On CUDA each function is replayed as a graph.  Medians in microseconds, both
+measured in turn.  The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from redrafter import noise, verify
+from redrafter.fast.graph import Captured
+from redrafter.tree import fold
+
+
+def earlier(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
+    """Gumbel noise of 23 bits, `-log(-log(u))`."""
+    first, second = noise._keys(seed, position)
+    token = torch.arange(vocabulary, dtype=torch.int32, device=position.device)
+    bits = token * noise._GOLDEN + first[..., None]
+    noise._mix(bits, 16).mul_(-0x7A143595).add_(second[..., None])
+    noise._mix(bits, 13).mul_(-0x3D4D51CB)
+    noise._mix(bits, 16).bitwise_right_shift_(9).bitwise_and_(0x7FFFFF)
+    return bits.float().add_(0.5).mul_(2**-23).log_().neg_().log_().neg_()
+
+
+def medians(functions: list[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
+    """Microseconds of each, measured in turn."""
+    calls = [Captured(function, device) for function in functions]
+    times: list[list[float]] = [[] for _ in calls]
+    for repeat in range(repeats + 5):
+        for own, call in zip(times, calls, strict=True):
+            if device.type == "cuda":
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                for _ in range(20):
+                    call()
+                end.record()
+                end.synchronize()
+                took = begin.elapsed_time(end) * 1e3 / 20
+            else:
+                begun = time.perf_counter()
+                call()
+                took = (time.perf_counter() - begun) * 1e6
+            if repeat >= 5:
+                own.append(took)
+    return [statistics.median(own) for own in times]
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=100)
+    words = parser.parse_args()
+    device = torch.device(words.device)
+    found = []
+    with torch.inference_mode():
+        for rows, depths, vocabulary in ((1, 6, 32_000), (1, 6, 49_152), (1, 6, 131_072), (16, 6, 49_152)):
+            seed = torch.arange(rows, device=device)
+            position = torch.arange(depths, device=device).expand(rows, -1)
+            told = [lambda s=seed, p=position, v=vocabulary, f=f: f(s, p, v) for f in (earlier, noise.gumbel)]
+            before, now = medians(told, device, words.repeats)
+            found.append({"noise": [rows, depths, vocabulary], "before_us": before, "now_us": now})
+            print(
+                f"noise [{rows}, {depths}, {vocabulary}]: 23 bits {before:.1f}, 32 bits {now:.1f} ({now / before:.3f})"
+            )
+        for rows, width, length in ((1, 4, 4), (1, 10, 4), (16, 10, 4)):
+            tree = fold(torch.zeros(rows, dtype=torch.long, device=device),
+                        torch.randint(0, 3, (rows, width, length), device=device))  # fmt: skip
+            choice = torch.randint(0, 3, tree.tokens.shape, device=device)
+            walks = [
+                lambda f=f, t=tree, c=choice, n=length: f(t, c, length=n) for f in (verify.plain_walk, verify.walk)
+            ]
+            plain, kernel = medians(walks, device, words.repeats)
+            found.append({"walk": [rows, tree.size], "plain_us": plain, "walk_us": kernel})
+            print(f"walk of {rows} x {tree.size} nodes: PyTorch {plain:.1f}, as used {kernel:.1f}")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    print(json.dumps({"device": name, "found": found}))
+
+
+if __name__ == "__main__":
+    main()
