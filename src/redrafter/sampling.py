@@ -10,6 +10,7 @@ made.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -175,23 +176,24 @@ class Sampler:
         parents, drafted = tree.parents.tolist(), tree.tokens.tolist()
         for slot in (slot for slot in range(len(rows)) if alive[slot]):
             text = place.text[slot, : lengths[slot] + 1]
-            nodes = [n for n in range(tree.size - 1, 0, -1) if consistent[slot][n]]
-            children = {(parents[slot][n], drafted[slot][n]): n for n in nodes}  # of equal siblings the first
+            children: dict[tuple[int, int], list[int]] = defaultdict(list)
+            for n in range(1, tree.size):
+                if consistent[slot][n]:
+                    children[parents[slot][n], drafted[slot][n]].append(n)
             processors = self.processors[rows[slot] if len(self.processors) > 1 else 0]
-            node: int | None = 0
-            depth = 0
-            while node is not None:
-                score = scores[slot, node][None]
+            nodes, depth = [0], 0  # equal siblings, and below them their children, stand for one path
+            while nodes:
+                score = scores[slot, nodes[:1]]
                 for processor in processors:
                     score = processor(text[None], score)
-                scores[slot, node] = score[0]
+                scores[slot, nodes] = score[0]
                 drawn = score[0] if draw.noise is None else score[0] + draw.noise[slot, depth]
                 best, token = drawn.max(dim=-1)
-                tokens[slot, node], sound[slot, node] = token, best.isfinite()
+                tokens[slot, nodes], sound[slot, nodes] = token, best.isfinite().long()
                 text = torch.cat((text, token[None]))
                 if int(token) in self.ends or (self.limits and len(text) >= self.limits[rows[slot]]):
                     break
-                node, depth = children.get((node, int(token))), depth + 1
+                nodes, depth = [n for node in nodes for n in children[node, int(token)]], depth + 1
         return Choice(tokens, sound, scores)
 
 

@@ -87,7 +87,7 @@ def step(target: Target, proposer: Proposer | None, sampler: Sampler, state: Sta
         proposed = proposer.propose(state.memory, place, state.context, draw)
         if proposed.size > proposer.size:
             raise RedrafterError(
-                f"{type(proposer).__name__} proposed {proposed.size} nodes, more than its size {proposer.size}."
+                f"{type(proposer).__name__} proposed a tree of {proposed.size} nodes; its size is {proposer.size}."
             )
         tree = proposed.bounded(place.root, length=length, vocabulary=target.vocab_size)
     if target.device.type == "cpu":

@@ -122,7 +122,7 @@ def chain(tokens: Int[Tensor, "B N"], valid: Bool[Tensor, "B N"] | None = None) 
 def abreast(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> DraftTree:
     """W beams of L tokens side by side below `root`: the same N = 1 + W·L nodes whatever they hold, depth by depth.
 
-    For a model that drafts, to run them: siblings may hold the same token, so it cannot be verified.
+    Siblings may hold the same token.
     """
     batch, width, length = beams.shape
     node = torch.arange(1 + width * length, device=beams.device)

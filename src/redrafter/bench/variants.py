@@ -19,7 +19,7 @@ from redrafter.proposers import Method, Proposer
 from redrafter.proposers.beams import size_of, weighed
 from redrafter.sampling import Draw, Place
 from redrafter.target import Target
-from redrafter.tree import DraftTree
+from redrafter.tree import DraftTree, abreast
 
 NO_NOISE = "without the draws' noise"
 UNFOLDED = "unfolded"
@@ -107,33 +107,13 @@ def _ranked(draw: Draw, coupled: bool) -> Draw:
     return _Ranked(draw.warpers, draw.noise, coupled)
 
 
-class _Whole(DraftTree):
-    """A tree of which every node is run, valid or not."""
-
-    def trimmed(self) -> DraftTree:
-        """Itself."""
-        return self
-
-
 def unfolded(tree: DraftTree, width: int) -> DraftTree:
     """Folded beams, each again in nodes of its own below the root: what is verified where nothing is folded.
 
-    `tree` holds `width` beams, no two of them alike (`tree.fold`).  A node that an earlier beam has too comes last, as
-    padding does: it is run and its beam attends to it, but only the earlier one is accepted, so that a path is accepted
-    once.  To choose after a node is to choose after its equal, so parents are those of the folded tree.
+    `tree` holds `width` beams, no two of them alike (`tree.fold`).
     """
     length = (tree.size - 1) // width
     levels = [tree.valid.sum(dim=1, keepdim=True) - width + torch.arange(width, device=tree.tokens.device)]
     for _ in range(length - 1):  # from the beams' ends, which are the last nodes, up
         levels.insert(0, tree.parents.gather(1, levels[0]))
-    nodes = torch.cat(levels, dim=1)  # [B, L·W]: each beam's at each depth; a node's number rises where it is first met
-    first = torch.cat((torch.zeros_like(nodes[:, :1]), nodes[:, :-1].cummax(dim=1).values), dim=1) < nodes
-    order = (~first).int().argsort(dim=1, stable=True)
-
-    def rooted(values: Int[Tensor, "B LW"], root: int) -> Int[Tensor, "B N"]:
-        return torch.nn.functional.pad(values, (1, 0), value=root)
-
-    node, beam, depth = rooted(nodes.gather(1, order), 0), rooted(order % width, -1), rooted(order // width + 1, 0)
-    ancestors = (beam[:, :, None] == beam[:, None]) & (depth[:, None] <= depth[:, :, None])
-    ancestors[:, :, 0] = True
-    return _Whole(tree.tokens.gather(1, node), tree.parents.gather(1, node), depth, tree.valid, ancestors)
+    return abreast(tree.tokens[:, 0], torch.stack([tree.tokens.gather(1, nodes) for nodes in levels], dim=2))
