@@ -125,7 +125,9 @@ def test_what_is_chosen_is_printed_with_the_time_and_what_to_raise(say, model_fo
     assert re.search(r"Expected time: about \d+ s \(60 steps of [\d.e-]+ s, 6 measurements of [\d.e-]+ s\)", err)
     assert "60 of 60 steps, loss " in err
     assert err.count("tokens per step on held-out rows") == 6
-    assert re.search(r"Held-out tokens per step: ([\d.]+, ){5}[\d.]+; (still rising .* raise --epochs|no longer|little)", err)
+    assert re.search(
+        r"Held-out tokens per step: ([\d.]+, ){5}[\d.]+; (still rising .* raise --epochs|no longer|little)", err
+    )
     assert re.search(r"Loss [\d.]+ nats per drafted token \([\d.]+ over 4 draft positions\)\. Wrote ", err)
 
     asked = ("--epochs", "2", "--draft-vocabulary", "12", "--exit-dim", "16", "--held-out", "0")
@@ -135,7 +137,7 @@ def test_what_is_chosen_is_printed_with_the_time_and_what_to_raise(say, model_fo
     assert "6 of 6 steps" in err
     made = json.loads((tmp_path / "b" / "config.json").read_text())
     assert (made["draft_vocab_size"], made["exit_dim"]) == (12, 16)
-    assert "No rows were held out, so it is not known whether to train longer" in " ".join(err.split())
+    assert "No rows were held out, so it is not known whether" in " ".join(err.split())
     status, _, err = say(*words, "--output", tmp_path / "c", "--draft-vocabulary", "0", "--max-steps", "1")
     assert status == 0
     assert "tokens are drafted" not in err

@@ -506,11 +506,14 @@ def test_whether_acceptance_was_still_rising_is_told_with_the_option_to_raise():
         return advice([Measurement(step, one) for step, one in enumerate(found, start=1)], Recipe(**how))
 
     assert course(1.5, 2.0, 2.1) == (
-        "Held-out tokens per step: 1.50, 2.00, 2.10; still rising at the end: raise --epochs (now 2) to train longer."
+        "Held-out tokens per step: 1.50, 2.00, 2.10; "
+        "still rising in the second half: raise --epochs (now 2) to train longer."
     )
-    assert "still rising at the end: raise --minutes (now 1.5)" in course(1.5, 2.0, seconds=90.0)
-    assert "still rising at the end: raise --max-steps (now 7)" in course(1.5, 2.0, max_steps=7)
-    assert "no longer rising (best after step 2)" in course(1.5, 2.0, 2.0)
+    assert "still rising in the second half: raise --minutes (now 1.5)" in course(1.5, 2.0, seconds=90.0)
+    assert "still rising in the second half: raise --max-steps (now 7)" in course(1.5, 2.0, max_steps=7)
+    assert "still rising in the second half" in course(1.27, 1.36, 1.44, 1.53, 1.55, 1.55), "as the rate falls"
+    assert "no longer rising (best after step 2)" in course(1.5, 2.5, 2.4)
+    assert "no longer rising (best after step 4)" in course(1.5, 2.0, 2.01, 2.02)
     assert "no longer rising (best after step 1)" in course(2.5, 2.0, 2.2)
     assert "little is learnt yet: raise --epochs (now 2)" in course(1.02, 1.0)
     assert "measured once" in course(2.0)
