@@ -196,7 +196,7 @@ def test_medusa_heads_from_rows_to_text(say, model_folder, rows, tmp_path):
     assert "2 of 2 texts equal" in out
     status, out, err = say("eval", *told, "--data", prompts, "--max-new-tokens", "20", "--json")
     assert status == 0
-    assert "4 of 4 texts" in err
+    assert err == ""
     counts = json.loads(out)
     for way in ("greedy", "sampled"):
         assert counts[way]["decoding"] == counts[way]["walked"]
