@@ -150,9 +150,12 @@ def llama():
 
 
 @pytest.fixture
-def say(capsys):
-    """Runs the command line; returns exit status, stdout and stderr."""
+def say(capsys, monkeypatch):
+    """Runs the command line; returns exit status, stdout and stderr, in which time does not decide about progress."""
+    from redrafter import progress
     from redrafter.cli import main
+
+    monkeypatch.setattr(progress, "FIRST", 600.0)
 
     def run(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -67,8 +67,42 @@ def test_a_quiet_console_shows_nothing():
     assert out.getvalue() == ""
 
 
-def test_items_are_tracked(capsys):
-    assert list(track([4, 5], "numbers", name=str)) == [4, 5]
+def test_items_are_tracked(capsys, monkeypatch):
+    monkeypatch.setattr(module, "FIRST", 0.001)
+    err = ""
+    for item in track([4, 5], "numbers", name=str):
+        err += capsys.readouterr().err
+        while f"{item - 4} of 2 numbers, {item}" not in err:
+            time.sleep(0.002)
+            err += capsys.readouterr().err
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.fullmatch(r"2 of 2 numbers(, .*)?\n", err)
+    assert re.search(r"^2 of 2 numbers(, .*)?\n$", err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_work_that_is_done_at_once_shows_nothing_or_its_end(always):
+    out = io.StringIO()
+    with Progress("rows", 8, done=3, always=always, console=Console(file=out)) as progress:
+        progress.update(8)
+    assert out.getvalue().startswith("8 of 8 rows") == always
+    assert out.getvalue().count("\n") == always
+
+
+@pytest.mark.parametrize("command", ["eval", "check", "tune"])
+def test_commands_tell_progress_on_stderr(say, monkeypatch, model_folder, drafter_folder, tmp_path, command):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Once"}\n{"prompt": "upon"}\n')
+    words = [command, "--model", model_folder, "--drafter", drafter_folder, "--max-new-tokens", 4]
+    words += ["--data" if command == "eval" else "--prompts", prompts]
+    if command == "tune":
+        words += ["--dry-run", "--repeats", 1, "--batch-sizes", 1, "--widths", 2, "--lengths", 2, "--budgets", 4]
+    plain = say(*words)
+    assert plain[0] == 0
+    init = module.Progress.__init__
+    monkeypatch.setattr(module.Progress, "__init__", lambda *a, **more: init(*a, **more | {"always": True}))
+    status, out, err = say(*words)
+    assert status == 0
+    assert ("of 2 texts" if command == "tune" else "4 of 4 texts") in err
+    assert "texts/s" not in out
+    assert out.count("\n") == plain[1].count("\n")

@@ -20,7 +20,7 @@ from rich.text import Text
 INTERVAL = 10.0
 """Seconds between two lines where stderr is not a terminal."""
 
-FIRST = 2.0
+FIRST = 5.0
 """Seconds to the first line: work that is refused at once shows nothing but the reason."""
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class Progress(AbstractContextManager["Progress"]):
     `details` is called at each refresh and gives more of the line.  With `rate=False` no rate is shown, as where
     seconds are counted.  Lines are printed by a thread of its own, so they appear even if nothing has finished since
     the last one: the first after `FIRST` seconds, then every `INTERVAL`, and one at the end unless an exception ends
-    the work.
+    the work.  Work that is done before the first line shows nothing, or with `always` the line at the end.
     """
 
     def __init__(
@@ -44,10 +44,12 @@ class Progress(AbstractContextManager["Progress"]):
         done: float = 0,
         details: Callable[[], str] = lambda: "",
         rate: bool = True,
+        always: bool = False,
         console: Console | None = None,
     ):
         """Nothing is shown before the `with` block is entered."""
         self.unit, self.total, self.done, self.details, self.rate = unit, total, done, details, rate
+        self.always = always
         self.console = console or Console(stderr=True)
         self._first = done  # what was done before does not count for the rate
         self._began = time.monotonic()
@@ -75,7 +77,7 @@ class Progress(AbstractContextManager["Progress"]):
         if self._thread is not None:
             self._ended.set()
             self._thread.join()
-            if kind is None:
+            if kind is None and self.always:
                 self.print(str(self))
 
     def update(self, done: float, total: float | None = None) -> None:
@@ -108,6 +110,7 @@ class Progress(AbstractContextManager["Progress"]):
     def _print_lines(self) -> None:
         wait = FIRST
         while not self._ended.wait(wait):
+            self.always = True
             self.print(str(self))
             wait = INTERVAL
 

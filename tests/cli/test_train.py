@@ -137,7 +137,7 @@ def test_what_is_chosen_is_printed_with_the_time_and_what_to_raise(say, model_fo
     assert "6 of 6 steps" in err
     made = json.loads((tmp_path / "b" / "config.json").read_text())
     assert (made["draft_vocab_size"], made["exit_dim"]) == (12, 16)
-    assert "No rows were held out, so it is not known whether to train longer" in " ".join(err.split())
+    assert "No rows were held out, so it is not known whether" in " ".join(err.split())
     status, _, err = say(*words, "--output", tmp_path / "c", "--draft-vocabulary", "0", "--max-steps", "1")
     assert status == 0
     assert "tokens are drafted" not in err
@@ -196,7 +196,7 @@ def test_medusa_heads_from_rows_to_text(say, model_folder, rows, tmp_path):
     assert "2 of 2 texts equal" in out
     status, out, err = say("eval", *told, "--prompts", prompts, "--max-new-tokens", "20", "--json")
     assert status == 0
-    assert "4 of 4 texts" in err
+    assert err == ""
     counts = json.loads(out)
     for way in ("greedy", "sampled"):
         assert counts[way]["decoding"] == counts[way]["walked"]

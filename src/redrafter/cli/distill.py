@@ -333,4 +333,4 @@ def _progress(total: int, done: int, tally: Tally) -> Progress:
         speed = f"{tally.tokens:,} tokens, {tally.tokens / max(1e-9, time.monotonic() - begin):,.0f} tokens/s"
         return speed + (f", {tally.tokens / tally.steps:.2f} per step" if tally.steps else "")
 
-    return Progress("rows", total, done=done, details=figures)
+    return Progress("rows", total, done=done, details=figures, always=True)

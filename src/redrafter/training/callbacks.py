@@ -75,7 +75,7 @@ class Watched(TrainerCallback):  # type: ignore[misc]
 
         unit, total, done = ("s", lr_scheduler.seconds, lr_scheduler.spent) if clock else ("steps", state.max_steps, 0)
         done = done if clock else state.global_step
-        self._progress = Progress(unit, total, done=done, details=details, rate=not clock)
+        self._progress = Progress(unit, total, done=done, details=details, rate=not clock, always=True)
         self._until.enter_context(self._progress)
 
     def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:

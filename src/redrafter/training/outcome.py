@@ -12,8 +12,11 @@ from typing import Any
 from redrafter.training.evaluation import Acceptance
 from redrafter.training.recipe import Recipe
 
-RISING = 1.01
-"""Growth of the tokens per step between two measurements from which acceptance counts as rising."""
+RISING = 1.03
+"""Growth of the tokens per step in the second half of a run from which acceptance counts as rising.
+
+The last measurements alone would not show it: the learning rate falls to zero, so every curve is flat at its end.
+"""
 
 BEGUN = 1.1
 """Tokens per step below which a run has hardly begun; 1 is a drafter of which nothing is accepted."""
@@ -74,7 +77,8 @@ def advice(measured: Sequence[Measurement], recipe: Recipe) -> str:
     *before, last = [one.length for one in measured]
     if max(*before, last) < BEGUN:
         return f"{words}; little is learnt yet: raise {option} to train longer."
-    if last >= RISING * before[-1] and last >= max(before):
-        return f"{words}; still rising at the end: raise {option} to train longer."
+    middle = next((one for one in reversed(measured) if 2 * one.step <= measured[-1].step), measured[0])
+    if last >= RISING * middle.length and last >= max(before):
+        return f"{words}; still rising in the second half: raise {option} to train longer."
     best = max(measured, key=lambda one: one.length)
     return f"{words}; no longer rising (best after step {best.step:,}): more or other rows help more than more steps."

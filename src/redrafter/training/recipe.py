@@ -33,7 +33,7 @@ class Recipe:
     learning_rate: float = 1e-3
     warmup: float = 0.1
     """Share of the steps, or of the time, followed by a cosine to zero."""
-    save_steps: int | None = None
+    save_steps: int | None = 500
     """Optimiser steps between measurements of the held-out rows, with a checkpoint; None: `MEASUREMENTS` of them."""
     save_seconds: float = 120.0
     """Seconds between checkpoints, whatever the steps."""
