@@ -36,22 +36,22 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_formulas_as_published(form):
-    drafter = random_drafter(**form)
+    drafter = random_drafter(**form).double()
     weights = drafter.state_dict()
 
     def silu(x):
         return x / (1 + torch.exp(-x))
 
     generator = torch.Generator().manual_seed(1)
-    *embeddings, context = torch.randn(4, 6, generator=generator)
+    *embeddings, context = torch.randn(4, 6, generator=generator, dtype=torch.float64)
     if "context_layers" in form:
-        features = torch.randn(2 * 3 * 6, generator=generator)
-        alike = torch.cat([part / (part.square().mean() + 2**-23).sqrt() for part in features.split(6)])
+        features = torch.randn(2 * 3 * 6, generator=generator, dtype=torch.float64)
+        alike = torch.cat([part / (part.square().mean() + 2**-52).sqrt() for part in features.split(6)])
         context = features[-6:] + weights["fuse.weight"] @ alike + weights["fuse.bias"]
         torch.testing.assert_close(drafter.context(features), context)
     else:
         assert drafter.context(context) is context
-    state, expected = None, torch.zeros(6)
+    state, expected = None, torch.zeros(6, dtype=torch.float64)
     for embedding in embeddings:
         state = drafter.step(state, embedding)
         if drafter.config.rnn:

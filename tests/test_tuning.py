@@ -16,6 +16,7 @@ from redrafter import DrafterConfig, PromptLookup, RecurrentDrafter, RedrafterEr
 from redrafter.config import DecodingShape
 from redrafter.eagle import EagleHead
 from redrafter.medusa import MedusaHeads
+from redrafter.settings import ONE_TEXT
 from redrafter.tuning import Texts, Tuned, interval, promising, record, shapes, tune
 
 MODEL = tiny_model()
@@ -163,7 +164,7 @@ def test_a_complete_call_is_one_of_generate(monkeypatch):
     monkeypatch.setattr(tuning, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert texts.tokens_per_second(shape(2, 2, 4), 1, batch=2, compile=False) == 2 * 6 / 2
     assert texts.tokens_per_second(None, 1, batch=2, compile=False) == 2 * 6 / 2
-    told = {"compile": False, "max_new_tokens": 6}
+    told = {"compile": False, "max_new_tokens": 6, **ONE_TEXT}
     drawn = [prompts[2], prompts[0]]
     assert made[0] == ((drafter, drawn), told | {"beam_width": 2, "beam_length": 2, "node_budget": 4})
     assert made[1] == ((None, drawn), told)

@@ -534,7 +534,7 @@ def test_a_models_own_stop_strings_end_texts_in_every_command(say, stopping, dra
     assert json.loads(out)["tokens"] == 12
     status, out, _ = say("check", *own, "--prompts", tmp_path / "p.jsonl")
     assert (status, "2 of 2 texts equal" in out) == (0, True)
-    status, out, _ = say("eval", *own, "--data", tmp_path / "p.jsonl", "--json")
+    status, out, _ = say("eval", *own, "--prompts", tmp_path / "p.jsonl", "--json")
     assert (status, json.loads(out)["greedy"]["tokens"] < 24) == (0, True)
     answers = tmp_path / "o.jsonl"
     status, *_ = say("distill", *own, "--prompts", tmp_path / "p.jsonl", "--output", answers, "--device", "cpu")

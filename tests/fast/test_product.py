@@ -188,21 +188,20 @@ def test_few_rows_of_a_models_layers(launched, monkeypatch):
     few, many = torch.tensor([[5, 9, 12]]), torch.arange(3, 20)[None]
     with torch.no_grad():
         wanted, wanted_of_many = model(few).logits, model(many).logits
-        with merged.merged(model) as products:
-            assert products == 9  # q, k and v; output; gate and up; down; in two layers, and the head
-            torch.testing.assert_close(model(few).logits, wanted)
-            assert len(launched) == 9
-            assert launched[-1] == (3, (61, 32))
-            torch.testing.assert_close(model(many).logits, wanted_of_many)
-            assert len(launched) == 9
-            with torch.enable_grad():
-                model(few)
-            assert len(launched) == 9
-        model(few)
+        own = isolated(model)
+        assert merged.merge(own) == 9  # q, k and v; output; gate and up; down; in two layers, and the head
+        torch.testing.assert_close(own(few).logits, wanted)
+        assert len(launched) == 9
+        assert launched[-1] == (3, (61, 32))
+        torch.testing.assert_close(own(many).logits, wanted_of_many)
+        assert len(launched) == 9
+        with torch.enable_grad():
+            own(few)
+        assert len(launched) == 9
         monkeypatch.setattr(merged, "LARGE", 61 * 32)
-        with merged.merged(model) as products:
-            assert products == 5  # without the output and down: the others are large enough together
-            model(few)
+        own = isolated(model)
+        assert merged.merge(own) == 5  # without the output and down: the others are large enough together
+        own(few)
     assert launched[9:] == [(3, (64, 32)), (3, (96, 32))] * 2 + [(3, (61, 32))]
     assert all(type(one) is not merged._Part for one in model.modules())
 

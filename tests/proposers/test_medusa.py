@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from conftest import AsksNothing, greedy, rooted, tiny_model
 from redrafter import RedrafterError, generate
+from redrafter.isolation import original
 from redrafter.medusa import MedusaHeads, fit_tree
 from redrafter.noise import gumbel
 from redrafter.proposers import MedusaProposer
@@ -167,5 +168,5 @@ def test_it_is_a_proposer_of_what_it_runs():
     heads = random_heads()
     proposer = heads.proposer(Target(MODEL), 10, 3, None)
     assert isinstance(proposer, MedusaProposer)
-    assert proposer.modules == (heads,)
+    assert [original(module) for module in proposer.modules] == [heads]
     assert (proposer.length, proposer.positions, proposer.memory(batch=1, slots=1)) == (3, 1, None)

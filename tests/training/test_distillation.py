@@ -803,4 +803,5 @@ def test_continuations_of_a_chat_that_becomes_several_rows(tmp_path, model, mode
     )
     path = _lines(tmp_path, {"messages": [USER, ASSISTANT, USER, ASSISTANT]}, {"text": "end"})
     done = list(by_continuation(read([path]), model, forgetful, depth=2, chunk=2, batch_size=2))
-    assert [row["row"] for one in done for row in one.rows] == [1, 1, 2]
+    assert sorted(row["row"] for one in done for row in one.rows) == [1, 1, 2]
+    assert [len(one.rows) for one in sorted(done, key=lambda one: one.prompt.number)] == [2, 1]

@@ -1,4 +1,4 @@
-"""Complete calls of `generate`, timed as their caller's clock shows them.
+"""Complete calls, timed as their caller's clock shows them.
 
 A call has one prompt and writes exactly as many tokens as it was asked for: end tokens are switched off, for drafted
 decoding, for undrafted decoding and for transformers' own `generate`.  Knows nothing about rounds or reports.
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from redrafter.bench.clock import seeded, untimed
-from redrafter.decoding import generate
+from redrafter.decoding import stream
 from redrafter.errors import RedrafterError, reason
 from redrafter.proposers import Method
 
@@ -41,27 +41,37 @@ class Call:
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]
-    """Notes when tokens arrive.  The first thing that a streamer receives is the prompt."""
+    """Records when tokens arrive, step by step; the prompt, which a streamer receives first, is not recorded."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.tokens: list[int] = []
+        self._prompt = True
 
     def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-        self.tokens.append(value.numel())
+        if not self._prompt:
+            self.arrived(value.numel())
+        self._prompt = False
 
     def end(self) -> None:
         pass
+
+    def arrived(self, tokens: int) -> None:
+        self.times.append(time.perf_counter())
+        self.tokens.append(tokens)
 
 
 def call(
     model: PreTrainedModel, drafter: Method | None, prompt: Sequence[int], new_tokens: int, **settings: Any
 ) -> Call:
-    """One call of `redrafter.generate`.  Raises RedrafterError if it writes fewer tokens than it should."""
+    """One call of `redrafter.stream`, to its last event.  Raises RedrafterError if it writes too few tokens.
+
+    A streamer of `redrafter.generate` would receive the tokens of a step one by one.
+    """
     clock, begin = _Clock(), time.perf_counter()
-    found = generate(model, drafter, [prompt], streamer=clock, max_new_tokens=new_tokens, eos_token_id=(), **settings)
-    return _timed(clock, begin, len(found.new_tokens[0]), new_tokens, untimed(model.device))
+    for event in stream(model, drafter, [prompt], max_new_tokens=new_tokens, eos_token_id=(), **settings):
+        clock.arrived(len(event.tokens))
+    return _timed(clock, begin, sum(clock.tokens), new_tokens, untimed(model.device))
 
 
 def call_transformers(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int, **settings: Any) -> Call:
@@ -70,6 +80,7 @@ def call_transformers(model: PreTrainedModel, prompt: Sequence[int], new_tokens:
     Raises RedrafterError where transformers cannot, and if it writes fewer tokens than it should.
     """
     seed = settings.pop("seed", 0)
+    settings["stop_strings"] = settings.get("stop_strings") or None  # an empty list needs a tokenizer there
     if model.device.type == "cuda":
         settings |= {"cache_implementation": "static"}
     with seeded(seed, model.device):
@@ -91,7 +102,7 @@ def _timed(clock: _Clock, begin: float, written: int, wanted: int, skip: int) ->
             f"A call wrote {written} of {wanted} tokens, so its time says nothing: remove what ends texts early from "
             "the model's generation_config."
         )
-    first, *steps = clock.times[1:]
+    first, *steps = clock.times
     skip = min(skip, len(steps))
     started = steps[skip - 1] if skip else first
-    return Call(end - begin, first - begin, started - first, sum(clock.tokens[2 + skip :]))
+    return Call(end - begin, first - begin, started - first, sum(clock.tokens[1 + skip :]))
