@@ -157,6 +157,7 @@ def admit(
     return emitted
 
 
+@torch.inference_mode()  # compiled code tells such tensors from others, so all states must be of one kind
 def empty(target: Target, proposer: Proposer | None, *, batch: int, slots: int) -> State:
     """A state of `batch` free slots for texts of `slots` positions each."""
 
