@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redrafter.cli.loading import (
+    PROMPT_ROWS,
     AnyTarget,
     Budget,
     Device,
@@ -18,7 +19,7 @@ from redrafter.cli.loading import (
     Limit,
     Model,
     NewTokens,
-    Prompts,
+    Sources,
     TemplateKwargs,
     Width,
 )
@@ -34,7 +35,7 @@ FIGURES = ("decoding", "walked", "teacher_forced")
 def evaluate(
     model: Model,
     drafter: Annotated[str, typer.Option(help=DrafterOrModel)],
-    prompts: Prompts,
+    prompts: Annotated[list[str], typer.Option("--prompts", "--data", metavar="FILE", help=f"{PROMPT_ROWS} {Sources}")],
     more: Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="More of the same.")] = None,
     template_kwargs: TemplateKwargs = None,
     max_new_tokens: NewTokens = 128,
