@@ -51,8 +51,8 @@ class _Copies:
         self._copies = {id(module): object.__new__(type(module)) for module in originals}
         self._configs: dict[int, Any] = {}
         for module in originals:
-            vars(self.of(module)).update({name: self._value(name, value) for name, value in vars(module).items()})
-            self.of(module).training = False
+            values = {name: self._value(name, value) for name, value in vars(module).items()}
+            vars(self.of(module)).update(values, training=False)
             self._check_forward(module)
 
     def of(self, module: nn.Module) -> nn.Module:
@@ -69,16 +69,18 @@ class _Copies:
 
     def _mapped(self, value: Any) -> Any:
         """A value with the modules and configs that it refers to replaced by their copies; containers are copied."""
-        if isinstance(value, nn.Module):
-            return self.of(value)
-        if isinstance(value, PretrainedConfig):
-            return copy.deepcopy(value, self._configs)
+        if value is None or type(value) in (bool, int, float, str):  # most are: a copy must not take long
+            return value
         if isinstance(value, dict):
-            found = copy.copy(value)
+            found = value.copy()
             for key, one in value.items():
                 if isinstance(one, nn.Module | PretrainedConfig):
                     found[key] = self._mapped(one)
             return found
+        if isinstance(value, nn.Module):
+            return self.of(value)
+        if isinstance(value, PretrainedConfig):
+            return copy.deepcopy(value, self._configs)
         if type(value) in (list, tuple):
             return type(value)(map(self._mapped, value))
         if isinstance(value, types.MethodType):
