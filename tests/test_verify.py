@@ -83,3 +83,10 @@ def test_a_root_that_saw_something_else_is_reported():
     depth = torch.tensor([[0, 1], [1, 2]])
     tree = DraftTree(parents + 1, parents, depth, depth >= 0, torch.ones(2, 2, 2, dtype=torch.bool).tril())
     assert walk(tree, parents + 1, length=2)[1].tolist() == [1, -1]
+
+
+def test_an_invalid_node_is_not_kept():
+    parents, depth = torch.tensor([[0, 0]]), torch.tensor([[0, 1]])
+    valid = torch.tensor([[True, False]])
+    tree = DraftTree(torch.tensor([[5, 9]]), parents, depth, valid, ancestors_of(parents, max_depth=1))
+    assert walk(tree, torch.tensor([[9, 9]]), length=1)[1].tolist() == [0]
