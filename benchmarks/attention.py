@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from redrafter.fast.attention import packed, reference
-from redrafter.tree import DraftTree, ancestors_of, tree_mask
+from redrafter.core.tree import DraftTree, ancestors_of, tree_mask
+from redrafter.core.tree_attention import packed, reference
 
 HEADS = {"7b": (32, 32), "8b": (32, 8)}
 SIZE = 128
@@ -66,7 +66,7 @@ class Case:
 
     def ours(self, layer: int, **trial: Any) -> Tensor:
         """The kernels, as `tree_attention` launches them."""
-        from redrafter.fast.kernels import attention as kernels
+        from redrafter.kernels.triton import attention as kernels
 
         return kernels.launch(
             self.query, self.keys[layer], self.values[layer], self.mask, SIZE**-0.5, None, None, None, **trial
@@ -146,7 +146,7 @@ def tilings(rows: int) -> list[tuple[int, int, int, int]]:
 
 def compiled(shape: str, nodes: int, tiling: tuple[int, int, int, int]) -> None:
     """Leaves the kernels of these block sizes in Triton's cache of compiled code; run in a process of its own."""
-    from redrafter.fast.kernels import attention as kernels
+    from redrafter.kernels.triton import attention as kernels
 
     length, slots = CONTEXTS[0]
     case = Case(shape, nodes, length, slots, layers=1)
@@ -158,7 +158,7 @@ def compiled(shape: str, nodes: int, tiling: tuple[int, int, int, int]) -> None:
 
 def sweep(given: argparse.Namespace, until: float) -> list[dict[str, Any]]:
     """The best block sizes and numbers of parts of every shape, as far as time allows."""
-    from redrafter.fast.kernels import attention as kernels
+    from redrafter.kernels.triton import attention as kernels
 
     trials = {
         (shape, nodes): tilings(nodes * HEADS[shape][0] // HEADS[shape][1])

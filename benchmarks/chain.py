@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from products import median
-from redrafter.fast.attention import packed
-from redrafter.fast.kernels import attention
-from redrafter.fast.kernels.product import FEW, Tiling
-from redrafter.profiling import bandwidth, milliseconds
-from redrafter.tree import DraftTree, ancestors_of
+from redrafter.core.tree import DraftTree, ancestors_of
+from redrafter.core.tree_attention import packed
+from redrafter.evaluation.profiling import bandwidth, milliseconds
+from redrafter.kernels.triton import attention
+from redrafter.kernels.triton.product import FEW, Tiling
 
 DEVICE = "cuda"
 SHAPES = {"7b": (32, 32, 11_008), "8b": (32, 8, 14_336)}  # heads of queries and of keys, width of the MLP

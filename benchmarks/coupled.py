@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from redrafter import RecurrentDrafter, generate
 from redrafter.cli.loading import demo_folder, load_drafter, load_model
-from redrafter.prompts import prompt_ids, read_prompts
-from redrafter.sampling import Draw
+from redrafter.core.rows import SamplingNoise
+from redrafter.data.prompts import prompt_ids, read_prompts
 
 WAYS = [(1, 0.25), (1, 0.5), (1, 0.7), (1, 1), (1, 1.5), (0.6, 0.5), (1.3, 0.5)]
 BATCH, NEW_TOKENS = 7, 96
@@ -52,19 +52,21 @@ def main() -> None:
         print(json.dumps({"way": way, **measure(model, drafter, prompts, seeds)}), flush=True)
 
     show("greedy", None)
-    coupled = Draw.coupled
+    coupled = SamplingNoise.coupled
 
-    def uncoupled(self: Draw, logits: Tensor, position: int, names: Tensor | None = None) -> Tensor:
+    def uncoupled(self: SamplingNoise, logits: Tensor, position: int, names: Tensor | None = None) -> Tensor:
         return self.warp(logits)
 
-    Draw.coupled = uncoupled
+    SamplingNoise.coupled = uncoupled
     show("sampled, without the noise", given.seeds)
     for alpha, tau in WAYS:
 
-        def scaled(self: Draw, logits: Tensor, position: int, names: Tensor | None = None, a=alpha, t=tau) -> Tensor:
+        def scaled(
+            self: SamplingNoise, logits: Tensor, position: int, names: Tensor | None = None, a=alpha, t=tau
+        ) -> Tensor:
             return coupled(self, logits * a, position, names) / t
 
-        Draw.coupled = scaled
+        SamplingNoise.coupled = scaled
         show(f"sampled, alpha {alpha}, tau {tau}", given.seeds)
 
 

@@ -26,15 +26,15 @@ from unittest import mock
 
 import torch
 
-from redrafter.beam import Level, beam_search, grow
-from redrafter.config import DrafterConfig
-from redrafter.drafter import RecurrentDrafter
-from redrafter.fast import merged, product
-from redrafter.fast.graph import Captured
-from redrafter.fast.top import Top, top
+from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.tree import most_probable, prefix_tree
+from redrafter.engine import fused_linear as merged
+from redrafter.engine.cuda_graph import Captured
+from redrafter.heads.recurrent import DrafterConfig, RecurrentDrafter
+from redrafter.kernels import product
+from redrafter.kernels.topk import Top, top
 from redrafter.proposers import RecurrentProposer
-from redrafter.sampling import Draw, Place
-from redrafter.tree import fold, most_probable
+from redrafter.proposers.beam_search import Level, beam_search, grow
 
 LENGTH, BUDGET = 4, 64
 SHAPES: dict[str, dict[str, Any]] = {
@@ -128,7 +128,7 @@ def agreement(pieces: dict[str, dict[str, Callable[[], Any]]], drafter: Recurren
     found["top"] = bool(one.values.equal(other.values) and close)
     one, other = plain["grow"], fast_one["grow"]
     found["grow"] = bool(torch.allclose(one.scores, other.scores, rtol=1e-5) and one.above.equal(other.above))
-    for piece in ("fold", "most probable"):
+    for piece in ("prefix_tree", "most probable"):
         found[piece] = same_trees(plain[piece], fast_one[piece])
     one, other = (set(map(tuple, result["search"].beams[0].tolist())) for result in (plain, fast_one))
     found["share of beams alike"] = len(one & other) / len(one)
@@ -141,7 +141,7 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
     hidden, head = shape["hidden"], drafter.config.head_size
     context = torch.randn(1, hidden, device=device, dtype=torch.bfloat16)
     root = torch.tensor([5], device=device)
-    here = Place(root, root, text=root[:, None], length=torch.zeros_like(root), alive=root)
+    here = RowState(root, root, text=root[:, None], length=torch.zeros_like(root), alive=root)
     target: Any = SimpleNamespace(embed=embed)
     plain = RecurrentProposer(drafter, target, width, LENGTH)
     proposers = {"plain": plain} | dict.fromkeys(("library", "fast"), plain.quickened())
@@ -168,7 +168,7 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
     alike: dict[str, Callable[[], Any]] = {
         "top": lambda: top(logits, width),
         "grow": lambda: grow(best, drafter.draft_vocabulary, begun, scores, above),
-        "fold": lambda: fold(root, beams),
+        "prefix_tree": lambda: prefix_tree(root, beams),
         "most probable": lambda: most_probable(root, levels, size=BUDGET),
         "step": lambda: drafter.step(state, state),
         "head": lambda: drafter.logits(once.expand_as(state), state, read),
@@ -176,7 +176,7 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
     }
     pieces = {
         name: {
-            "propose": lambda by=by: by.propose(None, here, context[:, None], Draw((), None)),
+            "propose": lambda by=by: by.propose(None, here, context[:, None], SamplingNoise((), None)),
             "search": lambda by=by: searched(by),
         }
         | alike
@@ -193,7 +193,7 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
 
 def trials(device: torch.device, replays: int) -> dict[str, float]:
     """Chunks of the search for the best tokens, at sizes of drafters."""
-    from redrafter.fast.kernels import drafting
+    from redrafter.kernels.triton import drafting
 
     found = {}
     for rows, columns in ((10, 8192), (50, 8192), (10, 32_000), (50, 32_000)):

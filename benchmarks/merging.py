@@ -16,8 +16,9 @@ from contextlib import contextmanager
 
 import torch
 
-from redrafter import profiling, stand_ins
-from redrafter.request import request
+from redrafter.engine.request import request
+from redrafter.evaluation import profiling
+from redrafter.heads import synthetic as stand_ins
 
 SMALL = dict(
     hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,

@@ -17,9 +17,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from redrafter import noise, verify
-from redrafter.fast.graph import Captured
-from redrafter.tree import fold
+from redrafter.core import noise
+from redrafter.core.tree import fold
+from redrafter.decoding import verify
+from redrafter.engine.cuda_graph import Captured
 
 
 def earlier(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:

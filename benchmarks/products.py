@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import triton
 
-from redrafter.fast.eight import EightBit
-from redrafter.fast.kernels.product import FEW, Tiling, product, tiling_for
-from redrafter.fast.product import plain
+from redrafter.heads.eight import EightBit
+from redrafter.kernels.product import plain
+from redrafter.kernels.triton.product import FEW, Tiling, product, tiling_for
 
 SIZES = {
     16: [(2304, 768), (4096, 768), (768, 2048), (16_000, 768), (1536, 1536), (16_000, 1536),

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from redrafter import RecurrentDrafter
-from redrafter.target import Target
+from redrafter.targets.target import Target
 from redrafter.training.loss import Objective
 from redrafter.training.unrolled import Unrolled
 

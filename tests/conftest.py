@@ -152,8 +152,8 @@ def llama():
 @pytest.fixture
 def say(capsys, monkeypatch):
     """Runs the command line; returns exit status, stdout and stderr, in which time does not decide about progress."""
-    from redrafter import progress
     from redrafter.cli import main
+    from redrafter.utils import progress
 
     monkeypatch.setattr(progress, "FIRST", 600.0)
 
@@ -170,7 +170,7 @@ def say(capsys, monkeypatch):
 @pytest.fixture
 def captured(monkeypatch) -> list:
     """The step of every call of decoding, with what came of its capture."""
-    from redrafter import decoding
+    from redrafter.engine import generate as decoding
 
     made = []
 
@@ -221,7 +221,7 @@ class Given:
 
 def random_tree(batch: int, size: int, *, vocabulary: int, malformed: bool, generator: torch.Generator):
     """Trees in which siblings may be equal and nodes come in any order; malformed ones contradict themselves."""
-    from redrafter.tree import DraftTree, ancestors_of
+    from redrafter.core.tree import DraftTree, ancestors_of
 
     def draw(high: int, *shape: int) -> torch.Tensor:
         return torch.randint(0, high, shape, generator=generator)
@@ -246,10 +246,10 @@ def random_tree(batch: int, size: int, *, vocabulary: int, malformed: bool, gene
 
 def rooted(root: torch.Tensor):
     """Where drafts begin that ask for nothing of the text but its last token."""
-    from redrafter.sampling import Place
+    from redrafter.core.rows import RowState
 
     none = torch.zeros_like(root)
-    return Place(none, none, root[:, None], length=none, alive=none + 1)
+    return RowState(none, none, root[:, None], length=none, alive=none + 1)
 
 
 def greedy(model, prompt: list[int], count: int) -> list[int]:

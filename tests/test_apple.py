@@ -11,7 +11,7 @@ from torch import nn
 
 from conftest import refusal, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate
-from redrafter.apple import export
+from redrafter.integrations.apple import export
 
 
 class Config(transformers.PretrainedConfig):
@@ -73,7 +73,9 @@ def test_what_the_released_code_has_no_form_for_is_refused(tmp_path, monkeypatch
     with pytest.raises(RedrafterError, match="scores the whole vocabulary"):
         export(RecurrentDrafter.for_target(model, draft_vocabulary=torch.arange(5)), tmp_path)
     # as a field would be that is yet to come
-    monkeypatch.setattr("redrafter.apple.LEFT_OUT", ("target", "target_revision", "beam_width", "node_budget"))
+    monkeypatch.setattr(
+        "redrafter.integrations.apple.LEFT_OUT", ("target", "target_revision", "beam_width", "node_budget")
+    )
     with pytest.raises(RedrafterError, match="does not know beam_length, which is 3 here"):
         export(RecurrentDrafter.for_target(model, beam_length=3), tmp_path)
 

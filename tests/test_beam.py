@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redrafter.beam import beam_search
-from redrafter.config import DrafterConfig
-from redrafter.drafter import RecurrentDrafter
+from redrafter.heads.recurrent import DrafterConfig, RecurrentDrafter
+from redrafter.proposers.beam_search import beam_search
 
 
 def random_drafter(*, seed: int, rnn: bool, exit_dim: int, vocabulary: int = 11, draft: int | None = None):

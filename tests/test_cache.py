@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redrafter.cache import LayerShape, SlotCache
+from redrafter.core.cache import LayerShape, SlotCache
 
 CPU = torch.device("cpu")
 SHAPES = [  # two kinds of layers, mixed; keys and values differ in width, as in latent attention
@@ -90,7 +90,7 @@ def test_rows_of_another_cache_are_adopted_and_the_others_are_left():
     cache, other = SlotCache(SHAPES, batch=4, slots=6), SlotCache(SHAPES, batch=2, slots=3)
     for pool in other.pools:
         pool.copy_(torch.arange(1.0, pool.numel() + 1).view(pool.shape))
-    cache.adopt([3, 1], other)
+    cache.insert_rows([3, 1], other)
     for pool, source in zip(cache.pools, other.pools, strict=True):
         assert torch.equal(pool[:, 3, :, :3], source[:, 0])
         assert torch.equal(pool[:, 1, :, :3], source[:, 1])

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from redrafter import RecurrentDrafter, checking
-from redrafter.checking import Parting, compare
+from redrafter import RecurrentDrafter
+from redrafter.evaluation import checking
+from redrafter.evaluation.checking import Divergence, compare
 
 MODEL = tiny_model()
 PROMPTS = [[5, 9, 12], [7], [30, 31, 32, 33]]
@@ -18,7 +19,7 @@ PROMPTS = [[5, 9, 12], [7], [30, 31, 32, 33]]
 def test_drafted_text_is_equal_and_counted():
     torch.manual_seed(0)
     report = compare(MODEL, RecurrentDrafter.for_target(MODEL), PROMPTS, batch_size=2, max_new_tokens=9)
-    assert report.partings == []
+    assert report.divergences == []
     assert report.tokens == 27
     assert report.tokens_per_step >= 1
 
@@ -36,7 +37,7 @@ def test_a_wrong_token_is_found_with_its_margin(monkeypatch, row):
         return out
 
     monkeypatch.setattr(checking, "generate", spoilt)
-    (parting,) = compare(MODEL, RecurrentDrafter.for_target(MODEL), PROMPTS, batch_size=2, max_new_tokens=9).partings
+    (parting,) = compare(MODEL, RecurrentDrafter.for_target(MODEL), PROMPTS, batch_size=2, max_new_tokens=9).divergences
     assert (parting.row, parting.position) == (row, 4)
     text = PROMPTS[row] + generate(MODEL, None, [PROMPTS[row]], max_new_tokens=4).new_tokens[0]
     best = MODEL(input_ids=torch.tensor([text])).logits[0, -1].detach().topk(2).values
@@ -47,7 +48,7 @@ def test_a_wrong_token_is_found_with_its_margin(monkeypatch, row):
 def test_sampled_text_is_compared_under_the_same_seeds(monkeypatch):
     law = {"do_sample": True, "temperature": 0.7, "seed": 5}
     drafter = RecurrentDrafter.for_target(MODEL)
-    assert compare(MODEL, drafter, PROMPTS, batch_size=2, max_new_tokens=9, **law).partings == []
+    assert compare(MODEL, drafter, PROMPTS, batch_size=2, max_new_tokens=9, **law).divergences == []
     generate = checking.generate
 
     def other_seed(model, drafter, prompts, **settings):
@@ -55,7 +56,7 @@ def test_sampled_text_is_compared_under_the_same_seeds(monkeypatch):
         return generate(model, drafter, prompts, **settings)
 
     monkeypatch.setattr(checking, "generate", other_seed)
-    assert compare(MODEL, drafter, PROMPTS, batch_size=2, max_new_tokens=9, **law).partings
+    assert compare(MODEL, drafter, PROMPTS, batch_size=2, max_new_tokens=9, **law).divergences
 
 
 def test_a_text_that_ends_early_parts_where_it_ends(monkeypatch):
@@ -65,12 +66,12 @@ def test_a_text_that_ends_early_parts_where_it_ends(monkeypatch):
         return generate(model, drafter, prompts, **settings | ({"max_new_tokens": 3} if drafter else {}))
 
     monkeypatch.setattr(checking, "generate", cut)
-    partings = compare(MODEL, RecurrentDrafter.for_target(MODEL), PROMPTS, max_new_tokens=9).partings
-    assert [parting.position for parting in partings] == [3, 3, 3]
+    divergences = compare(MODEL, RecurrentDrafter.for_target(MODEL), PROMPTS, max_new_tokens=9).divergences
+    assert [parting.position for parting in divergences] == [3, 3, 3]
 
 
 def test_only_a_margin_within_rounding_is_excused():
-    tie = Parting(row=0, position=3, margin=0.01, rounding=0.02)
+    tie = Divergence(row=0, position=3, margin=0.01, rounding=0.02)
     assert tie.explained
     assert not replace(tie, margin=0.03).explained
 

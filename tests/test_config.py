@@ -7,7 +7,7 @@ import json
 import pytest
 
 from redrafter import DrafterConfig, RedrafterError
-from redrafter.config import DecodingShape
+from redrafter.core.shapes import DraftShape
 
 APPLE = {  # as the released code writes it
     "model_type": "recurrent_drafting_drafter",
@@ -72,9 +72,9 @@ def test_what_is_no_config_is_refused(tmp_path, text):
 
 
 TUNED = (
-    DecodingShape(batch=2, beam_width=3, beam_length=4, node_budget=9),
-    DecodingShape(batch=8, beam_width=2, beam_length=1),
-    DecodingShape(batch=32, beam_width=1, beam_length=0),
+    DraftShape(batch=2, beam_width=3, beam_length=4, node_budget=9),
+    DraftShape(batch=8, beam_width=2, beam_length=1),
+    DraftShape(batch=32, beam_width=1, beam_length=0),
 )
 
 
@@ -127,4 +127,4 @@ def test_a_bad_shape_is_named(tmp_path, shapes, named):
 def test_shapes_in_words():
     words = ["3 beams of 4 tokens, the 9 most probable nodes", "2 beams of 1 token", "without drafting"]
     assert [shape.in_words for shape in TUNED] == words
-    assert DecodingShape(beam_width=1, beam_length=2).in_words == "one beam of 2 tokens"
+    assert DraftShape(beam_width=1, beam_length=2).in_words == "one beam of 2 tokens"

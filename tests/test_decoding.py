@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import Given, greedy, random_tree, tiny_model
-from redrafter import EagleHead, RecurrentDrafter, RedrafterError, TwoModel, decoding, generate, stream
-from redrafter import step as stepping
+from redrafter import EagleHead, RecurrentDrafter, RedrafterError, TwoModel, generate, stream
+from redrafter.core.tree import prefix_tree
+from redrafter.decoding import step as stepping
+from redrafter.engine import generate as decoding
+from redrafter.engine.request import request
 from redrafter.proposers import Memoryless
-from redrafter.request import request
-from redrafter.target import Target
-from redrafter.tree import fold
+from redrafter.targets.target import Target
 
 MODEL = tiny_model()
 
@@ -52,7 +53,7 @@ class Oracle(Memoryless):
             following = torch.tensor(text[position + 2 : position + 2 + self.length])
             beams[row, :, : len(following)] = following
         spoilt = torch.rand(beams.shape, generator=self.generator) < self.spoil
-        return fold(place.root, torch.where(spoilt, (beams + 1) % self.vocabulary, beams))
+        return prefix_tree(place.root, torch.where(spoilt, (beams + 1) % self.vocabulary, beams))
 
 
 class AnyTree(Memoryless):
@@ -470,7 +471,7 @@ def test_a_step_asks_the_device_nothing(drafting, sampling):
     with torch.inference_mode():
         state = stepping.empty(target, proposer, batch=2, slots=64)
         stepping.prefill(target, proposer, sampler, asked.rows, state)
-        state.see(64)
+        state.set_visible(64)
         stepping.step(target, proposer, sampler, state)  # what is built on first use may ask
         torch.cuda.synchronize()
         try:
@@ -526,9 +527,9 @@ def test_a_step_launched_before_the_last_was_read_changes_no_text(batch_size, dr
     expected = generate(MODEL, None, MANY, **settings)
     monkeypatch.setattr(decoding, "_runs_ahead", lambda *_: True)
     log: list[str] = []
-    step, read = decoding.step, decoding._Flight.read
+    step, read = decoding.step, decoding.PendingStep.read
     monkeypatch.setattr(decoding, "step", lambda *told: log.append("launched") or step(*told))
-    monkeypatch.setattr(decoding._Flight, "read", lambda flight: log.append("read") or read(flight))
+    monkeypatch.setattr(decoding.PendingStep, "read", lambda flight: log.append("read") or read(flight))
     found = generate(MODEL, drafter if drafting else None, MANY, batch_size=batch_size, **settings)
     assert found.new_tokens == expected.new_tokens
     assert found.finish_reasons == expected.finish_reasons

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import tiny_model
-from redrafter import DrafterConfig, RecurrentDrafter, RedrafterError, apple, generate
-from redrafter.fast.eight import EightBit
-from redrafter.target import Target
+from redrafter import DrafterConfig, RecurrentDrafter, RedrafterError, generate
+from redrafter.heads.eight import EightBit
+from redrafter.integrations import apple
+from redrafter.targets.target import Target
 from redrafter.training.unrolled import Unrolled
 
 

@@ -12,8 +12,7 @@ from transformers import DynamicCache
 
 from conftest import tiny_model
 from redrafter import RedrafterError
-from redrafter.config import EagleConfig
-from redrafter.eagle import EagleHead
+from redrafter.heads.eagle import EagleConfig, EagleHead
 
 MODEL = tiny_model()
 

@@ -13,7 +13,7 @@ import transformers
 
 from conftest import TINY, greedy
 from redrafter import RecurrentDrafter, RedrafterError, generate
-from redrafter.target import Target
+from redrafter.targets.target import Target
 
 BASE = TINY | {"initializer_range": 0.4}
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.4}

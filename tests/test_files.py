@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 
 from redrafter import RedrafterError
-from redrafter.files import read_records
+from redrafter.data.files import read_records
 
 ROWS = [{"text": "one", "n": [1, 2]}, {"text": "zwei ü"}, {"other": {"a": 1}}]
 LINES = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)

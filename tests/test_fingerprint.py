@@ -11,9 +11,9 @@ import transformers
 
 from conftest import tiny_model
 from redrafter import EagleHead, MedusaHeads, RecurrentDrafter, RedrafterError, generate
-from redrafter.config import Fingerprint
 from redrafter.proposers.loading import load_method
-from redrafter.target import Target
+from redrafter.targets.fingerprint import Fingerprint
+from redrafter.targets.target import Target
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -14,8 +14,9 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 
-from redrafter import RedrafterError, hub
-from redrafter.paths import may_be_on_the_hub
+from redrafter import RedrafterError
+from redrafter.utils import hub
+from redrafter.utils.paths import may_be_on_the_hub
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, StopStringCriteria, TextStreamer
 import redrafter
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError
-from redrafter.drafter import RecurrentDrafter as Drafter
+from redrafter.heads.recurrent import RecurrentDrafter as Drafter
 from redrafter.proposers import loading
 
 MODEL = tiny_model()

@@ -18,7 +18,7 @@ from torch import nn
 
 from conftest import greedy, tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, generate, stream
-from redrafter.isolation import isolated, original
+from redrafter.targets.isolation import isolated, original
 
 PROMPTS = [[5, 9, 12, 3], [7], [8, 8, 4]]
 TOKENS = torch.tensor([PROMPTS[0]])

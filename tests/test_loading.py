@@ -8,7 +8,7 @@ import transformers
 
 from conftest import greedy, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate
-from redrafter.checking import compare
+from redrafter.evaluation.checking import compare
 
 PROMPTS = [[5, 9, 12], [7], [30, 31, 32, 33, 34, 35]]
 
@@ -42,8 +42,8 @@ def assert_exact(model) -> None:
 def test_low_precision_parts_only_within_rounding(family, dtype, law):
     model = tiny_model(family).to(dtype)
     report = compare(model, drafter(model), PROMPTS * 4, max_new_tokens=14, **law)
-    assert all(parting.explained for parting in report.partings)
-    assert len(report.partings) <= 6, "and that is rare"
+    assert all(parting.explained for parting in report.divergences)
+    assert len(report.divergences) <= 6, "and that is rare"
     assert report.tokens == 14 * 12
 
 

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from conftest import tiny_model
 from redrafter import RedrafterError
-from redrafter.config import MedusaConfig
-from redrafter.medusa import MedusaHeads, fit_tree
-from redrafter.target import Target
+from redrafter.heads.medusa import MedusaConfig, MedusaHeads, fit_tree
+from redrafter.targets.target import Target
 
 MODEL = tiny_model()
 

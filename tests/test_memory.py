@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from redrafter import RedrafterError
-from redrafter.memory import memory_left, within_memory
+from redrafter.utils.memory import memory_left, within_memory
 
 
 def test_what_is_left_is_what_the_machine_has():

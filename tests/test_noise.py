@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redrafter.noise import gumbel, row_seeds
+from redrafter.core.noise import gumbel, row_seeds
 
 M32, M64 = 2**32 - 1, 2**64 - 1
 

@@ -14,7 +14,7 @@ import pytest
 
 from conftest import refusal
 from redrafter import RecurrentDrafter, RedrafterError
-from redrafter.outputs import (
+from redrafter.utils.outputs import (
     check_bench_folder,
     check_drafter_folder,
     check_rows_file,

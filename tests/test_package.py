@@ -14,8 +14,8 @@ import torch
 
 import redrafter
 from conftest import tiny_model
-from redrafter.target import Target
-from redrafter.tree import fold
+from redrafter.core.tree import prefix_tree
+from redrafter.targets.target import Target
 
 
 def test_every_public_name_is_there():
@@ -42,8 +42,8 @@ def test_neither_the_package_nor_the_command_line_loads_torch_before_it_is_neede
 
 
 def test_the_tests_check_shapes_and_the_functions_inside_functions_at_every_call():
-    with pytest.raises(jaxtyping.TypeCheckError, match="fold"):
-        fold(torch.zeros(2, dtype=torch.long), torch.zeros((3, 4, 2), dtype=torch.long))
+    with pytest.raises(jaxtyping.TypeCheckError, match="prefix_tree"):
+        prefix_tree(torch.zeros(2, dtype=torch.long), torch.zeros((3, 4, 2), dtype=torch.long))
     target = Target(tiny_model())  # which made masks already
     target._window = "wide"
     with pytest.raises(jaxtyping.TypeCheckError, match="additive"):

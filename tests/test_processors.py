@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TopPLogitsWarper
 
-from redrafter.processors import Nucleus, OccurrencePenalty
+from redrafter.decoding.processors import Nucleus, OccurrencePenalty
 
 
 @settings(max_examples=200, deadline=None)

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from conftest import greedy, tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, TwoModel, profiling
-from redrafter.config import DecodingShape
-from redrafter.eagle import EagleHead
-from redrafter.profiling import Bench, milliseconds
-from redrafter.request import request
+from redrafter import RecurrentDrafter, RedrafterError, TwoModel
+from redrafter.core.shapes import DraftShape
+from redrafter.engine.request import request
+from redrafter.evaluation import profiling
+from redrafter.evaluation.profiling import Bench, milliseconds
+from redrafter.heads.eagle import EagleHead
 
 MODEL = tiny_model()
 CPU = torch.device("cpu")
-SHAPE = DecodingShape(beam_width=3, beam_length=2, node_budget=6)
+SHAPE = DraftShape(beam_width=3, beam_length=2, node_budget=6)
 TEXTS = [[5, 9, 12, 7], [8, 3, 30, 31]]
 
 
@@ -120,7 +121,7 @@ def test_a_shape_of_another_length_is_drafted_as_if_it_were_the_calls_own(length
     head = EagleHead.fresh(MODEL, beam_length=4)  # a draft reads as many positions as a step may write
     texts = [[*range(5, 16)], [*range(40, 29, -1)]]
     told = {"beam_width": 3, "beam_length": length}
-    shape = DecodingShape(**told)
+    shape = DraftShape(**told)
     own, other = (
         Bench.of(request(MODEL, head, texts, **told), head, [shape], repeats=1) for told in (told, {"beam_width": 2})
     )
@@ -159,7 +160,7 @@ def test_a_memory_is_of_the_size_that_each_shape_needs(results, kind):
     method = TwoModel(MODEL) if kind == "two models" else EagleHead.fresh(MODEL)
     asked = request(MODEL, method, TEXTS, beam_width=8, beam_length=3, node_budget=4)
     shapes = [
-        DecodingShape(beam_width=w, beam_length=3, node_budget=n)
+        DraftShape(beam_width=w, beam_length=3, node_budget=n)
         for w, n in ((1, None), (2, None), (4, None), (8, 4), (2, 4))
     ]
     own = Bench.of(asked, method, shapes, repeats=2)

@@ -9,8 +9,8 @@ import time
 import pytest
 from rich.console import Console
 
-from redrafter import progress as module
-from redrafter.progress import Progress, track
+from redrafter.utils import progress as module
+from redrafter.utils.progress import Progress, track
 
 LINE = r"{} of 8 rows, some words(, [\d.]+ (rows/s|s each))?(, (\d:\d\d:\d\d left|time left unknown))?"
 

@@ -6,8 +6,8 @@ import pytest
 import transformers
 
 from redrafter import RedrafterError
-from redrafter.files import read_records
-from redrafter.prompts import prompt_ids
+from redrafter.data.files import read_records
+from redrafter.data.prompts import prompt_ids
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import transformers
 
 from conftest import tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, generate, stream
-from redrafter.config import DecodingShape
-from redrafter.request import NEW_TOKENS, request
-from redrafter.settings import plain
+from redrafter.core.shapes import DraftShape
+from redrafter.decoding.settings import plain
+from redrafter.engine.request import NEW_TOKENS, request
 
 MODEL = tiny_model()
 
@@ -215,9 +215,9 @@ def tuned() -> RecurrentDrafter:
     torch.manual_seed(0)
     drafter = RecurrentDrafter.for_target(MODEL, beam_width=5, beam_length=3, node_budget=8)
     shapes = (
-        DecodingShape(batch=2, beam_width=4, beam_length=2),
-        DecodingShape(batch=3, beam_width=2, beam_length=4, node_budget=6),
-        DecodingShape(batch=4, beam_width=1, beam_length=0),
+        DraftShape(batch=2, beam_width=4, beam_length=2),
+        DraftShape(batch=3, beam_width=2, beam_length=4, node_budget=6),
+        DraftShape(batch=4, beam_width=1, beam_length=0),
     )
     drafter.config = drafter.config.model_copy(update={"shapes": shapes, "tuned_on": "here"})
     return drafter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from redrafter.results import Event, Stats, finished
+from redrafter.engine.results import Event, Stats, finished
 
 EVENTS = [
     Event(0, [5], 0, 0, None),

@@ -8,11 +8,11 @@ import pytest
 import transformers
 
 from redrafter import RedrafterError
-from redrafter.messages import text_of
-from redrafter.prompts import prompt_ids
-from redrafter.rows import metadata, parse_row
+from redrafter.data.examples import tokenized
+from redrafter.data.messages import text_of
+from redrafter.data.prompts import prompt_ids
+from redrafter.data.rows import metadata, parse_row
 from redrafter.training.answers import plan
-from redrafter.training.data import tokenized
 
 TEMPLATE = (
     "{% if tools %}<s>t:{{ tools | tojson }}</s>{% endif %}"

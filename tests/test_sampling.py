@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from conftest import Given, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate
+from redrafter.core.rows import RowState
+from redrafter.core.tree import prefix_tree
+from redrafter.decoding.sampling import Sampler
+from redrafter.engine.request import request
 from redrafter.proposers import Memoryless
-from redrafter.request import request
-from redrafter.sampling import Place, Sampler
-from redrafter.target import Target
+from redrafter.targets.target import Target
 from redrafter.training.loss import unrolled_loss
-from redrafter.tree import fold
 
 MODEL = tiny_model()
 
@@ -32,10 +33,10 @@ LAWS = [
 ]
 
 
-def place(texts: list[list[int]], *, spare: int = 9) -> Place:
+def place(texts: list[list[int]], *, spare: int = 9) -> RowState:
     """Rows whose trees stand at the last token of their texts."""
     longest = max(map(len, texts)) + spare
-    return Place(
+    return RowState(
         row=torch.arange(len(texts)),
         seed=torch.arange(len(texts)) + 5,
         text=torch.tensor([text + [60] * (longest - len(text)) for text in texts]),  # what follows is not defined
@@ -71,7 +72,7 @@ def test_processors_over_a_tree_are_transformers_over_the_text_of_each_node(told
     generator = torch.Generator().manual_seed(seed)
     texts = [[5, 9, 12, 7, 7], [7], [30, 31]]
     root = torch.tensor([text[-1] for text in texts])
-    tree = fold(root, torch.randint(3, 12, (3, 3, 2), generator=generator))
+    tree = prefix_tree(root, torch.randint(3, 12, (3, 3, 2), generator=generator))
     logits = torch.randn(3, tree.size, 61, generator=generator) * 3
     sampler = request(MODEL, None, texts, **told).sampler
     here = place(texts)
@@ -117,7 +118,7 @@ def test_rows_that_have_ended_call_no_processor():
 
     here = place([[5, 6], [7]])
     here.alive[0] = 0
-    tree = fold(torch.tensor([6, 7]), torch.tensor([[[3]], [[4]]]))
+    tree = prefix_tree(torch.tensor([6, 7]), torch.tensor([[[3]], [[4]]]))
     sampler = Sampler(False, [[Watch()]])
     sampler.choose(sampler.draw(here, depths=2, vocabulary=61), tree, torch.zeros(2, 2, 61), here)
     assert called == [[[7]]]
@@ -129,7 +130,7 @@ class Least(Memoryless):
     length, size, positions, modules = 2, 5, 1, ()
 
     def propose(self, memory, place, context, draw):
-        return fold(place.root, torch.tensor([[[7, 6], [6, 7]]]).expand(len(context), 2, 2))
+        return prefix_tree(place.root, torch.tensor([[[7, 6], [6, 7]]]).expand(len(context), 2, 2))
 
 
 def trained(model, drafter: RecurrentDrafter) -> RecurrentDrafter:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from conftest import greedy, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate
-from redrafter.settings import FIELDS, SAMPLING, page
+from redrafter.decoding.settings import FIELDS, SAMPLING, page
 
 MODEL = tiny_model()
 PROMPTS = [[5, 9, 12], [7], [30, 31, 30, 31, 30]]

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from redrafter import RedrafterError, generate
-from redrafter.stand_ins import SHAPES, random_drafter, random_model
+from redrafter.heads.synthetic import SHAPES, random_drafter, random_model
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def test_a_shape_has_its_models_weights(shape, billions):
 
 
 def test_weights_that_do_not_fit_are_refused_before_any_is_drawn(monkeypatch):
-    monkeypatch.setattr("redrafter.memory.memory_left", lambda device: 2**34)
+    monkeypatch.setattr("redrafter.utils.memory.memory_left", lambda device: 2**34)
     with pytest.raises(RedrafterError, match=r"llama-7b in float32 take 25.10 GiB, and 16.00 GiB are left on cpu"):
         random_model("llama-7b", dtype=torch.float32, device=CPU)
 

@@ -8,10 +8,10 @@ from torch import nn
 
 from conftest import tiny_model
 from redrafter import generate
-from redrafter.config import DrafterConfig
+from redrafter.core.tree import chain, prefix_tree
 from redrafter.errors import RedrafterError
-from redrafter.target import Target, _base_name, _public_name
-from redrafter.tree import chain, fold
+from redrafter.heads.recurrent import DrafterConfig
+from redrafter.targets.target import Target, _base_name, _public_name
 from test_tree import path_to
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2", "gpt_neox", "phi", "olmo2"]
@@ -37,7 +37,7 @@ def test_every_node_sees_what_plain_text_sees(family, attention):
     prompts = [torch.randint(3, 61, (n,), generator=generator) for n in (4, 11)]
     cache = target.new_cache(batch=2, slots=30)
     target.forward(chain(nn.utils.rnn.pad_sequence(prompts, batch_first=True)), torch.zeros(2, dtype=torch.long), cache)
-    tree = fold(torch.tensor([5, 6]), torch.randint(3, 6, (2, 4, 3), generator=generator))
+    tree = prefix_tree(torch.tensor([5, 6]), torch.randint(3, 6, (2, 4, 3), generator=generator))
     hidden, logits = target.forward(tree, torch.tensor([4, 11]), cache)
     for row, prompt in enumerate(prompts):
         for node in range(int(tree.valid[row].sum())):
@@ -203,7 +203,7 @@ def test_layers_that_are_not_there_are_refused(llama, layers):
 
 def test_a_cache_that_does_not_fit_is_refused_with_the_arithmetic(monkeypatch):
     target = Target(tiny_model())  # two layers of two heads of 8 numbers, keys and values, 4 bytes: 256 bytes a token
-    monkeypatch.setattr("redrafter.memory.memory_left", lambda device: 2**30)
+    monkeypatch.setattr("redrafter.utils.memory.memory_left", lambda device: 2**30)
     target.new_cache(batch=1, slots=100)
     with pytest.raises(
         RedrafterError, match=r"4 x 2,000,000 tokens take 1.91 GiB, 0.2 KiB a token in 2 layers, and 1.00"

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from redrafter.results import Event
-from redrafter.text import Detokenizer, with_text
+from redrafter.engine.results import Event
+from redrafter.engine.text import Detokenizer, with_text
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

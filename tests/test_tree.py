@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redrafter.tree import abreast, ancestors_of, chain, fold, most_probable, tree_mask
+from redrafter.core.tree import ancestors_of, chain, most_probable, parallel_chains, prefix_tree, tree_mask
 
 
 def paths_of_trie(beams: list[list[int]]) -> set[tuple[int, ...]]:
@@ -39,7 +39,7 @@ beams_strategy = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 
 def test_fold_agrees_with_a_trie(beams):
     batch, width, length = beams.shape
     root = torch.arange(7, 7 + batch)
-    tree = fold(root, beams)
+    tree = prefix_tree(root, beams)
     assert tree.tokens.shape == (batch, 1 + width * length)
     for row in range(batch):
         nodes = [n for n in range(tree.size) if tree.valid[row, n]]
@@ -57,7 +57,7 @@ def test_fold_agrees_with_a_trie(beams):
 
 @given(beams_strategy)
 def test_ancestors_are_the_prefixes(beams):
-    tree = fold(torch.zeros(beams.shape[0], dtype=torch.long), beams)
+    tree = prefix_tree(torch.zeros(beams.shape[0], dtype=torch.long), beams)
     for row in range(beams.shape[0]):
         for n in range(tree.size):
             chain_of_n, node = {n, 0}, n
@@ -69,7 +69,7 @@ def test_ancestors_are_the_prefixes(beams):
 
 @given(beams_strategy)
 def test_trimmed_drops_padding_alone(beams):
-    tree = fold(torch.zeros(beams.shape[0], dtype=torch.long), beams)
+    tree = prefix_tree(torch.zeros(beams.shape[0], dtype=torch.long), beams)
     trimmed = tree.trimmed()
     size = trimmed.size
     assert trimmed.valid.sum() == tree.valid.sum()
@@ -132,7 +132,7 @@ def test_the_most_probable_nodes_agree_with_a_sorted_list(batch, width, length, 
 @given(st.integers(0, 2**31), st.sampled_from([None, 1, 2, 4]))
 def test_tree_mask_agrees_with_its_definition(seed, window):
     generator = torch.Generator().manual_seed(seed)
-    tree = fold(torch.zeros(2, dtype=torch.long), torch.randint(0, 3, (2, 3, 3), generator=generator))
+    tree = prefix_tree(torch.zeros(2, dtype=torch.long), torch.randint(0, 3, (2, 3, 3), generator=generator))
     length = torch.randint(0, 6, (2,), generator=generator)
     mask = tree_mask(tree, length, slots=18, window=window)
     for row in range(2):
@@ -150,7 +150,7 @@ def test_tree_mask_agrees_with_its_definition(seed, window):
 @given(st.integers(1, 4), st.integers(0, 4), st.integers(0, 2**31))
 def test_beams_abreast_are_their_own_chains(width, length, seed):
     beams = torch.randint(0, 9, (2, width, length), generator=torch.Generator().manual_seed(seed))
-    tree = abreast(torch.tensor([3, 4]), beams)
+    tree = parallel_chains(torch.tensor([3, 4]), beams)
     assert tree.size == 1 + width * length
     assert tree.valid.all()
     for row in range(2):

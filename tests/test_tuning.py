@@ -12,18 +12,26 @@ import torch
 from pydantic import ValidationError
 
 from conftest import tiny_model
-from redrafter import DrafterConfig, PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, generate, tuning
-from redrafter.config import DecodingShape
-from redrafter.eagle import EagleHead
-from redrafter.medusa import MedusaHeads
-from redrafter.settings import ONE_TEXT
-from redrafter.tuning import Texts, Tuned, interval, promising, record, shapes, tune
+from redrafter import (
+    DrafterConfig,
+    PromptLookup,
+    RecurrentDrafter,
+    RedrafterError,
+    TwoModel,
+    generate,
+)
+from redrafter.core.shapes import DraftShape
+from redrafter.decoding.settings import ONE_TEXT
+from redrafter.evaluation import tuning
+from redrafter.evaluation.tuning import Texts, Tuned, interval, promising, record, shapes, tune
+from redrafter.heads.eagle import EagleHead
+from redrafter.heads.medusa import MedusaHeads
 
 MODEL = tiny_model()
 
 
-def shape(width: int, length: int, budget: int | None = None, batch: int = 1) -> DecodingShape:
-    return DecodingShape(batch=batch, beam_width=width, beam_length=length, node_budget=budget)
+def shape(width: int, length: int, budget: int | None = None, batch: int = 1) -> DraftShape:
+    return DraftShape(batch=batch, beam_width=width, beam_length=length, node_budget=budget)
 
 
 def tuned(ratios: list[float]) -> Tuned:
@@ -75,18 +83,18 @@ class Bench:
     def __init__(self, batch: int):
         self.batch, self.measured = batch, []
 
-    def tree(self, one: DecodingShape):
+    def tree(self, one: DraftShape):
         return SimpleNamespace(size=one.node_budget or 1 + one.beam_width * one.beam_length)
 
     def verify_ms(self, nodes: int) -> float:
         self.measured.append("verify")
         return 8.0 + 0.05 * self.batch * nodes
 
-    def draft_ms(self, one: DecodingShape) -> float:
+    def draft_ms(self, one: DraftShape) -> float:
         self.measured.append("draft")
         return 0.1 * one.beam_width * one.beam_length
 
-    def rest_ms(self, one: DecodingShape) -> float:
+    def rest_ms(self, one: DraftShape) -> float:
         self.measured.append("rest")
         return 0.0
 
@@ -115,7 +123,7 @@ class Calls:
     def __init__(self, speeds, drift=0.0):
         self.speeds, self.drift, self.made = speeds, drift, []
 
-    def __call__(self, one: DecodingShape | None, number: int) -> float:
+    def __call__(self, one: DraftShape | None, number: int) -> float:
         self.made.append((one, number))
         return self.speeds[one] * (1 - self.drift) ** len(self.made)
 
@@ -269,7 +277,7 @@ def test_a_write_that_fails_leaves_the_config_as_it_was(folder, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("redrafter.hub.os.replace", full)
+    monkeypatch.setattr("redrafter.utils.hub.os.replace", full)
     with pytest.raises(RedrafterError, match="could not be written: No space left"):
         record(folder, [shape(2, 3)], "here")
     assert DrafterConfig.from_file(folder / "config.json") == before

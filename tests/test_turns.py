@@ -10,7 +10,7 @@ import torch
 
 from conftest import tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, TwoModel, generate, stream
-from redrafter.turns import Turn
+from redrafter.targets.locks import ModelLock
 
 PROMPTS = [[5, 9, 12], [7], [8, 8, 4, 3], list(range(3, 30))]
 
@@ -21,9 +21,9 @@ def test_a_turn_is_taken_alone_and_nobody_waits_for_ever():
     most = []
 
     def take(number: int) -> None:
-        turn = Turn(*((one, other) if number % 2 else (other, one)))
+        turn = ModelLock(*((one, other) if number % 2 else (other, one)))
         for _ in range(20):
-            with turn, Turn(one), turn:  # a thread may enter its own again
+            with turn, ModelLock(one), turn:  # a thread may enter its own again
                 inside.append(number)
                 time.sleep(0)
                 most.append(len(inside))
@@ -34,8 +34,8 @@ def test_a_turn_is_taken_alone_and_nobody_waits_for_ever():
     assert len(most) == 120
     assert max(most) == 1
     free = threading.Event()
-    with Turn(one):
-        threading.Thread(target=lambda: Turn(torch.nn.Linear(1, 1)).__enter__() or free.set()).start()
+    with ModelLock(one):
+        threading.Thread(target=lambda: ModelLock(torch.nn.Linear(1, 1)).__enter__() or free.set()).start()
         assert free.wait(60), "another model's turn is its own"
 
 

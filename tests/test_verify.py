@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import random_tree
-from redrafter.tree import DraftTree, ancestors_of, fold
-from redrafter.verify import walk
+from redrafter.core.tree import DraftTree, ancestors_of, prefix_tree
+from redrafter.decoding.verify import walk
 
 
 def children(tree, row: int, path: list[int]) -> list[int]:
@@ -49,7 +49,7 @@ def check(tree, choice, length: int) -> None:
 def test_walk_agrees_with_descending(batch, width, length, seed):
     generator = torch.Generator().manual_seed(seed)
     beams = torch.randint(0, 2, (batch, width, length), generator=generator)
-    tree = fold(torch.zeros(batch, dtype=torch.long), beams)
+    tree = prefix_tree(torch.zeros(batch, dtype=torch.long), beams)
     check(tree, torch.randint(0, 2, tree.tokens.shape, generator=generator), length)
 
 

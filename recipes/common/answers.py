@@ -17,7 +17,7 @@ from recipes.common.corpus import Corpus, is_held_out, rows
 from transformers import PreTrainedModel
 
 from redrafter import generate
-from redrafter.training.data import Row, most_frequent
+from redrafter.data.examples import Row, most_frequent
 
 TURNS = 2  # answers asked for in one dialogue
 PROMPT, ANSWER = 512, 160  # tokens at most

@@ -20,10 +20,10 @@ from recipes.common import pretrain
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from redrafter.cli.train import FEATURES
+from redrafter.data.examples import Row, collate, pack
 from redrafter.errors import RedrafterError
-from redrafter.head import Head
-from redrafter.target import Target
-from redrafter.training.data import Row, collate, pack
+from redrafter.heads.base import Head
+from redrafter.targets.target import Target
 from redrafter.training.loss import Objective
 from redrafter.training.recipe import Recipe
 from redrafter.training.trainer import run

@@ -16,7 +16,7 @@ from recipes.common.corpus import Corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redrafter import RecurrentDrafter, generate
-from redrafter.training.data import Row
+from redrafter.data.examples import Row
 from redrafter.training.loss import Objective
 from redrafter.training.recipe import Recipe
 from redrafter.training.trainer import run

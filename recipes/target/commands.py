@@ -20,7 +20,7 @@ from recipes.target import shape
 from recipes.target.stages import device
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from redrafter.stand_ins import random_drafter
+from redrafter.heads.synthetic import random_drafter
 
 
 def bench(

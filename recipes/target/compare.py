@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from redrafter import EagleHead, MedusaHeads, RecurrentDrafter
 from redrafter.bench.tables import Table, equal, law, overall, temperatures, times
-from redrafter.training.data import Row
+from redrafter.data.examples import Row
 
 NOT_DISTILLED = "recurrent-text"
 """Learns what people wrote, as the target did, where all others learn what the target writes."""

@@ -18,7 +18,7 @@ from recipes.target.stages import say
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from redrafter import RecurrentDrafter, RedrafterError
-from redrafter.head import Head
+from redrafter.heads.base import Head
 from redrafter.proposers.loading import load_head
 
 DRAFT, SMALL = "draft", "draft-small"

@@ -25,8 +25,8 @@ from recipes.target.variants import Variant, variants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from redrafter import RecurrentDrafter
-from redrafter.target import Target
-from redrafter.training.data import Row
+from redrafter.data.examples import Row
+from redrafter.targets.target import Target
 from redrafter.training.distillation import continued
 from redrafter.training.recipe import Recipe
 from redrafter.training.trainer import run

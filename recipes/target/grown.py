@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from redrafter import EagleHead, MedusaHeads, RecurrentDrafter, RedrafterError
-from redrafter.head import Head
+from redrafter.heads.base import Head
 from redrafter.proposers.loading import load_head
 
 DEVIATION = 0.02
@@ -74,8 +74,8 @@ class Places:
             _among(getattr(there.self_attn, name).weight, getattr(here.self_attn, name).weight, places, self.width)
         for name in ("gate_proj", "up_proj"):
             _among(getattr(there.mlp, name).weight, getattr(here.mlp, name).weight, self.columns, self.width)
-        _alone(there.self_attn.o_proj.weight, here.self_attn.o_proj.weight, self.width, self.queries)
-        _alone(there.mlp.down_proj.weight, here.mlp.down_proj.weight, self.width, self.columns)
+        per_row_config(there.self_attn.o_proj.weight, here.self_attn.o_proj.weight, self.width, self.queries)
+        per_row_config(there.mlp.down_proj.weight, here.mlp.down_proj.weight, self.width, self.columns)
 
 
 @torch.no_grad()
@@ -128,7 +128,7 @@ def grown_target(
     for parameter in new.parameters():
         nn.init.normal_(parameter, std=DEVIATION)
 
-    _alone(new.model.embed_tokens.weight, model.model.embed_tokens.weight, columns=places.width)
+    per_row_config(new.model.embed_tokens.weight, model.model.embed_tokens.weight, columns=places.width)
     _among(new.lm_head.weight, model.lm_head.weight, columns=places.width)
     _among(new.model.norm.weight, model.model.norm.weight * places.share**0.5, places.width)
     for there, here in zip(new.model.layers, model.model.layers, strict=False):
@@ -249,7 +249,7 @@ def grown_eagle(
     new = _larger(head, sizes | {"rms_norm_eps": old.rms_norm_eps * places.share}, target, device, dtype)
     new.fc.weight[old.hidden_size :] = 0
     _among(new.fc.weight, head.fc.weight, places.width, torch.cat((places.width, hidden + places.width)))
-    _alone(new.fc.bias, head.fc.bias, places.width)
+    per_row_config(new.fc.bias, head.fc.bias, places.width)
     places.layer(new.layer, head.layer)
     return new
 
@@ -316,7 +316,7 @@ def _among(new: Tensor, old: Tensor, rows: Tensor | None = None, columns: Tensor
     new[tuple(one.to(new.device) for one in place)] = old.to(new)
 
 
-def _alone(new: Tensor, old: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+def per_row_config(new: Tensor, old: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
     """As `_among`, everything else zero: of what writes to the residual stream."""
     nn.init.zeros_(new)
     _among(new, old, rows, columns)

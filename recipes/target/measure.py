@@ -1,6 +1,6 @@
 """What is measured of a target and of its drafters, on texts that the target wrote to held-out prompts.
 
-Promises decoding's own counts of drafts without decoding (up to rounding, as `redrafter.training.evaluation` says), and
+Promises decoding's own counts of drafts without decoding (up to rounding, as `redrafter.evaluation.acceptance` says), and
 the time of a draft alone.  Does not know how the drafters were trained.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from redrafter import RecurrentDrafter, generate
-from redrafter.profiling import milliseconds
+from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.data.examples import Row, collate
+from redrafter.engine.request import request
+from redrafter.evaluation.acceptance import drafted_everywhere, walked
+from redrafter.evaluation.profiling import milliseconds
 from redrafter.proposers import Proposer
-from redrafter.request import request
-from redrafter.sampling import Draw, Place
-from redrafter.target import Target
-from redrafter.training.data import Row, collate
-from redrafter.training.evaluation import drafted_everywhere, walked
+from redrafter.targets.target import Target
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -105,7 +105,7 @@ def quality(model: PreTrainedModel, tokenizer, rows: list[Row]) -> dict[str, Any
 class _Recorded:
     """A proposer that remembers what it was asked last."""
 
-    asked: tuple[Place, Tensor, Draw]
+    asked: tuple[RowState, Tensor, SamplingNoise]
 
     def __init__(self, proposer: Proposer):
         self.proposer = proposer
@@ -113,7 +113,7 @@ class _Recorded:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.proposer, name)
 
-    def propose(self, memory: None, place: Place, context: Tensor, draw: Draw) -> Any:
+    def propose(self, memory: None, place: RowState, context: Tensor, draw: SamplingNoise) -> Any:
         """As the proposer's."""
         self.asked = place, context, draw
         return self.proposer.propose(memory, place, context, draw)

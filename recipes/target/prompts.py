@@ -17,7 +17,7 @@ from recipes.target.drafters import measured_on
 from recipes.target.shape import CATEGORIES, corpus
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from redrafter.prompts import prompt_ids
+from redrafter.data.prompts import prompt_ids
 
 
 def rows(data: Corpus, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, str]]:

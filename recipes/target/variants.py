@@ -13,7 +13,7 @@ from recipes.common.methods import COUPLED, KL
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from redrafter.training.data import Row
+from redrafter.data.examples import Row
 from redrafter.training.loss import Objective
 
 

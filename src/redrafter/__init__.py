@@ -9,16 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from redrafter.config import DrafterConfig
-    from redrafter.decoding import generate, stream
-    from redrafter.drafter import RecurrentDrafter
-    from redrafter.eagle import EagleHead
+    from redrafter.engine.generate import generate, stream
+    from redrafter.engine.results import Event, Generation, Stats
     from redrafter.errors import RedrafterError
-    from redrafter.huggingface import custom_generate
-    from redrafter.medusa import MedusaHeads
+    from redrafter.heads.eagle import EagleHead
+    from redrafter.heads.medusa import MedusaHeads
+    from redrafter.heads.recurrent import DrafterConfig, RecurrentDrafter
+    from redrafter.integrations.transformers import custom_generate
     from redrafter.proposers.prompt_lookup import PromptLookup
     from redrafter.proposers.two_model import TwoModel
-    from redrafter.results import Event, Generation, Stats
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,7 @@ from conftest import greedy, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate, stream
 from redrafter.bench import clock
 from redrafter.bench.clock import Run, by_transformers, follow
-from redrafter.results import Event
+from redrafter.engine.results import Event
 
 MODEL = tiny_model()
 PROMPTS = [[5, 9, 12], [7], [30, 31]]

@@ -11,9 +11,9 @@ from conftest import tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel
 from redrafter.bench.contenders import ALONE, Contender, Told, greedy_twins, load, read_methods
 from redrafter.bench.variants import Variant
-from redrafter.config import DecodingShape
-from redrafter.medusa import MedusaHeads
-from redrafter.target import Target
+from redrafter.core.shapes import DraftShape
+from redrafter.heads.medusa import MedusaHeads
+from redrafter.targets.target import Target
 
 MODEL = tiny_model()
 
@@ -93,7 +93,7 @@ def test_methods_that_differ_in_coupling_alone_are_one_where_decoding_is_greedy(
     found = [made(text) for text in ("a=x", "b=x@uncoupled", "c=x@2x2", "d=x@2x2,uncoupled", "e=x", "f=y@uncoupled")]
     assert greedy_twins([Contender(ALONE), *found], [1]) == {"b": "a", "d": "c"}
     method.config = method.config.model_copy(
-        update={"shapes": (DecodingShape(batch=2, beam_width=2, beam_length=2, node_budget=None),)}
+        update={"shapes": (DraftShape(batch=2, beam_width=2, beam_length=2, node_budget=None),)}
     )
     assert greedy_twins([made("a=x"), made("b=x@4x3,uncoupled")], [1]) == {"b": "a"}
     assert greedy_twins([made("a=x"), made("b=x@4x3,uncoupled")], [1, 2]) == {}, "tuned otherwise for two rows"
@@ -101,7 +101,7 @@ def test_methods_that_differ_in_coupling_alone_are_one_where_decoding_is_greedy(
 
 def test_a_method_that_is_tuned_off_is_measured_as_it_was_made():
     tuned = drafter()
-    off = (DecodingShape(batch=2, beam_width=1, beam_length=0),)
+    off = (DraftShape(batch=2, beam_width=1, beam_length=0),)
     tuned.config = tuned.config.model_copy(update={"shapes": off})
     assert tuned.drafting(2)[1] == 0
     assert Contender("a", "b", tuned).shape(2).beam_length == 3

@@ -200,7 +200,7 @@ class Remembering:
         assert memory is not None
 
     def propose(self, memory, place, context, draw):
-        from redrafter.tree import chain
+        from redrafter.core.tree import chain
 
         self.seen.append((memory.slots, memory.visible))
         return chain(torch.stack((place.root, place.root), dim=1))

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from conftest import AsksNothing, tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, generate
 from redrafter.bench.variants import Variant, unfolded
-from redrafter.eagle import EagleHead
-from redrafter.medusa import MedusaHeads
-from redrafter.target import Target
-from redrafter.tree import fold
-from redrafter.verify import walk
+from redrafter.core.tree import prefix_tree
+from redrafter.decoding.verify import walk
+from redrafter.heads.eagle import EagleHead
+from redrafter.heads.medusa import MedusaHeads
+from redrafter.targets.target import Target
 from test_tree import path_of
 
 MODEL = tiny_model()
@@ -67,7 +67,7 @@ def test_unfolded_beams_are_chains_of_their_own_and_accepted_once(batch, width, 
     every = every[:, -length:].unique(dim=0) if length < 3 else every
     width = min(width, len(every))
     beams = torch.stack([every[torch.randperm(len(every), generator=generator)[:width]] for _ in range(batch)])
-    folded = fold(torch.arange(7, 7 + batch), beams)
+    folded = prefix_tree(torch.arange(7, 7 + batch), beams)
     with AsksNothing():
         tree = unfolded(folded, width)
     assert tree.trimmed().size == tree.size == 1 + width * length, "no node is left out"

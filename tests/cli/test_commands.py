@@ -199,7 +199,7 @@ def test_what_generate_writes_can_be_trained_on_and_the_drafter_checked(say, mod
 
 
 def test_a_text_that_parts_without_excuse_fails_the_check(say, model_folder, drafter_folder, prompts, monkeypatch):
-    from redrafter import checking
+    from redrafter.evaluation import checking
 
     generate = checking.generate
 
@@ -330,7 +330,7 @@ def test_training_that_could_learn_nothing_is_refused(say, model_folder, tmp_pat
 
 
 def test_what_nobody_foresaw_is_one_sentence_too(say, drafter_folder, monkeypatch):
-    from redrafter import hub
+    from redrafter.utils import hub
 
     def broken(folder):
         raise ZeroDivisionError("division\nby zero.")
@@ -390,7 +390,7 @@ def test_the_demo_shows_its_text_and_a_table(say):
 
 def test_the_demo_times_complete_calls(say, monkeypatch):
     import redrafter.cli.demo  # noqa: F401
-    from redrafter import decoding
+    from redrafter.engine import generate as decoding
 
     clock, plain = [0.0], decoding.generate
 
@@ -412,7 +412,7 @@ def test_the_demo_writes_what_transformers_writes():
     from redrafter import generate
     from redrafter.cli.demo import PROMPTS
     from redrafter.cli.loading import demo_folder, load_drafter, load_model
-    from redrafter.prompts import prompt_ids
+    from redrafter.data.prompts import prompt_ids
 
     model, tokenizer = load_model(str(demo_folder() / "redrafter-demo-12m"), device="cpu")
     assert model.num_parameters() >= 10_000_000

@@ -17,7 +17,7 @@ from conftest import refusal
 
 MAIN = "from redrafter.cli import main; main()"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-OFTEN = "import redrafter.progress as shown; shown.FIRST = shown.INTERVAL = 0.02; "
+OFTEN = "import redrafter.utils.progress as shown; shown.FIRST = shown.INTERVAL = 0.02; "
 
 
 def command(*words: object, before: str = "") -> list[str]:

@@ -9,9 +9,9 @@ import transformers
 
 from conftest import refusal, tiny_model
 from redrafter import RecurrentDrafter, generate
-from redrafter.prompts import prompt_ids
-from redrafter.results import Stats
-from redrafter.training import evaluation
+from redrafter.data.prompts import prompt_ids
+from redrafter.engine.results import Stats
+from redrafter.evaluation import acceptance as evaluation
 
 ROWS = [
     {"prompt": "Once", "kind": "story"},

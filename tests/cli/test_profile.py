@@ -10,10 +10,10 @@ import torch
 import transformers
 
 from conftest import refusal
-from redrafter import profiling, tuning
-from redrafter.config import DecodingShape
-from redrafter.eagle import EagleHead
-from redrafter.medusa import MedusaHeads
+from redrafter.core.shapes import DraftShape
+from redrafter.evaluation import profiling, tuning
+from redrafter.heads.eagle import EagleHead
+from redrafter.heads.medusa import MedusaHeads
 
 QUICK = ("--device", "cpu", "--repeats", 1, "--nodes", "1,8", "--widths", "1,4,300")
 
@@ -81,8 +81,8 @@ def test_a_model_and_its_drafter(say, timed, model_folder, drafter_folder, tmp_p
     assert record["shape"] == {"beam_width": 4, "beam_length": 3, "node_budget": None}
     assert record["context"] == 128
     tuned = shutil.copytree(drafter_folder, tmp_path / "tuned")
-    shapes = [DecodingShape(batch=2, beam_width=2, beam_length=2, node_budget=5)]
-    tuning.record(tuned, [*shapes, DecodingShape(batch=4, beam_width=1, beam_length=0)], "here")
+    shapes = [DraftShape(batch=2, beam_width=2, beam_length=2, node_budget=5)]
+    tuning.record(tuned, [*shapes, DraftShape(batch=4, beam_width=1, beam_length=0)], "here")
     for batch, width in ((1, 4), (2, 2), (4, 4)):  # without drafting there were no drafts to time
         _, record = profile(say, "--model", model_folder, "--drafter", tuned, "--batch", batch)
         assert record["shape"]["beam_width"] == width

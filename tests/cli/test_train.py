@@ -235,7 +235,7 @@ TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2".split()
 ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
 ACCELERATE += "--dynamo_backend no --main_process_port 0".split()
 MAIN = "from redrafter.cli import main; main()"
-OFTEN = "import redrafter.progress as shown; shown.FIRST = shown.INTERVAL = 0.02; "
+OFTEN = "import redrafter.utils.progress as shown; shown.FIRST = shown.INTERVAL = 0.02; "
 SHARD = 2**13
 SLOWLY = f"""
 import time
@@ -387,8 +387,8 @@ def test_an_interrupt_before_the_first_step(say, model_folder, rows, tmp_path, m
 @pytest.mark.parametrize("rank", [0, 1])
 def test_of_several_processes_the_first_uploads(say, model_folder, rows, tmp_path, monkeypatch, rank):
     uploaded, checked = [], []
-    monkeypatch.setattr("redrafter.hub.push", lambda *words, **told: uploaded.append((*words, told)) or "there")
-    monkeypatch.setattr("redrafter.hub.check_login", checked.append)
+    monkeypatch.setattr("redrafter.utils.hub.push", lambda *words, **told: uploaded.append((*words, told)) or "there")
+    monkeypatch.setattr("redrafter.utils.hub.check_login", checked.append)
     monkeypatch.setenv("RANK", str(rank))
     words = ("--model", model_folder, "--data", rows, "--max-steps", "1", "--exit-dim", "16", "--device", "cpu")
     status, _, err = say("train", *words, "--output", tmp_path / "out", "--push-to-hub", "me/it")
@@ -400,7 +400,7 @@ def test_of_several_processes_the_first_uploads(say, model_folder, rows, tmp_pat
     def refused(name):
         raise RedrafterError(f"Nothing could be uploaded to {name}: you may not.")
 
-    monkeypatch.setattr("redrafter.hub.check_login", refused)
+    monkeypatch.setattr("redrafter.utils.hub.check_login", refused)
     words = ("train", "--model", "none", "--data", "none", "--output", tmp_path / "new", "--push-to-hub", "me/it")
     sentence = refusal(say(*words))  # before anything is read, but by the first alone
     assert ("Nothing could be uploaded to me/it" in sentence) == (rank == 0)

@@ -11,13 +11,13 @@ import transformers
 
 from conftest import refusal
 from redrafter import RecurrentDrafter, RedrafterError, generate
-from redrafter.eagle import EagleHead
-from redrafter.medusa import MedusaHeads
-from redrafter.profiling import Bench
-from redrafter.prompts import prompt_ids
-from redrafter.request import request
-from redrafter.target import Target
-from redrafter.tuning import Texts
+from redrafter.data.prompts import prompt_ids
+from redrafter.engine.request import request
+from redrafter.evaluation.profiling import Bench
+from redrafter.evaluation.tuning import Texts
+from redrafter.heads.eagle import EagleHead
+from redrafter.heads.medusa import MedusaHeads
+from redrafter.targets.target import Target
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import greedy
 from redrafter import RedrafterError
-from redrafter.fast import attention
-from redrafter.fast.attention import packed, reference, tree_attention, unpacked
-from redrafter.target import Target
-from redrafter.tree import DraftTree, ancestors_of, chain, tree_mask
+from redrafter.core import tree_attention as attention
+from redrafter.core.tree import DraftTree, ancestors_of, chain, tree_mask
+from redrafter.core.tree_attention import packed, reference, tree_attention, unpacked
+from redrafter.targets.target import Target
 from test_families import WORKS, build
 
 
@@ -134,7 +134,7 @@ def test_the_kernels_give_what_the_plain_way_gives(shape, what, dtype, device):
 @on_kernels
 @pytest.mark.parametrize("sinks", [False, True])
 def test_any_number_of_parts_gives_the_same(sinks, device):
-    from redrafter.fast.kernels import attention as kernels
+    from redrafter.kernels.triton import attention as kernels
 
     tree, length = random_tree(2, 40), torch.tensor([0, 100])
     query, key, value = inputs(2, 1, 64, 64, 150, tree, length, device=device)
@@ -231,7 +231,7 @@ def test_models_take_the_packed_mask(family, monkeypatch):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_target_finds_out_whether_the_kernels_serve(family, monkeypatch):
-    monkeypatch.setattr("redrafter.target.has_kernels", lambda *_: True)
+    monkeypatch.setattr("redrafter.targets.target.has_kernels", lambda *_: True)
     assert Target(build(family, WORKS[family][1], "eager")).packs == (family not in OWN_ATTENTION)
 
 
@@ -243,8 +243,8 @@ def test_kernels_that_fail_do_not_serve_but_full_memory_says_nothing_of_them(mon
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr("redrafter.target.has_kernels", lambda *_: True)
-    monkeypatch.setattr("redrafter.target.packed", fails)
+    monkeypatch.setattr("redrafter.targets.target.has_kernels", lambda *_: True)
+    monkeypatch.setattr("redrafter.targets.target.packed", fails)
     error = TritonError("out of resource: shared memory")
     assert not Target(build("llama", WORKS["llama"][1], "eager")).packs
     error = torch.OutOfMemoryError("CUDA out of memory")
@@ -299,8 +299,8 @@ def test_registering_twice_changes_nothing():
 @on_cpu
 def test_triton_is_imported_where_kernels_run_and_only_there():
     code = (
-        "import sys; from redrafter.fast import attention; import redrafter.decoding; attention.register(); "
-        "sys.exit('redrafter.fast.kernels' in sys.modules)"
+        "import sys; from redrafter.kernels import attention; import redrafter.engine.generate; attention.register(); "
+        "sys.exit('redrafter.kernels.triton' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 

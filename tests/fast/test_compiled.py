@@ -14,12 +14,14 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from conftest import tiny_model
-from redrafter import RecurrentDrafter, decoding, generate
-from redrafter.cache import LayerShape, SlotCache
-from redrafter.fast import compiled as module
-from redrafter.fast import merged, product
-from redrafter.fast.compiled import compiled
-from redrafter.tree import DraftTree
+from redrafter import RecurrentDrafter, generate
+from redrafter.core.cache import LayerShape, SlotCache
+from redrafter.core.tree import DraftTree
+from redrafter.engine import compiled as module
+from redrafter.engine import fused_linear as merged
+from redrafter.engine import generate as decoding
+from redrafter.engine.compiled import compiled
+from redrafter.kernels import product
 
 PROMPTS = [[5, 9, 12], [7, 3]]
 

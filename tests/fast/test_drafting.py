@@ -11,16 +11,16 @@ import torch
 from interpreting import INTERPRETED, on_cpu, on_kernels
 
 from conftest import rooted, tiny_model
-from redrafter import RecurrentDrafter, fast
-from redrafter.beam import beam_search, grow, plain_grow
-from redrafter.fast import has_kernels
-from redrafter.fast.product import activated
-from redrafter.fast.top import Top, plain_top, top
-from redrafter.noise import gumbel
+from redrafter import RecurrentDrafter
+from redrafter.core.noise import gumbel
+from redrafter.core.rows import SamplingNoise
+from redrafter.core.tree import most_probable, plain_most_probable, plain_prefix_tree, prefix_tree
+from redrafter.kernels import has_kernels
+from redrafter.kernels.product import activated
+from redrafter.kernels.topk import Top, plain_topk, top
 from redrafter.proposers import RecurrentProposer
-from redrafter.sampling import Draw
-from redrafter.target import Target
-from redrafter.tree import fold, most_probable, plain_fold, plain_most_probable
+from redrafter.proposers.beam_search import beam_search, grow, plain_extend_beams
+from redrafter.targets.target import Target
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, of the interpreter
 FIELDS = ("tokens", "parents", "depth", "valid", "ancestors")
@@ -30,9 +30,9 @@ FIELDS = ("tokens", "parents", "depth", "valid", "ancestors")
 def kernels_alone(request, monkeypatch):
     """Where kernels are tested the plain ways must not stand in for them; tests call those by their own names."""
     if "device" in request.fixturenames:
-        for name in ("redrafter.beam.plain_grow", "redrafter.fast.top.plain_top"):
+        for name in ("redrafter.proposers.beam_search.plain_extend_beams", "redrafter.kernels.topk.plain_topk"):
             monkeypatch.setattr(name, None)
-        for name in ("redrafter.tree.plain_fold", "redrafter.tree.plain_most_probable"):
+        for name in ("redrafter.core.tree.plain_prefix_tree", "redrafter.core.tree.plain_most_probable"):
             monkeypatch.setattr(name, None)
 
 
@@ -58,7 +58,7 @@ def test_the_best_of_a_row(shape, dtype, device):
         scores = scores.clamp(min=0).where(scores > columns / 16 - 100, -1)
     wide = torch.cat((scores, scores + 1), dim=1)[:, :columns]  # rows that do not follow one another
     for given in (scores, wide):
-        found, wanted = top(given, width), plain_top(scores, width)
+        found, wanted = top(given, width), plain_topk(scores, width)
         assert found.values.equal(wanted.values)
         assert scores.gather(1, found.ids).equal(wanted.values.to(dtype))
         assert all(len(set(row)) == width for row in found.ids.tolist())
@@ -72,7 +72,7 @@ def test_by_the_sort_of_triton(device, monkeypatch):
     if INTERPRETED:
         monkeypatch.setattr("triton.language.topk", interpreting.sort_of_triton)
     scores = torch.randn(1, 70).to(device)
-    assert all(map(torch.equal, top(scores, 3)[:2], plain_top(scores, 3)[:2]))
+    assert all(map(torch.equal, top(scores, 3)[:2], plain_topk(scores, 3)[:2]))
 
 
 @on_kernels
@@ -92,7 +92,7 @@ def test_scores_that_are_no_numbers_give_columns(device):
     scores[3, :1490] = -torch.inf
     scores[4, 1111] = torch.inf
     scores[5] -= 1e6
-    found, wanted = top(scores, 20), plain_top(scores, 20)
+    found, wanted = top(scores, 20), plain_topk(scores, 20)
     assert ((found.ids >= 0) & (found.ids < 1500)).all()
     assert all(len(set(row)) == 20 for row in found.ids.tolist())
     assert found.values[3:].equal(wanted.values[3:])
@@ -102,11 +102,11 @@ def test_scores_that_are_no_numbers_give_columns(device):
 
 @on_kernels
 def test_any_chunk_gives_the_same(device):
-    from redrafter.fast.kernels import drafting
+    from redrafter.kernels.triton import drafting
 
     scores = torch.randn(2, 3001).to(device)
     for chunk in (64, 512, 4096):
-        assert all(map(torch.equal, drafting.top(scores, 20, chunk)[:2], plain_top(scores, 20)[:2]))
+        assert all(map(torch.equal, drafting.top(scores, 20, chunk)[:2], plain_topk(scores, 20)[:2]))
 
 
 @on_kernels
@@ -115,11 +115,11 @@ def test_any_chunk_gives_the_same(device):
 def test_beams_grow(shape, named, device):
     torch.manual_seed(0)
     batch, beams, width, position = shape
-    best = Top(*(part.to(device) for part in plain_top(torch.randn(batch * beams, 90), width)))
+    best = Top(*(part.to(device) for part in plain_topk(torch.randn(batch * beams, 90), width)))
     names = torch.randperm(500)[:90].to(device) if named else None
     begun = torch.randint(0, 500, (batch, beams, position), device=device)
     scores, above = -torch.rand(batch, beams).to(device), torch.randint(0, 99, (batch, beams), device=device)
-    found, wanted = (way(best, names, begun, scores, above) for way in (grow, plain_grow))
+    found, wanted = (way(best, names, begun, scores, above) for way in (grow, plain_extend_beams))
     assert found.level.tokens.equal(wanted.level.tokens)
     assert found.level.parents.equal(wanted.level.parents)
     torch.testing.assert_close(found.level.scores, wanted.level.scores)
@@ -150,7 +150,7 @@ def test_folding(shape, device):
     torch.manual_seed(0)
     for kinds in (2, 4, 60_000):
         beams, root = torch.randint(0, kinds, shape).to(device), torch.arange(5, 5 + shape[0]).to(device)
-        found, wanted = fold(root, beams), plain_fold(root, beams)
+        found, wanted = prefix_tree(root, beams), plain_prefix_tree(root, beams)
         for name in FIELDS:
             assert getattr(found, name).equal(getattr(wanted, name)), name
 
@@ -217,14 +217,14 @@ def test_proposals(form, budget, noisy, batch, device, monkeypatch):
     torch.manual_seed(0)
     model = tiny_model().to(device)
     with monkeypatch.context() as patch:
-        patch.setattr("redrafter.target.has_kernels", lambda *_: False)  # the target takes no part
+        patch.setattr("redrafter.targets.target.has_kernels", lambda *_: False)  # the target takes no part
         drafter = RecurrentDrafter.for_target(model, draft_vocabulary=torch.arange(3, 50), **form)
         for parameter in drafter.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         proposer = RecurrentProposer(drafter, Target(model), 6, 4, budget)
     context, root = torch.randn(batch, 32).to(device), torch.tensor([5, 9], device=device)[:batch]
     noise = gumbel(torch.tensor([3, 5]), torch.arange(5).expand(2, -1), 61)[:batch].to(device) if noisy else None
-    told = (None, rooted(root), context[:, None], Draw((), noise))
+    told = (None, rooted(root), context[:, None], SamplingNoise((), noise))
     quick = proposer.quickened()
     assert (quick.joined is None) == ("rnn" in form or "gated" in form)
     found = quick.propose(*told)
@@ -243,7 +243,7 @@ def test_where_triton_does_not_work_the_plain_ways_stand_in(device, monkeypatch)
 
     place = torch.device(device)
     assert has_kernels(place)
-    monkeypatch.setattr("redrafter.fast.kernels.drafting.activated", broken)
+    monkeypatch.setattr("redrafter.kernels.triton.drafting.activated", broken)
     fast._works.cache_clear()
     with pytest.warns(UserWarning, match=r"without them: Failed to find C compiler\.$"):
         assert not has_kernels(place)
@@ -254,7 +254,7 @@ def test_where_triton_does_not_work_the_plain_ways_stand_in(device, monkeypatch)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("redrafter.fast.kernels.drafting.activated", full)
+        patch.setattr("redrafter.kernels.triton.drafting.activated", full)
         with pytest.raises(torch.OutOfMemoryError):
             has_kernels(place)
     monkeypatch.undo()
@@ -271,7 +271,7 @@ def test_a_graph_holds_a_search():
 
     def search():
         found = beam_search(drafter, model.get_input_embeddings(), context, root, width=7, length=3)
-        return fold(root, found.beams), most_probable(root, found.levels, size=40)
+        return prefix_tree(root, found.beams), most_probable(root, found.levels, size=40)
 
     search()
     graph = torch.cuda.CUDAGraph()
@@ -289,6 +289,6 @@ def test_a_graph_holds_a_search():
 @on_cpu
 def test_no_kernel_takes_part_where_gradients_are_asked(monkeypatch):
     x = torch.randn(4, 5, requires_grad=True)
-    monkeypatch.setattr("redrafter.fast.product.has_kernels", lambda *_: pytest.fail("it was asked"))
+    monkeypatch.setattr("redrafter.kernels.product.has_kernels", lambda *_: pytest.fail("it was asked"))
     activated(x, onto=x).sum().backward()
     assert x.grad is not None

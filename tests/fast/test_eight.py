@@ -12,11 +12,11 @@ from torch import nn
 
 from conftest import rooted, tiny_model
 from redrafter import RecurrentDrafter
-from redrafter.fast.eight import ROWS, EightBit
-from redrafter.fast.product import plain
+from redrafter.core.rows import SamplingNoise
+from redrafter.heads.eight import ROWS, EightBit
+from redrafter.kernels.product import plain
 from redrafter.proposers import RecurrentProposer
-from redrafter.sampling import Draw
-from redrafter.target import Target
+from redrafter.targets.target import Target
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KERNELS = DTYPES[:2] if INTERPRETED else DTYPES  # it multiplies bfloat16 as whole numbers
@@ -56,7 +56,7 @@ def assert_near(found: torch.Tensor, layer: EightBit, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @torch.no_grad()
 def test_the_kernel(size, rows, dtype, device, monkeypatch):
-    monkeypatch.setattr("redrafter.fast.product.plain", None)
+    monkeypatch.setattr("redrafter.kernels.product.plain", None)
     layer = EightBit.of(layer_of(*size, dtype, bias=rows != 10)).to(device)
     x = torch.randn(rows, size[1]).to(device, dtype)
     assert_near(layer(x), layer, x)
@@ -65,7 +65,7 @@ def test_the_kernel(size, rows, dtype, device, monkeypatch):
 @on_kernels
 @torch.no_grad()
 def test_rows_however_they_lie(device, monkeypatch):
-    monkeypatch.setattr("redrafter.fast.product.plain", None)
+    monkeypatch.setattr("redrafter.kernels.product.plain", None)
     layer = EightBit.of(layer_of(20, 48, torch.float32)).to(device)
     whole = torch.randn(3, 5, 96, device=device)
     for x in (
@@ -83,9 +83,9 @@ def test_rows_however_they_lie(device, monkeypatch):
 @on_kernels
 @torch.no_grad()
 def test_wide_layers_take_other_blocks(device, monkeypatch):
-    from redrafter.fast.kernels import product
+    from redrafter.kernels.triton import product
 
-    monkeypatch.setattr("redrafter.fast.product.plain", None)
+    monkeypatch.setattr("redrafter.kernels.product.plain", None)
     monkeypatch.setattr(product, "MANY_COLUMNS", 100)
     layer = EightBit.of(layer_of(130, 140, torch.float32)).to(device)
     x = torch.randn(3, 140, device=device)
@@ -104,17 +104,17 @@ def test_proposals(device, monkeypatch):
     """The kernels' drafts of a drafter in 8 bits, joined products and all, are its plain ones."""
     model = tiny_model().to(device)
     with monkeypatch.context() as patch:
-        patch.setattr("redrafter.target.has_kernels", lambda *_: False)  # the target takes no part
+        patch.setattr("redrafter.targets.target.has_kernels", lambda *_: False)  # the target takes no part
         drafter = RecurrentDrafter.for_target(model, num_draft_layers=3)
         for parameter in drafter.parameters():
             nn.init.normal_(parameter, std=0.3)
         proposer = RecurrentProposer(drafter.to_eight_bits(), Target(model), 6, 4)
     context, root = torch.randn(2, 32).to(device), torch.tensor([5, 9], device=device)
-    told = (None, rooted(root), context[:, None], Draw((), None))
+    told = (None, rooted(root), context[:, None], SamplingNoise((), None))
     quick = proposer.quickened()
     assert quick.joined is not None
     with monkeypatch.context() as patch:
-        patch.setattr("redrafter.fast.product.plain", of_sixteen_bits)
+        patch.setattr("redrafter.kernels.product.plain", of_sixteen_bits)
         found = quick.propose(*told)
     for name in ("beam", "fast.joined", "fast.product", "fast.top", "tree"):
         monkeypatch.setattr(f"redrafter.{name}.has_kernels", lambda *_: False)
@@ -171,7 +171,7 @@ def test_a_conversion_leaves_the_weights_alone():
 
 @on_cpu
 def test_no_kernel_takes_part_where_gradients_are_asked(monkeypatch):
-    monkeypatch.setattr("redrafter.fast.product.has_kernels", lambda *_: pytest.fail("it was asked"))
+    monkeypatch.setattr("redrafter.kernels.product.has_kernels", lambda *_: pytest.fail("it was asked"))
     layer = EightBit.of(layer_of(20, 30, torch.float32))
     x = torch.randn(4, 30, requires_grad=True)
     layer(x).sum().backward()

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, decoding, generate
-from redrafter.fast.graph import Captured, RefuseSynchronization, Synchronizes
+from redrafter import RecurrentDrafter, RedrafterError, generate
+from redrafter.engine import generate as decoding
+from redrafter.engine.cuda_graph import Captured, RefuseSynchronization, Synchronizes
 
 LAWS = {"greedy": {}, "sampled": {"do_sample": True, "top_p": 0.9, "seed": 7}}
 PROMPTS = [[5, 9, 12], list(range(3, 30)), [7], [8, 8, 4, 3], [11, 3]]

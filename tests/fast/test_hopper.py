@@ -9,7 +9,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver, jit  # noqa: E402
 
-from redrafter.fast.kernels import attention, drafting, product, store  # noqa: E402
+from redrafter.kernels.triton import attention, drafting, product  # noqa: E402
+from redrafter.kernels.triton import kv_write as store
 
 BEAMS = torch.zeros(2, 50, dtype=torch.long)
 
@@ -70,7 +71,7 @@ def test_drafting(compiled):
     drafting.top(torch.randn(100, 8192, dtype=torch.bfloat16), 50)
     best = torch.randn(100, 50), torch.zeros(100, 50, dtype=torch.long), torch.randn(100)
     drafting.grow(*best, torch.arange(90), BEAMS[..., None], torch.randn(2, 50), BEAMS)
-    drafting.fold(torch.zeros(2, dtype=torch.long), torch.zeros(2, 10, 4, dtype=torch.long))
+    drafting.prefix_tree(torch.zeros(2, dtype=torch.long), torch.zeros(2, 10, 4, dtype=torch.long))
     levels = torch.zeros(2, 310, dtype=torch.long), torch.zeros(2, 310, dtype=torch.long), torch.randn(2, 310)
     drafting.most_probable(torch.zeros(2, dtype=torch.long), levels, 10, 100, 4, 32)
     x = torch.randn(2, 50, 64, dtype=torch.bfloat16)

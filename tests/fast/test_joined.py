@@ -7,10 +7,10 @@ import torch
 
 from conftest import tiny_model
 from redrafter import RecurrentDrafter
-from redrafter.fast import joined
-from redrafter.fast.joined import Joined
 from redrafter.proposers import RecurrentProposer
-from redrafter.target import Target
+from redrafter.proposers import fused_drafter as joined
+from redrafter.proposers.fused_drafter import Joined
+from redrafter.targets.target import Target
 
 
 def drafter_of(**form):

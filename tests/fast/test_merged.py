@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from conftest import greedy, tiny_model
-from redrafter.fast.merged import merge
-from redrafter.isolation import isolated
+from redrafter.engine.fused_linear import merge
+from redrafter.targets.isolation import isolated
 
 PROMPT = [5, 9, 12, 3]
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from conftest import greedy, tiny_model
 from redrafter import RecurrentDrafter, generate
-from redrafter.fast import packed as module
-from redrafter.fast.packed import pack
-from redrafter.isolation import isolated
+from redrafter.engine import onednn_linear as module
+from redrafter.engine.onednn_linear import pack
+from redrafter.targets.isolation import isolated
 
 PROMPT = [5, 9, 12, 3]
 pytestmark = pytest.mark.skipif(not module._works(), reason="packs on x86 CPUs with oneDNN alone")

@@ -14,13 +14,14 @@ from torch import nn
 
 from conftest import rooted, tiny_model
 from redrafter import RecurrentDrafter, generate
-from redrafter.drafter import ResidualBlock
-from redrafter.fast import merged, product
-from redrafter.fast.product import plain
-from redrafter.isolation import isolated
+from redrafter.core.rows import SamplingNoise
+from redrafter.engine import fused_linear as merged
+from redrafter.heads.recurrent import ResidualBlock
+from redrafter.kernels import product
+from redrafter.kernels.product import plain
 from redrafter.proposers import RecurrentProposer
-from redrafter.sampling import Draw
-from redrafter.target import Target
+from redrafter.targets.isolation import isolated
+from redrafter.targets.target import Target
 
 HALVES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]  # it multiplies bfloat16 as whole numbers
 SIZES = [(1, 1), (16, 256), (37, 70), (130, 512), (70, 33)]  # out, in
@@ -61,7 +62,7 @@ def case(size, rows, dtype, device):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @torch.no_grad()
 def test_the_kernel(size, rows, dtype, device):
-    from redrafter.fast.kernels import product as kernel
+    from redrafter.kernels.triton import product as kernel
 
     x, weight, bias, onto = case(size, rows, dtype, device)
     begin = size[0] // 3
@@ -75,7 +76,7 @@ def test_the_kernel(size, rows, dtype, device):
 @torch.no_grad()
 def test_every_way_to_cut_the_work(device):
     """Rows one by one too, without tensor cores; blocks of which the last ones are not full."""
-    from redrafter.fast.kernels import product as kernel
+    from redrafter.kernels.triton import product as kernel
 
     for rows, tile in ((1, (1, 8, 32, 3, 4)), (3, (1, 4, 64, 1, 4)), (1, (16, 16, 32, 3, 4)), (20, (32, 16, 64, 2, 4))):
         for inner in (128, 100):
@@ -87,7 +88,7 @@ def test_every_way_to_cut_the_work(device):
 
 @on_kernels
 def test_blocks_are_the_fastest_measured_and_leave_few_processors_idle(device):
-    from redrafter.fast.kernels import product as kernel
+    from redrafter.kernels.triton import product as kernel
 
     def chosen(rows, columns, inner, dtype=torch.bfloat16):
         return tuple(kernel.tiling_for(rows, torch.empty(columns, inner, dtype=dtype, device="meta")))
@@ -124,13 +125,13 @@ def test_proposals(form, batch, few, device, asked, monkeypatch):
     torch.manual_seed(0)
     model = tiny_model().to(device)
     with monkeypatch.context() as patch:
-        patch.setattr("redrafter.target.has_kernels", lambda *_: False)  # the target takes no part
+        patch.setattr("redrafter.targets.target.has_kernels", lambda *_: False)  # the target takes no part
         drafter = RecurrentDrafter.for_target(model, draft_vocabulary=torch.arange(3, 50), **form)
         for parameter in drafter.parameters():
             nn.init.normal_(parameter, std=0.3)
         proposer = RecurrentProposer(drafter, Target(model), 3, 3)
     context, root = torch.randn(2, 32)[:batch].to(device), torch.tensor([5, 9], device=device)[:batch]
-    told = (None, rooted(root), context[:, None], Draw((), None))
+    told = (None, rooted(root), context[:, None], SamplingNoise((), None))
     with monkeypatch.context() as patch:
         patch.setattr(product, "FEW", few)
         if 3 * batch <= few:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from interpreting import on_cpu, on_kernels
 
-from redrafter.fast.store import scatter, store
+from redrafter.kernels.kv_write import scatter, store
 
 
 def case(device: str, *, batch: int, heads: int, positions: int, sizes: tuple[int, int], dtype=torch.float32):

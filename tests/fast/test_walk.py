@@ -7,9 +7,9 @@ import torch
 from interpreting import on_kernels
 
 from conftest import random_tree
-from redrafter import verify
-from redrafter.tree import DraftTree, fold
-from redrafter.verify import plain_walk, walk
+from redrafter.core.tree import DraftTree, prefix_tree
+from redrafter.decoding import verify
+from redrafter.decoding.verify import plain_walk, walk
 
 
 def check(tree: DraftTree, choice: torch.Tensor, length: int, device: str, monkeypatch) -> None:
@@ -35,5 +35,5 @@ def test_the_kernel_agrees_on_any_tree(device, batch, size, length, malformed, m
 @on_kernels
 def test_the_kernel_agrees_on_folded_beams(device, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    tree = fold(torch.zeros(50, dtype=torch.long), torch.randint(0, 2, (50, 5, 4), generator=generator))
+    tree = prefix_tree(torch.zeros(50, dtype=torch.long), torch.randint(0, 2, (50, 5, 4), generator=generator))
     check(tree, torch.randint(0, 2, tree.tokens.shape, generator=generator), 4, device, monkeypatch)

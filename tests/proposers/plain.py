@@ -7,8 +7,8 @@ from test_recurrent import paths
 
 from conftest import Given
 from redrafter import generate
-from redrafter.noise import gumbel
-from redrafter.request import request
+from redrafter.core.noise import gumbel
+from redrafter.engine.request import request
 
 LAWS = {"greedy": {}, "sampled": {"do_sample": True, "seed": 3, "temperature": 0.8, "top_k": 30}}
 SHAPES = [(1, 4, None), (3, 3, None), (4, 3, 6), (2, 1, None), (1, 1, None)]

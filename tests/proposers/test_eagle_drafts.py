@@ -10,11 +10,11 @@ from plain import LAWS, MANY, SHAPES, check_every_draft, shaped, small
 
 from conftest import AsksNothing, greedy, tiny_model
 from redrafter import RedrafterError, generate
-from redrafter import step as stepping
-from redrafter.eagle import EagleHead
-from redrafter.request import request
-from redrafter.target import Target
-from redrafter.training.evaluation import evaluate
+from redrafter.decoding import step as stepping
+from redrafter.engine.request import request
+from redrafter.evaluation.acceptance import evaluate
+from redrafter.heads.eagle import EagleHead
+from redrafter.targets.target import Target
 from test_eagle import continued, random_head
 
 MODEL = tiny_model()

@@ -9,8 +9,15 @@ import torch
 import transformers
 
 from conftest import refusal, tiny_model
-from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, custom_generate, generate
-from redrafter.medusa import MedusaHeads
+from redrafter import (
+    PromptLookup,
+    RecurrentDrafter,
+    RedrafterError,
+    TwoModel,
+    custom_generate,
+    generate,
+)
+from redrafter.heads.medusa import MedusaHeads
 from redrafter.proposers import loading
 from redrafter.proposers.loading import load_method
 

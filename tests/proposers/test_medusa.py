@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from conftest import AsksNothing, greedy, rooted, tiny_model
 from redrafter import RedrafterError, generate
-from redrafter.isolation import original
-from redrafter.medusa import MedusaHeads, fit_tree
-from redrafter.noise import gumbel
+from redrafter.core.noise import gumbel
+from redrafter.core.rows import SamplingNoise
+from redrafter.core.tree import ancestors_of
+from redrafter.heads.medusa import MedusaHeads, fit_tree
 from redrafter.proposers import MedusaProposer
-from redrafter.sampling import Draw
-from redrafter.target import Target
-from redrafter.tree import ancestors_of
+from redrafter.targets.isolation import original
+from redrafter.targets.target import Target
 from test_medusa_heads import random_heads
 
 MODEL = tiny_model()
@@ -39,11 +39,11 @@ def test_every_node_holds_the_token_of_its_rank(seed, shape, less, law):
     generator = torch.Generator().manual_seed(seed)
     names = list(range(3, 40)) if less else list(range(61))
     context, root = torch.randn(2, 1, 32, generator=generator), torch.tensor([5, 9])
-    draw = Draw((), None)
+    draw = SamplingNoise((), None)
     if law is not None:
         config = MODEL.generation_config.__class__(do_sample=True, **({"top_k": 0} | law))
         warpers = tuple(MODEL._get_logits_processor(config, input_ids_seq_length=1, device="cpu"))
-        draw = Draw(warpers, gumbel(torch.tensor([seed, 5]), torch.arange(4, 8).expand(2, -1), 61))
+        draw = SamplingNoise(warpers, gumbel(torch.tensor([seed, 5]), torch.arange(4, 8).expand(2, -1), 61))
     proposer = heads.proposer(Target(MODEL), *shape)
     with AsksNothing():
         tree = proposer.propose(None, rooted(root), context, draw)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from conftest import AsksNothing, greedy, tiny_model
 from redrafter import PromptLookup, RedrafterError, generate, stream
-from redrafter import step as stepping
+from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.tree import ancestors_of
+from redrafter.decoding import step as stepping
+from redrafter.engine.request import request
 from redrafter.proposers.prompt_lookup import PromptLookupProposer
-from redrafter.request import request
-from redrafter.sampling import Draw, Place
-from redrafter.tree import ancestors_of
 
 MODEL = tiny_model()
 LAWS = {"greedy": {}, "sampled": {"do_sample": True, "seed": 3, "temperature": 0.8}}
@@ -42,8 +42,10 @@ def test_agrees_with_the_plain_search(rows, length, ngram, spare):
         text[row, : len(tokens)] = torch.tensor(tokens)
     none = torch.zeros(len(rows), dtype=torch.long)
     end = torch.tensor([len(tokens) - 1 for tokens in rows])
-    place = Place(none, none, text, length=end, alive=none + 1)
-    tree = PromptLookupProposer(length, ngram).propose(None, place, torch.zeros(len(rows), 1, 4), Draw((), None))
+    place = RowState(none, none, text, length=end, alive=none + 1)
+    tree = PromptLookupProposer(length, ngram).propose(
+        None, place, torch.zeros(len(rows), 1, 4), SamplingNoise((), None)
+    )
     assert tree.size == length + 1
     assert tree.tokens[:, 0].tolist() == [tokens[-1] for tokens in rows]
     for row, tokens in enumerate(rows):

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from conftest import rooted, tiny_model
 from redrafter import RecurrentDrafter, generate
-from redrafter.noise import gumbel
+from redrafter.core.noise import gumbel
+from redrafter.core.rows import SamplingNoise
 from redrafter.proposers import RecurrentProposer
-from redrafter.sampling import Draw
-from redrafter.target import Target
+from redrafter.targets.target import Target
 from test_beam import plain_beam_search
 
 MODEL = tiny_model()
@@ -40,7 +40,7 @@ def test_beams_are_those_that_the_noise_puts_first(seed, width, length, less, bu
     proposer = RecurrentProposer(drafter, target, width, length, budget)
     config = MODEL.generation_config.__class__(do_sample=True, **({"top_k": 0} | law))
     warpers = tuple(MODEL._get_logits_processor(config, input_ids_seq_length=1, device="cpu"))
-    draw = Draw(warpers, gumbel(torch.tensor([seed, 5]), torch.arange(4, 4 + length + 1).expand(2, -1), 61))
+    draw = SamplingNoise(warpers, gumbel(torch.tensor([seed, 5]), torch.arange(4, 4 + length + 1).expand(2, -1), 61))
     context, root = torch.randn(2, 32), torch.tensor([5, 9])
     tree = proposer.propose(None, rooted(root), context[:, None], draw)
     for row in range(2):

@@ -12,9 +12,9 @@ from plain import LAWS, MANY, SHAPES, check_every_draft, shaped
 
 from conftest import AsksNothing, greedy, tiny_model
 from redrafter import RedrafterError, TwoModel, generate, stream
-from redrafter import step as stepping
-from redrafter.request import request
-from redrafter.target import Target
+from redrafter.decoding import step as stepping
+from redrafter.engine.request import request
+from redrafter.targets.target import Target
 
 MODEL, OTHER = tiny_model(), tiny_model(seed=1, num_hidden_layers=1)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import greedy, tiny_model
-from redrafter.target import Target
+from redrafter.targets.target import Target
 from redrafter.training.continuations import continuations
 
 

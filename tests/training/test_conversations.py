@@ -8,8 +8,8 @@ import pytest
 import transformers
 
 from redrafter import RedrafterError
+from redrafter.data.examples import read_rows, tokenized, tokenized_rows
 from redrafter.training.answers import Dialogue, Law
-from redrafter.training.data import read_rows, tokenized, tokenized_rows
 from redrafter.training.distillation import Prompt
 
 END = "{% endfor %}{% if add_generation_prompt %}"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redrafter import RedrafterError
-from redrafter.training.data import Row, collate, coverage, most_frequent, pack, read_rows, split
+from redrafter.data.examples import Row, collate, coverage, most_frequent, pack, read_rows, split
 
 MARKED = (
     "{% for m in messages %}<s>{{ m.role[0] + ':' }}"

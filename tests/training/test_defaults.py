@@ -7,8 +7,8 @@ import torch
 
 from conftest import tiny_model
 from redrafter import RecurrentDrafter
-from redrafter.target import Target
-from redrafter.training.data import Row, coverage, kinds_for, most_frequent
+from redrafter.data.examples import Row, coverage, kinds_for, most_frequent
+from redrafter.targets.target import Target
 from redrafter.training.defaults import COVERAGE, _parameters, epochs_for, vocabulary_for, width_for
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

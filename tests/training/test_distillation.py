@@ -17,12 +17,12 @@ import transformers
 
 from conftest import greedy
 from redrafter import RedrafterError, generate
-from redrafter.drafter import RecurrentDrafter
-from redrafter.noise import row_seeds
-from redrafter.prompts import prompt_ids
+from redrafter.core.noise import row_seeds
+from redrafter.data.examples import read_rows
+from redrafter.data.prompts import prompt_ids
+from redrafter.heads.recurrent import RecurrentDrafter
 from redrafter.training import endpoint as endpoint_module
 from redrafter.training.answers import Dialogue, Law, by_target, check_prompt, plan
-from redrafter.training.data import read_rows
 from redrafter.training.distillation import Done, Part, Tally, by_continuation, distil, read, survey
 from redrafter.training.endpoint import Endpoint, by_endpoint
 from redrafter.training.journal import Journal

@@ -10,8 +10,8 @@ from test_trainer import own_text, weights
 
 from conftest import refusal, tiny_model
 from redrafter import EagleHead, RedrafterError, generate
-from redrafter.target import Target
-from redrafter.training.data import Row, collate
+from redrafter.data.examples import Row, collate
+from redrafter.targets.target import Target
 from redrafter.training.estimating import estimate
 from redrafter.training.loss import Objective, unrolled_loss
 from redrafter.training.recipe import Recipe

@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 
 from conftest import rooted, tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, stream
-from redrafter.noise import gumbel
+from redrafter.core.noise import gumbel
+from redrafter.core.rows import Draw
+from redrafter.data.examples import Row
+from redrafter.decoding.sampling import Sampler
+from redrafter.engine.request import request
+from redrafter.evaluation import acceptance as evaluation
+from redrafter.evaluation.acceptance import Acceptance, Measured, acceptance, drafted_everywhere, evaluate, walked
 from redrafter.proposers import RecurrentProposer
-from redrafter.request import request
-from redrafter.sampling import Draw, Sampler
-from redrafter.target import Target
-from redrafter.training import evaluation
-from redrafter.training.data import Row
-from redrafter.training.evaluation import Acceptance, Measured, acceptance, drafted_everywhere, evaluate, walked
+from redrafter.targets.target import Target
 
 FEW = tiny_model(vocab_size=9)
 """Of so few tokens a random drafter hits many."""

@@ -7,11 +7,11 @@ import torch
 
 from conftest import tiny_model
 from redrafter import RedrafterError, generate
-from redrafter.medusa import MedusaHeads, fit_tree
-from redrafter.target import Target
-from redrafter.training.data import Row
+from redrafter.data.examples import Row
+from redrafter.evaluation.acceptance import acceptance
+from redrafter.heads.medusa import MedusaHeads, fit_tree
+from redrafter.targets.target import Target
 from redrafter.training.estimating import estimate
-from redrafter.training.evaluation import acceptance
 from redrafter.training.fitting import ROWS, accuracies, fit
 from redrafter.training.loss import Objective
 from redrafter.training.recipe import Recipe

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from redrafter import DrafterConfig, RecurrentDrafter
-from redrafter.config import MedusaConfig
-from redrafter.medusa import MedusaHeads
+from redrafter.heads.medusa import MedusaConfig, MedusaHeads
 from redrafter.training.loss import Objective, unrolled_loss, windows
 
 VOCABULARY, HIDDEN = 23, 6

@@ -11,8 +11,8 @@ import torch
 
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError
+from redrafter.data.examples import Row
 from redrafter.training import trainer
-from redrafter.training.data import Row
 from redrafter.training.loss import Objective
 from redrafter.training.recipe import Recipe
 from redrafter.training.sharding import shard

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError
-from redrafter.target import Target
+from redrafter.data.examples import Row, collate
+from redrafter.targets.target import Target
 from redrafter.training import states as module
-from redrafter.training.data import Row, collate
 from redrafter.training.estimating import estimate
 from redrafter.training.loss import Objective
 from redrafter.training.recipe import Recipe

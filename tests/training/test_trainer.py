@@ -15,17 +15,17 @@ import torch
 
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate
-from redrafter.interrupt import Interrupted, interruptible
-from redrafter.medusa import MedusaHeads
+from redrafter.data.examples import Row, most_frequent
+from redrafter.evaluation.acceptance import Acceptance
+from redrafter.heads.medusa import MedusaHeads
 from redrafter.training import clock, trainer
 from redrafter.training.checks import check_place, newest_checkpoint
-from redrafter.training.data import Row, most_frequent
 from redrafter.training.estimating import estimate
-from redrafter.training.evaluation import Acceptance
 from redrafter.training.loss import Objective
 from redrafter.training.outcome import Measurement, advice
 from redrafter.training.recipe import Recipe, share_of_rate
 from redrafter.training.trainer import run
+from redrafter.utils.interrupt import Interrupted, interruptible
 
 MODEL = tiny_model()
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from redrafter.bench.clock import seeded, untimed
-from redrafter.decoding import stream
+from redrafter.engine.generate import stream
 from redrafter.errors import RedrafterError, reason
 from redrafter.proposers import Method
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
+from redrafter.engine.results import Event, Stats
 from redrafter.errors import RedrafterError, reason
-from redrafter.results import Event, Stats
 
 CAPTURING = 3
 """Steps of a call until a graph is captured."""

@@ -20,13 +20,13 @@ from redrafter.bench.tables import Results
 from redrafter.bench.tasks import ALL, Tasks
 from redrafter.bench.units import Asked, Record, Runner, Unit, context_of, of_bench, requests, run, turned
 from redrafter.bench.variants import NO_NOISE, UNFOLDED, Variant
-from redrafter.config import DecodingShape, counted
+from redrafter.core.shapes import DraftShape, counted
 from redrafter.errors import RedrafterError
-from redrafter.outputs import MEASUREMENTS
 from redrafter.proposers.base import draftable
-from redrafter.proposers.beams import weighed
-from redrafter.target import Target
+from redrafter.proposers.trees import num_candidates
+from redrafter.targets.target import Target
 from redrafter.training.journal import Journal
+from redrafter.utils.outputs import MEASUREMENTS
 
 Tell = Callable[[Unit, int, int], None]
 """Hears of each unit, its number and how many there are, before it is measured."""
@@ -177,7 +177,7 @@ class _Shaped:
     """The base's method in a shape, folded as in decoding or not."""
 
     contender: Contender
-    shape: DecodingShape
+    shape: DraftShape
     axis: str
     """`grid`, `budgets` or `folding`."""
     together: bool = False
@@ -228,11 +228,13 @@ def _shapes(model: PreTrainedModel, base: Contender, axes: Axes) -> tuple[list[_
     method = base.method.method if isinstance(base.method, Variant) else base.method
     width, length, _ = base.method.drafting(0)
 
-    def shape(width: int, length: int, budget: int | None = None) -> DecodingShape:
-        return DecodingShape(beam_width=width, beam_length=length, node_budget=budget)
+    def shape(width: int, length: int, budget: int | None = None) -> DraftShape:
+        return DraftShape(beam_width=width, beam_length=length, node_budget=budget)
 
     wanted = [shape(*sides) for sides in itertools.product(axes.widths, axes.lengths)]
-    wanted += [shape(width, length, budget) for budget in axes.budgets if length < budget < weighed(width, length)]
+    wanted += [
+        shape(width, length, budget) for budget in axes.budgets if length < budget < num_candidates(width, length)
+    ]
     drafted, refused = draftable(method, target, wanted)
     own = [shape(width, length)] if axes.batches else []
     beams = [one for one in dict.fromkeys([*own, *(shape(one, length) for one in axes.widths)]) if one.beam_width > 1]

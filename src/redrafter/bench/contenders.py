@@ -15,14 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from redrafter.bench.variants import Variant
-from redrafter.config import DecodingShape
+from redrafter.core.shapes import DraftShape
 from redrafter.errors import RedrafterError
-from redrafter.head import Head
+from redrafter.heads.base import Head
 from redrafter.proposers import Method, Proposer
 from redrafter.proposers.base import measured
-from redrafter.proposers.beams import drafted_in_words
 from redrafter.proposers.loading import load_method
-from redrafter.target import Target
+from redrafter.proposers.trees import drafted_in_words
+from redrafter.targets.target import Target
 
 ALONE = "autoregressive"
 THEIRS = "transformers"
@@ -111,12 +111,12 @@ class Contender:
         """What to tell `generate` beside the drafter, for so many rows together."""
         return {} if self.method is None else measured(self.method, batch)
 
-    def shape(self, batch: int) -> DecodingShape | None:
+    def shape(self, batch: int) -> DraftShape | None:
         """What that comes to; None without a method."""
         if self.method is None:
             return None
         width, length, budget = self.method.drafting(batch, *self.settings(batch).values())
-        return DecodingShape(batch=batch, beam_width=width, beam_length=length, node_budget=budget)
+        return DraftShape(batch=batch, beam_width=width, beam_length=length, node_budget=budget)
 
     def proposer(self, target: Target, batch: int) -> Proposer | None:
         """What drafts, for rows together.  Raises RedrafterError where the method cannot draft in this shape."""
@@ -159,7 +159,7 @@ def greedy_twins(contenders: Sequence[Contender], batches: Sequence[int]) -> dic
 
     By their labels.  Greedy decoding has no such noise, so there they are the same.
     """
-    first: dict[tuple[str, tuple[DecodingShape | None, ...]], Contender] = {}
+    first: dict[tuple[str, tuple[DraftShape | None, ...]], Contender] = {}
     found = {}
     for one in contenders:
         if one.method is not None:

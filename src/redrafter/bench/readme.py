@@ -17,7 +17,7 @@ from pathlib import Path
 
 from redrafter.bench.contenders import ALONE
 from redrafter.bench.tables import Results, Table, equal, headline, law, overall, temperatures, times
-from redrafter.config import counted
+from redrafter.core.shapes import counted
 from redrafter.errors import RedrafterError, reason
 
 MARKED = re.compile(r"(<!-- results (\S+(?: \S+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)

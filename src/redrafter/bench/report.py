@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from redrafter import hub
 from redrafter.bench import plots, tables
 from redrafter.bench.contenders import ALONE, THEIRS
 from redrafter.bench.tables import Results, Table, law, overall, temperatures, times
 from redrafter.bench.variants import NO_NOISE
-from redrafter.config import counted
+from redrafter.core.shapes import counted
+from redrafter.utils import hub
 
 FILES = ("results.json", "report.md", "report.html")
 

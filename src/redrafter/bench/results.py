@@ -20,9 +20,9 @@ from redrafter import __version__
 from redrafter.bench.contenders import ALONE, THEIRS, Contender
 from redrafter.bench.tasks import ALL
 from redrafter.bench.units import Record
-from redrafter.decoding import path_of
-from redrafter.profiling import device_name
-from redrafter.target import Target
+from redrafter.engine.generate import path_of
+from redrafter.evaluation.profiling import device_name
+from redrafter.targets.target import Target
 
 BASES = {"speed_up": ALONE, "speed_up_over_transformers": THEIRS}
 """What a ratio is to, by the ratio's name."""

@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from redrafter.data.prompts import prompt_ids, read_prompts
 from redrafter.errors import RedrafterError
-from redrafter.prompts import prompt_ids, read_prompts
 
 ALL = "all"
 """The name of all categories together."""

@@ -21,12 +21,12 @@ from redrafter.bench.calls import Call, call, call_transformers
 from redrafter.bench.clock import Run, by_transformers, follow, untimed
 from redrafter.bench.contenders import THEIRS, Contender
 from redrafter.bench.tasks import ALL, Tasks
-from redrafter.checking import parting
-from redrafter.decoding import stream
+from redrafter.decoding.settings import ONE_TEXT
+from redrafter.engine.generate import stream
+from redrafter.engine.request import request
 from redrafter.errors import RedrafterError
-from redrafter.profiling import Bench
-from redrafter.request import request
-from redrafter.settings import ONE_TEXT
+from redrafter.evaluation.checking import parting
+from redrafter.evaluation.profiling import Bench
 from redrafter.training.journal import Journal
 
 Kind = Literal["calls", "decode", "together", "parts", "texts"]

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from redrafter.cache import SlotCache
+from redrafter.core.cache import SlotCache
+from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.tree import DraftTree, parallel_chains
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Method, Proposer
-from redrafter.proposers.beams import size_of, weighed
-from redrafter.sampling import Draw, Place
-from redrafter.target import Target
-from redrafter.tree import DraftTree, abreast
+from redrafter.proposers.trees import num_candidates, size_of
+from redrafter.targets.target import Target
 
 NO_NOISE = "without the draws' noise"
 UNFOLDED = "unfolded"
@@ -56,7 +56,7 @@ class Variant:
             found = _Changed(found, draw=partial(_ranked, coupled=self.coupled))
         if not self.folded:
             # a beam search weighs more than its beams hold; a tree of a form of its own, as Medusa's, has no more
-            weighs = weighed(width, length)
+            weighs = num_candidates(width, length)
             whole = budget is None and found.size == size_of(width, length, None)
             most = self.method.proposer(target, width, length, weighs) if whole else None
             if most is None or most.size != weighs:
@@ -71,7 +71,7 @@ class _Changed:
     def __init__(
         self,
         proposer: Proposer,
-        draw: Callable[[Draw], Draw] = lambda draw: draw,
+        draw: Callable[[SamplingNoise], SamplingNoise] = lambda draw: draw,
         tree: Callable[[DraftTree], DraftTree] = lambda tree: tree,
     ):
         self._proposer, self._draw, self._tree = proposer, draw, tree
@@ -84,14 +84,18 @@ class _Changed:
         return _Changed(self._proposer.quickened(), self._draw, self._tree)
 
     def propose(
-        self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
+        self,
+        memory: SlotCache | None,
+        place: RowState,
+        context: Float[Tensor, "B positions state"],
+        draw: SamplingNoise,
     ) -> DraftTree:
         """The proposer's, changed."""
         return self._tree(self._proposer.propose(memory, place, context, self._draw(draw)))
 
 
 @dataclass(frozen=True)
-class _Ranked(Draw):
+class _Ranked(SamplingNoise):
     """The draws of a step, by whose noise drafters rank or not, whatever they ask for."""
 
     by_noise: bool = True
@@ -99,11 +103,11 @@ class _Ranked(Draw):
     def ranking(
         self, coupled: bool = True, names: Int[Tensor, " head"] | None = None
     ) -> Callable[[Tensor, int], Tensor] | None:
-        """As `Draw.ranking`."""
+        """As `SamplingNoise.ranking`."""
         return super().ranking(self.by_noise, names)
 
 
-def _ranked(draw: Draw, coupled: bool) -> Draw:
+def _ranked(draw: SamplingNoise, coupled: bool) -> SamplingNoise:
     return _Ranked(draw.warpers, draw.noise, coupled)
 
 
@@ -116,4 +120,4 @@ def unfolded(tree: DraftTree, width: int) -> DraftTree:
     levels = [tree.valid.sum(dim=1, keepdim=True) - width + torch.arange(width, device=tree.tokens.device)]
     for _ in range(length - 1):  # from the beams' ends, which are the last nodes, up
         levels.insert(0, tree.parents.gather(1, levels[0]))
-    return abreast(tree.tokens[:, 0], torch.stack([tree.tokens.gather(1, nodes) for nodes in levels], dim=2))
+    return parallel_chains(tree.tokens[:, 0], torch.stack([tree.tokens.gather(1, nodes) for nodes in levels], dim=2))

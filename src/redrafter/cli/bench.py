@@ -23,8 +23,8 @@ from redrafter.cli.loading import (
     claim,
 )
 from redrafter.errors import RedrafterError
-from redrafter.outputs import check_bench_folder
-from redrafter.paths import check_drafter_path, check_model_path
+from redrafter.utils.outputs import check_bench_folder
+from redrafter.utils.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
     from redrafter.bench.comparing import Setting, Tell
@@ -368,7 +368,7 @@ def _demo_rows(by: str) -> list[tuple[str, dict[str, Any]]]:
 def _telling() -> Iterator[Tell]:
     """Progress on stderr that says what is being measured."""
     from redrafter.bench.tables import law
-    from redrafter.progress import Progress
+    from redrafter.utils.progress import Progress
 
     current = [""]
     with ExitStack() as until:

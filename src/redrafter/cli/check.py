@@ -28,7 +28,7 @@ from redrafter.cli.loading import (
     TopP,
     Width,
 )
-from redrafter.paths import check_drafter_path, check_model_path
+from redrafter.utils.paths import check_drafter_path, check_model_path
 
 
 def check(
@@ -57,11 +57,11 @@ def check(
     """Decode with and without the drafter; exit status 1 if texts part where rounding does not explain it."""
     check_model_path(model)
     check_drafter_path(drafter)
-    from redrafter.checking import compare
     from redrafter.cli.loading import check_bits, load_method, load_model, read_settings, tokenized_prompts
-    from redrafter.progress import Progress
-    from redrafter.prompts import read_prompts
-    from redrafter.settings import with_stop_strings
+    from redrafter.data.prompts import read_prompts
+    from redrafter.decoding.settings import with_stop_strings
+    from redrafter.evaluation.checking import compare
+    from redrafter.utils.progress import Progress
 
     check_bits(draft_bits)
     settings = read_settings(
@@ -83,18 +83,18 @@ def check(
     head = load_method(drafter, target, draft_bits, any_target=any_target)
     with Progress("texts", 2 * len(ids)) as progress:
         report = compare(target, head, ids, on_row=progress.advance, **with_stop_strings(target, settings, tokenizer))
-    for parting in report.partings:
+    for parting in report.divergences:
         verdict = "within rounding" if parting.explained else "NOT explained by rounding"
         typer.echo(
             f"prompt {parting.row + 1} parts at new token {parting.position + 1}: the two best logits are "
             f"{parting.margin:.3g} apart, rounding reaches {parting.rounding:.3g}: {verdict}"
         )
-    unexplained = sum(not p.explained for p in report.partings)
+    unexplained = sum(not p.explained for p in report.divergences)
     verdict = "drafting changes nothing"
-    if report.partings:
+    if report.divergences:
         verdict = f"{unexplained} part without excuse" if unexplained else "the others part within rounding"
     typer.echo(
-        f"{len(ids) - len(report.partings)} of {len(ids)} texts equal, {report.tokens} tokens, "
+        f"{len(ids) - len(report.divergences)} of {len(ids)} texts equal, {report.tokens} tokens, "
         f"{report.tokens_per_step:.2f} per step: {verdict}."
     )
     if unexplained:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from redrafter.cli.loading import BadRows, Sources, Template, TemplateKwargs
-from redrafter.paths import check_model_path
+from redrafter.utils.paths import check_model_path
 
 
 def data(
@@ -28,8 +28,8 @@ def data(
     from rich.text import Text
 
     from redrafter.cli.loading import config_value, load_tokenizer, skipping, template_variables
+    from redrafter.data.examples import read_rows
     from redrafter.errors import RedrafterError
-    from redrafter.training.data import read_rows
 
     variables = template_variables(template_kwargs)
     tokenizer = load_tokenizer(model, template, variables)

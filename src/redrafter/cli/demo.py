@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from redrafter.drafter import RecurrentDrafter
-    from redrafter.results import Stats
+    from redrafter.engine.results import Stats
+    from redrafter.heads.recurrent import RecurrentDrafter
 
 PROMPTS = (
     "I want to book a table for two at Gusto Pizzeria in San Jose at 7 pm tonight.",
@@ -46,7 +46,7 @@ def demo(
     from rich.console import Console
 
     from redrafter.cli.loading import demo_folder, load_drafter, load_model
-    from redrafter.prompts import prompt_ids
+    from redrafter.data.prompts import prompt_ids
 
     model, tokenizer = load_model(str(demo_folder() / "redrafter-demo-12m"), device="cpu")
     drafter = load_drafter(str(demo_folder() / "drafter"), model)
@@ -88,8 +88,8 @@ def _show(
     """Streams the drafted answer: accepted drafts in green, the target's own tokens in the usual colour."""
     from rich.text import Text
 
-    from redrafter.decoding import stream
-    from redrafter.text import Detokenizer
+    from redrafter.engine.generate import stream
+    from redrafter.engine.text import Detokenizer
 
     console.print(Text(f"\n> {text}", style="bold"), soft_wrap=True)
     pieces = Detokenizer(tokenizer)
@@ -113,7 +113,7 @@ def _measure(
 
     Their seconds are end to end: checks, prompt and decoding.  The first round only warms up.
     """
-    from redrafter.decoding import generate
+    from redrafter.engine.generate import generate
 
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(1 + repeats):

@@ -36,14 +36,14 @@ from redrafter.cli.loading import (
     template_variables,
 )
 from redrafter.errors import RedrafterError
-from redrafter.outputs import check_rows_file
-from redrafter.paths import check_drafter_path, check_model_path
+from redrafter.utils.outputs import check_rows_file
+from redrafter.utils.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
-    from redrafter.files import Skip
-    from redrafter.progress import Progress
+    from redrafter.data.files import Skip
     from redrafter.training.answers import Law
     from redrafter.training.distillation import Done, Part, Prompt, Tally
+    from redrafter.utils.progress import Progress
 
     Work = Callable[[Iterator[Prompt]], Iterator[Done | Part]]
 
@@ -239,7 +239,7 @@ def _continuations(
     dtype: str,
     device: str,
 ) -> _Way:
-    from redrafter.training.data import tokenized_rows
+    from redrafter.data.examples import tokenized_rows
     from redrafter.training.distillation import by_continuation
 
     tokenizer = load_tokenizer(model, template, variables)
@@ -294,9 +294,9 @@ def _run(
     """Looks at all rows, then works on those that the file lacks, and says how far it is."""
     from rich.console import Console
 
-    from redrafter.interrupt import StoppedRun, interruptible
     from redrafter.training.distillation import Tally, distil, saved, survey
     from redrafter.training.journal import Journal
+    from redrafter.utils.interrupt import StoppedRun, interruptible
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     journal = Journal(output, way.told, overwrite=overwrite)
@@ -325,7 +325,7 @@ def _run(
 
 def _progress(total: int, done: int, tally: Tally) -> Progress:
     """Rows, with the tokens written so far and their rate."""
-    from redrafter.progress import Progress
+    from redrafter.utils.progress import Progress
 
     begin = time.monotonic()
 

@@ -24,10 +24,10 @@ from redrafter.cli.loading import (
     Width,
 )
 from redrafter.errors import RedrafterError
-from redrafter.paths import check_drafter_path, check_model_path
+from redrafter.utils.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
-    from redrafter.training.evaluation import Acceptance, Measured
+    from redrafter.evaluation.acceptance import Acceptance, Measured
 
 FIGURES = ("decoding", "walked", "teacher_forced")
 
@@ -57,10 +57,10 @@ def evaluate(
     check_model_path(model)
     check_drafter_path(drafter)
     from redrafter.cli.loading import check_bits, load_method, load_model, tokenized_prompts
-    from redrafter.progress import Progress
-    from redrafter.prompts import read_prompts
-    from redrafter.training.evaluation import Measured
-    from redrafter.training.evaluation import evaluate as measure
+    from redrafter.data.prompts import read_prompts
+    from redrafter.evaluation.acceptance import Measured
+    from redrafter.evaluation.acceptance import evaluate as measure
+    from redrafter.utils.progress import Progress
 
     check_bits(draft_bits)
     records = read_prompts(*prompts, *(more or []), limit=limit)

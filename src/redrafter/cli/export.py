@@ -9,8 +9,8 @@ import typer
 
 from redrafter.cli.loading import OVERWRITE, claim
 from redrafter.errors import RedrafterError
-from redrafter.outputs import check_drafter_folder
-from redrafter.paths import check_drafter_path
+from redrafter.utils.outputs import check_drafter_folder
+from redrafter.utils.paths import check_drafter_path
 
 
 def export(
@@ -28,8 +28,8 @@ def export(
     claim(context, output)
     from rich.console import Console
 
-    from redrafter import apple
-    from redrafter.drafter import RecurrentDrafter
+    from redrafter.heads.recurrent import RecurrentDrafter
+    from redrafter.integrations import apple
 
     loaded = RecurrentDrafter.from_pretrained(drafter)
     apple.export(loaded, output)

@@ -35,10 +35,10 @@ from redrafter.cli.loading import (
     Width,
 )
 from redrafter.errors import RedrafterError
-from redrafter.paths import check_drafter_path, check_model_path
+from redrafter.utils.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
-    from redrafter.results import Finished
+    from redrafter.engine.results import Finished
 
 
 def generate(
@@ -89,11 +89,11 @@ def generate(
         template_variables,
         tokenized_prompts,
     )
-    from redrafter.decoding import stream
-    from redrafter.prompts import asked, read_prompts
-    from redrafter.results import finished
-    from redrafter.rows import Text, metadata, parse_row
-    from redrafter.settings import ONE_TEXT, with_stop_strings
+    from redrafter.data.prompts import asked, read_prompts
+    from redrafter.data.rows import Text, metadata, parse_row
+    from redrafter.decoding.settings import ONE_TEXT, with_stop_strings
+    from redrafter.engine.generate import stream
+    from redrafter.engine.results import finished
 
     check_bits(draft_bits, drafted=not no_drafter)
     if compile:

@@ -8,10 +8,10 @@ import typer
 
 from redrafter.cli.loading import AnyTarget, Device, Dtype
 from redrafter.errors import RedrafterError
-from redrafter.paths import check_drafter_path, check_model_path
+from redrafter.utils.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
-    from redrafter.head import Head
+    from redrafter.heads.base import Head
 
 
 def info(
@@ -33,9 +33,9 @@ def info(
     check_drafter_path(path)
 
     from redrafter.cli.loading import load_model
-    from redrafter.decoding import path_of
+    from redrafter.engine.generate import path_of
     from redrafter.proposers.loading import load_head
-    from redrafter.target import Target
+    from redrafter.targets.target import Target
 
     drafter = None if path is None else load_head(path)
     loaded = None if model is None else load_model(model, dtype, device)[0]
@@ -58,7 +58,7 @@ def _show(lines: dict[str, str]) -> None:
 
 
 def _drafter(path: str, drafter: Head) -> dict[str, str]:
-    from redrafter import hub
+    from redrafter.utils import hub
 
     config = drafter.config
     return {

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redrafter.errors import RedrafterError, reason
-from redrafter.outputs import locked
-from redrafter.paths import check_model_path
+from redrafter.utils.outputs import locked
+from redrafter.utils.paths import check_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from redrafter.drafter import RecurrentDrafter
-    from redrafter.files import Skip
+    from redrafter.data.files import Skip
+    from redrafter.heads.recurrent import RecurrentDrafter
     from redrafter.proposers import Method
 
 OVERWRITE = "pass --overwrite, or another --output"
@@ -128,7 +128,7 @@ def read_settings(more: list[str] | None, **told: Any) -> dict[str, Any]:
 
     Raises RedrafterError for a name that is no setting, or that has an option of its own.
     """
-    from redrafter.settings import FIELDS
+    from redrafter.decoding.settings import FIELDS
 
     settings = {name: value for name, value in told.items() if value is not None}
     for pair in more or []:
@@ -179,7 +179,7 @@ def load_tokenizer(
     check_model_path(path)
     from transformers import AutoTokenizer
 
-    from redrafter import hub
+    from redrafter.utils import hub
 
     try:
         with hub.reading(path):
@@ -212,7 +212,7 @@ def config_value(path: str, name: str) -> int | None:
     """A number of the target's text config, without loading the model; None where the config does not have it."""
     from transformers import AutoConfig
 
-    from redrafter import hub
+    from redrafter.utils import hub
 
     try:
         with hub.reading(path):
@@ -225,7 +225,7 @@ def config_value(path: str, name: str) -> int | None:
 
 def template_variables(told: str | None) -> dict[str, Any]:
     """What `--template-kwargs` gives.  Raises RedrafterError."""
-    from redrafter.rows import read_template_kwargs
+    from redrafter.data.rows import read_template_kwargs
 
     return {} if told is None else read_template_kwargs(told, "--template-kwargs")
 
@@ -234,7 +234,7 @@ def tokenized_prompts(
     records: list[tuple[str, dict[str, Any]]], model: str, template_kwargs: str | None, *, chat: bool = False
 ) -> list[list[int]]:
     """Token ids of the prompts of rows, before the model is loaded.  Raises RedrafterError for a bad row."""
-    from redrafter.prompts import prompt_ids
+    from redrafter.data.prompts import prompt_ids
 
     variables = template_variables(template_kwargs)
     tokenizer = load_tokenizer(model, variables=variables)
@@ -306,7 +306,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from redrafter import hub
+    from redrafter.utils import hub
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -329,7 +329,7 @@ def load_model(
 
 def load_drafter(path: str, model: PreTrainedModel, bits: int = 16, *, any_target: bool = False) -> RecurrentDrafter:
     """The drafter beside its target, on its device and in its dtype, its head perhaps in 8 bits."""
-    from redrafter.drafter import RecurrentDrafter
+    from redrafter.heads.recurrent import RecurrentDrafter
 
     return RecurrentDrafter.from_pretrained(path, target=model, any_target=any_target, bits=bits)
 

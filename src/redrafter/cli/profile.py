@@ -20,14 +20,14 @@ from redrafter.cli.loading import (
     Width,
 )
 from redrafter.errors import RedrafterError, reason
-from redrafter.paths import check_drafter_path, check_model_path
+from redrafter.utils.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel
 
-    from redrafter.config import DecodingShape
-    from redrafter.profiling import Bench, Piece
+    from redrafter.core.shapes import DraftShape
+    from redrafter.evaluation.profiling import Bench, Piece
     from redrafter.proposers import Method
 
 CONTEXT = 2000
@@ -77,9 +77,9 @@ def profile(
     from rich.console import Console
 
     from redrafter.cli.loading import load_method, load_model
-    from redrafter.profiling import bandwidth, device_name, pieces
-    from redrafter.proposers.beams import drafted_in_words
-    from redrafter.stand_ins import random_drafter
+    from redrafter.evaluation.profiling import bandwidth, device_name, pieces
+    from redrafter.heads.synthetic import random_drafter
+    from redrafter.proposers.trees import drafted_in_words
 
     target = load_model(model, dtype, device)[0] if model else _stand_in(str(shape), dtype, device)
     if drafter:
@@ -121,7 +121,7 @@ def _stand_in(shape: str, dtype: str, device: str) -> PreTrainedModel:
     import torch
 
     from redrafter.cli.loading import check_dtype, chosen_device
-    from redrafter.stand_ins import random_model
+    from redrafter.heads.synthetic import random_model
 
     check_dtype(dtype)
     place = chosen_device(device)
@@ -144,18 +144,18 @@ def _bench(
     do_sample: bool,
     repeats: int,
     compile: bool,
-) -> tuple[Bench, DecodingShape, list[DecodingShape]]:
+) -> tuple[Bench, DraftShape, list[DraftShape]]:
     """Rows of random tokens; the shape that is drafted, as told, as tuned, or as the drafter was made for; and the same
     of all `widths` that it can be drafted in.
     """
     import torch
 
     from redrafter.cli.loading import check_context
-    from redrafter.config import DecodingShape
-    from redrafter.profiling import Bench
+    from redrafter.core.shapes import DraftShape
+    from redrafter.decoding.settings import ONE_TEXT
+    from redrafter.engine.request import request
+    from redrafter.evaluation.profiling import Bench
     from redrafter.proposers.base import draftable, measured
-    from redrafter.request import request
-    from redrafter.settings import ONE_TEXT
 
     check_context(context, model)
     config = model.config.get_text_config()
@@ -164,7 +164,7 @@ def _bench(
     texts = torch.randint(config.vocab_size, (batch, length)).tolist()
     asked = request(model, drafter, texts, do_sample=do_sample, stop_strings=(), **ONE_TEXT, **shape)
     width, depth, budget = drafter.drafting(batch, *shape.values())
-    drafting = DecodingShape(beam_width=width, beam_length=depth, node_budget=budget)
+    drafting = DraftShape(beam_width=width, beam_length=depth, node_budget=budget)
     wider, _ = draftable(drafter, asked.target, [drafting.model_copy(update={"beam_width": one}) for one in widths])
     return Bench.of(asked, drafter, wider, nodes=nodes, repeats=repeats, compile=compile), drafting, wider
 

@@ -22,8 +22,8 @@ from redrafter.cli.loading import (
     claim,
 )
 from redrafter.errors import RedrafterError
-from redrafter.outputs import CHECKPOINTS, check_drafter_folder, check_states_folder
-from redrafter.paths import check_model_path
+from redrafter.utils.outputs import CHECKPOINTS, check_drafter_folder, check_states_folder
+from redrafter.utils.paths import check_model_path
 
 METHODS = ("recurrent", "medusa", "eagle")
 
@@ -65,7 +65,7 @@ def _check_method(method: str, told: dict[str, tuple[str, bool]]) -> None:
 
 def _ranks(told: str, heads: int) -> list[int]:
     """What `--cartesian` lists.  Raises RedrafterError for what is no tree of so many heads."""
-    from redrafter.medusa import cartesian_nodes
+    from redrafter.heads.medusa import cartesian_nodes
 
     words = told.split(",")
     if not all(word.isascii() and word.isdigit() for word in words):
@@ -230,22 +230,22 @@ def train(
     import torch
     from rich.console import Console
 
-    from redrafter import hub
     from redrafter.cli.loading import config_value, load_model, load_tokenizer, skipping, template_variables
-    from redrafter.drafter import RecurrentDrafter
-    from redrafter.eagle import EagleHead
-    from redrafter.head import Head
-    from redrafter.interrupt import StoppedRun, interruptible
-    from redrafter.medusa import NODES, MedusaHeads
-    from redrafter.target import Target
+    from redrafter.data.examples import coverage, most_frequent, pack, read_rows, split
+    from redrafter.heads.base import Head
+    from redrafter.heads.eagle import EagleHead
+    from redrafter.heads.medusa import NODES, MedusaHeads
+    from redrafter.heads.recurrent import RecurrentDrafter
+    from redrafter.targets.target import Target
     from redrafter.training.checks import newest_checkpoint
-    from redrafter.training.data import coverage, most_frequent, pack, read_rows, split
     from redrafter.training.defaults import FEWEST, Choice, epochs_for, vocabulary_for, width_for
     from redrafter.training.estimating import estimate
     from redrafter.training.loss import Objective
     from redrafter.training.outcome import advice
     from redrafter.training.recipe import Recipe
     from redrafter.training.trainer import run
+    from redrafter.utils import hub
+    from redrafter.utils.interrupt import StoppedRun, interruptible
 
     recipe = Recipe(
         float(FEWEST) if epochs is None else epochs,

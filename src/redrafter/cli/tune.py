@@ -27,11 +27,11 @@ from redrafter.cli.loading import (
     TopP,
 )
 from redrafter.errors import RedrafterError
-from redrafter.outputs import check_drafter_folder
-from redrafter.paths import check_drafter_path, check_model_path, may_be_on_the_hub
+from redrafter.utils.outputs import check_drafter_folder
+from redrafter.utils.paths import check_drafter_path, check_model_path, may_be_on_the_hub
 
 if TYPE_CHECKING:
-    from redrafter.tuning import Tuned
+    from redrafter.evaluation.tuning import Tuned
 
 
 def tune(
@@ -90,14 +90,15 @@ def tune(
         raise RedrafterError(f"{drafter} is not a folder to write into: give an --output for the tuned drafter.")
     if output is not None:
         check_drafter_folder(output, overwrite=False, inputs=[model, drafter, *prompts])
-    from redrafter import hub, tuning
-    from redrafter.profiling import Bench, device_name
-    from redrafter.progress import Progress, track
-    from redrafter.prompts import read_prompts
+    from redrafter.data.prompts import read_prompts
+    from redrafter.decoding.settings import with_stop_strings
+    from redrafter.evaluation import tuning
+    from redrafter.evaluation.profiling import Bench, device_name
     from redrafter.proposers.base import draftable
     from redrafter.proposers.loading import kind_of
-    from redrafter.settings import with_stop_strings
-    from redrafter.target import Target
+    from redrafter.targets.target import Target
+    from redrafter.utils import hub
+    from redrafter.utils.progress import Progress, track
 
     if not dry_run and kind_of(drafter) is None:
         raise RedrafterError(f"{drafter} has no config that shapes could be kept in: add --dry-run.")
@@ -151,7 +152,7 @@ def tune(
 
 def _say_how_long(seconds: float) -> None:
     """Before anything is measured."""
-    from redrafter.config import counted
+    from redrafter.core.shapes import counted
 
     minutes = seconds >= 90
     about = counted(round(seconds / 60), "minute") if minutes else counted(max(1, round(seconds)), "second")
@@ -167,7 +168,7 @@ def _table(found: list[Tuned]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from redrafter.tuning import CONFIDENCE, PAIRS
+    from redrafter.evaluation.tuning import CONFIDENCE, PAIRS
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("batch", justify="right")

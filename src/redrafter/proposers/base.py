@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from redrafter.cache import SlotCache
-from redrafter.config import DecodingShape
+from redrafter.core.cache import SlotCache
+from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.shapes import DraftShape
+from redrafter.core.tree import DraftTree
 from redrafter.errors import RedrafterError
-from redrafter.sampling import Draw, Place
-from redrafter.target import Target
-from redrafter.tree import DraftTree
+from redrafter.targets.target import Target
 
 
 @runtime_checkable
@@ -56,7 +56,7 @@ class Proposer(Protocol):
         """
         ...
 
-    def read(self, memory: SlotCache | None, place: Place, states: Float[Tensor, "B P state"], start: int) -> None:
+    def read(self, memory: SlotCache | None, place: RowState, states: Float[Tensor, "B P state"], start: int) -> None:
         """The target has taken in positions `start … start + P - 1` of the prompts in `place.text`, with these states.
 
         `place.length` is each prompt's last position; what follows it is padding.
@@ -64,7 +64,11 @@ class Proposer(Protocol):
         ...
 
     def propose(
-        self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
+        self,
+        memory: SlotCache | None,
+        place: RowState,
+        context: Float[Tensor, "B positions state"],
+        draw: SamplingNoise,
     ) -> DraftTree:
         """Trees [B, N] below the guaranteed tokens, `place.root`.
 
@@ -94,7 +98,7 @@ class Memoryless(Ready):
     def memory(self, *, batch: int, slots: int) -> None:
         """Nothing."""
 
-    def read(self, memory: SlotCache | None, place: Place, states: Tensor, start: int) -> None:
+    def read(self, memory: SlotCache | None, place: RowState, states: Tensor, start: int) -> None:
         """Prompts leave nothing behind."""
 
 
@@ -121,9 +125,9 @@ class Method(Protocol):
         ...
 
 
-def draftable(method: Method, target: Target, shapes: Iterable[DecodingShape]) -> tuple[list[DecodingShape], list[str]]:
+def draftable(method: Method, target: Target, shapes: Iterable[DraftShape]) -> tuple[list[DraftShape], list[str]]:
     """The shapes that a method can draft in, and sentences that say why not in the others."""
-    found: list[DecodingShape] = []
+    found: list[DraftShape] = []
     refused: dict[str, list[str]] = {}
     for shape in shapes:
         try:

@@ -12,16 +12,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from redrafter.beam import search
-from redrafter.cache import SlotCache
-from redrafter.eagle import EagleHead
-from redrafter.fast import has_kernels
-from redrafter.fast.attention import packed
+from redrafter.core.cache import SlotCache
+from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.tree import DraftTree, chain, parallel_chains, tree_mask
+from redrafter.core.tree_attention import packed
+from redrafter.heads.eagle import EagleHead
+from redrafter.kernels import has_kernels
 from redrafter.proposers.base import Ready
-from redrafter.proposers.beams import beyond, size_of, tree_of
-from redrafter.sampling import Draw, Place
-from redrafter.target import PACKED_NODES, Target
-from redrafter.tree import DraftTree, abreast, chain, tree_mask
+from redrafter.proposers.beam_search import search
+from redrafter.proposers.trees import beyond, size_of, tree_of
+from redrafter.targets.target import MAX_ATTENTION_NODES, Target
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,18 @@ class EagleProposer(Ready):
         """The layer's keys and values, with room for the beams."""
         return self.head.new_cache(batch=batch, slots=slots + beyond(self.width, self.length, self.budget))
 
-    def read(self, memory: SlotCache | None, place: Place, states: Float[Tensor, "B P state"], start: int) -> None:
+    def read(self, memory: SlotCache | None, place: RowState, states: Float[Tensor, "B P state"], start: int) -> None:
         """Takes in the prompt's features with the tokens after them; after its last one, whatever stands there yet."""
         index = start + 1 + torch.arange(states.shape[1], device=states.device)
         tokens = place.text[:, index.clamp(max=place.text.shape[1] - 1)]
         self._run(memory, chain(tokens), self._features(states), torch.full_like(place.length, start))
 
     def propose(
-        self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
+        self,
+        memory: SlotCache | None,
+        place: RowState,
+        context: Float[Tensor, "B positions state"],
+        draw: SamplingNoise,
     ) -> DraftTree:
         """Trees below the root."""
         features = self._features(context)
@@ -79,7 +83,7 @@ class EagleProposer(Ready):
                 given = torch.cat((given, latest[:, :, None]), dim=2)
                 given = given.gather(1, parents[..., None, None].expand(-1, -1, *given.shape[2:]))
                 above = torch.cat((features[:, -1:], given.transpose(1, 2).flatten(1, 2)), dim=1)
-                latest = self._run(memory, abreast(root, beams), above, place.length - 1)[:, -beams.shape[1] :]
+                latest = self._run(memory, parallel_chains(root, beams), above, place.length - 1)[:, -beams.shape[1] :]
             return self.target.logits(latest.flatten(0, 1)).view(*latest.shape[:2], -1)
 
         adjust = draw.ranking(self.head.config.coupled)
@@ -87,7 +91,7 @@ class EagleProposer(Ready):
         return tree_of(root, found, self.budget)
 
     def _take_in(
-        self, memory: SlotCache | None, place: Place, features: Float[Tensor, "B positions hidden"]
+        self, memory: SlotCache | None, place: RowState, features: Float[Tensor, "B positions hidden"]
     ) -> Float[Tensor, "B 1 hidden"]:
         """Runs the last L + 1 positions before the root again, each into its slot; the feature at the root.
 
@@ -114,7 +118,7 @@ class EagleProposer(Ready):
         """
         assert memory is not None
         memory.window.slots = begin[:, None] + torch.arange(tree.size, device=begin.device)
-        if has_kernels(features.device, features.dtype) and tree.size <= PACKED_NODES:
+        if has_kernels(features.device, features.dtype) and tree.size <= MAX_ATTENTION_NODES:
             memory.window.visible = None
             mask = packed(tree, begin)
         else:

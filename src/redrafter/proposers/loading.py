@@ -12,17 +12,17 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from redrafter import hub
-from redrafter.drafter import RecurrentDrafter
-from redrafter.eagle import EagleHead
 from redrafter.errors import RedrafterError, reason
-from redrafter.head import Head
-from redrafter.medusa import MedusaHeads
-from redrafter.paths import PROMPT_LOOKUP
+from redrafter.heads.base import Head
+from redrafter.heads.eagle import EagleHead
+from redrafter.heads.medusa import MedusaHeads
+from redrafter.heads.recurrent import RecurrentDrafter
 from redrafter.proposers.base import Method
 from redrafter.proposers.prompt_lookup import PromptLookup
 from redrafter.proposers.two_model import TwoModel
-from redrafter.target import Target
+from redrafter.targets.target import Target
+from redrafter.utils import hub
+from redrafter.utils.paths import PROMPT_LOOKUP
 
 KINDS: dict[str, type[Head]] = {
     kind.config_type.model_fields["model_type"].default: kind for kind in (RecurrentDrafter, MedusaHeads, EagleHead)

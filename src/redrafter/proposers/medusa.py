@@ -6,13 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from redrafter.cache import SlotCache
-from redrafter.config import drawn_from
-from redrafter.fast.top import top
-from redrafter.medusa import MedusaHeads
+from redrafter.core.cache import SlotCache
+from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.tree import DraftTree, ancestors_of
+from redrafter.heads.medusa import MedusaHeads, drawn_from
+from redrafter.kernels.topk import top
 from redrafter.proposers.base import Memoryless
-from redrafter.sampling import Draw, Place
-from redrafter.tree import DraftTree, ancestors_of
 
 
 class MedusaProposer(Memoryless):
@@ -47,7 +46,11 @@ class MedusaProposer(Memoryless):
         return (self.heads,)
 
     def propose(
-        self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
+        self,
+        memory: SlotCache | None,
+        place: RowState,
+        context: Float[Tensor, "B positions state"],
+        draw: SamplingNoise,
     ) -> DraftTree:
         """Trees below the root; the heads compute in their own dtype, and coupled to the target's draws."""
         batch = len(context)

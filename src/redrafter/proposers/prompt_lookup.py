@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from redrafter.cache import SlotCache
+from redrafter.core.cache import SlotCache
+from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.tree import DraftTree, chain
 from redrafter.errors import RedrafterError
 from redrafter.proposers.base import ByText, Memoryless
-from redrafter.proposers.beams import check_shape
-from redrafter.sampling import Draw, Place
-from redrafter.target import Target
-from redrafter.tree import DraftTree, chain
+from redrafter.proposers.trees import check_shape
+from redrafter.targets.target import Target
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,11 @@ class PromptLookupProposer(Memoryless):
         return ()
 
     def propose(
-        self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
+        self,
+        memory: SlotCache | None,
+        place: RowState,
+        context: Float[Tensor, "B positions state"],
+        draw: SamplingNoise,
     ) -> DraftTree:
         """Chains below the root."""
         text, end = place.text, place.length[:, None]

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from redrafter.beam import beam_search
-from redrafter.cache import SlotCache
-from redrafter.drafter import RecurrentDrafter
-from redrafter.fast import has_kernels
-from redrafter.fast.joined import Joined
+from redrafter.core.cache import SlotCache
+from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.tree import DraftTree
+from redrafter.heads.recurrent import RecurrentDrafter
+from redrafter.kernels import has_kernels
 from redrafter.proposers.base import Memoryless
-from redrafter.proposers.beams import size_of, tree_of
-from redrafter.sampling import Draw, Place
-from redrafter.target import Target
-from redrafter.tree import DraftTree
+from redrafter.proposers.beam_search import beam_search
+from redrafter.proposers.fused_drafter import Joined
+from redrafter.proposers.trees import size_of, tree_of
+from redrafter.targets.target import Target
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,11 @@ class RecurrentProposer(Memoryless):
         return (self.drafter,)
 
     def propose(
-        self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
+        self,
+        memory: SlotCache | None,
+        place: RowState,
+        context: Float[Tensor, "B positions state"],
+        draw: SamplingNoise,
     ) -> DraftTree:
         """Trees below the root; the drafter computes in its own dtype, and coupled to the target's draws."""
         root = place.root

@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from redrafter.beam import search
-from redrafter.cache import SlotCache
+from redrafter.core.cache import SlotCache
+from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.tree import DraftTree, chain, parallel_chains
 from redrafter.errors import RedrafterError
 from redrafter.proposers.base import ByText, Ready
-from redrafter.proposers.beams import beyond, check_shape, size_of, tree_of
-from redrafter.sampling import Draw, Place
-from redrafter.target import Target
-from redrafter.tree import DraftTree, abreast, chain
+from redrafter.proposers.beam_search import search
+from redrafter.proposers.trees import beyond, check_shape, size_of, tree_of
+from redrafter.targets.target import Target
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class TwoModelProposer(Ready):
         """Its keys and values, with room for the beams."""
         return self.draft.new_cache(batch=batch, slots=slots + beyond(self.width, self.length, self.budget))
 
-    def read(self, memory: SlotCache | None, place: Place, states: Tensor, start: int) -> None:
+    def read(self, memory: SlotCache | None, place: RowState, states: Tensor, start: int) -> None:
         """Takes in the same tokens as the target."""
         assert memory is not None
         tokens = place.text[:, start : start + states.shape[1]]
@@ -99,7 +99,11 @@ class TwoModelProposer(Ready):
         self.draft.forward(chain(tokens), begin, memory, select=begin[:, None] * 0)
 
     def propose(
-        self, memory: SlotCache | None, place: Place, context: Float[Tensor, "B positions state"], draw: Draw
+        self,
+        memory: SlotCache | None,
+        place: RowState,
+        context: Float[Tensor, "B positions state"],
+        draw: SamplingNoise,
     ) -> DraftTree:
         """Trees below the root."""
         assert memory is not None
@@ -110,7 +114,7 @@ class TwoModelProposer(Ready):
             count, depth = beams.shape[1:]
             if not depth:
                 return after_root
-            tree = abreast(root, beams)
+            tree = parallel_chains(root, beams)
             ends = torch.arange(tree.size - count, tree.size, device=root.device).expand(len(root), -1)
             return self.draft.forward(tree, place.length, memory, select=ends)[1]
 
@@ -118,7 +122,7 @@ class TwoModelProposer(Ready):
         found = search(following, root, width=self.width, length=self.length, adjust=adjust)
         return tree_of(root, found, self.budget)
 
-    def _take_in(self, memory: SlotCache, place: Place) -> Float[Tensor, "B 1 V"]:
+    def _take_in(self, memory: SlotCache, place: RowState) -> Float[Tensor, "B 1 V"]:
         """Runs the text's last L + 1 tokens again, each into its slot; the logits after the root.
 
         Of a shorter text all, and the root once more behind it, where nothing is looked up.

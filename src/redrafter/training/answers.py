@@ -14,17 +14,17 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from redrafter.decoding import stream
-from redrafter.drafter import RecurrentDrafter
+from redrafter.core.noise import row_seeds
+from redrafter.data.files import Skip
+from redrafter.data.messages import Message
+from redrafter.data.prompts import check_asked, check_ids, encode, prompt_ids, render
+from redrafter.data.rows import Chat, Text, parse_row
+from redrafter.decoding.settings import ONE_TEXT, with_stop_strings
+from redrafter.engine.generate import stream
+from redrafter.engine.results import finished
 from redrafter.errors import RedrafterError
-from redrafter.files import Skip
-from redrafter.messages import Message
-from redrafter.noise import row_seeds
-from redrafter.prompts import check_asked, check_ids, encode, prompt_ids, render
-from redrafter.results import finished
-from redrafter.rows import Chat, Text, parse_row
-from redrafter.settings import ONE_TEXT, with_stop_strings
-from redrafter.target import Target
+from redrafter.heads.recurrent import RecurrentDrafter
+from redrafter.targets.target import Target
 from redrafter.training.distillation import Done, Part, Prompt, Tally, least, named
 
 
@@ -133,7 +133,7 @@ class Dialogue:
         self.texts: list[_Text] = []
         self._seed = seed
         self._answers = 0
-        self._said = ""  # the rendering of what the last text holds, special tokens and all
+        self._rendered = ""  # the rendering of what the last text holds, special tokens and all
 
     @property
     def seed(self) -> int:
@@ -167,7 +167,7 @@ class Dialogue:
             self.texts.append(_Text(ids, [0] * len(ids)))
         else:
             self.texts[-1].add(more, chosen=False)
-        self._said = rendered
+        self._rendered = rendered
         return True
 
     def rendered(self, messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -177,7 +177,7 @@ class Dialogue:
 
     def _addition(self, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
         """The tokens that a rendering adds to the last text, or None where it is not its continuation."""
-        known = encode(self._said, tokenizer)  # the answers' own tokens may differ
+        known = encode(self._rendered, tokenizer)  # the answers' own tokens may differ
         return ids[len(known) :] if ids[: len(known)] == known else None
 
     def answer(self, tokens: list[int], reason: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
@@ -188,7 +188,7 @@ class Dialogue:
         text.add(tokens, chosen=True)
         content = str(tokenizer.decode(tokens, skip_special_tokens=True))
         self.messages.append({"role": "assistant", "content": content})
-        self._said += str(tokenizer.decode(tokens))
+        self._rendered += str(tokenizer.decode(tokens))
         self._answers += 1
         text.reasons.append(reason)
         text.turns = len(self.messages)

@@ -13,10 +13,10 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from redrafter import interrupt
-from redrafter.progress import Progress
 from redrafter.training.clock import ByTheClock
 from redrafter.training.recipe import MEASUREMENTS, Recipe
+from redrafter.utils import interrupt
+from redrafter.utils.progress import Progress
 
 
 class Schedule(TrainerCallback):  # type: ignore[misc]

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import __version__ as TRANSFORMERS
 
-from redrafter import __version__, hub
-from redrafter.head import Head
-from redrafter.training.data import Row, coverage
-from redrafter.training.evaluation import Acceptance
+from redrafter import __version__
+from redrafter.data.examples import Row, coverage
+from redrafter.evaluation.acceptance import Acceptance
+from redrafter.heads.base import Head
 from redrafter.training.outcome import Measurement
 from redrafter.training.recipe import Recipe
+from redrafter.utils import hub
 
 
 @dataclass(frozen=True)

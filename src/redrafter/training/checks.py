@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from redrafter.data.examples import Row
 from redrafter.errors import RedrafterError
-from redrafter.head import Head
-from redrafter.outputs import CHECKPOINTS, COMPLETE, ORDER
-from redrafter.training.data import Row
+from redrafter.heads.base import Head
 from redrafter.training.recipe import Recipe
+from redrafter.utils.outputs import CHECKPOINTS, COMPLETE, ORDER
 
 KEPT = 3
 """Checkpoints that exist at one time, at most: the best, the one before the last, and the last."""

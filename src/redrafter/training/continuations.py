@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from redrafter.target import Target
-from redrafter.tree import chain
+from redrafter.core.tree import chain
+from redrafter.targets.target import Target
 
 CHUNK = 512
 """Positions that one run of the target continues; bounds the memory of logits and masks."""

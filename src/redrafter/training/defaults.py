@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from redrafter.target import Target
-from redrafter.training.data import Row, kinds_for
+from redrafter.data.examples import Row, kinds_for
+from redrafter.targets.target import Target
 from redrafter.training.recipe import processes
 
 STEPS = 600

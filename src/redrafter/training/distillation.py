@@ -19,16 +19,16 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from redrafter.data.examples import Row, collate, tokenized_rows
+from redrafter.data.files import Skip, read_records
+from redrafter.decoding.settings import ONE_TEXT, resolve
+from redrafter.engine.request import ends_of
+from redrafter.engine.results import Event
 from redrafter.errors import RedrafterError
-from redrafter.files import Skip, read_records
-from redrafter.interrupt import deferred
-from redrafter.request import ends_of
-from redrafter.results import Event
-from redrafter.settings import ONE_TEXT, resolve
-from redrafter.target import Target
+from redrafter.targets.target import Target
 from redrafter.training.continuations import CHUNK, continuations
-from redrafter.training.data import Row, collate, tokenized_rows
 from redrafter.training.journal import Journal
+from redrafter.utils.interrupt import deferred
 
 LOGITS = 2**28
 """Logits of the target that a run over true text makes at most, unless one row has more: 1 GB in float32."""

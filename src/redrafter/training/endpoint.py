@@ -21,9 +21,9 @@ from ipaddress import ip_address
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from redrafter.data.files import Skip
+from redrafter.data.messages import Message
 from redrafter.errors import RedrafterError
-from redrafter.files import Skip
-from redrafter.messages import Message
 from redrafter.training.answers import Law, Plan, plan
 from redrafter.training.distillation import Done, Prompt, Tally, named
 

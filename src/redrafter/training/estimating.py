@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from redrafter.head import Head
-from redrafter.target import Target
-from redrafter.training.data import Row, collate, pack
+from redrafter.data.examples import Row, collate, pack
+from redrafter.heads.base import Head
+from redrafter.targets.target import Target
 from redrafter.training.recipe import Recipe, processes
 from redrafter.training.sharding import bytes_here
 from redrafter.training.unrolled import Unrolled

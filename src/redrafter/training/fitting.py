@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from redrafter.medusa import MedusaHeads, fit_tree
-from redrafter.target import Target
-from redrafter.training.data import Row
-from redrafter.training.evaluation import CHUNK, everywhere
+from redrafter.data.examples import Row
+from redrafter.evaluation.acceptance import CHUNK, everywhere
+from redrafter.heads.medusa import MedusaHeads, fit_tree
+from redrafter.targets.target import Target
 
 BATCH = 8
 """Rows that go through the target together."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from redrafter.errors import RedrafterError
-from redrafter.outputs import NOTE_SUFFIX, check_rows_file
+from redrafter.utils.outputs import NOTE_SUFFIX, check_rows_file
 
 _OTHERWISE_READ = {".json", ".parquet", ".gz", ".xz", ".zst"}
 

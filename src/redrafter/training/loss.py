@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from redrafter.head import Head
+from redrafter.heads.base import Head
 
 LOGITS = 2**27
 """Logits of the drafter that exist at one time: 512 MB in float32."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from redrafter.training.evaluation import Acceptance
+from redrafter.evaluation.acceptance import Acceptance
 from redrafter.training.recipe import Recipe
 
 RISING = 1.03

@@ -27,10 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from redrafter.data.examples import Row, collate
 from redrafter.errors import RedrafterError, reason
-from redrafter.outputs import STATES_INDEX, check_states_folder
-from redrafter.target import Target
-from redrafter.training.data import Row, collate
+from redrafter.targets.target import Target
+from redrafter.utils.outputs import STATES_INDEX, check_states_folder
 
 INDEX, STATES = STATES_INDEX, "states"
 

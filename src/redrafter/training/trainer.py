@@ -23,13 +23,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from redrafter import interrupt
+from redrafter.data.examples import Row, collate, pack
 from redrafter.errors import RedrafterError, reason
-from redrafter.head import Head
-from redrafter.medusa import MedusaHeads
-from redrafter.memory import within_memory
-from redrafter.outputs import CHECKPOINTS, COMPLETE, ORDER, check_drafter_folder
-from redrafter.target import Target
+from redrafter.evaluation.acceptance import Acceptance, acceptance
+from redrafter.heads.base import Head
+from redrafter.heads.medusa import MedusaHeads
+from redrafter.targets.target import Target
 from redrafter.training.callbacks import AsTold, Schedule, Watched
 from redrafter.training.card import Run, card
 from redrafter.training.checks import (
@@ -44,15 +43,16 @@ from redrafter.training.checks import (
     step_of,
 )
 from redrafter.training.clock import ByTheClock
-from redrafter.training.data import Row, collate, pack
 from redrafter.training.estimating import precision_of, step_seconds
-from redrafter.training.evaluation import Acceptance, acceptance
 from redrafter.training.fitting import fit
 from redrafter.training.outcome import Measurement
 from redrafter.training.recipe import MEASUREMENTS, Recipe, processes
 from redrafter.training.sharding import is_sharded
 from redrafter.training.states import Tell
 from redrafter.training.unrolled import Unrolled
+from redrafter.utils import interrupt
+from redrafter.utils.memory import within_memory
+from redrafter.utils.outputs import CHECKPOINTS, COMPLETE, ORDER, check_drafter_folder
 
 ENDLESS = 10**9
 """Steps of a run that the clock ends, and between what transformers is not to decide."""

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from redrafter.head import Head
-from redrafter.target import Target
-from redrafter.training.data import Row
+from redrafter.data.examples import Row
+from redrafter.heads.base import Head
+from redrafter.targets.target import Target
 from redrafter.training.loss import TOKENS, Objective, unrolled_loss
 from redrafter.training.states import States
 

@@ -1,0 +1,264 @@
+"""Draft trees: what is proposed in one step, as fixed-shape tensors on the device.
+
+Dynamic tree attention (arXiv 2403.09919, section 3.3): beams that share a prefix are folded into one prefix tree by
+tensor operations at run time.  The functions here promise: node 0 is the root, parents come before children, siblings
+hold different tokens, padding nodes come last.  A proposer may build trees of its own for which none of this holds:
+decoding keeps only nodes that are `consistent`.  Does not know who proposed the tokens, nor the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from redrafter.errors import RedrafterError
+from redrafter.kernels import has_kernels
+
+MOST_BEAMS, MOST_DEPTHS, MOST_CANDIDATES = 64, 16, 1 << 14
+"""The kernels' largest trees; larger ones are built the plain way."""
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A batch of trees of N nodes each; rows with fewer nodes are padded at the end."""
+
+    tokens: Int[Tensor, "B N"]
+    parents: Int[Tensor, "B N"]
+    """Node index of the parent; 0 for the root itself and for padding."""
+    depth: Int[Tensor, "B N"]
+    """Distance from the root; 0 for padding."""
+    valid: Bool[Tensor, "B N"]
+    ancestors: Bool[Tensor, "B N N"]
+    """`ancestors[b, n, m]`: node m is n or lies between n and the root.  Padding sees itself and the root."""
+
+    @property
+    def size(self) -> int:
+        """N, nodes counting the root and padding."""
+        return self.tokens.shape[1]
+
+    def consistent(self) -> Bool[Tensor, "B N"]:
+        """Valid nodes whose depth and ancestors are those of their parent with the node itself added.
+
+        The root counts where it has depth 0 and no ancestor but itself.  A node that is consistent, and all of whose
+        ancestors are, lies on a chain of parents that begins at the root.
+        """
+        parents = self.parents.clamp(0, self.size - 1)
+        node = torch.arange(self.size, device=parents.device)
+        root = node == 0
+        inside = (self.parents == parents) & self.valid
+        below = (self.depth == self.depth.gather(1, parents) + 1) & inside
+        itself = node[:, None] == node
+        inherited = self.ancestors.gather(1, parents[..., None].expand_as(self.ancestors)) | (
+            parents[..., None] == node
+        )
+        expected = itself | (inherited & ~root[:, None])
+        return torch.where(root, self.depth == 0, below) & (self.ancestors == expected).all(dim=2)
+
+    def bounded(self, root: Int[Tensor, " B"], *, length: int, vocabulary: int) -> DraftTree:
+        """The same trees with this root and values that can be looked up, whatever a proposer returned.
+
+        Raises RedrafterError for fields of wrong shapes or types.
+        """
+        batch, size = len(root), self.size
+        shapes = {name: (batch, size) for name in ("tokens", "parents", "depth", "valid")} | {
+            "ancestors": (batch, size, size)
+        }
+        for name, shape in shapes.items():
+            field: Tensor = getattr(self, name)
+            dtype = torch.bool if name in ("valid", "ancestors") else torch.long
+            if (field.shape, field.dtype, field.device) != (shape, dtype, root.device):
+                raise RedrafterError(
+                    f"The proposer's tree has {name} of shape {tuple(field.shape)} and {field.dtype} on "
+                    f"{field.device}; expected {shape} and {dtype} on {root.device}."
+                )
+        tokens = torch.cat((root[:, None], self.tokens[:, 1:].clamp(0, vocabulary - 1)), dim=1)
+        return replace(self, tokens=tokens, depth=self.depth.clamp(0, length))
+
+    def trimmed(self) -> DraftTree:
+        """The same trees without the padding that no row needs.  Reads the device: for the CPU, where it is free."""
+        node = torch.arange(self.size, device=self.valid.device)
+        size = 1 + int((self.valid * node).max())
+        if size == self.size:
+            return self
+        return DraftTree(
+            self.tokens[:, :size],
+            self.parents[:, :size],
+            self.depth[:, :size],
+            self.valid[:, :size],
+            self.ancestors[:, :size, :size],
+        )
+
+
+def chain(tokens: Int[Tensor, "B N"], valid: Bool[Tensor, "B N"] | None = None) -> DraftTree:
+    """Tokens one after another: a prompt's chunk, or with N = 1 the root alone, which is autoregressive decoding.
+
+    `valid`, where not all are: so many at the front of each row, one at least.
+    """
+    batch, size = tokens.shape
+    index = torch.arange(size, device=tokens.device)
+    whole = DraftTree(
+        tokens=tokens,
+        parents=(index - 1).clamp(min=0).expand(batch, size),
+        depth=index.expand(batch, size),
+        valid=torch.ones_like(tokens, dtype=torch.bool),
+        ancestors=(index[:, None] >= index).expand(batch, size, size),
+    )
+    if valid is None:
+        return whole
+    alone = (index[:, None] == index) | (index == 0)  # what padding sees
+    return DraftTree(
+        tokens=torch.where(valid, tokens, 0),
+        parents=torch.where(valid, whole.parents, 0),
+        depth=torch.where(valid, whole.depth, 0),
+        valid=valid,
+        ancestors=torch.where(valid[..., None], whole.ancestors, alone),
+    )
+
+
+def parallel_chains(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> DraftTree:
+    """W beams of L tokens side by side below `root`: the same N = 1 + W·L nodes whatever they hold, depth by depth.
+
+    Siblings may hold the same token.
+    """
+    batch, width, length = beams.shape
+    node = torch.arange(1 + width * length, device=beams.device)
+    own = (node[:, None] >= node) & ((node[:, None] - node) % width == 0)  # of one beam, from the node up
+    tokens = torch.cat((root[:, None], beams.transpose(1, 2).flatten(1)), dim=1)
+    return DraftTree(
+        tokens=tokens,
+        parents=(node - width).clamp(min=0).expand_as(tokens),
+        depth=((node + width - 1) // width).expand_as(tokens),
+        valid=torch.ones_like(tokens, dtype=torch.bool),
+        ancestors=((own & (node > 0)) | (node == 0)).expand(batch, -1, -1),
+    )
+
+
+def prefix_tree(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> DraftTree:
+    """Folds W beams of L tokens, all continuations of `root`, into prefix trees of N = 1 + W·L nodes.
+
+    Of all beams that agree up to a position the smallest owns the node there; nodes are numbered by depth, then beam.
+    """
+    width, length = beams.shape[1:]
+    if not has_kernels(beams.device) or width > MOST_BEAMS or not 0 < length <= MOST_DEPTHS:
+        return plain_prefix_tree(root, beams)
+    from redrafter.kernels.triton import drafting
+
+    with torch.cuda.device_of(beams):
+        return DraftTree(*drafting.prefix_tree(root, beams))
+
+
+def plain_prefix_tree(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> DraftTree:
+    """As `prefix_tree`, on any device."""
+    batch, width, length = beams.shape
+    device = beams.device
+    same = (beams[:, :, None] == beams[:, None]).cumprod(dim=-1).bool()  # [B, W, W, L]: prefixes agree
+    owner = same.int().argmax(dim=2).transpose(1, 2)  # [B, L, W]: the smallest beam with this prefix
+    owned = owner == torch.arange(width, device=device)
+    number = owned.flatten(1).cumsum(dim=1)  # [B, L·W]: node numbers of owners, in order of depth
+    node = number.view(batch, length, width).gather(2, owner)  # [B, L, W]: the node of every beam at every depth
+    above = torch.cat((node.new_zeros(batch, 1, width), node[:, :-1]), dim=1)
+
+    size = 1 + width * length
+    place = torch.where(owned.flatten(1), number, size)  # what owns no node lands in a column that is cut off
+    depths = torch.arange(1, length + 1, device=device)[:, None].expand(batch, length, width)
+    source = torch.stack((beams.transpose(1, 2), above, depths, torch.ones_like(above))).flatten(2)
+    fields = source.new_zeros(4, batch, size + 1).scatter_(2, place.expand(4, -1, -1), source)[..., :size]
+    tokens, parents, depth, valid = fields.unbind()
+    tokens[:, 0], valid[:, 0] = root, 1
+    return DraftTree(tokens, parents, depth, valid.bool(), ancestors_of(parents, max_depth=length))
+
+
+def most_probable(
+    root: Int[Tensor, " B"],
+    levels: Sequence[tuple[Int[Tensor, "B _"], Int[Tensor, "B _"], Float[Tensor, "B _"]]],
+    *,
+    size: int,
+) -> DraftTree:
+    """The tree of the `size - 1` most probable candidates below `root`: of that size the one with the most to expect.
+
+    A level holds tokens, parents (entries of the level before) and path scores of the candidates of one depth, siblings
+    with different tokens.  A child's score is at most its parent's, so the best are closed under parents.  Candidates
+    of no probability are left out, as padding.  Nodes are numbered by depth, then entry.
+    """
+    counts = [level[0].shape[1] for level in levels]
+    size = min(size, 1 + sum(counts))
+    fits = size > 1 and sum(counts) <= MOST_CANDIDATES and len(counts) <= MOST_DEPTHS and len(set(counts[1:])) <= 1
+    if not has_kernels(root.device, levels[0][2].dtype) or not fits:
+        return plain_most_probable(root, levels, size=size)
+    from redrafter.kernels.triton import drafting
+
+    tokens, parents, scores = (torch.cat([level[i] for level in levels], dim=1) for i in range(3))
+    with torch.cuda.device_of(root):
+        return DraftTree(
+            *drafting.most_probable(root, (tokens, parents, scores), counts[0], counts[-1], len(counts), size)
+        )
+
+
+def plain_most_probable(
+    root: Int[Tensor, " B"],
+    levels: Sequence[tuple[Int[Tensor, "B _"], Int[Tensor, "B _"], Float[Tensor, "B _"]]],
+    *,
+    size: int,
+) -> DraftTree:
+    """As `most_probable`, on any device."""
+    tokens, scores = (torch.cat([level[i] for level in levels], dim=1) for i in (0, 2))
+    batch, count = tokens.shape
+    starts = [sum(level[0].shape[1] for level in levels[:i]) for i in range(len(levels))]
+    above = [torch.full_like(level[1], count) if i == 0 else level[1] + starts[i - 1] for i, level in enumerate(levels)]
+    parents = torch.cat(above, dim=1)  # `count` stands for the root
+    depth = torch.cat([torch.full_like(level[0], i + 1) for i, level in enumerate(levels)], dim=1)
+
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, : size - 1]  # of equals, parents come first
+    kept = torch.where(scores.gather(1, order) > -torch.inf, order, count).sort(dim=1).values  # padding goes last
+    number = kept.new_zeros((batch, count + 1))
+    number.scatter_(1, kept, torch.arange(1, kept.shape[1] + 1, device=kept.device).expand_as(kept))
+    number[:, count] = 0
+    valid = kept < count
+    place = kept.clamp(max=count - 1)
+
+    def nodes(values: Tensor, first: Tensor) -> Tensor:
+        return torch.cat((first[:, None], torch.where(valid, values.gather(1, place), 0)), dim=1)
+
+    none = torch.zeros_like(root)
+    above_nodes = nodes(number.gather(1, parents), none)
+    return DraftTree(
+        nodes(tokens, root),
+        above_nodes,
+        nodes(depth, none),
+        torch.cat((torch.ones_like(valid[:, :1]), valid), dim=1),
+        ancestors_of(above_nodes, max_depth=len(levels)),
+    )
+
+
+def ancestors_of(parents: Int[Tensor, "B N"], *, max_depth: int) -> Bool[Tensor, "B N N"]:
+    """Each node's ancestors and itself, by following `parents` for `max_depth` steps."""
+    batch, size = parents.shape
+    node = torch.arange(size, device=parents.device).expand(batch, size)
+    found = parents.new_zeros((batch, size, size), dtype=torch.bool).scatter_(2, node[..., None], True)
+    for _ in range(max_depth):
+        node = parents.gather(1, node)
+        found.scatter_(2, node[..., None], True)
+    return found
+
+
+def tree_mask(
+    tree: DraftTree, length: Int[Tensor, " B"], *, slots: int, window: int | None = None
+) -> Bool[Tensor, "B N slots"]:
+    """Which slots each node attends to: the committed ones (below `length`) and its ancestors, at `length` + node.
+
+    With `window` only those at most `window - 1` positions back; a slot below `length` is its own position, a node's
+    position is `length` + depth.
+    """
+    index = torch.arange(slots, device=length.device) - length[:, None]  # [B, S]: the node in each slot
+    node = index.clamp(0, tree.size - 1)
+    in_tree = (index >= 0) & (index < tree.size)
+    own = tree.ancestors.gather(2, node[:, None].expand(-1, tree.size, -1)) & in_tree[:, None]
+    mask = own | (index < 0)[:, None]
+    if window is not None:
+        distance = torch.where(in_tree, tree.depth.gather(1, node), index)  # of the slot's position from `length`
+        mask = mask & (tree.depth[:, :, None] - distance[:, None] < window)
+    return mask

@@ -1,0 +1,1 @@
+"""Files of prompts, chats and texts, read as token rows."""

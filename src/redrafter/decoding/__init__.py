@@ -1,0 +1,1 @@
+"""One decoding step, as functions of tensors."""

@@ -1,0 +1,1 @@
+"""Requests, the scheduler that runs them, and what makes a step fast."""

@@ -1,0 +1,1 @@
+"""Measurements of drafters and of decoding: acceptance, exactness, step times, draft shapes."""

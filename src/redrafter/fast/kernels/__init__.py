@@ -1,1 +1,0 @@
-"""Kernels in Triton, each behind a function of `redrafter.fast`; they import triton, so on first use."""

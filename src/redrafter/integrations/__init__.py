@@ -1,0 +1,1 @@
+"""Other libraries: `generate` of transformers, and the drafter format of Apple."""

@@ -1,0 +1,1 @@
+"""Any causal language model of transformers, unmodified, as a verifier of draft trees."""

@@ -1,0 +1,1 @@
+"""Helpers that know nothing about language models: folders, locks, memory, progress, signals."""
