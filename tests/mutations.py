@@ -43,8 +43,8 @@ MUTATIONS = {
     ),
     "noise: by the node's number, not its depth": (
         "sampling.py",
-        "draw.noise[rows, tree.depth]",
-        "draw.noise[rows, torch.arange(tree.size) % draw.noise.shape[1]]",
+        "draw.gumbel[rows, tree.depth]",
+        "draw.gumbel[rows, torch.arange(tree.size) % draw.gumbel.shape[1]]",
     ),
     "noise: drafts have that of the position before": (
         "sampling.py", "self.noise[:, position]", "self.noise[:, position - 1]",

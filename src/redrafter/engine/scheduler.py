@@ -73,7 +73,8 @@ class Scheduler:
 
     def _events(self, runner: Runner, result: StepResult, *, entered: bool) -> list[Event]:
         events = []
-        for index, row in result.owners:
+        for index, owner in result.owners:
+            row: ActiveRow = owner
             if self._active.get(row.slot) is not row:
                 continue  # it finished in an earlier step
             report = result.reports[index]
