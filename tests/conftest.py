@@ -16,7 +16,7 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
     warnings.simplefilter("ignore")
     gc.disable()
     import transformers
-    from jaxtyping import install_import_hook
+    from jaxtyping import config, install_import_hook
 
     with contextlib.suppress(ImportError):
         import torchao.quantization  # noqa: F401
@@ -172,6 +172,14 @@ def captured(monkeypatch) -> list:
     return made
 
 
+@pytest.fixture
+def unchecked():
+    """Types of arguments are not checked, as for users."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
 def refusal(answer: tuple[int, str, str]) -> str:
     """The one sentence of a refusal."""
     status, out, err = answer
@@ -194,17 +202,19 @@ class AsksNothing(TorchDispatchMode):
 
 
 class Given:
-    """A method of drafting whose proposer is there already."""
+    """A drafting method with a given proposer."""
 
     layers = ()
 
     def __init__(self, proposer):
         self.given = proposer
 
-    def drafting(self, batch, width=None, length=None, budget=None):
-        return 1, self.given.length, None
+    def shape(self, batch):
+        from redrafter.core.shapes import DraftShape
 
-    def proposer(self, target, width, length, budget):
+        return DraftShape(beam_width=1, beam_length=self.given.length)
+
+    def proposer(self, target, shape):
         return self.given
 
 

@@ -401,7 +401,7 @@ def test_an_adapter_for_each_row_is_refused_and_leaves_the_model_as_it_was():
 def test_a_drafter_is_read_again_when_its_folder_changes(model_folder, drafter_folder, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     folder = shutil.copytree(drafter_folder, tmp_path / "drafter")
-    first = loading.named(folder, model)
-    assert loading.named(str(folder), model) is first
+    first = loading.cached_drafter(folder, model)
+    assert loading.cached_drafter(str(folder), model) is first
     RecurrentDrafter.for_target(model, beam_length=2, beam_width=2).save_pretrained(folder)
-    assert loading.named(folder, model).config.beam_length == 2
+    assert loading.cached_drafter(folder, model).config.beam_length == 2

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from conftest import rooted, tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, stream
 from redrafter.core.noise import gumbel
-from redrafter.core.rows import Draw
+from redrafter.core.rows import SamplingNoise
+from redrafter.core.shapes import DraftShape
 from redrafter.data.examples import Row
 from redrafter.decoding.sampling import Sampler
 from redrafter.engine.request import request
 from redrafter.evaluation import acceptance as evaluation
 from redrafter.evaluation.acceptance import Acceptance, Measured, acceptance, drafted_everywhere, evaluate, walked
-from redrafter.proposers import RecurrentProposer
+from redrafter.proposers.recurrent import RecurrentProposer
 from redrafter.targets.target import Target
 
 FEW = tiny_model(vocab_size=9)
@@ -56,11 +57,11 @@ def one_by_one(model, proposer, rows: list[Row], law, seeds: list[int]) -> list[
                     break
                 known.append(ids[place])
             states = model(input_ids=torch.tensor([ids[: t + 1]]), output_hidden_states=True).hidden_states[-1]
-            draw = Draw((), None)
+            noise = SamplingNoise((), None)
             if law is not None:
                 positions = torch.arange(t + 2, t + 3 + proposer.length)[None]
-                draw = Draw(law, gumbel(torch.tensor([seed]), positions, model.config.vocab_size))
-            tree = proposer.propose(None, rooted(torch.tensor([ids[t + 1]])), states[:, -1:], draw)
+                noise = SamplingNoise(law, gumbel(torch.tensor([seed]), positions, model.config.vocab_size))
+            tree = proposer.propose(None, rooted(torch.tensor([ids[t + 1]])), states[:, -1:], noise)
             own.append((followed(tree, known), int(tree.valid.sum()) - 1))
         found.append(own)
     return found
@@ -86,7 +87,11 @@ def test_every_window_is_counted_as_a_plain_loop_counts_it(
     rows = [Row([token for token, _ in row], [trained for _, trained in row]) for row in pairs]
     drafter = random_drafter(FEW, draft_vocabulary=torch.arange(3, 8) if less else None)
     target = Target(FEW)
-    proposer = RecurrentProposer(drafter, target, width, length, length + 3 if budgeted else None)
+    proposer = RecurrentProposer(
+        drafter,
+        target,
+        DraftShape(beam_width=width, beam_length=length, node_budget=length + 3 if budgeted else None),
+    )
     sampler, law = Sampler(), None
     if sampled:
         sampler = request(FEW, None, [[1]], do_sample=True, temperature=0.7).sampler
@@ -188,20 +193,20 @@ def test_sampled_drafts_are_given_the_noise_of_their_rows():
 
 @torch.no_grad()
 def test_rows_with_continuations_are_held_against_those():
-    proposer = RecurrentProposer(random_drafter(FEW), Target(FEW), width=3, length=2)
+    proposer = RecurrentProposer(random_drafter(FEW), Target(FEW), DraftShape(beam_width=3, beam_length=2))
     after = [[3, 4, 5], [6, 3, -1], [7, -1, -1], [5, 5, 8], [4, 4, 4], [3, 3, 3]]
     row = Row([5, 3, 7, 4, 8, 6], [False, True, True, True, True, False], after)
     drafts = []
     for t in (0, 1, 3):  # after 2 there is no token to draft, after 4 and 5 none is trained
         states = FEW(input_ids=torch.tensor([row.input_ids[: t + 1]]), output_hidden_states=True).hidden_states[-1]
-        tree = proposer.propose(None, rooted(torch.tensor([after[t][0]])), states[:, -1:], Draw((), None))
+        tree = proposer.propose(None, rooted(torch.tensor([after[t][0]])), states[:, -1:], SamplingNoise((), None))
         drafts.append((followed(tree, [token for token in after[t][1:] if token >= 0]), int(tree.valid.sum()) - 1))
     (found,) = drafted_everywhere(Target(FEW), proposer, [row])
     assert [tuple(pair) for pair in found.tolist()] == drafts
 
 
 def test_rows_without_a_window_and_no_rows_count_nothing():
-    proposer = RecurrentProposer(random_drafter(FEW), Target(FEW), width=3, length=2)
+    proposer = RecurrentProposer(random_drafter(FEW), Target(FEW), DraftShape(beam_width=3, beam_length=2))
     rows = [Row([5], [True]), Row([5, 6, 7], [True, True, False])]
     for some in (rows, []):
         found = acceptance(Target(FEW), proposer, some)
@@ -211,7 +216,7 @@ def test_rows_without_a_window_and_no_rows_count_nothing():
 
 def test_the_target_is_measured_without_dropout_and_put_back():
     model = tiny_model("gpt2", vocab_size=9, resid_pdrop=0.5, embd_pdrop=0.5)
-    proposer = RecurrentProposer(random_drafter(model), Target(model), width=3, length=2)
+    proposer = RecurrentProposer(random_drafter(model), Target(model), DraftShape(beam_width=3, beam_length=2))
     rows = [Row([3, 5, 8, 4, 6, 7, 3, 3, 6, 5] * 3, [True] * 30)]
     expected = acceptance(Target(model), proposer, rows)
     model.train()

@@ -10,6 +10,7 @@ from redrafter import RedrafterError, generate
 from redrafter.data.examples import Row
 from redrafter.evaluation.acceptance import acceptance
 from redrafter.heads.medusa import MedusaHeads, fit_tree
+from redrafter.proposers import method_of
 from redrafter.targets.target import Target
 from redrafter.training.estimating import estimate
 from redrafter.training.fitting import ROWS, accuracies, fit
@@ -91,9 +92,10 @@ def test_a_fitted_tree_is_accepted_farther_than_a_guess():
     measured = torch.zeros(3, 10, dtype=torch.double)
     measured[:, 9] = 0.5
     heads.config = heads.config.model_copy(update={"tree": fit_tree(measured.tolist(), 8)})
-    proposers = [heads.proposer(TARGET, *heads.drafting(0))]
+    method = method_of(heads)
+    proposers = [method.proposer(TARGET, method.shape(0))]
     fit(heads, TARGET, rows, [])
-    proposers.append(heads.proposer(TARGET, *heads.drafting(0)))
+    proposers.append(method.proposer(TARGET, method.shape(0)))
     worse, better = (acceptance(TARGET, proposer, rows) for proposer in proposers)
     assert better.accepted > 1.2 * worse.accepted
 
@@ -101,13 +103,14 @@ def test_a_fitted_tree_is_accepted_farther_than_a_guess():
 def test_heads_learn_and_the_folder_holds_what_they_became(tmp_path):
     rows = own_text(20)
     heads = MedusaHeads.fresh(MODEL, heads=3, nodes=20)
-    before = acceptance(TARGET, heads.proposer(TARGET, *heads.drafting(0)), rows[:16])
+    method = method_of(heads)
+    before = acceptance(TARGET, method.proposer(TARGET, method.shape(0)), rows[:16])
     recipe = Recipe(max_steps=1, batch_size=8, learning_rate=2e-2)
     first = run(MODEL, heads, rows[:16], tmp_path / "a", recipe, resume=False)
     recipe = Recipe(max_steps=60, batch_size=8, learning_rate=2e-2)
     last = run(MODEL, heads, rows[:16], tmp_path / "b", recipe, held_out=rows[16:], resume=False)
     assert last.loss < 0.6 * first.loss
-    after = acceptance(TARGET, heads.proposer(TARGET, *heads.drafting(0)), rows[:16])
+    after = acceptance(TARGET, method.proposer(TARGET, method.shape(0)), rows[:16])
     assert after.accepted > 2 * before.accepted
     again = MedusaHeads.from_pretrained(tmp_path / "b", target=MODEL)
     assert again.config == heads.config
