@@ -118,16 +118,16 @@ MUTATIONS = {
         "plain_walk", "torch.where(A[:, 0], D[:, 0], -1)", "A.sum(dim=1) - 1", "verify"
     ),
     "noise: by the node's number, not its depth": Mutation(
-        "Sampler._everywhere",
-        "D.noise[R, T.depth]",
-        "D.noise[R, torch.arange(T.size) % D.noise.shape[1]]",
+        "Sampler._vectorised",
+        "N.gumbel[R, T.depth]",
+        "N.gumbel[R, torch.arange(T.size) % N.gumbel.shape[1]]",
         "sampling",
     ),
     "noise: drafts use that of the position before": Mutation(
-        "SamplingNoise.coupled", "self.noise[:, P]", "self.noise[:, P - 1]", "sampling"
+        "SamplingNoise.with_noise", "self.gumbel[:, P]", "self.gumbel[:, P - 1]", "sampling"
     ),
     "noise: depends on the row's index in the batch": Mutation(
-        "Sampler.draw", "gumbel(S, P, V)", "gumbel(S + torch.arange(len(S)), P, V)", "sampling"
+        "Sampler.noise", "gumbel(S, P, V)", "gumbel(S + torch.arange(len(S)), P, V)", "sampling"
     ),
     "noise: the same at every position": Mutation(
         "noise:_keys", "_splitmix(S)[:, None] + P", "_splitmix(S)[:, None] + 0 * P", "noise"
@@ -136,13 +136,13 @@ MUTATIONS = {
         "noise:_keys", "_splitmix(S)[:, None] + P", "_splitmix(0 * S)[:, None] + P", "noise"
     ),
     "noise: one position late after a step": Mutation(
-        "Sampler.draw", "torch.arange(D, device=V)", "(D > 1) + torch.arange(D, device=V)", "decoding"
+        "Sampler.noise", "torch.arange(D, device=V)", "(D > 1) + torch.arange(D, device=V)", "decoding"
     ),
     "ahead: a finished row continues": Mutation(
-        "generate:_events", "T.get(O.slot) is not O", "O.slot not in T", "decoding"
+        "Scheduler._events", "self._active.get(O.slot) is not O", "O.slot not in self._active", "decoding"
     ),
     "ahead: tokens that are not read yet are not visible": Mutation(
-        "generate:_events", "len(F) * (L + 1)", "0 * len(F) * (L + 1)", "decoding"
+        "Runner.step", "len(F) * (L + 1)", "0 * len(F) * (L + 1)", "decoding"
     ),
     "mask: nodes see their siblings": Mutation("tree_mask", "A.gather(2, N) & I[:, None]", "I[:, None]", "tree"),
     "mask: nodes do not see the slot before the root": Mutation("tree_mask", "I < 0", "I < -1", "tree"),
@@ -152,15 +152,15 @@ MUTATIONS = {
     ),
     "tree: a node's parent is not its ancestor": Mutation("ancestors_of", "range(D)", "range(D - 1)", "tree"),
     "eagle: a feature is paired with its own token, not the next one": Mutation(
-        "EagleProposer._take_in", "(I + 1).minimum(E)", "I.minimum(E)", "test_eagle_drafts"
+        "EagleProposer._run_latest", "(I + 1).minimum(E)", "I.minimum(E)", "test_eagle_drafts"
     ),
     "eagle: the last token of the last step is not read": Mutation(
-        "EagleProposer._take_in", "F.clamp(min=0)", "(F + 1).clamp(min=0)", "test_eagle_drafts"
+        "EagleProposer._run_latest", "F.clamp(min=0)", "(F + 1).clamp(min=0)", "test_eagle_drafts"
     ),
     "eagle: beams keep the features of other beams": Mutation(
         "EagleProposer.propose", "P[..., None, None]", "(0 * P)[..., None, None]", "test_eagle_drafts"
     ),
-    "cache: nothing is moved": Mutation("step:step", "S.cache.keep(P, L)", "None", "decoding"),
+    "cache: nothing is moved": Mutation("Decoder.step", "S.cache.keep(P, L)", "None", "decoding"),
     "cache: moved one slot too far": Mutation(
         "SlotCache.keep",
         "L[:, None] + torch.arange(P, device=D)",
@@ -171,9 +171,9 @@ MUTATIONS = {
     "cache: all rows move what the first row moves": Mutation(
         "SlotCache.keep", "L[:, None] + path", "L[:, None] + path[:1]", "cache"
     ),
-    "keep: a finished row continues": Mutation("step:step", "R.alive * (A + 1)", "A + 1", "decoding"),
+    "keep: a finished row continues": Mutation("Decoder.step", "R.alive * (A + 1)", "A + 1", "decoding"),
     "keep: the drafter receives the root's state, not the last node's": Mutation(
-        "step:step", "_latest(C, H, A)", "_latest(C, H, 0 * A)", "decoding"
+        "Decoder.step", "_latest(C, H, A)", "_latest(C, H, 0 * A)", "decoding"
     ),
     "keep: the drafter receives positions with one missing": Mutation(
         "step:_latest",
@@ -182,12 +182,12 @@ MUTATIONS = {
         "decoding",
     ),
     "memory: the tokens of the last step are not read": Mutation(
-        "TwoModelProposer._take_in", "(R.length - self.length).clamp(min=0)", "R.length", "test_two_model"
+        "TwoModelProposer._run_latest", "(R.length - self.length).clamp(min=0)", "R.length", "test_two_model"
     ),
     "memory: the first token of the last step is not read": Mutation(
-        "TwoModelProposer._take_in", "R.length - self.length", "R.length - self.length + 1", "test_two_model"
+        "TwoModelProposer._run_latest", "R.length - self.length", "R.length - self.length + 1", "test_two_model"
     ),
-    "memory: prompts are not read": Mutation("step:prefill", "P.read(M, R, H, S)", "None", "proposers"),
+    "memory: prompts are not read": Mutation("Decoder._run_prompts", "P.read(M, R, H, S)", "None", "proposers"),
     "memory: a row that enters brings none": Mutation(
         "State.insert_rows", "self.memory.insert_rows(S, O)", "None", "proposers"
     ),
@@ -196,7 +196,7 @@ MUTATIONS = {
     ),
     "draft: beams see their neighbours": Mutation("parallel_chains", "A % W == 0", "A % W >= 0", "tree"),
     "draft: the root is found at its own position": Mutation(
-        "PromptLookupProposer._found", "P < E", "P <= E", "test_prompt_lookup"
+        "PromptLookupProposer._match", "P < E", "P <= E", "test_prompt_lookup"
     ),
     "draft: what follows the text is drafted": Mutation(
         "PromptLookupProposer.propose", "(A > 0) & (I <= E)", "(A > 0) & (I <= E + 1)", "test_prompt_lookup"
