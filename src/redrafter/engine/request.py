@@ -99,12 +99,8 @@ def request(
     """
     sizes = _integers(batch_size=batch_size, beam_width=beam_width, beam_length=beam_length, node_budget=node_budget)
     batch_size = sizes.pop("batch_size")
-    if batch_size is not None and batch_size < 1:
-        raise RedrafterError(f"batch_size must be at least 1, not {batch_size}.")
-    penalties = {"presence_penalty": plain(presence_penalty), "frequency_penalty": plain(frequency_penalty)}
-    check_numbers(penalties)
-    if tokenizer is not None and not hasattr(tokenizer, "decode"):
-        raise RedrafterError(f"tokenizer must be a tokenizer of transformers, not {tokenizer!r}.")
+    processors = callables("logits_processor", logits_processor)
+    controls = Controls.of(processors, prefix_allowed_tokens_fn, presence_penalty, frequency_penalty)
     if isinstance(drafter, str | Path):
         drafter = cached_drafter(drafter, unwrapped(model))
     method = None if drafter is None else method_of(drafter)
@@ -116,8 +112,6 @@ def request(
     check_token_settings(config, target.vocab_size)
     rows = _rows(target, config, read_prompts(target, config, input_ids, attention_mask), plain(seed))
     batch = min(batch_size or len(rows), len(rows))
-    processors = callables("logits_processor", logits_processor)
-    controls = Controls(processors, prefix_allowed_tokens_fn, **{name: one or 0.0 for name, one in penalties.items()})
     proposer = None
     if method is not None:
         with kernels_enabled(fast):
@@ -141,6 +135,8 @@ def _integers(**values: Any) -> dict[str, Any]:
     """Python integers, or None.  Raises RedrafterError for other values."""
     integers = {name: plain(value) for name, value in values.items()}
     check_numbers(integers, whole=True)
+    if integers["batch_size"] is not None and integers["batch_size"] < 1:
+        raise RedrafterError(f"batch_size must be at least 1, not {integers['batch_size']}.")
     return integers
 
 

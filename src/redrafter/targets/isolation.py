@@ -101,6 +101,6 @@ class _Copies:
         bound = forward is None or isinstance(forward, types.MethodType | functools.partial)
         if not bound and any(part.training for part in module.modules()):
             raise RedrafterError(
-                f"The forward of a {type(module).__name__} was replaced by a function that refers to the original model, "
-                "which is in training mode: call model.eval() first."
+                f"The forward of a {type(module).__name__} was replaced by a function that refers to the "
+                "original model, which is in training mode: call model.eval() first."
             )
