@@ -1,6 +1,6 @@
-"""Methods as a bench measures them: in one shape, with the noise of the target's draws or not, or with beams unfolded.
+"""Drafting methods with one property changed: a fixed shape, with or without coupled drafts, or flat beams.
 
-Promises that what is compared differs in that alone, and that no text does.  Does not know what is measured.
+Guarantees that a variant differs from its method in that property only and never changes the generated text.
 """
 
 from __future__ import annotations
@@ -15,73 +15,72 @@ from torch import Tensor
 
 from redrafter.core.cache import SlotCache
 from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import DraftTree, parallel_chains
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Method, Proposer
 from redrafter.proposers.trees import num_candidates, size_of
 from redrafter.targets.target import Target
 
-NO_NOISE = "without the draws' noise"
-UNFOLDED = "unfolded"
-
 
 @dataclass(frozen=True)
-class Variant:
-    """A method that always drafts in one shape, ranks by the noise of the target's draws or not, or does not fold."""
+class MethodVariant:
+    """A method with a fixed shape, a fixed coupling, or flat beams."""
 
     method: Method
-    shape: tuple[int, int, int | None] | None = None
+    shape: DraftShape | None = None
     coupled: bool | None = None
-    """Whether drafts are ranked by the noise that the target is about to draw with; by default as the method does."""
-    folded: bool = True
-    """Whether beams that begin alike share nodes, as in decoding; else the target runs each as a chain of its own."""
+    """Whether drafts are ranked with the noise that the target samples with; None keeps the method's default."""
+    flat: bool = False
+    """Whether the target verifies each beam as a separate chain instead of sharing common prefixes."""
 
     @property
     def layers(self) -> Sequence[int]:
-        """As the method's."""
+        """The target's layers that the method reads."""
         return self.method.layers
 
     def drafting(
         self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
     ) -> tuple[int, int, int | None]:
-        """The shape, whatever is told; without one as the method's."""
-        return self.shape or self.method.drafting(batch, width, length, budget)
+        """The fixed shape, whatever is requested; the method's if there is none."""
+        if self.shape is None:
+            return self.method.drafting(batch, width, length, budget)
+        return self.shape.beam_width, self.shape.beam_length, self.shape.node_budget
 
     def proposer(self, target: Target, width: int, length: int, budget: int | None) -> Proposer | None:
-        """The method's own, changed so.  Raises RedrafterError where there are no whole beams to unfold."""
+        """The method's proposer with the change.  Raises RedrafterError if flat beams need whole beams it lacks."""
         found = self.method.proposer(target, width, length, budget)
         if found is None:
             return None
         if self.coupled is not None:
-            found = _Changed(found, draw=partial(_ranked, coupled=self.coupled))
-        if not self.folded:
-            # a beam search weighs more than its beams hold; a tree of a form of its own, as Medusa's, has no more
-            weighs = num_candidates(width, length)
+            found = _ChangedProposer(found, noise=partial(_with_coupling, coupled=self.coupled))
+        if self.flat:
+            # a beam search scores more candidates than its beams hold; a fixed tree, such as Medusa's, does not
+            candidates = num_candidates(width, length)
             whole = budget is None and found.size == size_of(width, length, None)
-            most = self.method.proposer(target, width, length, weighs) if whole else None
-            if most is None or most.size != weighs:
-                raise RedrafterError("the method does not draft whole beams that could be unfolded.")
-            found = _Changed(found, tree=partial(unfolded, width=width))
+            largest = self.method.proposer(target, width, length, candidates) if whole else None
+            if largest is None or largest.size != candidates:
+                raise RedrafterError("the method does not draft whole beams, so they cannot be flattened.")
+            found = _ChangedProposer(found, tree=partial(flat_beams, width=width))
         return found
 
 
-class _Changed:
-    """A proposer that is shown other draws, or whose trees are made others."""
+class _ChangedProposer:
+    """A proposer whose sampling noise or trees are replaced."""
 
     def __init__(
         self,
         proposer: Proposer,
-        draw: Callable[[SamplingNoise], SamplingNoise] = lambda draw: draw,
+        noise: Callable[[SamplingNoise], SamplingNoise] = lambda noise: noise,
         tree: Callable[[DraftTree], DraftTree] = lambda tree: tree,
     ):
-        self._proposer, self._draw, self._tree = proposer, draw, tree
+        self._proposer, self._noise, self._tree = proposer, noise, tree
         self.length, self.size, self.positions = proposer.length, proposer.size, proposer.positions
         self.modules = proposer.modules
         self.memory, self.read = proposer.memory, proposer.read
 
     def quickened(self) -> Proposer:
-        """As the proposer's."""
-        return _Changed(self._proposer.quickened(), self._draw, self._tree)
+        return _ChangedProposer(self._proposer.quickened(), self._noise, self._tree)
 
     def propose(
         self,
@@ -90,34 +89,29 @@ class _Changed:
         context: Float[Tensor, "B positions state"],
         draw: SamplingNoise,
     ) -> DraftTree:
-        """The proposer's, changed."""
-        return self._tree(self._proposer.propose(memory, place, context, self._draw(draw)))
+        return self._tree(self._proposer.propose(memory, place, context, self._noise(draw)))
 
 
 @dataclass(frozen=True)
-class _Ranked(SamplingNoise):
-    """The draws of a step, by whose noise drafters rank or not, whatever they ask for."""
+class _FixedCoupling(SamplingNoise):
+    """Sampling noise that ranks drafts, or does not, whatever the drafter requests."""
 
-    by_noise: bool = True
+    ranks: bool = True
 
     def ranking(
         self, coupled: bool = True, names: Int[Tensor, " head"] | None = None
     ) -> Callable[[Tensor, int], Tensor] | None:
-        """As `SamplingNoise.ranking`."""
-        return super().ranking(self.by_noise, names)
+        return super().ranking(self.ranks, names)
 
 
-def _ranked(draw: SamplingNoise, coupled: bool) -> SamplingNoise:
-    return _Ranked(draw.warpers, draw.noise, coupled)
+def _with_coupling(noise: SamplingNoise, coupled: bool) -> SamplingNoise:
+    return _FixedCoupling(noise.warpers, noise.noise, coupled)
 
 
-def unfolded(tree: DraftTree, width: int) -> DraftTree:
-    """Folded beams, each again in nodes of its own below the root: what is verified where nothing is folded.
-
-    `tree` holds `width` beams, no two of them alike (`tree.fold`).
-    """
+def flat_beams(tree: DraftTree, width: int) -> DraftTree:
+    """Splits a prefix tree of `width` distinct beams into one chain per beam below the root."""
     length = (tree.size - 1) // width
     levels = [tree.valid.sum(dim=1, keepdim=True) - width + torch.arange(width, device=tree.tokens.device)]
-    for _ in range(length - 1):  # from the beams' ends, which are the last nodes, up
+    for _ in range(length - 1):  # from the last tokens of the beams, which are the last nodes, towards the root
         levels.insert(0, tree.parents.gather(1, levels[0]))
     return parallel_chains(tree.tokens[:, 0], torch.stack([tree.tokens.gather(1, nodes) for nodes in levels], dim=2))
