@@ -197,7 +197,7 @@ class Remembering:
         self.target = target
         return self
 
-    def quickened(self):
+    def prepare(self):
         return self
 
     def memory(self, *, batch, slots):

@@ -24,7 +24,6 @@ from redrafter.bench.variants import MethodVariant
 from redrafter.core.shapes import DraftShape, counted
 from redrafter.errors import RedrafterError
 from redrafter.proposers.base import draftable
-from redrafter.proposers.trees import num_candidates
 from redrafter.targets.target import Target
 from redrafter.training.journal import Journal
 from redrafter.utils.outputs import MEASUREMENTS
@@ -174,12 +173,13 @@ def _shaped_methods(model: PreTrainedModel, base: BenchMethod, axes: Axes) -> tu
     assert base.method is not None
     assert base.base is not None
     target, method = Target(model, base.method.layers), base.base
-    width, length, _ = base.method.drafting(0)
+    default = base.method.shape(0)
+    width, length = default.beam_width, default.beam_length
 
     def shape(width: int, length: int, budget: int | None = None) -> DraftShape:
         return DraftShape(beam_width=width, beam_length=length, node_budget=budget)
 
-    budgets = [budget for budget in axes.budgets if length < budget < num_candidates(width, length)]
+    budgets = [budget for budget in axes.budgets if length < budget < default.num_candidates]
     requested = [shape(*sides) for sides in itertools.product(axes.widths, axes.lengths)]
     supported, refused = draftable(method, target, requested + [shape(width, length, budget) for budget in budgets])
     own = [shape(width, length)] if axes.batches else []
@@ -187,7 +187,7 @@ def _shaped_methods(model: PreTrainedModel, base: BenchMethod, axes: Axes) -> tu
     flat, not_flat = draftable(MethodVariant(method, flat=True), target, draftable(method, target, beams)[0])
     found = []
     for one in dict.fromkeys([*supported, *flat]):
-        label = f"{base.label}, {one.in_words}"
+        label = f"{base.label}, {one.description}"
         axis = "folding" if one not in supported else "budgets" if one.node_budget else "grid"
         batched = one in flat and one in own
         found.append(_ShapedMethod(BenchMethod(label, base.path, MethodVariant(method, one)), one, axis, batched))

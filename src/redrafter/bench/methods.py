@@ -16,13 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from redrafter.bench.variants import MethodVariant
-from redrafter.core.shapes import DraftShape
+from redrafter.core.shapes import DraftShape, ShapeOverrides
 from redrafter.errors import RedrafterError
-from redrafter.heads.base import Head
-from redrafter.proposers import Method, Proposer
-from redrafter.proposers.base import measured
-from redrafter.proposers.loading import load_method
-from redrafter.proposers.trees import drafted_in_words
+from redrafter.proposers import Method, Proposer, method_of
+from redrafter.proposers.base import describe_drafts, measured_shape
+from redrafter.proposers.loading import load_drafter
+from redrafter.proposers.methods import HeadMethod
 from redrafter.targets.target import Target
 
 AUTOREGRESSIVE = "autoregressive"
@@ -81,15 +80,14 @@ class MethodSpec:
     def apply(self, method: Method) -> Method:
         """The method with this shape and coupling.
 
-        Parts of the shape that are not given are the method's defaults, except that without a budget whole beams are
-        drafted.
+        Parts of the shape that are not given are the method's defaults, except that without a budget complete beams
+        are drafted.
         """
         shape = None
         if (self.width, self.length, self.budget) != (None, None, None):
-            width, length, _ = method.drafting(0)
-            shape = DraftShape(
-                beam_width=self.width or width, beam_length=self.length or length, node_budget=self.budget
-            )
+            default = method.shape(0)
+            width, length = self.width or default.beam_width, self.length or default.beam_length
+            shape = DraftShape(beam_width=width, beam_length=length, node_budget=self.budget)
         return method if shape is None and self.coupled is None else MethodVariant(method, shape, self.coupled)
 
 
@@ -123,31 +121,30 @@ class BenchMethod:
 
     def settings(self, batch: int) -> dict[str, Any]:
         """Arguments of `generate` beside the drafter, for `batch` rows."""
-        return {} if self.method is None else measured(self.method, batch)
+        return {} if self.method is None else {"shape": self.shape(batch)}
 
     def shape(self, batch: int) -> DraftShape | None:
         """The draft shape for `batch` rows; None without a drafter."""
         if self.method is None:
             return None
-        width, length, budget = self.method.drafting(batch, *self.settings(batch).values())
-        return DraftShape(batch=batch, beam_width=width, beam_length=length, node_budget=budget)
+        return measured_shape(self.method, batch, ShapeOverrides()).model_copy(update={"batch": batch})
 
     def proposer(self, target: Target, batch: int) -> Proposer | None:
         """The proposer for `batch` rows.  Raises RedrafterError if the method cannot draft in this shape."""
         shape = self.shape(batch)
         if shape is None or self.method is None:
             return None
-        return self.method.proposer(target, shape.beam_width, shape.beam_length, shape.node_budget)
+        return self.method.proposer(target, shape)
 
     def drafts_description(self, target: Target, batch: int) -> str:
         """The drafts for `batch` rows, such as "4 beams of 5 tokens"; empty without a drafter."""
         shape, proposer = self.shape(batch), self.proposer(target, batch)
-        return "" if shape is None or proposer is None else drafted_in_words(proposer, shape)
+        return "" if shape is None or proposer is None else describe_drafts(proposer, shape)
 
     def weights_description(self, target: Target) -> tuple[str, str]:
         """The kind of weights and the draft vocabulary, for a report; empty strings without weights."""
-        if isinstance(self.base, Head):
-            return self.base.config.weights_in_words, self.base.config.drafted_in_words
+        if isinstance(self.base, HeadMethod):
+            return self.base.head.config.weights_description, self.base.head.config.vocabulary_description
         proposer = self.proposer(target, 1)
         names = ", ".join(type(module).__name__ for module in (proposer.modules if proposer else ()))
         return names, "all tokens" if names else ""
@@ -193,7 +190,7 @@ def load_methods(
     methods = []
     for spec in specs:
         if spec.path not in loaded:
-            loaded[spec.path] = load_method(spec.path, model, any_target=any_target)
+            loaded[spec.path] = method_of(load_drafter(spec.path, model, any_target=any_target))
         target = Target(model, loaded[spec.path].layers)
         method = BenchMethod(spec.label, spec.path, spec.apply(loaded[spec.path]))
         for batch in batches:

@@ -19,7 +19,7 @@ from redrafter import __version__
 from redrafter.bench.methods import AUTOREGRESSIVE, TRANSFORMERS, BenchMethod
 from redrafter.bench.tasks import ALL
 from redrafter.bench.units import Record
-from redrafter.engine.generate import path_of
+from redrafter.engine.generate import describe_backend
 from redrafter.evaluation.profiling import device_name
 from redrafter.targets.target import Target
 
@@ -52,7 +52,7 @@ def about(model: PreTrainedModel) -> Record:
         "system": f"{platform.system()} {platform.machine()}",
         "cuda": torch.version.cuda if target.device.type == "cuda" else None,
         "versions": versions,
-        "path": path_of(model),
+        "path": describe_backend(model),
     }
 
 

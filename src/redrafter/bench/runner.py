@@ -31,7 +31,7 @@ from redrafter.engine.generate import stream
 from redrafter.engine.request import request
 from redrafter.errors import RedrafterError
 from redrafter.evaluation.checking import parting
-from redrafter.evaluation.profiling import Bench
+from redrafter.evaluation.profiling import StepProfiler
 
 MAX_REQUESTS = 8
 """Default limit on the prompts of complete calls."""
@@ -221,11 +221,11 @@ class Runner:
         rows = [list(itertools.islice(tokens, context)) for _ in range(unit.batch)]
         settings = method.settings(unit.batch) | self.options.sampling(unit.temperature)
         asked = request(self.model, method.method, rows, **settings)
-        bench = Bench.of(asked, method.method, repeats=REPEATS, compile=self.options.compile)
-        record: Record = {"context": context, "step_ms": bench.step_ms(shape), "draft_ms": 0.0, "nodes": 1}
+        profiler = StepProfiler(asked, method.method, repeats=REPEATS, compile=self.options.compile)
+        record: Record = {"context": context, "step_ms": profiler.step_ms(shape), "draft_ms": 0.0, "nodes": 1}
         if shape is not None:
-            record |= {"nodes": bench.tree(shape).size, "draft_ms": bench.draft_ms(shape)}
-        return record | {"verify_ms": bench.verify_ms(record["nodes"])}
+            record |= {"nodes": profiler.tree(shape).size, "draft_ms": profiler.draft_ms(shape)}
+        return record | {"verify_ms": profiler.verify_ms(record["nodes"])}
 
     def _undrafted_texts(self, unit: Unit) -> Iterator[tuple[list[int], list[int]]]:
         """Prompts and the texts that were generated for them without a drafter."""

@@ -19,7 +19,6 @@ from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import DraftTree, parallel_chains
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Method, Proposer
-from redrafter.proposers.trees import num_candidates, size_of
 from redrafter.targets.target import Target
 
 
@@ -28,7 +27,8 @@ class MethodVariant:
     """A method with a fixed shape, a fixed coupling, or flat beams."""
 
     method: Method
-    shape: DraftShape | None = None
+    fixed: DraftShape | None = None
+    """The shape of all drafts; None keeps the method's default."""
     coupled: bool | None = None
     """Whether drafts are ranked with the noise that the target samples with; None keeps the method's default."""
     flat: bool = False
@@ -39,33 +39,29 @@ class MethodVariant:
         """The target's layers that the method reads."""
         return self.method.layers
 
-    def drafting(
-        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
-    ) -> tuple[int, int, int | None]:
-        """The fixed shape, whatever is requested; the method's if there is none."""
-        if self.shape is None:
-            return self.method.drafting(batch, width, length, budget)
-        return self.shape.beam_width, self.shape.beam_length, self.shape.node_budget
+    def shape(self, batch: int) -> DraftShape:
+        """The fixed shape, or the method's."""
+        return self.fixed or self.method.shape(batch)
 
-    def proposer(self, target: Target, width: int, length: int, budget: int | None) -> Proposer | None:
-        """The method's proposer with the change.  Raises RedrafterError if flat beams need whole beams it lacks."""
-        found = self.method.proposer(target, width, length, budget)
-        if found is None:
+    def proposer(self, target: Target, shape: DraftShape) -> Proposer | None:
+        """The method's proposer with the change.  Raises RedrafterError if flat beams are requested of a fixed tree."""
+        proposer = self.method.proposer(target, shape)
+        if proposer is None:
             return None
         if self.coupled is not None:
-            found = _ChangedProposer(found, noise=partial(_with_coupling, coupled=self.coupled))
+            proposer = _ChangedProposer(proposer, noise=partial(_with_coupling, coupled=self.coupled))
         if self.flat:
             # a beam search scores more candidates than its beams hold; a fixed tree, such as Medusa's, does not
-            candidates = num_candidates(width, length)
-            whole = budget is None and found.size == size_of(width, length, None)
-            largest = self.method.proposer(target, width, length, candidates) if whole else None
-            if largest is None or largest.size != candidates:
-                raise RedrafterError("the method does not draft whole beams, so they cannot be flattened.")
-            found = _ChangedProposer(found, tree=partial(flat_beams, width=width))
-        return found
+            complete = shape.node_budget is None and proposer.size == shape.max_nodes
+            all_candidates = shape.model_copy(update={"node_budget": shape.num_candidates})
+            largest = self.method.proposer(target, all_candidates) if complete else None
+            if largest is None or largest.size != shape.num_candidates:
+                raise RedrafterError("the method does not draft complete beams, so they cannot be flattened.")
+            proposer = _ChangedProposer(proposer, tree=partial(flat_beams, width=shape.beam_width))
+        return proposer
 
 
-class _ChangedProposer:
+class _ChangedProposer(Proposer):
     """A proposer whose sampling noise or trees are replaced."""
 
     def __init__(
@@ -77,19 +73,21 @@ class _ChangedProposer:
         self._proposer, self._noise, self._tree = proposer, noise, tree
         self.length, self.size, self.positions = proposer.length, proposer.size, proposer.positions
         self.modules = proposer.modules
-        self.memory, self.read = proposer.memory, proposer.read
+        self.memory, self.read = proposer.memory, proposer.read  # type: ignore[method-assign]
 
-    def quickened(self) -> Proposer:
-        return _ChangedProposer(self._proposer.quickened(), self._noise, self._tree)
+    def prepare(self) -> Proposer:
+        """A changed version of the prepared proposer."""
+        return _ChangedProposer(self._proposer.prepare(), self._noise, self._tree)
 
     def propose(
         self,
         memory: SlotCache | None,
-        place: RowState,
+        rows: RowState,
         context: Float[Tensor, "B positions state"],
-        draw: SamplingNoise,
+        noise: SamplingNoise,
     ) -> DraftTree:
-        return self._tree(self._proposer.propose(memory, place, context, self._noise(draw)))
+        """The proposer's trees with the change."""
+        return self._tree(self._proposer.propose(memory, rows, context, self._noise(noise)))
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,12 @@ class _FixedCoupling(SamplingNoise):
     def ranking(
         self, coupled: bool = True, names: Int[Tensor, " head"] | None = None
     ) -> Callable[[Tensor, int], Tensor] | None:
+        """As in the base class, without regard to `coupled`."""
         return super().ranking(self.ranks, names)
 
 
 def _with_coupling(noise: SamplingNoise, coupled: bool) -> SamplingNoise:
-    return _FixedCoupling(noise.warpers, noise.noise, coupled)
+    return _FixedCoupling(noise.warpers, noise.gumbel, coupled)
 
 
 def flat_beams(tree: DraftTree, width: int) -> DraftTree:
