@@ -1,6 +1,6 @@
 """Exact, fast speculative decoding with a recurrent drafter (arXiv 2403.09919).
 
-The public page: these names and no others.  Nothing heavy is imported until one of them is asked for.
+These names are the public API.  Each is imported on first access, so `import redrafter` stays fast.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "DrafterConfig": "config",
-    "EagleHead": "eagle",
-    "Event": "results",
-    "Generation": "results",
-    "MedusaHeads": "medusa",
+_MODULES = {
+    "DrafterConfig": "heads.recurrent",
+    "EagleHead": "heads.eagle",
+    "Event": "engine.results",
+    "Generation": "engine.results",
+    "MedusaHeads": "heads.medusa",
     "PromptLookup": "proposers.prompt_lookup",
-    "RecurrentDrafter": "drafter",
+    "RecurrentDrafter": "heads.recurrent",
     "RedrafterError": "errors",
-    "Stats": "results",
+    "Stats": "engine.results",
     "TwoModel": "proposers.two_model",
-    "custom_generate": "huggingface",
-    "generate": "decoding",
-    "stream": "decoding",
+    "custom_generate": "integrations.transformers",
+    "generate": "engine.generate",
+    "stream": "engine.generate",
 }
 
 __all__ = [  # noqa: RUF022
@@ -56,9 +56,9 @@ __all__ = [  # noqa: RUF022
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"redrafter.{_HOME[name]}"), name)
+    return getattr(import_module(f"redrafter.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
