@@ -25,7 +25,7 @@ from redrafter.decoding.settings import ONE_TEXT
 from redrafter.engine.generate import stream
 from redrafter.engine.request import request
 from redrafter.errors import RedrafterError
-from redrafter.evaluation.checking import parting
+from redrafter.evaluation.checking import find_divergence
 from redrafter.evaluation.profiling import Bench
 from redrafter.training.journal import Journal
 
@@ -309,7 +309,7 @@ class Runner:
         settings = self._law(unit.temperature) | {"max_new_tokens": self.asked.max_new_tokens}
         prompts = self._prompts(unit.category)
         found = [
-            parting(self.model, prompts, row, one, other, settings)
+            find_divergence(self.model, prompts, row, one, other, settings)
             for row, (one, other) in enumerate(zip(plain, drafted, strict=True))
             if one != other
         ]
