@@ -46,7 +46,7 @@ def check(options: CheckOptions) -> None:
     """
     check_model_path(options.model)
     check_drafter_path(options.drafter)
-    from redrafter.cli.loading import load_method, load_model, tokenized_prompts
+    from redrafter.cli.loading import load_drafter, load_model, tokenized_prompts
     from redrafter.cli.parsing import read_settings
     from redrafter.data.prompts import read_prompts
     from redrafter.decoding.settings import with_stop_strings
@@ -59,10 +59,10 @@ def check(options: CheckOptions) -> None:
     records = read_prompts(*options.prompts, limit=options.limit)
     ids = tokenized_prompts(records, options.model, options.template_kwargs)
     target, tokenizer = load_model(options.model, options.dtype, options.device)
-    method = load_method(options.drafter, target, any_target=options.any_target)
+    drafter = load_drafter(options.drafter, target, any_target=options.any_target)
     settings = with_stop_strings(target, settings, tokenizer)
     with Progress("texts", 2 * len(ids)) as progress:
-        report = compare(target, method, ids, on_row=progress.advance, **settings)
+        report = compare(target, drafter, ids, on_row=progress.advance, **settings)
     for one in report.divergences:
         verdict = "within rounding" if one.explained else "NOT explained by rounding"
         typer.echo(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from redrafter.engine.results import Stats
-    from redrafter.heads.recurrent import RecurrentDrafter
+    from redrafter.proposers import Drafter
 
 PROMPTS = (
     "I want to book a table for two at Gusto Pizzeria in San Jose at 7 pm tonight.",
@@ -55,14 +55,18 @@ def demo(options: DemoOptions) -> None:
     from rich.console import Console
 
     from redrafter.cli.loading import demo_folder, load_drafter, load_model
+    from redrafter.core.shapes import ShapeOverrides
     from redrafter.data.prompts import prompt_ids
+    from redrafter.proposers import method_of
+    from redrafter.proposers.base import resolved_shape
 
     model, tokenizer = load_model(str(demo_folder() / "redrafter-demo-12m"), device="cpu")
     pair = _Pair(model, tokenizer, load_drafter(str(demo_folder() / "drafter"), model), options)
     console = Console(highlight=False)
     if not options.as_json:
         console.print("[green]Green[/green]: drafted and accepted; plain: chosen by the model itself.")
-    rows, accepted = [], [0] * pair.drafter.drafting(1, *values_of(options, ShapeOptions).values())[1]
+    overrides = ShapeOverrides(**values_of(options, ShapeOptions))
+    rows, accepted = [], [0] * resolved_shape(method_of(pair.drafter), 1, overrides).beam_length
     for text in options.prompt or PROMPTS:
         ids = prompt_ids({"messages": [{"role": "user", "content": text}]}, tokenizer, "--prompt")
         if not options.as_json:
@@ -86,7 +90,7 @@ class _Pair:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        drafter: RecurrentDrafter,
+        drafter: Drafter,
         options: DemoOptions,
     ):
         self.model, self.tokenizer, self.drafter, self.repeats = model, tokenizer, drafter, options.repeats

@@ -60,7 +60,7 @@ def evaluate(options: EvalOptions) -> None:
     """
     check_model_path(options.model)
     check_drafter_path(options.drafter)
-    from redrafter.cli.loading import load_method, load_model, tokenized_prompts
+    from redrafter.cli.loading import load_drafter, load_model, tokenized_prompts
     from redrafter.data.prompts import read_prompts
     from redrafter.evaluation.acceptance import evaluate as measure
     from redrafter.utils.progress import Progress
@@ -69,11 +69,11 @@ def evaluate(options: EvalOptions) -> None:
     groups = {} if options.by is None else _grouped(records, options.by)
     ids = tokenized_prompts(records, options.model, options.template_kwargs)
     target, tokenizer = load_model(options.model, options.dtype, options.device)
-    method = load_method(options.drafter, target, any_target=options.any_target)
+    drafter = load_drafter(options.drafter, target, any_target=options.any_target)
     with Progress("texts", 2 * len(ids)) as progress:
         results = measure(
             target,
-            method,
+            drafter,
             ids,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,

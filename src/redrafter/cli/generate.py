@@ -77,11 +77,14 @@ class GenerateOptions(ShapeOptions, SamplingOptions, LoadingOptions):
 def generate(options: GenerateOptions) -> None:
     """Generate text from one prompt or a file of prompts, with a drafter or without."""
     options.check()
-    from redrafter.cli.loading import load_method, load_model, show_log, tokenized_prompts
+    from redrafter.cli.loading import load_drafter, load_model, show_log, tokenized_prompts
+    from redrafter.core.shapes import ShapeOverrides
     from redrafter.data.prompts import read_prompts
     from redrafter.decoding.settings import ONE_TEXT, with_stop_strings
     from redrafter.engine.generate import stream
     from redrafter.engine.results import finished
+    from redrafter.proposers import method_of
+    from redrafter.proposers.base import resolved_shape
 
     if options.compile:
         show_log()
@@ -90,14 +93,13 @@ def generate(options: GenerateOptions) -> None:
     records = read_prompts(*options.prompts, limit=options.limit) if options.prompts else prompt
     ids = tokenized_prompts(records, options.model, options.template_kwargs, chat=options.chat)
     target, tokenizer = load_model(options.model, options.dtype, options.device)
-    method = None
-    positions = 0
+    drafter, positions = None, 0
     if options.drafter is not None and not options.no_drafter:
-        method = load_method(options.drafter, target, any_target=options.any_target)
-        shape = (options.beam_width, options.beam_length, options.node_budget)
-        positions = method.drafting(min(options.batch_size, len(ids)), *shape)[1]
+        drafter = load_drafter(options.drafter, target, any_target=options.any_target)
+        overrides = ShapeOverrides(**values_of(options, ShapeOptions))
+        positions = resolved_shape(method_of(drafter), min(options.batch_size, len(ids)), overrides).beam_length
     settings = with_stop_strings(target, settings, tokenizer) | ONE_TEXT
-    events = stream(target, method, ids, **settings)
+    events = stream(target, drafter, ids, **settings)
 
     begin, tokens, steps = time.perf_counter(), 0, 0
     for row in _in_order(finished(events, rows=len(ids), positions=positions)):

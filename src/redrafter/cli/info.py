@@ -40,7 +40,7 @@ def info(options: InfoOptions) -> None:
     check_drafter_path(options.path)
 
     from redrafter.cli.loading import load_model
-    from redrafter.engine.generate import path_of
+    from redrafter.engine.generate import describe_backend
     from redrafter.proposers.loading import load_head
     from redrafter.targets.target import Target
 
@@ -49,9 +49,10 @@ def info(options: InfoOptions) -> None:
     if head is not None:
         _print_table(_describe(str(options.path), head))
     if model is not None:
-        _print_table({"model": f"{options.model} ({type(model).__name__})", **path_of(model)})
+        _print_table({"model": f"{options.model} ({type(model).__name__})", **describe_backend(model)})
     if head is not None and model is not None:
-        Target(model).check_drafter(head.config, any_target=options.any_target)
+        head.any_target = options.any_target
+        head.check_target(Target(model))
 
 
 def _print_table(lines: dict[str, str]) -> None:
@@ -72,10 +73,10 @@ def _describe(path: str, head: Head) -> dict[str, str]:
         "drafter": path,
         "target": f"{config.target or 'unknown'}, revision {config.target_revision or 'unknown'}",
         "target's shape": f"vocabulary {config.vocab_size:,}, hidden size {config.hidden_size:,}",
-        "head": config.head_in_words,
-        "context": config.context_in_words,
-        "default drafts": config.shape_in_words,
-        **{f"from batch {shape.batch} on": shape.in_words for shape in config.shapes},
+        "head": config.head_description,
+        "context": config.context_description,
+        "default drafts": config.shape_description,
+        **{f"from batch {shape.batch} on": shape.description for shape in config.shapes},
         **({"tuned on": config.tuned_on} if config.tuned_on else {}),
         "parameters": f"{hub.count_parameters(head):,} in {str(head.dtype).removeprefix('torch.')}",
         "on disk": f"{hub.size_on_disk(hub.fetch(path)) / 1e6:.1f} MB",

@@ -47,8 +47,7 @@ from redrafter.utils.paths import check_model_path
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from redrafter.heads.recurrent import RecurrentDrafter
-    from redrafter.proposers import Method
+    from redrafter.proposers import Drafter
 
 
 Sources, Length, Width, Budget = SOURCES, BeamLength, BeamWidth, NodeBudget
@@ -183,18 +182,11 @@ def load_model(
         raise RedrafterError(f"The model cannot be moved to --device {device}: {reason(error)}.") from error
 
 
-def load_drafter(path: str, model: PreTrainedModel, *, any_target: bool = False) -> RecurrentDrafter:
-    """A recurrent drafter on the device and in the dtype of its target."""
-    from redrafter.heads.recurrent import RecurrentDrafter
+def load_drafter(path: str, model: PreTrainedModel, *, any_target: bool = False) -> Drafter:
+    """A drafter on its target's device: from a folder or Hub id, a smaller model, or prompt lookup by its name."""
+    from redrafter.proposers import loading
 
-    return RecurrentDrafter.from_pretrained(path, target=model, any_target=any_target)
-
-
-def load_method(path: str, model: PreTrainedModel, *, any_target: bool = False) -> Method:
-    """A drafting method for the target: a drafter's folder, a draft model, or prompt lookup by its name."""
-    from redrafter.proposers.loading import load_method
-
-    return load_method(path, model, any_target=any_target)
+    return loading.load_drafter(path, model, any_target=any_target)
 
 
 def demo_folder() -> Path:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from redrafter.core.shapes import DraftShape
-    from redrafter.evaluation.profiling import Bench, Piece
-    from redrafter.proposers import Method
+    from redrafter.evaluation.profiling import Measurement, StepProfiler
+    from redrafter.proposers import Drafter
 
 DEFAULT_CONTEXT = 2000
 
@@ -73,34 +73,38 @@ def profile(options: ProfileOptions) -> None:
     options.check()
     from rich.console import Console
 
-    from redrafter.cli.loading import load_method, load_model
-    from redrafter.evaluation.profiling import bandwidth, device_name, pieces
+    from redrafter.cli.loading import load_drafter, load_model
+    from redrafter.evaluation.profiling import bandwidth, device_name, measurements
     from redrafter.heads.synthetic import random_drafter
-    from redrafter.proposers.trees import drafted_in_words
+    from redrafter.proposers.base import describe_drafts
 
     model = load_model(options.model, options.dtype, options.device)[0] if options.model else _random_model(options)
     if options.drafter:
-        method = load_method(options.drafter, model, any_target=options.any_target)
+        drafter = load_drafter(options.drafter, model, any_target=options.any_target)
     else:
-        method = random_drafter(model, options.exit_dim, options.draft_vocab)
-    bench, drafted, wider = _bench(model, method, options, widths=widths, nodes=max(nodes))
+        drafter = random_drafter(model, options.exit_dim, options.draft_vocab)
+    profiler, shape, wider = _profiler(model, drafter, options, widths=widths, nodes=max(nodes))
     console = Console(highlight=False, soft_wrap=True)
     speed, device = bandwidth(model.device, options.repeats), device_name(model.device)
     console.print(f"{device}: one pass over a large array reads and writes {speed / 1e9:,.1f} GB/s")
     console.print(
-        f"a step reads {bench.weight_bytes / 1e6:,.1f} MB of weights and {bench.cache_bytes / 1e6:,.1f} MB of keys and "
-        f"values ({options.batch} x {bench.context:,} tokens): at least {_floor_ms(bench, speed):.3f} ms"
+        f"a step reads {profiler.weight_bytes / 1e6:,.1f} MB of weights and {profiler.cache_bytes / 1e6:,.1f} MB of "
+        f"keys and values ({options.batch} x {profiler.context:,} tokens): at least {_floor_ms(profiler, speed):.3f} ms"
     )
-    timed = list(pieces(bench, drafted, nodes=nodes, widths=[shape.beam_width for shape in wider]))
+    timed = list(measurements(profiler, shape, nodes=nodes, widths=[one.beam_width for one in wider]))
     console.print(_table(timed))
-    console.print(f"rest and drafted step: {drafted_in_words(bench.proposer(drafted), drafted)}")
-    about = {"target": options.model or options.shape, "device": device, "shape": drafted.model_dump(exclude={"batch"})}
-    typer.echo(json.dumps(about | _as_dict(bench, speed, timed), ensure_ascii=False))
+    backend = profiler.runner(shape).describe()
+    for name, value in backend.items():
+        console.print(f"{name}: {value}")
+    console.print(f"rest and drafted step: {describe_drafts(profiler.proposer(shape), shape)}")
+    about = {"target": options.model or options.shape, "device": device, "shape": shape.model_dump(exclude={"batch"})}
+    about["backend"] = backend
+    typer.echo(json.dumps(about | _as_dict(profiler, speed, timed), ensure_ascii=False))
 
 
-def _floor_ms(bench: Bench, bytes_per_second: float) -> float:
+def _floor_ms(profiler: StepProfiler, bytes_per_second: float) -> float:
     """Milliseconds that a step takes at least, for reading weights, keys and values."""
-    return 1e3 * (bench.weight_bytes + bench.cache_bytes) / bytes_per_second
+    return 1e3 * (profiler.weight_bytes + profiler.cache_bytes) / bytes_per_second
 
 
 def _random_model(options: ProfileOptions) -> PreTrainedModel:
@@ -120,45 +124,46 @@ def _random_model(options: ProfileOptions) -> PreTrainedModel:
         raise RedrafterError(f"The model cannot be moved to --device {options.device}: {reason(error)}.") from error
 
 
-def _bench(
-    model: PreTrainedModel, method: Method, options: ProfileOptions, *, widths: list[int], nodes: int
-) -> tuple[Bench, DraftShape, list[DraftShape]]:
-    """What times the steps, on rows of random tokens; the shape of a draft; and the shapes of these `widths`.
+def _profiler(
+    model: PreTrainedModel, drafter: Drafter, options: ProfileOptions, *, widths: list[int], nodes: int
+) -> tuple[StepProfiler, DraftShape, list[DraftShape]]:
+    """A profiler with rows of random tokens, the shape of a drafted step, and the shapes with other `widths`.
 
-    Widths that the method cannot draft are left out.
+    Widths that the drafter does not support are left out.
     """
     import torch
 
     from redrafter.cli.loading import check_context
-    from redrafter.core.shapes import DraftShape
+    from redrafter.core.shapes import ShapeOverrides
     from redrafter.decoding.settings import ONE_TEXT
     from redrafter.engine.request import request
-    from redrafter.evaluation.profiling import Bench
-    from redrafter.proposers.base import draftable, measured
+    from redrafter.evaluation.profiling import StepProfiler
+    from redrafter.proposers import method_of
+    from redrafter.proposers.base import draftable, measured_shape
 
     check_context(options.context, model)
     config = model.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     texts = torch.randint(config.vocab_size, (options.batch, options.context or min(DEFAULT_CONTEXT, most))).tolist()
-    shape = measured(method, options.batch, *values_of(options, ShapeOptions).values())
-    made = request(model, method, texts, do_sample=options.do_sample, stop_strings=(), **ONE_TEXT, **shape)
-    width, length, budget = method.drafting(options.batch, *shape.values())
-    drafted = DraftShape(beam_width=width, beam_length=length, node_budget=budget)
-    wider, _ = draftable(method, made.target, [drafted.model_copy(update={"beam_width": one}) for one in widths])
-    bench = Bench.of(made, method, wider, nodes=nodes, repeats=options.repeats, compile=options.compile)
-    return bench, drafted, wider
+    method = method_of(drafter)
+    shape = measured_shape(method, options.batch, ShapeOverrides(**values_of(options, ShapeOptions)))
+    made = request(model, drafter, texts, do_sample=options.do_sample, stop_strings=(), **ONE_TEXT, shape=shape)
+    wider, _ = draftable(method, made.target, [shape.model_copy(update={"beam_width": one}) for one in widths])
+    nodes = max(nodes, *(one.max_nodes for one in (shape, *wider)))
+    profiler = StepProfiler(made, method, nodes=nodes, repeats=options.repeats, compile=options.compile)
+    return profiler, shape, wider
 
 
-def _as_dict(bench: Bench, bytes_per_second: float, timed: list[Piece]) -> dict[str, Any]:
+def _as_dict(profiler: StepProfiler, bytes_per_second: float, timed: list[Measurement]) -> dict[str, Any]:
     plain_ms = timed[0].milliseconds
     return {
-        "dtype": str(bench.target.dtype).removeprefix("torch."),
-        "batch": bench.batch,
-        "context": bench.context,
+        "dtype": str(profiler.target.dtype).removeprefix("torch."),
+        "batch": profiler.batch,
+        "context": profiler.context,
         "bytes_per_second": round(bytes_per_second),
-        "weight_bytes": bench.weight_bytes,
-        "cache_bytes": bench.cache_bytes,
-        "floor_ms": round(_floor_ms(bench, bytes_per_second), 5),
+        "weight_bytes": profiler.weight_bytes,
+        "cache_bytes": profiler.cache_bytes,
+        "floor_ms": round(_floor_ms(profiler, bytes_per_second), 5),
         "pieces": [
             {
                 "name": one.name,
@@ -171,7 +176,7 @@ def _as_dict(bench: Bench, bytes_per_second: float, timed: list[Piece]) -> dict[
     }
 
 
-def _table(timed: list[Piece]) -> Table:
+def _table(timed: list[Measurement]) -> Table:
     """The times, also as multiples of the autoregressive step."""
     from rich import box
     from rich.table import Table

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from redrafter.core.shapes import DraftShape
     from redrafter.evaluation.tuning import Tuned
-    from redrafter.proposers import Method
+    from redrafter.proposers import Drafter
 
 
 @dataclass(kw_only=True)
@@ -93,7 +93,7 @@ def tune(options: TuneOptions) -> None:
     only if its gain exceeds the variation between calls.
     """
     batches, shapes = options.shapes()
-    from redrafter.cli.loading import check_context, load_method, load_model, tokenized_prompts
+    from redrafter.cli.loading import check_context, load_drafter, load_model, tokenized_prompts
     from redrafter.data.prompts import read_prompts
     from redrafter.evaluation import tuning
     from redrafter.proposers.loading import kind_of
@@ -109,8 +109,8 @@ def tune(options: TuneOptions) -> None:
         ids = tokenized_prompts(records, options.model, options.template_kwargs)
         model, tokenizer = load_model(options.model, options.dtype, options.device)
         check_context(options.context, model)
-        method = load_method(options.drafter, model, any_target=options.any_target)
-        tuned = _measure(options, model, tokenizer, method, ids, batches, shapes)
+        drafter = load_drafter(options.drafter, model, any_target=options.any_target)
+        tuned = _measure(options, model, tokenizer, drafter, ids, batches, shapes)
         _print_table(tuned)
         about = _conditions(options, model)
         if options.dry_run:
@@ -124,7 +124,7 @@ def _measure(
     options: TuneOptions,
     model: PreTrainedModel,
     tokenizer: Any,
-    method: Method,
+    drafter: Drafter,
     ids: list[list[int]],
     batches: list[int],
     shapes: list[DraftShape],
@@ -133,11 +133,13 @@ def _measure(
     from redrafter.cli.parsing import read_settings
     from redrafter.decoding.settings import with_stop_strings
     from redrafter.evaluation import tuning
-    from redrafter.evaluation.profiling import Bench
+    from redrafter.evaluation.profiling import StepProfiler
+    from redrafter.proposers import method_of
     from redrafter.proposers.base import draftable
     from redrafter.targets.target import Target
     from redrafter.utils.progress import Progress, track
 
+    method = method_of(drafter)
     candidates, rejected = draftable(method, Target(model, method.layers), shapes)
     if not candidates:
         raise RedrafterError(f"The drafter supports none of the shapes: {rejected[0]}")
@@ -147,17 +149,17 @@ def _measure(
     settings = with_stop_strings(model, settings, tokenizer) | {"max_new_tokens": options.max_new_tokens}
     _print_estimate(tuning.estimate(model, ids, batches, compile=options.compile, **settings))
     with Progress("texts", len(ids)) as progress:
-        texts = tuning.Texts.written(model, method, ids, on_row=progress.advance, **settings)
-    length = options.context or texts.length
+        texts = tuning.Texts.written(model, drafter, ids, on_row=progress.advance, **settings)
+    length, nodes = options.context or texts.length, max(shape.max_nodes for shape in candidates)
     tokens_per_step = {shape: texts.tokens_per_step(shape) for shape in track(candidates, "shapes measured")}
     tuned: list[Tuned] = []
     failed: dict[int, RedrafterError] = {}
     for batch in track(batches, "batch sizes timed"):
         try:
-            again = texts.again(batch, length)
-            bench = Bench.of(again, method, candidates, repeats=options.repeats, compile=options.compile)
-            finalists = tuning.promising(bench, tokens_per_step)
-            del again, bench  # frees the cache
+            rows = texts.again(batch, length)
+            profiler = StepProfiler(rows, method, nodes=nodes, repeats=options.repeats, compile=options.compile)
+            finalists = tuning.promising(profiler, tokens_per_step)
+            del profiler  # frees its cache
             speed = partial(texts.tokens_per_second, batch=batch, compile=options.compile)
             tuned.append(tuning.tune(finalists, tokens_per_step, speed))
         except RedrafterError as error:  # the other batch sizes may fit
@@ -176,7 +178,7 @@ def _conditions(options: TuneOptions, model: PreTrainedModel) -> str:
 
     dtype, mode = str(model.dtype).removeprefix("torch."), "sampled" if options.do_sample else "greedy"
     calls = f"complete calls of up to {options.max_new_tokens} tokens"
-    compiled = ", compiled layers" if options.compile and Target(model).packs else ""
+    compiled = ", compiled layers" if options.compile and Target(model).tree_kernels else ""
     return f"{device_name(model.device)}, {dtype}, {mode}, {calls}{compiled}"
 
 
@@ -210,7 +212,7 @@ def _print_table(tuned: list[Tuned]) -> None:
         low, high = one.interval
         table.add_row(
             str(one.candidate.batch),
-            one.candidate.in_words,
+            one.candidate.description,
             f"{one.tokens_per_step:.2f}",
             f"{statistics.median(one.drafted):,.0f}",
             f"{statistics.median(one.undrafted):,.0f}",

@@ -31,10 +31,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from redrafter.decoding.settings import CompleteConfig
 from redrafter.engine.generate import generate
-from redrafter.engine.request import padding_of
+from redrafter.engine.inputs import padding_token
 from redrafter.engine.results import Generation
 from redrafter.errors import RedrafterError
-from redrafter.proposers import Method
+from redrafter.proposers import Drafter
 
 _PREPARED_INPUTS = ("logits_to_keep", "use_cache", "position_ids", "cache_position", "past_key_values")
 """Inputs that transformers prepares for its own loop."""
@@ -91,7 +91,7 @@ def custom_generate(
     stopping_criteria: Sequence[StoppingCriteria],
     generation_config: GenerationConfig,
     *,
-    drafter: Method | str | Path | None = None,
+    drafter: Drafter | str | Path | None = None,
     batch_size: int | None = None,
     beam_width: int | None = None,
     beam_length: int | None = None,
@@ -279,7 +279,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _output(out: Generation, input_ids: Tensor, config: GenerationConfig) -> Tensor | GenerateDecoderOnlyOutput:
     """What `model.generate` returns."""
-    new = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in out.new_tokens], True, padding_of(config))
+    new = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in out.new_tokens], True, padding_token(config))
     sequences = torch.cat((input_ids, new.to(input_ids)), dim=1)
     if not config.return_dict_in_generate:
         return sequences
