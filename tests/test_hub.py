@@ -75,11 +75,11 @@ def test_truncated_weights_are_refused(folder, kept):
 @pytest.mark.parametrize(
     ("tensors", "named"),
     [
-        ({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, r"weight should be \(2, 3\) and is \(2, 4\)"),
-        ({"weight": torch.zeros(2, 3)}, r"bias should be \(2,\) and is absent"),
+        ({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, r"weight should be \(2, 3\) but is \(2, 4\)"),
+        ({"weight": torch.zeros(2, 3)}, r"bias should be \(2,\) but is absent"),
         (
             {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "x": torch.zeros(1)},
-            r"x should be absent and is \(1,\)",
+            r"x should be absent but is \(1,\)",
         ),
     ],
 )

@@ -187,7 +187,7 @@ BAD = [
 
 @pytest.mark.parametrize("row", BAD, ids=[ascii(row)[:60] for row in BAD])
 def test_ambiguous_rows_raise_an_error_with_their_location(tokenizer, row):
-    for read in (prompt_ids, tokenized, lambda row, tokenizer, where: plan(row, where)):
+    for read in (prompt_ids, tokenized_rows, lambda row, tokenizer, where: plan(row, where)):
         with pytest.raises(RedrafterError, match=r"^F line 3: .*\.$"):
             read(row, tokenizer, "F line 3")
 

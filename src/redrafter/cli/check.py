@@ -6,36 +6,23 @@ from dataclasses import dataclass
 
 import typer
 
+from redrafter.cli import options as opt
 from redrafter.cli.app import command
-from redrafter.cli.options import (
-    BatchSize,
-    Drafter,
-    Limit,
-    LoadingOptions,
-    Model,
-    NewTokens,
-    Prompts,
-    SamplingOptions,
-    Set,
-    ShapeOptions,
-    TemplateKwargs,
-    values_of,
-)
 from redrafter.utils.paths import check_drafter_path, check_model_path
 
 
 @dataclass(kw_only=True)
-class CheckOptions(ShapeOptions, SamplingOptions, LoadingOptions):
+class CheckOptions(opt.ShapeOptions, opt.SamplingOptions, opt.LoadingOptions):
     """Options of `redrafter check`."""
 
-    model: Model
-    drafter: Drafter
-    prompts: Prompts
-    limit: Limit = None
-    template_kwargs: TemplateKwargs = None
-    max_new_tokens: NewTokens = 128
-    batch_size: BatchSize = 8
-    settings: Set = None
+    model: opt.Model
+    drafter: opt.Drafter
+    prompts: opt.Prompts
+    limit: opt.Limit = None
+    template_kwargs: opt.TemplateKwargs = None
+    max_new_tokens: opt.NewTokens = 128
+    batch_size: opt.BatchSize = 8
+    settings: opt.Set = None
 
 
 @command("Measure")
@@ -53,7 +40,7 @@ def check(options: CheckOptions) -> None:
     from redrafter.evaluation.checking import compare
     from redrafter.utils.progress import Progress
 
-    values = values_of(options, ShapeOptions, SamplingOptions)
+    values = opt.values_of(options, opt.ShapeOptions, opt.SamplingOptions)
     sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
     settings = read_settings(options.settings, **values, **sizes)
     records = read_prompts(*options.prompts, limit=options.limit)

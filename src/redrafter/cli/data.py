@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from redrafter.cli import options as opt
 from redrafter.cli.app import command
-from redrafter.cli.options import SOURCES, BadRows, Template, TemplateKwargs
 from redrafter.errors import RedrafterError
 from redrafter.utils.paths import check_model_path
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from redrafter.data.examples import Row
 
 
@@ -24,13 +22,13 @@ if TYPE_CHECKING:
 class DataOptions:
     """Options of `redrafter data`."""
 
-    files: Annotated[list[str], typer.Argument(help=SOURCES, metavar="FILES...")]
+    files: Annotated[list[str], typer.Argument(help=opt.SOURCES, metavar="FILES...")]
     model: Annotated[str, typer.Option(help="Target model: folder or Hub id.  Only its tokenizer is loaded.")]
     max_length: Annotated[int, typer.Option(min=3, help="Rows are cut to this number of tokens.")] = 1024
     row: Annotated[int, typer.Option(min=1, help="Number of the row to show.")] = 1
-    template: Template = None
-    template_kwargs: TemplateKwargs = None
-    bad_rows: BadRows = "stop"
+    template: opt.Template = None
+    template_kwargs: opt.TemplateKwargs = None
+    bad_rows: opt.BadRows = "stop"
 
 
 @command("Train a drafter")
@@ -42,6 +40,7 @@ def data(options: DataOptions) -> None:
 
     from redrafter.cli.loading import config_value, load_tokenizer
     from redrafter.cli.parsing import skipping, template_variables
+    from redrafter.cli.tables import description
     from redrafter.data.examples import read_rows
 
     variables = template_variables(options.template_kwargs)
@@ -52,7 +51,7 @@ def data(options: DataOptions) -> None:
     if options.row > len(rows):
         raise RedrafterError(f"--row {options.row}: the data has {len(rows)} rows.")
     console = Console(soft_wrap=True)
-    console.print(_summary(rows, options.max_length))
+    console.print(description(_summary(rows, options.max_length), style="bold"))
 
     shown, text = rows[options.row - 1].cut(options.max_length), Text()
     for trained, tokens in groupby(zip(shown.trained, shown.input_ids, strict=True), key=itemgetter(0)):
@@ -62,20 +61,17 @@ def data(options: DataOptions) -> None:
     console.print(text)
 
 
-def _summary(rows: list[Row], max_length: int) -> Table:
+def _summary(rows: list[Row], max_length: int) -> dict[str, str]:
     """Counts and lengths."""
-    from rich.table import Table
-
     cut = [row.cut(max_length) for row in rows]
     learned = {i for row in cut for i, trained in zip(row.input_ids, row.trained, strict=True) if trained}
     lengths = sorted(len(row.input_ids) for row in rows)
     median, percentile = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
-    table = Table(show_header=False, box=None)
-    table.add_column(style="bold")
-    table.add_row("rows", f"{len(rows):,}")
-    table.add_row("tokens", f"{sum(len(row.input_ids) for row in cut):,}")
-    table.add_row("tokens to learn", f"{sum(row.learnt for row in cut):,}, {len(learned):,} different ones")
-    table.add_row("rows without tokens to learn", f"{sum(not row.learnt for row in cut):,}")
-    table.add_row("lengths", f"{lengths[0]:,} to {lengths[-1]:,}, median {median:,}, 95 % up to {percentile:,}")
-    table.add_row(f"cut to {max_length:,}", f"{sum(length > max_length for length in lengths):,} rows")
-    return table
+    return {
+        "rows": f"{len(rows):,}",
+        "tokens": f"{sum(len(row.input_ids) for row in cut):,}",
+        "tokens to learn": f"{sum(row.learnt for row in cut):,}, {len(learned):,} different ones",
+        "rows without tokens to learn": f"{sum(not row.learnt for row in cut):,}",
+        "lengths": f"{lengths[0]:,} to {lengths[-1]:,}, median {median:,}, 95 % up to {percentile:,}",
+        f"cut to {max_length:,}": f"{sum(length > max_length for length in lengths):,} rows",
+    }

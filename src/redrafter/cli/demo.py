@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from redrafter.cli import options as opt
 from redrafter.cli.app import command
-from redrafter.cli.options import AsJson, NewTokens, ShapeOptions, values_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,17 +33,17 @@ PROMPTS = (
 
 
 @dataclass(kw_only=True)
-class DemoOptions(ShapeOptions):
+class DemoOptions(opt.ShapeOptions):
     """Options of `redrafter demo`."""
 
     prompt: Annotated[
         list[str] | None, typer.Option(help="Your own prompt instead of the built-in ones; may be repeated.")
     ] = None
-    max_new_tokens: NewTokens = 96
+    max_new_tokens: opt.NewTokens = 96
     repeats: Annotated[
         int, typer.Option(min=1, help="Timed calls per prompt, each with and without the drafter; medians are shown.")
     ] = 3
-    as_json: AsJson = False
+    as_json: opt.AsJson = False
 
 
 @command("Generate text")
@@ -55,7 +55,6 @@ def demo(options: DemoOptions) -> None:
     from rich.console import Console
 
     from redrafter.cli.loading import demo_folder, load_drafter, load_model
-    from redrafter.core.shapes import ShapeOverrides
     from redrafter.data.prompts import prompt_ids
     from redrafter.proposers import method_of
     from redrafter.proposers.base import resolved_shape
@@ -65,8 +64,7 @@ def demo(options: DemoOptions) -> None:
     console = Console(highlight=False)
     if not options.as_json:
         console.print("[green]Green[/green]: drafted and accepted; plain: chosen by the model itself.")
-    overrides = ShapeOverrides(**values_of(options, ShapeOptions))
-    rows, accepted = [], [0] * resolved_shape(method_of(pair.drafter), 1, overrides).beam_length
+    rows, accepted = [], [0] * resolved_shape(method_of(pair.drafter), 1, options.overrides()).beam_length
     for text in options.prompt or PROMPTS:
         ids = prompt_ids({"messages": [{"role": "user", "content": text}]}, tokenizer, "--prompt")
         if not options.as_json:
@@ -78,7 +76,7 @@ def demo(options: DemoOptions) -> None:
     if options.as_json:
         typer.echo(json.dumps({"prompts": rows, "median_speedup": round(speed_up, 4)}, ensure_ascii=False))
     else:
-        _print_table(console, rows, accepted, speed_up)
+        _print_table(rows, accepted, speed_up)
     if not all(row["same_text"] for row in rows):
         raise typer.Exit(1)
 
@@ -94,7 +92,8 @@ class _Pair:
         options: DemoOptions,
     ):
         self.model, self.tokenizer, self.drafter, self.repeats = model, tokenizer, drafter, options.repeats
-        self.settings: dict[str, Any] = values_of(options, ShapeOptions) | {"max_new_tokens": options.max_new_tokens}
+        self.settings: dict[str, Any] = opt.values_of(options, opt.ShapeOptions)
+        self.settings["max_new_tokens"] = options.max_new_tokens
 
     def show(self, console: Console, text: str, ids: list[int]) -> None:
         """Streams the answer, with accepted draft tokens in green."""
@@ -139,31 +138,22 @@ class _Pair:
         return row, stats
 
 
-def _print_table(console: Console, rows: list[dict[str, Any]], accepted: list[int], speed_up: float) -> None:
-    from rich import box
-    from rich.table import Table
+def _print_table(rows: list[dict[str, Any]], accepted: list[int], speed_up: float) -> None:
+    from redrafter.cli.tables import print_figures
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("prompt", no_wrap=True, max_width=20)
-    for name in ("tokens", "tokens/step", "undrafted", "drafted", "speed-up"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("same", no_wrap=True)
+    cells = []
     for row in rows:
         undrafted, drafted = row["seconds_autoregressive"], row["seconds_drafted"]
-        table.add_row(
-            row["prompt"],
-            str(row["tokens"]),
-            f"{row['tokens_per_step']:.2f}",
-            f"{undrafted:.2f} s",
-            f"{drafted:.2f} s",
-            f"{undrafted / drafted:.2f}x",
-            "yes" if row["same_text"] else "NO",
-        )
-    console.print(table)
+        prompt = row["prompt"] if len(row["prompt"]) <= 20 else row["prompt"][:19] + "…"
+        times = (f"{undrafted:.2f} s", f"{drafted:.2f} s", f"{undrafted / drafted:.2f}x")
+        same = "yes" if row["same_text"] else "NO"
+        cells.append((prompt, str(row["tokens"]), f"{row['tokens_per_step']:.2f}", *times, same))
+    columns = ("prompt", "tokens", "tokens/step", "undrafted", "drafted", "speed-up", "same")
+    print_figures(columns, cells, left=("prompt", "same"))
     tokens, steps = sum(row["tokens"] for row in rows), sum(row["steps"] for row in rows)
     drafts = steps - len(rows)  # the first step of each prompt drafts nothing
     shares = ", ".join(f"{count / max(1, drafts):.0%}" for count in accepted)
-    console.print(f"tokens per step: {tokens / steps:.2f}")
-    console.print(f"drafts accepted at positions 1 to {len(accepted)}: {shares}")
-    console.print(f"median end-to-end speed-up on this machine: {speed_up:.2f}x (complete calls, prompts included)")
-    console.print(f"same text: {'yes' if all(row['same_text'] for row in rows) else 'NO'}")
+    typer.echo(f"tokens per step: {tokens / steps:.2f}")
+    typer.echo(f"drafts accepted at positions 1 to {len(accepted)}: {shares}")
+    typer.echo(f"median end-to-end speed-up on this machine: {speed_up:.2f}x (complete calls, prompts included)")
+    typer.echo(f"same text: {'yes' if all(row['same_text'] for row in rows) else 'NO'}")

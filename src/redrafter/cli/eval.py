@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from redrafter.cli import options as opt
 from redrafter.cli.app import command
-from redrafter.cli.options import (
-    PROMPT_ROWS,
-    AsJson,
-    BatchSize,
-    Drafter,
-    Limit,
-    LoadingOptions,
-    Model,
-    NewTokens,
-    ShapeOptions,
-    TemplateKwargs,
-    values_of,
-)
 from redrafter.errors import RedrafterError
 from redrafter.utils.paths import check_drafter_path, check_model_path
 
@@ -32,23 +20,23 @@ FIGURES = ("decoding", "walked", "teacher_forced")
 
 
 @dataclass(kw_only=True)
-class EvalOptions(ShapeOptions, LoadingOptions):
+class EvalOptions(opt.ShapeOptions, opt.LoadingOptions):
     """Options of `redrafter eval`."""
 
-    model: Model
-    drafter: Drafter
-    prompts: Annotated[list[str], typer.Option("--prompts", "--data", metavar="FILE", help=PROMPT_ROWS)]
+    model: opt.Model
+    drafter: opt.Drafter
+    prompts: Annotated[list[str], typer.Option("--prompts", "--data", metavar="FILE", help=opt.PROMPT_ROWS)]
     more: Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="Further files of prompts.")] = None
-    template_kwargs: TemplateKwargs = None
-    max_new_tokens: NewTokens = 128
+    template_kwargs: opt.TemplateKwargs = None
+    max_new_tokens: opt.NewTokens = 128
     temperature: Annotated[float, typer.Option(help="Temperature of the sampled texts.")] = 1.0
     seed: Annotated[int, typer.Option(help="Seed of the sampled texts.")] = 0
-    batch_size: BatchSize = 8
-    limit: Limit = None
+    batch_size: opt.BatchSize = 8
+    limit: opt.Limit = None
     by: Annotated[
         str | None, typer.Option(metavar="KEY", help="Also report separately for every value of this key of the rows.")
     ] = None
-    as_json: AsJson = False
+    as_json: opt.AsJson = False
 
 
 @command("Measure", "eval")
@@ -79,7 +67,7 @@ def evaluate(options: EvalOptions) -> None:
             temperature=options.temperature,
             seed=options.seed,
             batch_size=options.batch_size,
-            **values_of(options, ShapeOptions),
+            **opt.values_of(options, opt.ShapeOptions),
             tokenizer=tokenizer,
             on_row=progress.advance,
         )
@@ -153,30 +141,18 @@ def _as_dict(measured: dict[str, Measured]) -> dict[str, Any]:
 
 def _print_table(title: str, measured: dict[str, Measured]) -> None:
     """Three rows for greedy decoding and three for sampling."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from redrafter.cli.tables import print_figures
 
     positions = len(next(iter(measured.values())).decoding.by_position)
-    table = Table("", "", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    names = ("drafts", "draft\ntokens", "accepted\ntokens", "acceptance\nlength", *map(str, range(1, positions + 1)))
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ["mode", "counted", "drafts", "draft\ntokens", "accepted\ntokens", "acceptance\nlength"]
+    rows: list[list[str]] = []
     for mode, one in measured.items():
         for name in FIGURES:
             figures: Acceptance = getattr(one, name)
-            table.add_row(
-                mode if name == FIGURES[0] else "",
-                name.replace("_", "-"),
-                f"{figures.drafts:,}",
-                f"{figures.draft_tokens:,}",
-                f"{figures.accepted:,}",
-                f"{figures.mean_acceptance_length:.2f}",
-                *(f"{rate:.0%}" for rate in figures.rates),
-                end_section=name == FIGURES[-1],
-            )
-    console = Console(highlight=False)
-    console.width = max(console.width, 64 + 6 * positions)  # in a narrow terminal lines wrap instead of losing digits
-    console.print(Text(f"\n{title}", style="bold"))
-    console.print(table)
+            counts = (figures.drafts, figures.draft_tokens, figures.accepted)
+            rates = [f"{figures.mean_acceptance_length:.2f}", *(f"{rate:.0%}" for rate in figures.rates)]
+            first = mode if name == FIGURES[0] else ""
+            rows.append([first, name.replace("_", "-"), *(f"{count:,}" for count in counts), *rates])
+        rows.append([])
+    typer.echo(f"\n{title}")
+    print_figures([*columns, *map(str, range(1, positions + 1))], rows, left=columns[:2])

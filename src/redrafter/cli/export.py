@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from redrafter.cli import options as opt
 from redrafter.cli.app import command
-from redrafter.cli.options import OVERWRITE, Overwrite
 from redrafter.utils.outputs import check_drafter_folder, locked
 from redrafter.utils.paths import check_drafter_path
 
@@ -23,7 +23,7 @@ class ExportOptions:
     form: Annotated[
         Literal["apple"], typer.Option("--format", help="apple: the format of apple/ml-recurrent-drafter.")
     ] = "apple"
-    overwrite: Overwrite = False
+    overwrite: opt.Overwrite = False
 
 
 @command("Drafter folders")
@@ -31,7 +31,7 @@ def export(options: ExportOptions) -> None:
     """Convert a drafter to another project's format.  All commands read the result too."""
     check_drafter_path(options.drafter)
     inputs = [options.drafter]
-    check_drafter_folder(options.output, overwrite=options.overwrite, inputs=inputs, advice=OVERWRITE)
+    check_drafter_folder(options.output, overwrite=options.overwrite, inputs=inputs, advice=opt.OVERWRITE)
     with locked(options.output):
         from rich.console import Console
 

@@ -10,23 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from redrafter.cli import options as opt
 from redrafter.cli.app import command
-from redrafter.cli.options import (
-    DRAFTER,
-    PROMPT_ROWS,
-    BatchSize,
-    Compile,
-    Fast,
-    Limit,
-    LoadingOptions,
-    Model,
-    NewTokens,
-    SamplingOptions,
-    Set,
-    ShapeOptions,
-    TemplateKwargs,
-    values_of,
-)
 from redrafter.errors import RedrafterError
 from redrafter.utils.paths import check_drafter_path, check_model_path
 
@@ -35,23 +20,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class GenerateOptions(ShapeOptions, SamplingOptions, LoadingOptions):
+class GenerateOptions(opt.ShapeOptions, opt.SamplingOptions, opt.LoadingOptions):
     """Options of `redrafter generate`."""
 
-    model: Model
-    drafter: Annotated[str | None, typer.Option(help=DRAFTER)] = None
+    model: opt.Model
+    drafter: Annotated[str | None, typer.Option(help=opt.DRAFTER)] = None
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Generate without drafting, for comparison.")] = False
     prompt: Annotated[str | None, typer.Option(help="One prompt, as plain text.")] = None
-    prompts: Annotated[list[str] | None, typer.Option(metavar="FILE", help=PROMPT_ROWS)] = None
-    limit: Limit = None
+    prompts: Annotated[list[str] | None, typer.Option(metavar="FILE", help=opt.PROMPT_ROWS)] = None
+    limit: opt.Limit = None
     chat: Annotated[bool, typer.Option("--chat", help="Treat a plain prompt as the user's message in a chat.")] = False
-    template_kwargs: TemplateKwargs = None
-    max_new_tokens: NewTokens = 256
-    batch_size: BatchSize = 8
-    settings: Set = None
+    template_kwargs: opt.TemplateKwargs = None
+    max_new_tokens: opt.NewTokens = 256
+    batch_size: opt.BatchSize = 8
+    settings: opt.Set = None
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per prompt.")] = False
-    fast: Fast = True
-    compile: Compile = False
+    fast: opt.Fast = True
+    compile: opt.Compile = False
 
     def check(self) -> None:
         """Raises RedrafterError for options that do not go together."""
@@ -70,7 +55,7 @@ class GenerateOptions(ShapeOptions, SamplingOptions, LoadingOptions):
 
         names = ("max_new_tokens", "batch_size", "fast", "compile")
         values = {name: getattr(self, name) for name in names}
-        return read_settings(self.settings, **values_of(self, ShapeOptions, SamplingOptions), **values)
+        return read_settings(self.settings, **opt.values_of(self, opt.ShapeOptions, opt.SamplingOptions), **values)
 
 
 @command("Generate text")
@@ -78,7 +63,6 @@ def generate(options: GenerateOptions) -> None:
     """Generate text from one prompt or a file of prompts, with a drafter or without."""
     options.check()
     from redrafter.cli.loading import load_drafter, load_model, show_log, tokenized_prompts
-    from redrafter.core.shapes import ShapeOverrides
     from redrafter.data.prompts import read_prompts
     from redrafter.decoding.settings import ONE_TEXT, with_stop_strings
     from redrafter.engine.generate import stream
@@ -96,8 +80,8 @@ def generate(options: GenerateOptions) -> None:
     drafter, positions = None, 0
     if options.drafter is not None and not options.no_drafter:
         drafter = load_drafter(options.drafter, target, any_target=options.any_target)
-        overrides = ShapeOverrides(**values_of(options, ShapeOptions))
-        positions = resolved_shape(method_of(drafter), min(options.batch_size, len(ids)), overrides).beam_length
+        batch = min(options.batch_size, len(ids))
+        positions = resolved_shape(method_of(drafter), batch, options.overrides()).beam_length
     settings = with_stop_strings(target, settings, tokenizer) | ONE_TEXT
     events = stream(target, drafter, ids, **settings)
 

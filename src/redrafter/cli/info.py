@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from redrafter.cli import options as opt
 from redrafter.cli.app import command
-from redrafter.cli.options import LoadingOptions
 from redrafter.errors import RedrafterError
 from redrafter.utils.paths import check_drafter_path, check_model_path
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class InfoOptions(LoadingOptions):
+class InfoOptions(opt.LoadingOptions):
     """Options of `redrafter info`."""
 
     path: Annotated[str | None, typer.Argument(help="Drafter: folder or Hub id.")] = None
@@ -39,30 +39,25 @@ def info(options: InfoOptions) -> None:
     check_model_path(options.model)
     check_drafter_path(options.path)
 
+    from rich.console import Console
+
     from redrafter.cli.loading import load_model
+    from redrafter.cli.tables import description
     from redrafter.engine.generate import describe_backend
     from redrafter.proposers.loading import load_head
     from redrafter.targets.target import Target
 
     head = None if options.path is None else load_head(options.path)
     model = None if options.model is None else load_model(options.model, options.dtype, options.device)[0]
+    console = Console()
     if head is not None:
-        _print_table(_describe(str(options.path), head))
+        console.print(description(_describe(str(options.path), head)))
     if model is not None:
-        _print_table({"model": f"{options.model} ({type(model).__name__})", **describe_backend(model)})
+        lines = {"model": f"{options.model} ({type(model).__name__})", **describe_backend(model)}
+        console.print(description(lines))
     if head is not None and model is not None:
         head.any_target = options.any_target
         head.check_target(Target(model))
-
-
-def _print_table(lines: dict[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for name, value in lines.items():
-        table.add_row(name, value)
-    Console().print(table)
 
 
 def _describe(path: str, head: Head) -> dict[str, str]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from redrafter.core.shapes import ShapeOverrides
 
 OVERWRITE = "pass --overwrite, or choose another --output"
 """Advice in the error about an output folder that already holds a drafter."""
@@ -112,6 +115,12 @@ class ShapeOptions:
     beam_width: BeamWidth = None
     beam_length: BeamLength = None
     node_budget: NodeBudget = None
+
+    def overrides(self) -> ShapeOverrides:
+        """The parts of the draft's shape that the user set."""
+        from redrafter.core.shapes import ShapeOverrides
+
+        return ShapeOverrides(self.beam_width, self.beam_length, self.node_budget)
 
 
 @dataclass(kw_only=True)

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from redrafter.cli import options as opt
 from redrafter.cli.app import command
-from redrafter.cli.options import DRAFTER, Compile, DoSample, LoadingOptions, ShapeOptions, values_of
 from redrafter.errors import RedrafterError, reason
 from redrafter.utils.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from transformers import PreTrainedModel
 
     from redrafter.core.shapes import DraftShape
@@ -25,12 +24,12 @@ DEFAULT_CONTEXT = 2000
 
 
 @dataclass(kw_only=True)
-class ProfileOptions(ShapeOptions, LoadingOptions):
+class ProfileOptions(opt.ShapeOptions, opt.LoadingOptions):
     """Options of `redrafter profile`."""
 
     model: Annotated[str | None, typer.Option(help="Target model: folder or Hub id.")] = None
     drafter: Annotated[
-        str | None, typer.Option(help=f"{DRAFTER}  \\[default: a recurrent drafter with random weights]")
+        str | None, typer.Option(help=f"{opt.DRAFTER}  \\[default: a recurrent drafter with random weights]")
     ] = None
     shape: Annotated[
         str | None,
@@ -45,9 +44,9 @@ class ProfileOptions(ShapeOptions, LoadingOptions):
         typer.Option(min=1, help=f"Tokens in the KV cache.  \\[default: {DEFAULT_CONTEXT}, or the model's maximum]"),
     ] = None
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 1
-    do_sample: DoSample = False
+    do_sample: opt.DoSample = False
     repeats: Annotated[int, typer.Option(min=1, help="Measurements per part; the median is shown.")] = 50
-    compile: Compile = False
+    compile: opt.Compile = False
 
     def check(self) -> None:
         """Raises RedrafterError for options that do not go together."""
@@ -92,7 +91,7 @@ def profile(options: ProfileOptions) -> None:
         f"keys and values ({options.batch} x {profiler.context:,} tokens): at least {_floor_ms(profiler, speed):.3f} ms"
     )
     timed = list(measurements(profiler, shape, nodes=nodes, widths=[one.beam_width for one in wider]))
-    console.print(_table(timed))
+    _print_table(timed)
     backend = profiler.runner(shape).describe()
     for name, value in backend.items():
         console.print(f"{name}: {value}")
@@ -134,7 +133,6 @@ def _profiler(
     import torch
 
     from redrafter.cli.loading import check_context
-    from redrafter.core.shapes import ShapeOverrides
     from redrafter.decoding.settings import ONE_TEXT
     from redrafter.engine.request import request
     from redrafter.evaluation.profiling import StepProfiler
@@ -146,7 +144,7 @@ def _profiler(
     most = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     texts = torch.randint(config.vocab_size, (options.batch, options.context or min(DEFAULT_CONTEXT, most))).tolist()
     method = method_of(drafter)
-    shape = measured_shape(method, options.batch, ShapeOverrides(**values_of(options, ShapeOptions)))
+    shape = measured_shape(method, options.batch, options.overrides())
     made = request(model, drafter, texts, do_sample=options.do_sample, stop_strings=(), **ONE_TEXT, shape=shape)
     wider, _ = draftable(method, made.target, [shape.model_copy(update={"beam_width": one}) for one in widths])
     nodes = max(nodes, *(one.max_nodes for one in (shape, *wider)))
@@ -176,16 +174,12 @@ def _as_dict(profiler: StepProfiler, bytes_per_second: float, timed: list[Measur
     }
 
 
-def _table(timed: list[Measurement]) -> Table:
+def _print_table(timed: list[Measurement]) -> None:
     """The times, also as multiples of the autoregressive step."""
-    from rich import box
-    from rich.table import Table
+    from redrafter.cli.tables import print_figures
 
-    table = Table("", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "ms", "x autoregressive"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for one in timed:
         size = "" if one.size is None else str(one.size)
-        ratio = one.milliseconds / timed[0].milliseconds
-        table.add_row(one.name, size, f"{one.milliseconds:.3f}", f"{ratio:.3f}")
-    return table
+        rows.append((one.name, size, f"{one.milliseconds:.3f}", f"{one.milliseconds / timed[0].milliseconds:.3f}"))
+    print_figures(("part", "size", "ms", "x autoregressive"), rows, left=("part",))

@@ -11,18 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from redrafter.cli import options as opt
 from redrafter.cli.app import command
-from redrafter.cli.options import (
-    DRAFTER,
-    Compile,
-    LoadingOptions,
-    Model,
-    NewTokens,
-    Prompts,
-    SamplingOptions,
-    TemplateKwargs,
-    values_of,
-)
 from redrafter.errors import RedrafterError
 from redrafter.utils.outputs import check_drafter_folder, locked
 from redrafter.utils.paths import check_drafter_path, check_model_path, may_be_on_the_hub
@@ -36,12 +26,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class TuneOptions(SamplingOptions, LoadingOptions):
+class TuneOptions(opt.SamplingOptions, opt.LoadingOptions):
     """Options of `redrafter tune`."""
 
-    model: Model
-    drafter: Annotated[str, typer.Option(help=f"{DRAFTER}  These two need --dry-run.")]
-    prompts: Prompts
+    model: opt.Model
+    drafter: Annotated[str, typer.Option(help=f"{opt.DRAFTER}  These two need --dry-run.")]
+    prompts: opt.Prompts
     output: Annotated[
         Path | None, typer.Option(help="Write a tuned copy of the drafter here, instead of changing its folder.")
     ] = None
@@ -50,8 +40,8 @@ class TuneOptions(SamplingOptions, LoadingOptions):
     lengths: Annotated[str, typer.Option(help="Beam lengths to try.")] = "2,3,4,5,6"
     budgets: Annotated[str, typer.Option(help="Node budgets to try, besides complete beams.")] = "8,16,32,64"
     limit: Annotated[int, typer.Option(min=1, help="Measure acceptance on the first N prompts.")] = 32
-    template_kwargs: TemplateKwargs = None
-    max_new_tokens: NewTokens = 128
+    template_kwargs: opt.TemplateKwargs = None
+    max_new_tokens: opt.NewTokens = 128
     context: Annotated[
         int | None,
         typer.Option(
@@ -60,7 +50,7 @@ class TuneOptions(SamplingOptions, LoadingOptions):
     ] = None
     repeats: Annotated[int, typer.Option(min=1, help="Measurements per part of a step; the median is used.")] = 20
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the results and write nothing.")] = False
-    compile: Compile = False
+    compile: opt.Compile = False
 
     def shapes(self) -> tuple[list[int], list[DraftShape]]:
         """The batch sizes and the shapes to try.  Raises RedrafterError for a bad list."""
@@ -145,7 +135,7 @@ def _measure(
         raise RedrafterError(f"The drafter supports none of the shapes: {rejected[0]}")
     for message in rejected:
         typer.echo(f"not tried: {message}", err=True)
-    settings = read_settings(None, **values_of(options, SamplingOptions))
+    settings = read_settings(None, **opt.values_of(options, opt.SamplingOptions))
     settings = with_stop_strings(model, settings, tokenizer) | {"max_new_tokens": options.max_new_tokens}
     _print_estimate(tuning.estimate(model, ids, batches, compile=options.compile, **settings))
     with Progress("texts", len(ids)) as progress:
@@ -196,35 +186,25 @@ def _print_estimate(seconds: float) -> None:
 
 def _print_table(tuned: list[Tuned]) -> None:
     """The fastest shape of every batch size, its speed-up, and whether drafting is turned on."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
+    from redrafter.cli.tables import print_figures
     from redrafter.evaluation.tuning import CONFIDENCE, PAIRS
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("batch", justify="right")
-    table.add_column("fastest drafts", no_wrap=True)
-    for name in ("tokens/step", "tokens/s", "undrafted", "speed-up", "interval"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("drafting")
-    for one in tuned:
-        low, high = one.interval
-        table.add_row(
+    columns = ("batch", "fastest drafts", "tokens/step", "tokens/s", "undrafted", "speed-up", "interval", "drafting")
+    rows = [
+        (
             str(one.candidate.batch),
             one.candidate.description,
             f"{one.tokens_per_step:.2f}",
             f"{statistics.median(one.drafted):,.0f}",
             f"{statistics.median(one.undrafted):,.0f}",
             f"{one.speed_up:.2f}",
-            f"{low:.2f} to {high:.2f}",
+            "{:.2f} to {:.2f}".format(*one.interval),
             "on" if one.pays else "off",
         )
-    console = Console(highlight=False)
-    console.width = max(console.width, 140)  # in a narrow terminal lines wrap instead of losing digits
-    console.print(table)
-    console.print(
+        for one in tuned
+    ]
+    print_figures(columns, rows, left=("fastest drafts", "drafting"))
+    typer.echo(
         f"tokens/s: complete calls, prompts included; speed-up: median of {PAIRS} pairs of a drafted and an undrafted "
-        f"call, with its {CONFIDENCE:.0%} interval",
-        soft_wrap=True,
+        f"call, with its {CONFIDENCE:.0%} interval"
     )
