@@ -30,7 +30,7 @@ from redrafter.decoding.settings import ONE_TEXT
 from redrafter.engine.generate import stream
 from redrafter.engine.request import request
 from redrafter.errors import RedrafterError
-from redrafter.evaluation.checking import parting
+from redrafter.evaluation.checking import find_divergence
 from redrafter.evaluation.profiling import StepProfiler
 
 MAX_REQUESTS = 8
@@ -243,7 +243,7 @@ class Runner:
         settings = self.options.sampling(unit.temperature) | {"max_new_tokens": self.options.max_new_tokens}
         prompts = self._prompts(unit.category)
         divergences = [
-            parting(self.model, prompts, row, expected, text, settings)
+            find_divergence(self.model, prompts, row, expected, text, settings)
             for row, (expected, text) in enumerate(zip(plain, drafted, strict=True))
             if expected != text
         ]

@@ -1,34 +1,20 @@
-"""`redrafter bench` and `redrafter sweep`: compare drafting methods, or one method in many shapes."""
+"""`redrafter bench`: compares drafting methods.  Also the parts that it shares with `redrafter sweep`."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from redrafter.cli import options as opt
+from redrafter.cli.app import command
 from redrafter.cli.demo import PROMPTS
-from redrafter.cli.loading import (
-    PROMPT_ROWS,
-    AnyTarget,
-    Compile,
-    Device,
-    Dtype,
-    NewTokens,
-    Sources,
-    TemplateKwargs,
-    config_value,
-    demo_folder,
-    load_model,
-    load_tokenizer,
-    numbers,
-    template_variables,
-    whole_numbers,
-)
+from redrafter.cli.loading import config_value, demo_folder, load_model, load_tokenizer
+from redrafter.cli.parsing import numbers, template_variables, whole_numbers
 from redrafter.errors import RedrafterError
 from redrafter.utils.outputs import check_bench_folder, locked
 from redrafter.utils.paths import check_drafter_path, check_model_path
@@ -38,7 +24,7 @@ if TYPE_CHECKING:
     from redrafter.bench.methods import BenchMethod, MethodSpec
     from redrafter.bench.results import Results
     from redrafter.bench.tasks import Tasks
-    from redrafter.bench.units import Axes, Comparison, Unit
+    from redrafter.bench.units import Comparison, Unit
 
     Measure = Callable[[BenchSetup, Sequence[BenchMethod], OnUnit], Results]
 
@@ -52,34 +38,32 @@ DEMO_REQUESTS = 3
 """Prompts of complete calls with `--demo`, so that it takes less than two minutes on two cores."""
 
 METHOD = (
-    "NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES: a label, a folder or Hub id, and optionally a draft shape: @10x4 for 10 "
-    "whole beams of 4 tokens, @10x4:32 for the 32 most probable candidates of that search, @:32 for the same with the "
-    "default beams.  @uncoupled or @10x4,coupled sets whether drafts are ranked with the sampling noise."
+    "NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES: a label, a folder or Hub id, and optionally a draft shape: @10x4 for "
+    "10 complete beams of 4 tokens, @10x4:32 for the 32 most probable candidates of that search, @:32 with the default "
+    "beams.  @uncoupled or @10x4,coupled sets whether drafts are ranked with the sampling noise."
 )
 
 
 @dataclass(kw_only=True)
-class SharedOptions:
-    """Options of both commands."""
+class SharedOptions(opt.LoadingOptions):
+    """Options of `redrafter bench` and `redrafter sweep`."""
 
     output: Annotated[Path, typer.Option(help="Folder for measurements.jsonl, results.json, report.md, report.html.")]
-    model: Annotated[
-        str | None, typer.Option(help="Target model: folder or Hub id of a Hugging Face causal language model.")
-    ] = None
+    model: Annotated[str | None, typer.Option(help=opt.MODEL)] = None
     method: Annotated[
         list[str] | None, typer.Option(metavar="METHOD", help=f"May be repeated; a sweep varies the first.  {METHOD}")
     ] = None
-    prompts: Annotated[list[str] | None, typer.Option(metavar="FILE", help=f"{PROMPT_ROWS} {Sources}")] = None
+    prompts: Annotated[list[str] | None, typer.Option(metavar="FILE", help=opt.PROMPT_ROWS)] = None
     by: Annotated[
         str, typer.Option(metavar="KEY", help="Key of a row's category; a file without this key is one category.")
     ] = "category"
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use N prompts per category, evenly spaced.  \\[default: all]")
     ] = None
-    template_kwargs: TemplateKwargs = None
-    max_new_tokens: NewTokens = 128
+    template_kwargs: opt.TemplateKwargs = None
+    max_new_tokens: opt.NewTokens = 128
     seed: Annotated[int, typer.Option(min=0, help="Seed for sampling.")] = 0
-    compile: Compile = False
+    compile: opt.Compile = False
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the measurements in the output folder and start again.")
     ] = False
@@ -89,9 +73,6 @@ class SharedOptions:
     demo: Annotated[bool, typer.Option("--demo", help="Measure all bundled drafters on the demo's eight prompts.")] = (
         False
     )
-    any_target: AnyTarget = False
-    dtype: Dtype = "auto"
-    device: Device = "auto"
 
     def methods(self) -> list[MethodSpec]:
         """The methods to measure: with `--demo` first the bundled ones.  Raises RedrafterError."""
@@ -189,35 +170,8 @@ class BenchOptions(SharedOptions):
         )
 
 
-@dataclass(kw_only=True)
-class SweepOptions(SharedOptions):
-    """Options of `redrafter sweep`."""
-
-    limit: Annotated[int | None, typer.Option(min=1, help="Use N prompts per category, evenly spaced.")] = 2
-    max_new_tokens: NewTokens = 64
-    widths: Annotated[str, typer.Option(help="Beam widths.")] = "1,2,4,8,16,32,64"
-    lengths: Annotated[str, typer.Option(help="Beam lengths in tokens.")] = "1,2,3,4,5,6,7,8"
-    budgets: Annotated[str, typer.Option(help="Node budgets, with the method's default beams.")] = "4,8,16,32,64"
-    batches: Annotated[str, typer.Option(help="Batch sizes, in the method's default shape.")] = "1,2,4,8,16,32,64"
-    temperatures: Annotated[
-        str, typer.Option(help="Temperatures, in the default shape, coupled and uncoupled; 0 is greedy.")
-    ] = "0,0.3,0.7,1"
-    temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of all other axes.")] = 0.0
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Rounds in which everything is measured; medians are reported.")
-    ] = 3
-
-    def axes(self) -> Axes:
-        """What to measure.  Raises RedrafterError for a bad list."""
-        from redrafter.bench.units import Axes
-
-        names = ("widths", "lengths", "budgets", "batches")
-        lists = {name: whole_numbers(getattr(self, name), f"--{name}") for name in names}
-        temperatures = numbers(self.temperatures, "--temperatures")
-        return Axes(**lists, temperatures=temperatures, temperature=self.temperature, rounds=self.rounds)
-
-
-def _bench(options: BenchOptions) -> None:
+@command("Measure")
+def bench(options: BenchOptions) -> None:
     """Compare drafting methods: complete calls, decoding, acceptance and equality of texts, in one report.
 
     Run the same command again to resume an interrupted benchmark.
@@ -241,33 +195,10 @@ def _bench(options: BenchOptions) -> None:
     from redrafter.bench.comparing import compare
 
     batches = [comparison.batch, *comparison.batches]
-    _run(options, batches, arguments, lambda *parts: compare(*parts, options=comparison))
+    run(options, batches, arguments, lambda *parts: compare(*parts, options=comparison))
 
 
-def _sweep(options: SweepOptions) -> None:
-    """Measure one drafting method in many shapes, batch sizes and temperatures: heat maps and curves.
-
-    Run the same command again to resume an interrupted sweep.
-    """
-    from redrafter.bench.report import check_packages
-
-    check_packages()
-    axes = options.axes()
-    names = ("widths", "lengths", "budgets", "batches")
-    arguments = {
-        "command": "sweep",
-        "batch_size": 1,
-        "axes": {name: getattr(axes, name) for name in names},
-        "temperature": axes.temperature,
-        "temperatures": axes.temperatures,
-        "rounds": axes.rounds,
-    }
-    from redrafter.bench.comparing import sweep
-
-    _run(options, [1, *axes.batches], arguments, lambda *parts: sweep(*parts, axes=axes))
-
-
-def _run(options: SharedOptions, batches: list[int], arguments: dict[str, Any], measure: Measure) -> None:
+def run(options: SharedOptions, batches: list[int], arguments: dict[str, Any], measure: Measure) -> None:
     """Loads everything, measures, and writes the report.  Raises RedrafterError for bad input before it measures.
 
     `batches` are the batch sizes that each method must support; `arguments` are the command's own options.
@@ -332,30 +263,3 @@ def _write(results: Results, output: Path) -> None:
     for temperature in temperatures(results.get("calls", [])):
         table = calls(results, temperature)
         typer.echo(f"\n{table.title}, end to end:\n{table.markdown}")
-
-
-Options = TypeVar("Options", bound=SharedOptions)
-
-
-def _command(options: type[Options], function: Callable[[Options], None], name: str) -> Callable[..., None]:
-    """The function as typer expects it: a parameter for each field of its options."""
-    hints = get_type_hints(options, include_extras=True)
-
-    def run(**values: Any) -> None:
-        function(options(**values))
-
-    parameters = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(options)
-    ]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__name__, run.__doc__, run.__annotations__ = name, function.__doc__, hints
-    return run
-
-
-bench, sweep = _command(BenchOptions, _bench, "bench"), _command(SweepOptions, _sweep, "sweep")
