@@ -53,7 +53,7 @@ def command(panel: str, name: str | None = None) -> Callable[[Callable[..., None
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(function)
-        groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+        groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
         parameters = {one.name: one for kind in groups.values() for one in _parameters(kind)}
         if "context" in hints:
             parameters["context"] = _parameter("context", MISSING, hints["context"])
