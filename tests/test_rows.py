@@ -1,4 +1,4 @@
-"""Rows of every format: each is what transformers renders of the whole row, or is refused."""
+"""Rows of every format are rendered as by transformers, or raise an error."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def test_every_chat_is_rendered_as_transformers_renders_it(tokenizer, row, messa
     assert prompt_ids(row, tokenizer, "here") == prompt
     if "style" not in inputs:  # the template writes the style after the last message
         assert tokenized_rows(row, tokenizer, "here")[0].input_ids == whole
-    found = plan(row, "here")
-    assert [text_of(m) for stretch in found.stretches for m in stretch] == [text_of(m) for m in messages[:-1]]
-    assert found.chat.tools == inputs.get("tools")
+    planned = plan(row, "here")
+    assert [text_of(m) for stretch in planned.stretches for m in stretch] == [text_of(m) for m in messages[:-1]]
+    assert planned.chat.tools == inputs.get("tools")
 
 
 def test_template_variables_of_a_row_override_those_of_the_command(tokenizer):
