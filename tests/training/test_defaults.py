@@ -9,7 +9,7 @@ from conftest import tiny_model
 from redrafter import RecurrentDrafter
 from redrafter.data.examples import Row, coverage, kinds_for, most_frequent
 from redrafter.targets.target import Target
-from redrafter.training.defaults import COVERAGE, _parameters, epochs_for, vocabulary_for, width_for
+from redrafter.training.defaults import COVERAGE, default_epochs, default_vocabulary, default_width, head_parameters
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -20,7 +20,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 )
 def test_few_rows_are_seen_more_often(groups, accumulation, epochs):
     """As often as makes 600 steps of 8 rows, from 2 to 20 times."""
-    assert epochs_for(groups, 8, accumulation).value == epochs
+    assert default_epochs(groups, 8, accumulation).value == epochs
 
 
 def rows_with(kinds: int) -> list[Row]:
@@ -31,22 +31,22 @@ def rows_with(kinds: int) -> list[Row]:
 
 def test_on_a_cpu_the_rare_tokens_are_not_drafted():
     rows = rows_with(9000)
-    found = {device: vocabulary_for(rows, 49_152, device).value for device in (CPU, GPU)}
+    found = {device: default_vocabulary(rows, 49_152, device).value for device in (CPU, GPU)}
     for device, kind in ((CPU, "cpu"), (GPU, "gpu")):
         assert coverage(rows, most_frequent(rows, found[device])) >= COVERAGE[kind]
         assert coverage(rows, most_frequent(rows, found[device] - 1)) < COVERAGE[kind]
     assert found[CPU] < found[GPU] <= 9000
-    assert vocabulary_for(rows, 9001, GPU).value is None, "nearly all of it"
-    assert vocabulary_for(rows_with(600), 2000, CPU).value is None, "a small vocabulary"
-    assert vocabulary_for(rows_with(50), 49_152, CPU).value is None, "too few kinds to draft from"
+    assert default_vocabulary(rows, 9001, GPU).value is None, "nearly all of it"
+    assert default_vocabulary(rows_with(600), 2000, CPU).value is None, "a small vocabulary"
+    assert default_vocabulary(rows_with(50), 49_152, CPU).value is None, "too few kinds to draft from"
     assert kinds_for(rows, 1.0) == 9000
 
 
 def test_a_wide_head_is_narrowed_on_a_cpu_where_it_is_large_for_its_target():
     target = Target(tiny_model(vocab_size=20_000, hidden_size=32))
-    assert width_for(target, 2, 20_000, CPU).value == 32
-    assert width_for(target, 2, 20_000, GPU).value is None
-    assert width_for(target, 2, 300, CPU).value is None, "it is small as it is"
+    assert default_width(target, 2, 20_000, CPU).value == 32
+    assert default_width(target, 2, 20_000, GPU).value is None
+    assert default_width(target, 2, 300, CPU).value is None, "it is small as it is"
 
 
 def test_the_parameters_are_those_of_a_drafter():
@@ -54,4 +54,4 @@ def test_the_parameters_are_those_of_a_drafter():
     for width in (32, 64):
         head = RecurrentDrafter.for_target(model, exit_dim=width)
         weights = sum(p.numel() for p in head.parameters() if p.dim() > 1)
-        assert _parameters(32, width, 2, 61) == weights
+        assert head_parameters(32, width, 2, 61) == weights

@@ -22,8 +22,16 @@ from redrafter.data.examples import read_rows
 from redrafter.data.prompts import prompt_ids
 from redrafter.heads.recurrent import RecurrentDrafter
 from redrafter.training import endpoint as endpoint_module
-from redrafter.training.answers import Dialogue, Law, by_target, check_prompt, plan
-from redrafter.training.distillation import Done, Part, Tally, by_continuation, distil, read, survey
+from redrafter.training.answers import Dialogue, SamplingConfig, by_target, check_prompt, plan
+from redrafter.training.distillation import (
+    CompletedPrompt,
+    DistillProgress,
+    PartialPrompt,
+    by_continuation,
+    distil,
+    read,
+    survey,
+)
 from redrafter.training.endpoint import Endpoint, by_endpoint
 from redrafter.training.journal import Journal
 
@@ -67,7 +75,7 @@ def sources(tmp_path):
 
 
 def answered(sources, model, tokenizer, drafter=None, law=None, *, chunk=9, skip=None, **settings):
-    law = law or Law(max_new_tokens=9)
+    law = law or SamplingConfig(max_new_tokens=9)
     seeds = law.seeds(len(RECORDS))
     work = by_target(read(sources), model, tokenizer, drafter, law, seeds=seeds, chunk=chunk, skip=skip, **settings)
     return in_order(work)
@@ -75,7 +83,7 @@ def answered(sources, model, tokenizer, drafter=None, law=None, *, chunk=9, skip
 
 def in_order(work):
     """The rows of all prompts, in the order of the prompts."""
-    done = [one for one in work if isinstance(one, Done)]
+    done = [one for one in work if isinstance(one, CompletedPrompt)]
     return [row for one in sorted(done, key=lambda one: one.prompt.number) for row in one.rows]
 
 
@@ -106,7 +114,7 @@ def test_answers_are_what_generate_writes(sources, model, tokenizer):
 
 @pytest.mark.parametrize("temperatures", [(0.0,), (0.0, 0.9), (1.3, 1.3)])
 def test_nothing_depends_on_drafter_batch_or_chunk(sources, model, tokenizer, drafter, temperatures):
-    law = Law(temperatures, top_p=0.95 if temperatures[-1] else None, max_new_tokens=9)
+    law = SamplingConfig(temperatures, top_p=0.95 if temperatures[-1] else None, max_new_tokens=9)
     rows = answered(sources, model, tokenizer, law=law)
     assert len(rows) >= len(RECORDS) * len(temperatures)
     for settings in ({"batch_size": 2, "chunk": 2}, {"drafter": drafter, "batch_size": 3}):
@@ -116,7 +124,7 @@ def test_nothing_depends_on_drafter_batch_or_chunk(sources, model, tokenizer, dr
 
 
 def test_sampled_answers_come_of_the_rows_own_seeds(sources, model, tokenizer):
-    law = Law((0.0, 0.8), top_k=50, seed=5, max_new_tokens=9)
+    law = SamplingConfig((0.0, 0.8), top_k=50, seed=5, max_new_tokens=9)
     rows = [row for row in answered(sources, model, tokenizer, law=law) if row["temperature"] == 0.8]
     seeds = row_seeds(5, 2 * len(RECORDS))
     for number in (0, 3, 4):
@@ -156,7 +164,7 @@ def plan_of(number):
 def test_turns_share_a_row_while_the_template_leaves_them_as_they_were(sources, model, tokenizer):
     """Even where the answer's tokens are not those that its text would have: the target chose the former."""
     letters = tokenizer("yes").input_ids
-    law = Law((2.0,), max_new_tokens=6)
+    law = SamplingConfig((2.0,), max_new_tokens=6)
     words = {"bad_words_ids": [[i] for i in range(259) if i not in (*letters, 2)], "batch_size": 2}
     (row,) = [row for row in answered(sources, model, tokenizer, law=law, **words) if row["row"] == 2]
     assert len(row["finish_reasons"]) == 3
@@ -185,7 +193,7 @@ def test_an_answers_own_tokens_are_kept_where_its_text_has_others(tmp_path, mode
     )
     merging.chat_template = transformers.AutoTokenizer.from_pretrained(model_folder).chat_template
     prompt = next(read([_lines(tmp_path, {"turns": ["hi", "and?"]})]))
-    dialogue = Dialogue(prompt, Law(), 0, 0)
+    dialogue = Dialogue(prompt, SamplingConfig(), 0, 0)
     assert dialogue.ask(merging, None)
     said = [tokens["a"]] * 2 + [2]
     dialogue.answer(said, "eos", merging, None)
@@ -210,7 +218,7 @@ def test_a_template_that_forgets_what_was_said_gets_a_row_for_each_turn(sources,
         "{% for m in messages %}{{ '<s>' + m.role[0] + ':' }}{% if m.role == 'user' or loop.last %}{{ m.content }}"
         "{% endif %}{{ '</s>' }}{% endfor %}{% if add_generation_prompt %}<s>a:{% endif %}"
     )
-    law = Law((0.0, 1.0), max_new_tokens=5)
+    law = SamplingConfig((0.0, 1.0), max_new_tokens=5)
     rows = [row for row in answered(sources, model, forgetful, law=law, eos_token_id=[]) if row["row"] == 2]
     assert [len(row["messages"]) for row in rows] == [2, 4, 6] * 2
     assert all(is_the_models_own(model, row) for row in rows[:3])
@@ -278,7 +286,7 @@ def test_what_a_row_asks_for():
 )
 def test_a_law_that_means_nothing_is_refused(law, sentence):
     with pytest.raises(RedrafterError, match=sentence):
-        Law(**law)
+        SamplingConfig(**law)
 
 
 def test_a_template_that_refuses_a_later_turn_is_heard_before_any_work(tokenizer, model_folder, sources):
@@ -317,7 +325,7 @@ class Worked:
             if prompt.number == self.stop_at:
                 raise RedrafterError("It broke.")
             self.seen.append(prompt.number)
-            yield Done(prompt, [{"row": prompt.number, **prompt.record}], Counter(rows=1))
+            yield CompletedPrompt(prompt, [{"row": prompt.number, **prompt.record}], Counter(rows=1))
 
 
 def kept(sources, path, work, told=None, *, overwrite=False, limit=None, **saving):
@@ -406,7 +414,7 @@ def test_rows_are_saved_by_time_and_by_number(sources, tmp_path, saving):
 @pytest.mark.parametrize("temperatures", [(0.0,), (0.0, 0.9)])
 def test_every_finished_answer_of_a_conversation_is_saved(sources, model, tokenizer, tmp_path, temperatures):
     """Interrupted after each number of answers, the run asks for the others alone and writes the same rows."""
-    law = Law(temperatures, max_new_tokens=9)
+    law = SamplingConfig(temperatures, max_new_tokens=9)
     total = 8 * len(temperatures)
 
     def work(tally):
@@ -421,16 +429,16 @@ def test_every_finished_answer_of_a_conversation_is_saved(sources, model, tokeni
             if number == stop:
                 raise KeyboardInterrupt
 
-    whole = Tally()
+    whole = DistillProgress()
     run(tmp_path / "whole.jsonl", whole)
     for stop in (1, 4, total - 1):
-        path, first, second = tmp_path / f"{stop}.jsonl", Tally(), Tally()
+        path, first, second = tmp_path / f"{stop}.jsonl", DistillProgress(), DistillProgress()
         with pytest.raises(KeyboardInterrupt):
             run(path, first, stop)
         answers = []
 
         def count(events, tally=second, answers=answers):
-            for event in Tally.watch(tally, events):
+            for event in DistillProgress.watch(tally, events):
                 answers.append(event.finish_reason is not None)
                 yield event
 
@@ -442,9 +450,9 @@ def test_every_finished_answer_of_a_conversation_is_saved(sources, model, tokeni
 
 
 def test_a_row_advances_with_its_answers(sources, model, tokenizer):
-    law = Law(max_new_tokens=4)
+    law = SamplingConfig(max_new_tokens=4)
     work = by_target(read(sources), model, tokenizer, None, law, seeds=law.seeds(5), chunk=9)
-    shares = [one.share for one in work if isinstance(one, Part) and one.prompt.number == 1]
+    shares = [one.share for one in work if isinstance(one, PartialPrompt) and one.prompt.number == 1]
     assert shares == pytest.approx([1 / 3, 2 / 3])
 
 
@@ -611,9 +619,9 @@ def hasty(server):
 
 
 def from_server(sources, server, law=None, *, concurrency=1, skip=None, endpoint=None):
-    law = law or Law(max_new_tokens=9)
+    law = law or SamplingConfig(max_new_tokens=9)
     endpoint = endpoint or Endpoint(server.url, "m")
-    tally = Tally()
+    tally = DistillProgress()
     work = by_endpoint(
         read(sources), endpoint, law, seeds=law.seeds(99), concurrency=concurrency, tally=tally, skip=skip
     )
@@ -648,7 +656,7 @@ def test_a_server_answers_turn_by_turn(sources, served, tokenizer):
 def test_a_server_is_asked_at_every_temperature_several_times_at_once_and_answers_keep_their_order(sources, served):
     sources[0].write_text("".join(json.dumps({"prompt": f"row {i}"}) + "\n" for i in range(20)))
     server = served("slow")
-    rows = from_server(sources, server, Law((0.0, 0.7), top_p=0.9, seed=3), concurrency=4)
+    rows = from_server(sources, server, SamplingConfig((0.0, 0.7), top_p=0.9, seed=3), concurrency=4)
     assert [(row["row"], row["temperature"]) for row in rows] == [(i, t) for i in range(1, 21) for t in (0.0, 0.7)]
     assert [row["completion"] for row in rows[::2]] == [f"ROW {i}" for i in range(20)]
     assert 2 <= server.most <= 4
@@ -681,7 +689,7 @@ def test_a_server_that_fails_for_good_is_said_in_a_sentence_and_rows_are_kept(
 ):
     sources[0].write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     server = served(None, *[trouble] * 6)
-    endpoint, law = hasty(server), Law()
+    endpoint, law = hasty(server), SamplingConfig()
     path = tmp_path / "out.jsonl"
 
     def work(prompts):
@@ -698,7 +706,7 @@ def test_a_server_that_fails_for_good_is_said_in_a_sentence_and_rows_are_kept(
 
 def test_answers_that_wait_for_an_earlier_one_of_a_server_are_given_back_at_once(sources, served):
     sources[0].write_text("".join(json.dumps({"prompt": f"row {i}"}) + "\n" for i in range(6)))
-    server, law = served("slow"), Law()
+    server, law = served("slow"), SamplingConfig()
     work = by_endpoint(read(sources), Endpoint(server.url, "m"), law, seeds=law.seeds(6), concurrency=6)
     numbers = [one.prompt.number for one in work]
     assert sorted(numbers) == list(range(6))

@@ -13,9 +13,10 @@ from redrafter import EagleHead, RedrafterError, generate
 from redrafter.data.examples import Row, collate
 from redrafter.targets.target import Target
 from redrafter.training.estimating import estimate
-from redrafter.training.loss import Objective, unrolled_loss
+from redrafter.training.loss import unrolled_loss
+from redrafter.training.objective import Objective
 from redrafter.training.recipe import Recipe
-from redrafter.training.trainer import held_out_acceptance, run
+from redrafter.training.trainer import run
 from redrafter.training.unrolled import Unrolled
 from test_eagle import continued, random_head
 

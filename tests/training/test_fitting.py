@@ -13,7 +13,7 @@ from redrafter.heads.medusa import MedusaHeads, fit_tree
 from redrafter.targets.target import Target
 from redrafter.training.estimating import estimate
 from redrafter.training.fitting import ROWS, accuracies, fit
-from redrafter.training.loss import Objective
+from redrafter.training.objective import Objective
 from redrafter.training.recipe import Recipe
 from redrafter.training.trainer import run
 from test_medusa_heads import random_heads

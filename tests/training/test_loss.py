@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from redrafter import DrafterConfig, RecurrentDrafter
+from redrafter.evaluation.windows import windows
 from redrafter.heads.medusa import MedusaConfig, MedusaHeads
-from redrafter.training.loss import Objective, unrolled_loss, windows
+from redrafter.training.loss import unrolled_loss
+from redrafter.training.objective import Objective
 
 VOCABULARY, HIDDEN = 23, 6
 

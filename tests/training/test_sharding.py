@@ -13,7 +13,7 @@ from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError
 from redrafter.data.examples import Row
 from redrafter.training import trainer
-from redrafter.training.loss import Objective
+from redrafter.training.objective import Objective
 from redrafter.training.recipe import Recipe
 from redrafter.training.sharding import shard
 from redrafter.training.trainer import run

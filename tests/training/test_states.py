@@ -19,7 +19,7 @@ from redrafter.data.examples import Row, collate
 from redrafter.targets.target import Target
 from redrafter.training import states as module
 from redrafter.training.estimating import estimate
-from redrafter.training.loss import Objective
+from redrafter.training.objective import Objective
 from redrafter.training.recipe import Recipe
 from redrafter.training.states import States
 from redrafter.training.trainer import run
