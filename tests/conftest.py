@@ -25,31 +25,23 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
 
     if "redrafter" in sys.modules:
         raise RuntimeError("redrafter was imported before its shapes could be checked")
-    core = (
-        "beam",
-        "cache",
-        "checking",
-        "decoding",
-        "drafter",
-        "eagle",
-        "fast.attention",
-        "fast.eight",
-        "fast.joined",
-        "head",
-        "medusa",
-        "noise",
-        "processors",
+    checked_modules = (
+        "core",
+        "decoding.processors",
+        "decoding.sampling",
+        "decoding.step",
+        "decoding.verify",
+        "engine.generate",
+        "engine.request",
+        "engine.results",
+        "evaluation.acceptance",
+        "evaluation.checking",
+        "heads",
         "proposers",
-        "request",
-        "results",
-        "sampling",
-        "step",
-        "target",
+        "targets.target",
         "training",
-        "tree",
-        "verify",
     )
-    install_import_hook([f"redrafter.{name}" for name in core], "conftest.checked")
+    install_import_hook([f"redrafter.{name}" for name in checked_modules], "conftest.checked")
 
 from pathlib import Path
 from typing import Any
@@ -61,21 +53,24 @@ from hypothesis import HealthCheck, Phase, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CHECKED: dict[tuple[Any, ...], Any] = {}
-"""Checks of functions inside functions, by all that they are made of."""
+"""Checked nested functions, by module, name, code and annotations."""
 
 
 def checked(function):
-    """What checks the arguments of a function, of which jaxtyping gives the signature alone.
+    """Type checker for jaxtyping: checks the arguments and results of one function.
 
-    Functions inside functions are defined at every call, some at every run of a model: their checks are made once, as
-    it takes longer to make them than to run a tiny model.
+    Nested functions are defined at every call, some at every forward pass of a model.  Their checkers are cached, as
+    building one takes longer than running a tiny model.
     """
     if "<locals>" not in function.__qualname__:
-        return beartype.beartype(function)
-    made_of = (function.__module__, function.__qualname__, function.__code__, *function.__annotations__.values())
-    if made_of not in CHECKED:
-        CHECKED[made_of] = beartype.beartype(function)
-    return CHECKED[made_of]
+        try:
+            return beartype.beartype(function)
+        except beartype.roar.BeartypeDecorHintPep673Exception:  # methods that return Self cannot be checked alone
+            return function
+    key = (function.__module__, function.__qualname__, function.__code__, *function.__annotations__.values())
+    if key not in CHECKED:
+        CHECKED[key] = beartype.beartype(function)
+    return CHECKED[key]
 
 
 settings.register_profile(

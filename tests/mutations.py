@@ -1,179 +1,405 @@
-"""Breaks exactness in one place at a time and sees the tests fail each time.
+"""Breaks the decode step in one place at a time and checks that a test fails each time.
 
-    python tests/mutations.py
+    python tests/mutations.py [WORD ...]
 
-Copies the sources to a temporary folder, changes one expression of the copy and runs the tests of the decode step
-against it: first as it is, which must pass, then broken, which must not.  Exit status 1 where a run ends otherwise.
+Each mutation names a function and changes one expression of its syntax tree. The tests are imported and collected once;
+each mutation runs in a forked process, which replaces the code of that function and runs tests until one fails. That
+test must then pass in a fork without the mutation. Exit status 1 if a mutation makes no test fail.
+
+A mutation does not depend on the file in which its function is, on formatting, or on local names.
 """
 
 from __future__ import annotations
 
+import ast
+import copy
+import functools
+import importlib
+import inspect
+import json
 import os
-import re
-import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = [f"tests/test_{name}.py" for name in ("verify", "tree", "cache", "target", "noise", "sampling", "decoding")]
-TESTS += ["tests/proposers"]
+SOURCES = ROOT / "src" / "redrafter"
+TESTS = ("verify", "tree", "noise", "cache", "sampling", "target", "proposers", "decoding")
+"""Files or folders of tests that must detect every mutation."""
+SECONDS = 600
+"""Time limit of one run of the tests."""
+
+
+class MutationError(Exception):
+    """A mutation that does not apply to the sources."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One change of one function, in patterns of Python expressions.
+
+    A single capital letter in a pattern matches any expression, and the same expression if it occurs again. `before`
+    must match exactly one expression of the function; `after` replaces it.
+    """
+
+    function: str
+    """Qualified name of the function or method; unique in the package, or `module:name`."""
+    before: str
+    after: str
+    tests: str
+    """The tests that run first; the others follow if none of them fails."""
+
+    def locate(self) -> tuple[Path, ast.Module, ast.AST]:
+        """The file, its syntax tree and the function in it."""
+        module, _, name = self.function.rpartition(":")
+        found = [one for one in functions() if one[0] == name and one[1].with_suffix("").as_posix().endswith(module)]
+        if len(found) != 1:
+            files = ", ".join(str(file.relative_to(SOURCES)) for _, file, *_ in found) or "no file"
+            raise MutationError(f"expected one function {self.function} in src/redrafter, found it in {files}")
+        _, file, tree, node = found[0]
+        return file, tree, node
+
+    def code(self) -> tuple[Path, types.CodeType]:
+        """The file of the function and its code after the mutation."""
+        file, tree, node = self.locate()
+        mutated = copy.deepcopy(node)
+        before, after = expression(self.before), expression(self.after)
+        matches = [(one, bound) for one in ast.walk(mutated) if (bound := match(before, one)) is not None]
+        if len(matches) != 1:
+            raise MutationError(
+                f"expected one match of `{self.before}` in {self.function} ({file.relative_to(ROOT)}), "
+                f"found {len(matches)}: adapt the pattern to the function's new text"
+            )
+        place, bound = matches[0]
+        mutated = Replace(place, substitute(after, bound)).visit(mutated)
+        module = ast.fix_missing_locations(Replace(node, mutated).visit(copy_around(tree, node)))
+        name = self.function.rpartition(":")[2]
+        return file, next(one for one in codes(compile(module, str(file), "exec")) if one.co_qualname == name)
+
+    def apply(self) -> None:
+        """Replaces the code of the function in this process."""
+        file, code = self.code()
+        module = ".".join(file.relative_to(SOURCES.parent).with_suffix("").parts)
+        found: Any = importlib.import_module(module)
+        for part in self.function.rpartition(":")[2].split("."):
+            found = inspect.getattr_static(found, part)
+        while not isinstance(found, types.FunctionType) or hasattr(found, "__wrapped__"):
+            found = next(
+                getattr(found, name) for name in ("fget", "__wrapped__", "__func__", "func") if hasattr(found, name)
+            )
+        if (found.__code__.co_qualname, found.__code__.co_filename) != (code.co_qualname, str(file)):
+            raise MutationError(f"{self.function} is {found.__code__}, not the function of {file}")
+        found.__code__ = code
+
 
 MUTATIONS = {
-    "walk: a node is held against the choice at itself": (
-        "verify.py", "choice.gather(1, parents)", "choice",
+    "walk: a node is compared with the choice after itself": Mutation(
+        "plain_walk", "T.tokens == C.gather(1, P)", "T.tokens == C", "verify"
     ),
-    "walk: a node is kept whatever lies above it": (
-        "verify.py", "(matches[:, None] | ~tree.ancestors).all(dim=2) & matches", "matches",
+    "walk: a node is kept without its ancestors": Mutation(
+        "plain_walk", "(M[:, None] | ~T.ancestors).all(dim=2) & M", "M", "verify"
     ),
-    "walk: padding is kept": (
-        "tree.py", "inside = (self.parents == parents) & self.valid", "inside = self.parents == parents",
+    "walk: padding is kept": Mutation("DraftTree.consistent", "A & self.valid", "A", "verify"),
+    "walk: the last drafted token is not counted": Mutation(
+        "plain_walk", "torch.where(A[:, 0], D[:, 0], -1)", "torch.where(A[:, 0], D[:, 0] // 2, -1)", "verify"
     ),
-    "walk: the last drafted token is not counted": (
-        "verify.py", "tree.depth.gather(1, last)[:, 0], -1)", "tree.depth.gather(1, last)[:, 0] // 2, -1)",
+    "walk: nodes of another depth or other ancestors are kept": Mutation(
+        "plain_walk", "T.consistent()", "T.valid", "verify"
     ),
-    "walk: nodes of another depth or other ancestors are kept": (
-        "verify.py", "matches = tree.consistent()", "matches = tree.valid",
+    "walk: equal siblings are counted twice": Mutation(
+        "plain_walk", "torch.where(A[:, 0], D[:, 0], -1)", "A.sum(dim=1) - 1", "verify"
     ),
-    "walk: equal siblings are counted twice": (
-        "verify.py", "torch.where(accepted[:, 0], tree.depth.gather(1, last)[:, 0], -1)", "accepted.sum(dim=1) - 1",
+    "noise: by the node's number, not its depth": Mutation(
+        "Sampler._everywhere",
+        "D.noise[R, T.depth]",
+        "D.noise[R, torch.arange(T.size) % D.noise.shape[1]]",
+        "sampling",
     ),
-    "noise: by the node's number, not its depth": (
-        "sampling.py",
-        "draw.noise[rows, tree.depth]",
-        "draw.noise[rows, torch.arange(tree.size) % draw.noise.shape[1]]",
+    "noise: drafts use that of the position before": Mutation(
+        "SamplingNoise.coupled", "self.noise[:, P]", "self.noise[:, P - 1]", "sampling"
     ),
-    "noise: drafts have that of the position before": (
-        "sampling.py", "self.noise[:, position]", "self.noise[:, position - 1]",
+    "noise: depends on the row's index in the batch": Mutation(
+        "Sampler.draw", "gumbel(S, P, V)", "gumbel(S + torch.arange(len(S)), P, V)", "sampling"
     ),
-    "noise: by the row's place in the batch": (
-        "sampling.py", "gumbel(place.seed, pos", "gumbel(place.seed + torch.arange(len(place.seed)), pos",
+    "noise: the same at every position": Mutation(
+        "noise:_keys", "_splitmix(S)[:, None] + P", "_splitmix(S)[:, None] + 0 * P", "noise"
     ),
-    "noise: the same at every position": (
-        "noise.py", "_splitmix(seed)[:, None] + position)", "_splitmix(seed)[:, None] + 0 * position)",
+    "noise: the same for every seed": Mutation(
+        "noise:_keys", "_splitmix(S)[:, None] + P", "_splitmix(0 * S)[:, None] + P", "noise"
     ),
-    "noise: the same for every seed": (
-        "noise.py", "_splitmix(_splitmix(seed)[:, None]", "_splitmix(_splitmix(0 * seed)[:, None]",
+    "noise: one position late after a step": Mutation(
+        "Sampler.draw", "torch.arange(D, device=V)", "(D > 1) + torch.arange(D, device=V)", "decoding"
     ),
-    "noise: one position late after a step": (
-        "sampling.py", "+ 1 + torch.arange(depths", "+ 1 + (depths > 1) + torch.arange(depths",
+    "ahead: a finished row continues": Mutation(
+        "generate:_events", "T.get(O.slot) is not O", "O.slot not in T", "decoding"
     ),
-    "ahead: a row that has ended writes on": (
-        "decoding.py", "if taken.get(one.slot) is not one:", "if one.slot not in taken:",
+    "ahead: tokens that are not read yet are not visible": Mutation(
+        "generate:_events", "len(F) * (L + 1)", "0 * len(F) * (L + 1)", "decoding"
     ),
-    "ahead: what is not yet read is not seen": (
-        "decoding.py", "unread = len(flying) * (asked.length + 1)", "unread = 0 * len(flying) * (asked.length + 1)",
+    "mask: nodes see their siblings": Mutation("tree_mask", "A.gather(2, N) & I[:, None]", "I[:, None]", "tree"),
+    "mask: nodes do not see the slot before the root": Mutation("tree_mask", "I < 0", "I < -1", "tree"),
+    "mask: the window is one slot longer": Mutation("tree_mask", "A - B[:, None] < W", "A - B[:, None] <= W", "tree"),
+    "mask: positions by the node's number, not its depth": Mutation(
+        "Target.forward", "L[:, None] + T.depth", "L[:, None] + torch.arange(T.size, device=L.device)", "target"
     ),
-    "mask: nodes see their siblings": (
-        "tree.py", "mask = own | (index < 0)[:, None]", "mask = (own | in_tree[:, None]) | (index < 0)[:, None]",
+    "tree: a node's parent is not its ancestor": Mutation("ancestors_of", "range(D)", "range(D - 1)", "tree"),
+    "eagle: a feature is paired with its own token, not the next one": Mutation(
+        "EagleProposer._take_in", "(I + 1).minimum(E)", "I.minimum(E)", "test_eagle_drafts"
     ),
-    "mask: nodes do not see the slot before the root": (
-        "tree.py", "mask = own | (index < 0)[:, None]", "mask = own | (index < -1)[:, None]",
+    "eagle: the last token of the last step is not read": Mutation(
+        "EagleProposer._take_in", "F.clamp(min=0)", "(F + 1).clamp(min=0)", "test_eagle_drafts"
     ),
-    "mask: the window is one slot longer": (
-        "tree.py", "distance[:, None] < window", "distance[:, None] <= window",
+    "eagle: beams keep the features of other beams": Mutation(
+        "EagleProposer.propose", "P[..., None, None]", "(0 * P)[..., None, None]", "test_eagle_drafts"
     ),
-    "mask: positions by the node's number, not its depth": (
-        "target.py", "position = length[:, None] + tree.depth", "position = slots",
+    "cache: nothing is moved": Mutation("step:step", "S.cache.keep(P, L)", "None", "decoding"),
+    "cache: moved one slot too far": Mutation(
+        "SlotCache.keep",
+        "L[:, None] + torch.arange(P, device=D)",
+        "1 + L[:, None] + torch.arange(P, device=D)",
+        "cache",
     ),
-    "tree: a node's parent is no ancestor": (
-        "tree.py", "for _ in range(max_depth):\n        node", "for _ in range(max_depth - 1):\n        node",
+    "cache: keys are moved, values are not": Mutation("SlotCache.keep", "self.pools", "self.pools[::2]", "cache"),
+    "cache: all rows move what the first row moves": Mutation(
+        "SlotCache.keep", "L[:, None] + path", "L[:, None] + path[:1]", "cache"
     ),
-    "eagle: a feature goes with its own token, not the one after it": (
-        "proposers/eagle.py", "(index + 1).minimum", "index.minimum",
+    "keep: a finished row continues": Mutation("step:step", "R.alive * (A + 1)", "A + 1", "decoding"),
+    "keep: the drafter receives the root's state, not the last node's": Mutation(
+        "step:step", "_latest(C, H, A)", "_latest(C, H, 0 * A)", "decoding"
     ),
-    "eagle: the last step's last token is not taken in again": (
-        "proposers/eagle.py", "begin = first.clamp(min=0)", "begin = (first + 1).clamp(min=0)",
+    "keep: the drafter receives positions with one missing": Mutation(
+        "step:_latest",
+        "E[:, None] + 1 + torch.arange(N, device=D)",
+        "E[:, None] + torch.arange(N, device=D)",
+        "decoding",
     ),
-    "eagle: beams keep the features of others": (
-        "proposers/eagle.py", "given.gather(1, parents[", "given.gather(1, 0 * parents[",
+    "memory: the tokens of the last step are not read": Mutation(
+        "TwoModelProposer._take_in", "(R.length - self.length).clamp(min=0)", "R.length", "test_two_model"
     ),
-    "cache: nothing is moved": (
-        "step.py", "if length:  #", "if False:  #",
+    "memory: the first token of the last step is not read": Mutation(
+        "TwoModelProposer._take_in", "R.length - self.length", "R.length - self.length + 1", "test_two_model"
     ),
-    "cache: moved one slot too far": (
-        "cache.py", "target = (length[:, None] + torch", "target = (1 + length[:, None] + torch",
+    "memory: prompts are not read": Mutation("step:prefill", "P.read(M, R, H, S)", "None", "proposers"),
+    "memory: a row that enters brings none": Mutation(
+        "State.insert_rows", "self.memory.insert_rows(S, O)", "None", "proposers"
     ),
-    "cache: keys are moved, values are not": (
-        "cache.py", "for pool in self.pools:\n            source", "for pool in self.pools[::2]:\n            source",
+    "memory: attention does not reach the beams": Mutation(
+        "State.set_visible", "S + self.memory.slots - self.cache.slots", "S", "proposers"
     ),
-    "cache: all rows move what the first row moves": (
-        "cache.py", "source = (length[:, None] + path)", "source = (length[:, None] + path[:1])",
+    "draft: beams see their neighbours": Mutation("parallel_chains", "A % W == 0", "A % W >= 0", "tree"),
+    "draft: the root is found at its own position": Mutation(
+        "PromptLookupProposer._found", "P < E", "P <= E", "test_prompt_lookup"
     ),
-    "keep: a row that has ended goes on": (
-        "step.py", "place.length.add_(place.alive * (accepted + 1))", "place.length.add_(accepted + 1)",
+    "draft: what follows the text is drafted": Mutation(
+        "PromptLookupProposer.propose", "(A > 0) & (I <= E)", "(A > 0) & (I <= E + 1)", "test_prompt_lookup"
     ),
-    "keep: the drafter is given the root's state, not the last node's": (
-        "step.py", "_latest(state.context, along, accepted)", "_latest(state.context, along, 0 * accepted)",
-    ),
-    "keep: the drafter is given positions of which one is missing": (
-        "step.py", "index = end[:, None] + 1 +", "index = end[:, None] +",
-    ),
-    "memory: the tokens that the last step wrote are not taken in": (
-        "proposers/two_model.py", "begin = (place.length - self.length).clamp(min=0)", "begin = place.length",
-    ),
-    "memory: the first token that the last step wrote is not taken in": (
-        "proposers/two_model.py", "(place.length - self.length).clamp", "(place.length - self.length + 1).clamp",
-    ),
-    "memory: prompts are not taken in": (
-        "step.py", "if proposer is not None:\n            proposer.read", "if False:\n            proposer.read",
-    ),
-    "memory: a row that enters brings none": (
-        "step.py", "if self.memory is not None and other", "if False and other",
-    ),
-    "memory: attention does not reach as far as the beams": (
-        "step.py", "visible = slots + self.memory.slots - self.cache.slots", "visible = slots",
-    ),
-    "draft: beams see their neighbours": (
-        "tree.py", "((node[:, None] - node) % width == 0)", "((node[:, None] - node) % width >= 0)",
-    ),
-    "draft: the root is looked up where it stands itself": (
-        "proposers/prompt_lookup.py", "alike = (position < end)", "alike = (position <= end)",
-    ),
-    "draft: what follows the text is drafted": (
-        "proposers/prompt_lookup.py", "(after > 0) & (index <= end)", "(after > 0) & (index <= end + 1)",
-    ),
-}  # fmt: skip
-"""What is broken: file, expression, and what stands there instead."""
+}
 
 
-def run(mutation: tuple[str, str, str] | None, processes: int = 0) -> tuple[bool, str]:
-    """Whether the tests pass, and the one that did not."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("src", "tests", "pyproject.toml"):
-            source = ROOT / name
-            copy = shutil.copytree if source.is_dir() else shutil.copy
-            copy(source, Path(folder) / name)
+@functools.cache
+def functions() -> list[tuple[str, Path, ast.Module, ast.AST]]:
+    """Every function of the package: qualified name, file, syntax tree of the file and of the function."""
+
+    def inside(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield prefix + child.name, child
+            elif isinstance(child, ast.ClassDef):
+                yield from inside(child, f"{prefix}{child.name}.")
+
+    found = []
+    for file in sorted(SOURCES.rglob("*.py")):
+        if "triton" not in file.parts and "assets" not in file.parts:
+            tree = ast.parse(file.read_text())
+            found += [(name, file, tree, node) for name, node in inside(tree, "")]
+    return found
+
+
+def expression(text: str) -> ast.expr:
+    """The syntax tree of an expression."""
+    return ast.parse(text, mode="eval").body
+
+
+def match(pattern: Any, node: Any, bound: dict[str, ast.AST] | None = None) -> dict[str, ast.AST] | None:
+    """What the capital letters of a pattern stand for, if it matches."""
+    bound = {} if bound is None else bound
+    if isinstance(pattern, ast.Name) and len(pattern.id) == 1 and pattern.id.isupper():
+        if not isinstance(node, ast.expr):
+            return None
+        same = pattern.id not in bound or ast.dump(bound[pattern.id]) == ast.dump(node)
+        return bound | {pattern.id: node} if same else None
+    if isinstance(pattern, list):
+        if not isinstance(node, list) or len(pattern) != len(node):
+            return None
+        for one, other in zip(pattern, node, strict=True):
+            bound = match(one, other, bound)
+            if bound is None:
+                return None
+        return bound
+    if not isinstance(pattern, ast.AST):
+        return bound if type(pattern) is type(node) and pattern == node else None
+    if type(pattern) is not type(node):
+        return None
+    for name, value in ast.iter_fields(pattern):
+        if name != "ctx":
+            bound = match(value, getattr(node, name), bound)
+            if bound is None:
+                return None
+    return bound
+
+
+def substitute(pattern: ast.expr, bound: dict[str, ast.AST]) -> ast.expr:
+    """A pattern with its capital letters replaced."""
+
+    class Fill(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.AST:
+            return copy.deepcopy(bound.get(node.id, node))
+
+    return Fill().visit(copy.deepcopy(pattern))
+
+
+class Replace(ast.NodeTransformer):
+    """Replaces one node by another."""
+
+    def __init__(self, old: ast.AST, new: ast.AST):
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return self.new if node is self.old else super().generic_visit(node)
+
+
+def copy_around(tree: ast.Module, node: ast.AST) -> ast.Module:
+    """A copy of a module that shares one of its nodes."""
+    return copy.deepcopy(tree, {id(node): node})
+
+
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code objects inside another."""
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield constant
+            yield from codes(constant)
+
+
+class Runner:
+    """A pytest plugin that runs the collected tests in forked processes, under one mutation each."""
+
+    def __init__(self, words: list[str]):
+        self.names = [name for name in MUTATIONS if not words or any(word in name for word in words)]
+        self.undetected: list[str] = []
+        self.failed = ""
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        items = session.items
+        if session.testsfailed or not items:
+            raise MutationError("the tests could not be collected")
+        jobs = {
+            name: functools.partial(self.first_failure, ordered(items, MUTATIONS[name]), MUTATIONS[name])
+            for name in self.names
+        }
+        killers = forked(jobs)
+        tests = {test for test in killers.values() if test}
+        passing = forked({test: functools.partial(self.first_failure, [by_id(items)[test]], None) for test in tests})
+        for name, test in killers.items():
+            detected = bool(test) and passing[test] == ""
+            self.undetected += [] if detected else [name]
+            note = test if detected or not test else f"{test} fails without the mutation too"
+            print(f"{'detected' if detected else 'MISSED':8s}  {name:66s} {note}")
+        print(f"{len(killers) - len(self.undetected)} of {len(killers)} mutations make a test fail")
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed = report.nodeid
+
+    def first_failure(self, items: list[pytest.Item], mutation: Mutation | None) -> str:
+        """The first test that fails; empty if all pass."""
         if mutation is not None:
-            name, old, new = mutation
-            file = Path(folder) / "src" / "redrafter" / name
-            text = file.read_text()
-            assert text.count(old) == 1, f"{name} holds {text.count(old)} times {old}"
-            file.write_text(text.replace(old, new))
-        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"-n{processes}", "-W", "ignore"]
-        command += TESTS
-        environment = os.environ | {"PYTHONPATH": str(Path(folder) / "src")}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    assert done.returncode == 0 or failed, done.stdout + done.stderr
-    return done.returncode == 0, failed[1] if failed else ""
+            mutation.apply()
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self.failed:
+                return self.failed
+        return ""
 
 
-def main(names: Sequence[str]) -> None:
-    """Runs the tests as they are and under each mutation, or under those whose name contains one of the words given."""
-    if not run(None, processes=2)[0]:
-        raise SystemExit("The tests fail without any mutation.")
-    chosen = {name: how for name, how in MUTATIONS.items() if not names or any(word in name for word in names)}
-    with ThreadPoolExecutor(2) as pool:
-        ends = dict(zip(chosen, pool.map(run, chosen.values()), strict=True))
-    for name, (passed, test) in ends.items():
-        print(f"{'NOT SEEN' if passed else 'seen':8s} {name:64s} {test}")
-    survived = sum(passed for passed, _ in ends.values())
-    print(f"{len(ends) - survived} of {len(ends)} mutations make a test fail")
-    raise SystemExit(bool(survived))
+def by_id(items: list[pytest.Item]) -> dict[str, pytest.Item]:
+    return {item.nodeid: item for item in items}
+
+
+def ordered(items: list[pytest.Item], mutation: Mutation) -> list[pytest.Item]:
+    """The tests that are likely to detect a mutation first, then those of the other files as in `TESTS`."""
+
+    def rank(item: pytest.Item) -> tuple[bool, int]:
+        parts = (*item.path.parent.parts, item.path.stem, item.path.stem.removeprefix("test_"))
+        return mutation.tests not in parts, next((i for i, one in enumerate(TESTS) if one in parts), len(TESTS))
+
+    return sorted(items, key=rank)
+
+
+def forked(jobs: dict[str, Callable[[], str]]) -> dict[str, str]:
+    """The result of each job, each in a process of its own, as many at a time as there are cores."""
+    with tempfile.TemporaryDirectory() as folder:
+        running: dict[int, str] = {}
+        waiting = list(enumerate(jobs))
+        while waiting or running:
+            if waiting and len(running) < (os.cpu_count() or 1):
+                number, name = waiting.pop(0)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads
+                    process = os.fork()
+                if not process:
+                    run_and_exit(jobs[name], Path(folder) / str(number))
+                running[process] = name
+                continue
+            process, status = os.wait()
+            name = running.pop(process)
+            if status:
+                how = (
+                    f"took more than {SECONDS} s" if os.waitstatus_to_exitcode(status) == -signal.SIGALRM else "crashed"
+                )
+                text = Path(folder, str(list(jobs).index(name)) + ".log").read_text()
+                raise MutationError(f"The tests {how} under “{name}”:\n{text[-2000:]}")
+        return {name: json.loads(Path(folder, str(number)).read_text()) for number, name in enumerate(jobs)}
+
+
+def run_and_exit(job: Callable[[], str], result: Path) -> None:
+    """Writes a job's result and ends this process."""
+    status = 1
+    try:
+        signal.alarm(SECONDS)
+        log = os.open(f"{result}.log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        result.write_text(json.dumps(job()))
+        status = 0
+    except BaseException as error:
+        os.write(2, repr(error).encode())
+    finally:
+        os._exit(status)
+
+
+def main(words: list[str]) -> None:
+    """Runs all mutations, or those whose name contains one of the words."""
+    for name, mutation in MUTATIONS.items():
+        try:
+            mutation.code()
+        except MutationError as error:
+            raise SystemExit(f"Mutation “{name}” does not apply: {error}.") from None
+    sys.path.insert(0, str(SOURCES.parent))  # not an installed copy
+    runner = Runner(words)
+    paths = [str(ROOT / "tests" / (one if one == "proposers" else f"test_{one}.py")) for one in TESTS]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "-o", "addopts=", "-m", "not gpu"]
+    status = pytest.main(["-s", *options, *paths], plugins=[runner])
+    raise SystemExit(int(status) or bool(runner.undetected))
 
 
 if __name__ == "__main__":

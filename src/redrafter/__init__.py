@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "DrafterConfig": "config",
-    "EagleHead": "eagle",
-    "Event": "results",
-    "Generation": "results",
-    "MedusaHeads": "medusa",
+    "DrafterConfig": "heads.recurrent",
+    "EagleHead": "heads.eagle",
+    "Event": "engine.results",
+    "Generation": "engine.results",
+    "MedusaHeads": "heads.medusa",
     "PromptLookup": "proposers.prompt_lookup",
-    "RecurrentDrafter": "drafter",
+    "RecurrentDrafter": "heads.recurrent",
     "RedrafterError": "errors",
-    "Stats": "results",
+    "Stats": "engine.results",
     "TwoModel": "proposers.two_model",
-    "custom_generate": "huggingface",
-    "generate": "decoding",
-    "stream": "decoding",
+    "custom_generate": "integrations.transformers",
+    "generate": "engine.generate",
+    "stream": "engine.generate",
 }
 
 __all__ = [  # noqa: RUF022

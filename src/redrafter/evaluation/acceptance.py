@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from redrafter.core.cache import SlotCache
 from redrafter.core.rows import RowState
+from redrafter.core.shapes import ShapeOverrides
 from redrafter.data.examples import Row, collate
 from redrafter.decoding.sampling import Sampler
 from redrafter.decoding.settings import ONE_TEXT, with_stop_strings
@@ -29,9 +30,10 @@ from redrafter.engine.request import Request, request
 from redrafter.engine.results import Finished, Generation, Stats
 from redrafter.errors import RedrafterError
 from redrafter.evaluation.windows import context_at, windows
-from redrafter.proposers import Method, Proposer
-from redrafter.proposers.base import measured
-from redrafter.targets.target import Target, unwrapped
+from redrafter.proposers import Drafter, Proposer, method_of
+from redrafter.proposers.base import measured_shape
+from redrafter.targets.structure import unwrapped
+from redrafter.targets.target import Target
 
 MAX_WINDOWS = 512
 """Windows that are drafted at a time."""
@@ -217,7 +219,7 @@ def _verdicts(
     wanted: Bool[Tensor, "C length"],
 ) -> Int[Tensor, "C 2"]:
     """Accepted and drafted tokens of one draft per window; `tokens` are the root and the `wanted` ones that follow."""
-    noise = sampler.draw(state, depths=proposer.length + 1, vocabulary=target.vocab_size)
+    noise = sampler.noise(state, depths=proposer.length + 1, vocabulary=target.vocab_size)
     tree = proposer.propose(memory, state, context, noise)
     following = tokens[:, 1:].masked_fill(~wanted, -1)
     following = pad(following, (0, 1), value=-1)  # nothing follows the deepest nodes
@@ -237,7 +239,7 @@ def walked(verdicts: Int[Tensor, "M 2"]) -> Int[Tensor, "D 2"]:
 
 def evaluate(
     model: nn.Module,
-    drafter: Method,
+    drafter: Drafter,
     prompts: list[list[int]],
     *,
     max_new_tokens: int = 128,
@@ -259,13 +261,14 @@ def evaluate(
     if tokenizer is not None:
         common = with_stop_strings(unwrapped(model), common, tokenizer)
     batch = min(batch_size, len(prompts))
-    common |= measured(drafter, batch, beam_width, beam_length, node_budget)
+    overrides = ShapeOverrides(beam_width, beam_length, node_budget)
+    common["shape"] = measured_shape(method_of(drafter), batch, overrides)
     modes: dict[str, dict[str, Any]] = {
         "greedy": common | {"do_sample": False},
         "sampled": common | {"do_sample": True, "temperature": temperature, "seed": seed},
     }
     requests = {mode: request(model, drafter, prompts, **settings) for mode, settings in modes.items()}
-    if requests["greedy"].proposer is None:
+    if requests["greedy"].decoder.proposer is None:
         raise RedrafterError("Acceptance cannot be measured without drafting: beam_length must be at least 1.")
     return {
         mode: _measure(requests[mode], generate(model, drafter, prompts, on_row=on_row, **settings), batch_size)
@@ -275,18 +278,24 @@ def evaluate(
 
 def _measure(request: Request, generation: Generation, batch_size: int) -> list[Measured]:
     """Compares generated texts with drafts at every position."""
-    assert request.proposer is not None
-    new, length = generation.new_tokens, request.length
+    proposer, new = request.decoder.proposer, generation.new_tokens
+    assert proposer is not None
+    length = proposer.length
     verdicts = drafted_everywhere(
         request.target,
-        request.proposer,
+        proposer,
         answered(request, new),
         sampler=request.sampler,
         seeds=[row.seed for row in request.rows],
         batch_size=batch_size,
     )
     return [
-        Measured(len(tokens), _decoded(stats), Acceptance.of(walked(own), length), Acceptance.of(own, length))
+        Measured(
+            len(tokens),
+            _decoded(stats),
+            Acceptance.of(walked(own), proposer.length),
+            Acceptance.of(own, proposer.length),
+        )
         for tokens, stats, own in zip(new, generation.stats.rows, verdicts, strict=True)
     ]
 

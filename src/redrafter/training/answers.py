@@ -14,12 +14,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from redrafter.core.shapes import ShapeOverrides
 from redrafter.data.files import Skip
 from redrafter.decoding.settings import ONE_TEXT, with_stop_strings
 from redrafter.engine.generate import stream
 from redrafter.engine.results import finished
 from redrafter.errors import RedrafterError
-from redrafter.heads.recurrent import RecurrentDrafter
+from redrafter.proposers import Drafter, method_of
+from redrafter.proposers.base import resolved_shape
 from redrafter.targets.target import Target
 from redrafter.training.dialogues import Dialogue, SamplingConfig
 from redrafter.training.distillation import CompletedPrompt, DistillProgress, PartialPrompt, Prompt, smallest
@@ -39,7 +41,7 @@ class ModelAnswers:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    drafter: RecurrentDrafter | None
+    drafter: Drafter | None
     sampling: SamplingConfig
     seeds: Sequence[int]
     chunk: int
@@ -99,11 +101,13 @@ class ModelAnswers:
             settings["seed"] = [dialogue.seed for dialogue in dialogues]
         settings = with_stop_strings(self.model, settings, self.tokenizer)
         prompts = [dialogue.rows[-1].input_ids for dialogue in dialogues]
-        shape = [settings.get(name) for name in ("beam_width", "beam_length", "node_budget")]
+        overrides = ShapeOverrides(*(settings.get(name) for name in ("beam_width", "beam_length", "node_budget")))
         batch = min(settings.get("batch_size") or len(prompts), len(prompts))
-        positions = 0 if self.drafter is None else self.drafter.drafting(batch, *shape)[1]
+        length = 0
+        if self.drafter is not None:
+            length = resolved_shape(method_of(self.drafter), batch, overrides).beam_length
         events = self.progress.watch(stream(self.model, self.drafter, prompts, **settings))
-        for row in finished(events, rows=len(dialogues), positions=positions):
+        for row in finished(events, rows=len(dialogues), positions=length):
             yield active[row.row], (row.new_tokens, row.finish_reason, row.stats.steps)
 
 

@@ -68,8 +68,8 @@ def card(drafter: Head, result: TrainingResult) -> str:
     entries = {
         "target": f"{name}{revision}",
         "parameters": f"{hub.count_parameters(drafter):,}",
-        "head": f"{config.head_in_words}{covered}",
-        "context": config.context_in_words,
+        "head": f"{config.head_description}{covered}",
+        "context": config.context_description,
         "data": f"{len(result.rows):,} rows with {learned:,} tokens to learn{data}",
         "license of the data": result.licence or "not given",
         "labels": f"{teacher}, teacher-forced over {config.beam_length} draft positions",
@@ -110,7 +110,7 @@ def _front_matter(result: TrainingResult, target: str | None) -> list[str]:
 def _acceptance(acceptance: Acceptance | None, drafter: Head) -> dict[str, str]:
     if acceptance is None:
         return {"acceptance": "not measured: no rows were held out"}
-    length, shape = acceptance.mean_acceptance_length, drafter.config.shape_in_words
+    length, shape = acceptance.mean_acceptance_length, drafter.config.shape_description
     return {
         "mean acceptance length": f"{length:.2f} tokens per step ({shape}), at every position of held-out rows",
         "accepted by position": ", ".join(f"{rate:.0%}" for rate in acceptance.rates),

@@ -20,6 +20,7 @@ from redrafter.data.examples import Row
 from redrafter.errors import RedrafterError, reason
 from redrafter.evaluation.acceptance import Acceptance, acceptance
 from redrafter.heads.base import Head
+from redrafter.proposers import method_of
 from redrafter.training import clock
 from redrafter.training.checks import MAX_CHECKPOINTS, newest_checkpoint
 from redrafter.training.clock import TimedSchedule
@@ -141,7 +142,8 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
 def held_out_acceptance(module: Unrolled, rows: list[Row], batch_size: int = 8) -> Acceptance:
     """Teacher-forced acceptance of a drafter in training, at every window of held-out rows."""
     drafter, (target,) = module.drafter, module.target
-    proposer = drafter.proposer(target, *drafter.drafting(0))
+    method = method_of(drafter)
+    proposer = method.proposer(target, method.shape(0))
     assert proposer is not None
     training = drafter.training
     drafter.eval()

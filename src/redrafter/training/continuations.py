@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from redrafter.core.tree import chain
 from redrafter.data.examples import Row, collate, tokenized_rows
 from redrafter.decoding.settings import ONE_TEXT, resolve
-from redrafter.engine.request import ends_of
+from redrafter.engine.inputs import end_tokens
 from redrafter.targets.target import Target
 from redrafter.training.distillation import CompletedPrompt, DistillProgress, Prompt, row_labels, smallest
 
@@ -139,7 +139,7 @@ def continue_rows(
     progress = progress or DistillProgress()
     target = Target(model)
     limit = smallest(limit, target.context_length)
-    ends = ends_of(resolve(target.model, None, dict(ONE_TEXT)))
+    ends = end_tokens(resolve(target.model, None, dict(ONE_TEXT)))
     reading: dict[str, Any] = {"template_kwargs": template_kwargs, "vocab_size": target.vocab_size}
     while part := list(islice(prompts, chunk)):
         owners: list[Prompt] = []  # the prompt of each row

@@ -24,6 +24,7 @@ from redrafter.data.examples import Row, collate, pack
 from redrafter.errors import RedrafterError, reason
 from redrafter.heads.base import Head
 from redrafter.heads.medusa import MedusaHeads
+from redrafter.proposers import method_of
 from redrafter.targets.target import Target
 from redrafter.training import clock
 from redrafter.training.callbacks import ProgressDisplay, ResumeOverrides, SaveSchedule
@@ -158,7 +159,8 @@ def _measure_time(job: _TrainingJob, module: Unrolled, *, fewer: bool) -> None:
     With `fewer`, drops held-out rows that there is no time to measure.
     """
     recipe, rows = job.recipe, job.held_out
-    job.drafter.check(job.target, *job.drafter.drafting(0))
+    method = method_of(job.drafter)
+    method.proposer(job.target, method.shape(0))  # reports a shape that it cannot draft
     longest = sorted(rows, key=lambda row: -len(row.input_ids))[: recipe.batch_size]
     began = clock.now()
     held_out_acceptance(module, longest, recipe.batch_size)

@@ -23,8 +23,6 @@ class Unrolled(nn.Module):
     """Maps a batch to the drafter's loss.  The target is not a submodule, so it is neither trained nor saved."""
 
     def __init__(self, drafter: Head, target: Target, objective: Objective = TOKENS, window_share: float = 1.0):
-        """Raises RedrafterError for a drafter in 8 bits."""
-        drafter.check_whole("trained")
         super().__init__()
         self.drafter = drafter
         self.objective = objective
