@@ -1,4 +1,4 @@
-"""What a run of training chooses where the user does not."""
+"""Values that `redrafter train` chooses if the user does not."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
     ("groups", "accumulation", "epochs"),
     [(384, 1, 13), (384, 2, 20), (10, 1, 20), (2400, 1, 2), (2399, 1, 2), (1600, 1, 3), (100_000, 1, 2)],
 )
-def test_few_rows_are_seen_more_often(groups, accumulation, epochs):
-    """As often as makes 600 steps of 8 rows, from 2 to 20 times."""
+def test_few_rows_get_more_epochs(groups, accumulation, epochs):
+    """Enough for 600 steps of 8 rows, from 2 to 20."""
     assert default_epochs(groups, 8, accumulation).value == epochs
 
 
@@ -29,7 +29,7 @@ def rows_with(kinds: int) -> list[Row]:
     return [Row(ids, [True] * len(ids))]
 
 
-def test_on_a_cpu_the_rare_tokens_are_not_drafted():
+def test_rare_tokens_are_not_drafted():
     rows = rows_with(9000)
     found = {device: default_vocabulary(rows, 49_152, device).value for device in (CPU, GPU)}
     for device, kind in ((CPU, "cpu"), (GPU, "gpu")):
@@ -38,18 +38,18 @@ def test_on_a_cpu_the_rare_tokens_are_not_drafted():
     assert found[CPU] < found[GPU] <= 9000
     assert default_vocabulary(rows, 9001, GPU).value is None, "nearly all of it"
     assert default_vocabulary(rows_with(600), 2000, CPU).value is None, "a small vocabulary"
-    assert default_vocabulary(rows_with(50), 49_152, CPU).value is None, "too few kinds to draft from"
+    assert default_vocabulary(rows_with(50), 49_152, CPU).value is None, "too few tokens to draft from"
     assert kinds_for(rows, 1.0) == 9000
 
 
-def test_a_wide_head_is_narrowed_on_a_cpu_where_it_is_large_for_its_target():
+def test_a_head_that_is_large_for_its_target_is_narrower_on_a_cpu():
     target = Target(tiny_model(vocab_size=20_000, hidden_size=32))
     assert default_width(target, 2, 20_000, CPU).value == 32
     assert default_width(target, 2, 20_000, GPU).value is None
-    assert default_width(target, 2, 300, CPU).value is None, "it is small as it is"
+    assert default_width(target, 2, 300, CPU).value is None, "it is small"
 
 
-def test_the_parameters_are_those_of_a_drafter():
+def test_head_parameters_counts_the_weights_of_a_drafter():
     model = tiny_model()
     for width in (32, 64):
         head = RecurrentDrafter.for_target(model, exit_dim=width)

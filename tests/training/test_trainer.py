@@ -130,7 +130,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
 )
 @pytest.mark.parametrize("older", [False, True])
 def test_a_run_resumes_only_with_the_same_order_of_rows(tmp_path, monkeypatch, changed, message, older):
-    rows, recipe = own_text(16), Recipe(max_steps=4, batch_size=4, save_steps=2)
+    rows, recipe, changed = own_text(16), Recipe(max_steps=4, batch_size=4, save_steps=2), dict(changed)
     begun(rows, tmp_path, recipe, until=2)
     order = tmp_path / "checkpoints" / ORDER
     if older:  # as earlier versions named the values
@@ -234,7 +234,7 @@ def test_full_memory_is_reported_with_what_to_lower_before_the_first_step_if_pos
 
 def test_a_disk_too_small_for_checkpoints_is_reported_before_a_step(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
-    with pytest.raises(RedrafterError, match="checkpoints .* GiB are free"):
+    with pytest.raises(RedrafterError, match="GiB are free"):
         run(MODEL, fresh(), own_text(4), tmp_path / "new" / "one", Recipe(max_steps=1), resume=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -303,7 +303,8 @@ def test_the_model_card_describes_the_run(tmp_path):
     run(MODEL, fresh(), rows[:14], tmp_path, recipe, held_out=rows[14:], resume=False, **about)
     card = (tmp_path / "README.md").read_text()
     for words in (
-        "license: mit", "| license of the data | mit |", "- someone/chats\n", "14 rows with 336 tokens to learn of someone/chats:train_sft, mine.jsonl",
+        "license: mit", "| license of the data | mit |",
+        "- someone/chats\n", "14 rows with 336 tokens to learn of someone/chats:train_sft, mine.jsonl",
         "cross-entropy 0.1, kl 0.9, decay 0.8", "2 of 4 x 2", "tokens per step (10 beams of 3 tokens)",
         "torch " + torch.__version__,
     ):  # fmt: skip
