@@ -6,23 +6,25 @@ Heavy modules are imported inside functions, so that invalid options are reporte
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from redrafter.cli.loading import claim, config_value, load_model, load_tokenizer, skipping, template_variables
-from redrafter.cli.options import command
-from redrafter.cli.train_methods import EagleOptions, HeadOptions, MedusaOptions, RecurrentOptions, select_method
-from redrafter.cli.train_options import DataOptions, OutputOptions, RecipeOptions
+from redrafter.cli.app import command
+from redrafter.cli.loading import config_value, load_model, load_tokenizer
+from redrafter.cli.parsing import skipping, template_variables
+from redrafter.cli.train_methods import select_method
+from redrafter.cli.train_options import TrainOptions
+from redrafter.errors import RedrafterError
 from redrafter.training.recipe import Recipe, is_first_process
-from redrafter.utils.outputs import CHECKPOINTS
+from redrafter.utils.outputs import CHECKPOINTS, locked
 from redrafter.utils.paths import check_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from redrafter.cli.train_methods import HeadOptions
     from redrafter.data.examples import Row
     from redrafter.heads.base import Head
     from redrafter.training.card import TrainingResult
@@ -31,29 +33,25 @@ if TYPE_CHECKING:
 Log = Callable[[str], None]
 
 
-@command
-def train(
-    context: typer.Context,
-    data: DataOptions,
-    output: OutputOptions,
-    head: HeadOptions,
-    recurrent: RecurrentOptions,
-    medusa: MedusaOptions,
-    eagle: EagleOptions,
-    hyper: RecipeOptions,
-) -> None:
+@command("Train a drafter")
+def train(options: TrainOptions) -> None:
     """Train a drafter for a model; the model itself is not changed.
 
     Ctrl-C and SIGTERM save a checkpoint and stop (exit status 130 or 143); --resume continues.
     """
-    writes = is_first_process() and not output.dry_run
-    output.check(hyper.cache_states, [data.model, *data.sources, data.template, data.config], writes=writes)
-    method = select_method(head, recurrent, medusa, eagle)
-    recipe = hyper.recipe(data.max_length, method.feature_weight)
-    check_model_path(data.model)
+    if options.public and not options.push_to_hub:
+        raise RedrafterError("--public applies to a repository that --push-to-hub creates: leave it out.")
+    writes = is_first_process() and not options.dry_run
     if writes:
-        claim(context, output.output)
+        options.check_folders()
+    head = select_method(options.method, options)
+    recipe = options.recipe(options.max_length, head.feature_weight)
+    check_model_path(options.model)
+    with locked(options.output) if writes else nullcontext():
+        _train(options, head, recipe, writes=writes)
 
+
+def _train(options: TrainOptions, head: HeadOptions, recipe: Recipe, *, writes: bool) -> None:
     import torch
     from rich.console import Console
 
@@ -61,23 +59,23 @@ def train(
     from redrafter.utils import hub
 
     log = Console(stderr=True, soft_wrap=True, quiet=not is_first_process()).print
-    if output.push_to_hub and writes:
-        hub.check_login(output.push_to_hub)
-    inputs = _load(data, hyper.seed)
-    chosen = [_default_epochs(inputs.rows, recipe)] if hyper.choose_epochs else []
+    if options.push_to_hub and writes:
+        hub.check_login(options.push_to_hub)
+    inputs = _load(options)
+    chosen = [_default_epochs(inputs.rows, recipe)] if options.choose_epochs else []
     if chosen:
         recipe = replace(recipe, epochs=float(chosen[0].value or recipe.epochs))
-    torch.manual_seed(hyper.seed)
-    drafter, more = method.build(head, inputs.model, inputs.rows)
+    torch.manual_seed(options.seed)
+    drafter, more = head.build(inputs.model, inputs.rows)
     _print_summary(log, drafter, inputs, [*chosen, *more])
-    if output.dry_run:
+    if options.dry_run:
         _print_estimate(log, drafter, inputs, recipe)
         return
-    result = _fit(log, drafter, inputs, recipe, data, output)
+    result = _fit(log, drafter, inputs, recipe, options)
     log(advice(result.measured, recipe))
-    log(f"Loss {recipe.objective.describe_loss(result.loss, head.beam_length)}. Wrote {output.output}.")
-    if output.push_to_hub and is_first_process():
-        log(f"Uploaded to {hub.push(output.output, output.push_to_hub, public=output.public)}.")
+    log(f"Loss {recipe.objective.describe_loss(result.loss, options.beam_length)}. Wrote {options.output}.")
+    if options.push_to_hub and writes:
+        log(f"Uploaded to {hub.push(options.output, options.push_to_hub, public=options.public)}.")
 
 
 @dataclass(frozen=True)
@@ -89,27 +87,27 @@ class _Inputs:
     held_out: list[Row]
 
 
-def _load(data: DataOptions, seed: int) -> _Inputs:
+def _load(options: TrainOptions) -> _Inputs:
     """Reads the rows, then loads the model, which may take long."""
     from redrafter.data.examples import read_rows, split
     from redrafter.targets.target import Target
 
-    variables = template_variables(data.template_kwargs)
-    with skipping(data.bad_rows) as skip:
+    variables = template_variables(options.template_kwargs)
+    with skipping(options.bad_rows) as skip:
         rows = read_rows(
-            data.sources,
-            load_tokenizer(data.model, data.template, variables),
-            max_length=data.max_length,
-            limit=data.limit,
+            options.sources,
+            load_tokenizer(options.model, options.template, variables),
+            max_length=options.max_length,
+            limit=options.limit,
             template_kwargs=variables,
-            vocab_size=config_value(data.model, "vocab_size"),
+            vocab_size=config_value(options.model, "vocab_size"),
             skip=skip,
         )
-    model, _ = load_model(data.model, data.dtype, data.device, divided=data.shard_target)
+    model, _ = load_model(options.model, options.dtype, options.device, divided=options.shard_target)
     positions = Target(model).context_length
     rows = rows if positions is None else [row.cut(positions) for row in rows]
-    held_out = min(64, len(rows) // 20) if data.held_out is None else data.held_out
-    return _Inputs(model, *split(rows, held_out, seed=seed))
+    held_out = min(64, len(rows) // 20) if options.held_out is None else options.held_out
+    return _Inputs(model, *split(rows, held_out, seed=options.seed))
 
 
 def _default_epochs(rows: list[Row], recipe: Recipe) -> Default:
@@ -147,9 +145,7 @@ def _print_estimate(log: Log, drafter: Head, inputs: _Inputs, recipe: Recipe) ->
     log(f"{cost.steps:,} steps, about {cost.seconds:,.0f} s; {', '.join(parts)}.")
 
 
-def _fit(
-    log: Log, drafter: Head, inputs: _Inputs, recipe: Recipe, data: DataOptions, output: OutputOptions
-) -> TrainingResult:
+def _fit(log: Log, drafter: Head, inputs: _Inputs, recipe: Recipe, options: TrainOptions) -> TrainingResult:
     """Trains; a signal ends the command with a message that says how to continue."""
     from redrafter.training.checks import newest_checkpoint
     from redrafter.training.trainer import run
@@ -161,17 +157,19 @@ def _fit(
                 inputs.model,
                 drafter,
                 inputs.rows,
-                output.output,
+                options.output,
                 recipe,
                 held_out=inputs.held_out,
-                fewer_held_out=data.held_out is None,
-                sources=[name if "/" in name and not Path(name).exists() else Path(name).name for name in data.sources],
-                licence=output.licence,
+                fewer_held_out=options.held_out is None,
+                sources=[
+                    name if "/" in name and not Path(name).exists() else Path(name).name for name in options.sources
+                ],
+                licence=options.licence,
                 report=log,
-                resume=output.resume,
+                resume=options.resume,
             )
     except KeyboardInterrupt as error:
-        last = newest_checkpoint(output.output / CHECKPOINTS)
+        last = newest_checkpoint(options.output / CHECKPOINTS)
         message = "Interrupted before the first step; run the same command again."
         if last is not None:
             message = f"Interrupted; run it again with --resume to continue from {last.name} in {last.parent}."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from typer import Option
 
@@ -31,14 +31,14 @@ class TrainingMethod(StrEnum):
     EAGLE = "eagle"
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class HeadOptions:
-    """The training method and the default shape of drafts."""
+    """The default shape of drafts, which all methods have."""
 
-    method: Annotated[
-        TrainingMethod,
-        Option(help="recurrent (the paper's head), medusa (parallel heads) or eagle (a layer over features)."),
-    ] = TrainingMethod.RECURRENT
+    PANEL: ClassVar[str] = "Drafter"
+    feature_weight: ClassVar[float] = 0.0
+    """Weight of the loss on the target's features."""
+
     beam_length: Annotated[int, Option(min=1, help="Tokens to draft after the guaranteed one.")] = 4
     beam_width: Annotated[
         int, Option(min=1, help="Default number of beams, also for measuring; medusa: maximum candidates per head.")
@@ -46,6 +46,13 @@ class HeadOptions:
     node_budget: Annotated[
         int | None, Option(min=2, help="Default number of nodes to draft.  \\[default: complete beams; medusa: 64]")
     ] = None
+
+    def check(self) -> None:
+        """Raises RedrafterError for options that contradict each other."""
+
+    def build(self, model: PreTrainedModel, rows: list[Row]) -> tuple[Head, list[Default]]:
+        """A new head for the model, and the values that were chosen for options that are None."""
+        raise NotImplementedError
 
 
 Blocks = Annotated[int | None, Option(min=0, help="Residual blocks.  \\[default: 2; medusa: 1 per head]")]
@@ -59,23 +66,11 @@ DraftVocabulary = Annotated[
 ]
 
 
-class MethodOptions:
-    """Base class for the options of one training method."""
-
-    feature_weight = 0.0
-    """Weight of the loss on the target's features."""
-
-    def check(self, head: HeadOptions) -> None:
-        """Raises RedrafterError for options that contradict each other."""
-
-    def build(self, head: HeadOptions, model: PreTrainedModel, rows: list[Row]) -> tuple[Head, list[Default]]:
-        """A new head for the model, and the values that were chosen for options that are None."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class RecurrentOptions(MethodOptions):
+@dataclass(kw_only=True)
+class RecurrentOptions(HeadOptions):
     """The paper's recurrent head."""
+
+    PANEL: ClassVar[str] = "Recurrent head (--method recurrent)"
 
     exit_dim: Annotated[
         int | None, Option(min=1, help="Width of the head.  \\[default: 2 x hidden size, or 1 x if large on a CPU]")
@@ -92,12 +87,12 @@ class RecurrentOptions(MethodOptions):
     ] = 1
     draft_vocabulary: DraftVocabulary = None
 
-    def check(self, head: HeadOptions) -> None:
+    def check(self) -> None:
         """Raises RedrafterError for a gate without recurrence."""
         if self.gated and not self.rnn:
             raise RedrafterError("--gated needs the recurrence: leave out --no-rnn.")
 
-    def build(self, head: HeadOptions, model: PreTrainedModel, rows: list[Row]) -> tuple[Head, list[Default]]:
+    def build(self, model: PreTrainedModel, rows: list[Row]) -> tuple[Head, list[Default]]:
         """A recurrent head."""
         from redrafter.heads.recurrent import RecurrentDrafter
         from redrafter.targets.target import Target
@@ -117,17 +112,19 @@ class RecurrentOptions(MethodOptions):
             gated=self.gated,
             context_layers=sorted(self.context_layer or []),
             context_positions=self.context_positions,
-            beam_length=head.beam_length,
-            beam_width=head.beam_width,
-            node_budget=head.node_budget,
+            beam_length=self.beam_length,
+            beam_width=self.beam_width,
+            node_budget=self.node_budget,
             draft_vocabulary=vocabulary,
         )
         return drafter, chosen
 
 
-@dataclass(frozen=True)
-class MedusaOptions(MethodOptions):
+@dataclass(kw_only=True)
+class MedusaOptions(HeadOptions):
     """Medusa's parallel heads."""
+
+    PANEL: ClassVar[str] = "Medusa heads (--method medusa)"
 
     blocks: Blocks = None
     cartesian: Annotated[
@@ -148,34 +145,36 @@ class MedusaOptions(MethodOptions):
             )
         return [int(word) for word in words] or None
 
-    def check(self, head: HeadOptions) -> None:
+    def check(self) -> None:
         """Raises RedrafterError for a tree that does not fit the heads."""
         if self.ranks is not None:
             from redrafter.heads.medusa import cartesian_nodes
 
-            cartesian_nodes(self.ranks, head.beam_length)
+            cartesian_nodes(self.ranks, self.beam_length)
 
-    def build(self, head: HeadOptions, model: PreTrainedModel, rows: list[Row]) -> tuple[Head, list[Default]]:
+    def build(self, model: PreTrainedModel, rows: list[Row]) -> tuple[Head, list[Default]]:
         """Medusa heads; their tree is fitted after training."""
         from redrafter.heads.medusa import NODES, MedusaHeads
 
         vocabulary, chosen = _draft_vocabulary(self.draft_vocabulary, model, rows)
         drafter = MedusaHeads.fresh(
             model,
-            heads=head.beam_length,
+            heads=self.beam_length,
             blocks=1 if self.blocks is None else self.blocks,
             ranks=self.ranks,
-            nodes=max(NODES, head.node_budget or 0),
-            beam_width=head.beam_width,
-            node_budget=head.node_budget,
+            nodes=max(NODES, self.node_budget or 0),
+            beam_width=self.beam_width,
+            node_budget=self.node_budget,
             draft_vocabulary=vocabulary,
         )
         return drafter, chosen
 
 
-@dataclass(frozen=True)
-class EagleOptions(MethodOptions):
+@dataclass(kw_only=True)
+class EagleOptions(HeadOptions):
     """An EAGLE head."""
+
+    PANEL: ClassVar[str] = "EAGLE head (--method eagle)"
 
     features: Annotated[
         float | None,
@@ -187,34 +186,35 @@ class EagleOptions(MethodOptions):
         """Weight of the loss on the target's features."""
         return FEATURE_WEIGHT if self.features is None else self.features
 
-    def build(self, head: HeadOptions, model: PreTrainedModel, rows: list[Row]) -> tuple[Head, list[Default]]:
+    def build(self, model: PreTrainedModel, rows: list[Row]) -> tuple[Head, list[Default]]:
         """An EAGLE head."""
         from redrafter.heads.eagle import EagleHead
 
-        shape: dict[str, Any] = {"beam_width": head.beam_width, "node_budget": head.node_budget}
-        return EagleHead.fresh(model, beam_length=head.beam_length, **shape), []
+        shape: dict[str, Any] = {"beam_width": self.beam_width, "node_budget": self.node_budget}
+        return EagleHead.fresh(model, beam_length=self.beam_length, **shape), []
 
 
-METHODS: dict[TrainingMethod, type[MethodOptions]] = {
+METHODS: dict[TrainingMethod, type[HeadOptions]] = {
     TrainingMethod.RECURRENT: RecurrentOptions,
     TrainingMethod.MEDUSA: MedusaOptions,
     TrainingMethod.EAGLE: EagleOptions,
 }
 
 
-def select_method(head: HeadOptions, *methods: Any) -> MethodOptions:
-    """The options of the selected method.  Raises RedrafterError for invalid ones, or if another method's are given."""
-    selected: MethodOptions = next(one for one in methods if type(one) is METHODS[head.method])
-    for other in methods:
-        for one in fields(other):
-            value = getattr(other, one.name)
-            if value != one.default and value is not None and not hasattr(selected, one.name):
-                owners = [name for name, kind in METHODS.items() if one.name in {each.name for each in fields(kind)}]
-                flag = f"--{'no-' if value is False else ''}{one.name.replace('_', '-')}"
-                raise RedrafterError(
-                    f"{flag} is an option of --method {' and '.join(owners)}, not of {head.method}: leave it out."
-                )
-    selected.check(head)
+def select_method(method: TrainingMethod, options: object) -> HeadOptions:
+    """The options of a method, from the attributes of `options`.
+
+    Raises RedrafterError for invalid ones, or if an option of other methods is not at its default.
+    """
+    names = {owner: {field.name for field in fields(kind)} for owner, kind in METHODS.items()}
+    for field in (field for kind in METHODS.values() for field in fields(kind)):
+        value = getattr(options, field.name)
+        if field.name not in names[method] and value not in (field.default, None, []):
+            owners = " and ".join(owner for owner in METHODS if field.name in names[owner])
+            flag = f"--{'no-' if value is False else ''}{field.name.replace('_', '-')}"
+            raise RedrafterError(f"{flag} is an option of --method {owners}, not of {method}: leave it out.")
+    selected = METHODS[method](**{name: getattr(options, name) for name in names[method]})
+    selected.check()
     return selected
 
 

@@ -6,27 +6,18 @@ Imports nothing heavy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 from typer import Option
 
-from redrafter.cli.loading import OVERWRITE, BadRows, Device, Dtype, Limit, Model, Sources, Template, TemplateKwargs
+from redrafter.cli import options as opt
+from redrafter.cli.train_methods import EagleOptions, MedusaOptions, RecurrentOptions, TrainingMethod
 from redrafter.errors import RedrafterError
 from redrafter.training.objective import Objective
 from redrafter.training.recipe import Recipe
 from redrafter.utils.outputs import check_drafter_folder, check_states_folder
-
-
-class Precision(StrEnum):
-    """dtype of the drafter's matrix products."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 def read_config(context: typer.Context, file: Path | None) -> Path | None:
@@ -51,21 +42,23 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class DataOptions:
     """The target and the rows to train on."""
 
-    model: Model
-    data: Annotated[list[str], Option(metavar="FILE", help=f"Rows to train on. {Sources}")]
+    PANEL: ClassVar[str] = "Model and data"
+
+    model: opt.Model
+    data: Annotated[list[str], Option(metavar="FILE", help=f"Rows to train on. {opt.SOURCES}")]
     more: Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="More files like --data.")] = None
     config: Annotated[
         Path | None,
         Option(is_eager=True, callback=read_config, help="YAML of these options; the command line overrides it."),
     ] = None
-    limit: Limit = None
-    template: Template = None
-    template_kwargs: TemplateKwargs = None
-    bad_rows: BadRows = "stop"
+    limit: opt.Limit = None
+    template: opt.Template = None
+    template_kwargs: opt.TemplateKwargs = None
+    bad_rows: opt.BadRows = "stop"
     max_length: Annotated[int, Option(min=3, help="Maximum tokens of a row; the rest is cut off.")] = 1024
     held_out: Annotated[
         int | None, Option(min=0, help="Rows to measure on instead of training.  \\[default: 1 in 20, at most 64]")
@@ -73,8 +66,8 @@ class DataOptions:
     shard_target: Annotated[
         bool, Option("--shard-target", help="Shard the model over the processes, if it does not fit on one GPU.")
     ] = False
-    dtype: Dtype = "auto"
-    device: Device = "auto"
+    dtype: opt.Dtype = "auto"
+    device: opt.Device = "auto"
 
     @property
     def sources(self) -> list[str]:
@@ -82,9 +75,11 @@ class DataOptions:
         return [*self.data, *(self.more or [])]
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class RecipeOptions:
     """Hyperparameters."""
+
+    PANEL: ClassVar[str] = "Training"
 
     packing: Annotated[bool, Option("--packing", help="Pack short rows together, up to --max-length.")] = False
     window_share: Annotated[
@@ -117,7 +112,10 @@ class RecipeOptions:
     batch_size: Annotated[int, Option(min=1, help="Rows per process and batch.")] = 8
     accumulation: Annotated[int, Option(min=1, help="Batches per optimiser step.")] = 1
     learning_rate: Annotated[float, Option(help="Peak rate of AdamW; warm-up, then cosine to zero.")] = 1e-3
-    precision: Annotated[Precision, Option(help="dtype of the drafter's matrix products.")] = Precision.AUTO
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option(help="Data type of the drafter's matrix products; auto: bfloat16 on CUDA, else float32."),
+    ] = "auto"
     save_minutes: Annotated[float, Option(min=0, help="Minutes between checkpoints.")] = 2.0
     save_steps: Annotated[
         int | None,
@@ -153,11 +151,15 @@ class RecipeOptions:
         )
 
 
-@dataclass(frozen=True)
-class OutputOptions:
-    """The drafter's folder and hub repository."""
+@dataclass(kw_only=True)
+class TrainOptions(DataOptions, RecipeOptions, RecurrentOptions, MedusaOptions, EagleOptions):
+    """Options of `redrafter train`."""
 
     output: Annotated[Path, Option(help="Folder to write the drafter to.")]
+    method: Annotated[
+        TrainingMethod,
+        Option(help="recurrent (the paper's head), medusa (parallel heads) or eagle (a layer over features)."),
+    ] = TrainingMethod.RECURRENT
     licence: Annotated[str | None, Option("--license", help="License of the data, for the model card.")] = None
     push_to_hub: Annotated[str | None, Option(metavar="OWNER/NAME", help="Upload the drafter after training.")] = None
     public: Annotated[
@@ -167,17 +169,12 @@ class OutputOptions:
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing drafter.")] = False
     dry_run: Annotated[bool, Option("--dry-run", help="Print the expected cost and train nothing.")] = False
 
-    def check(self, cache_states: Path | None, inputs: list[str | Path | None], *, writes: bool) -> None:
-        """Raises RedrafterError for `public` without a repository, or if this process must not write the folders."""
-        if self.public and not self.push_to_hub:
-            raise RedrafterError("--public applies to a repository that --push-to-hub creates: leave it out.")
-        if not writes:
-            return
-        if cache_states is not None:
-            check_states_folder(cache_states, inputs=inputs)
-            if self.output.resolve().is_relative_to(cache_states.resolve()):
-                raise RedrafterError(
-                    f"--output {self.output} lies in --cache-states {cache_states}: choose another folder."
-                )
-        own = [cache_states]
-        check_drafter_folder(self.output, overwrite=self.overwrite, inputs=inputs, own=own, advice=OVERWRITE)
+    def check_folders(self) -> None:
+        """Raises RedrafterError if the command must not write its folders."""
+        inputs, states = [self.model, *self.sources, self.template, self.config], self.cache_states
+        if states is not None:
+            check_states_folder(states, inputs=inputs)
+            if self.output.resolve().is_relative_to(states.resolve()):
+                raise RedrafterError(f"--output {self.output} lies in --cache-states {states}: choose another folder.")
+        advice = opt.OVERWRITE
+        check_drafter_folder(self.output, overwrite=self.overwrite, inputs=inputs, own=[states], advice=advice)

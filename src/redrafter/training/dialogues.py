@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from redrafter.core.noise import row_seeds
 from redrafter.data.messages import Message
-from redrafter.data.prompts import check_asked, check_ids, encode, prompt_ids, render
+from redrafter.data.prompts import check_has_question, check_ids, encode, prompt_ids, render
 from redrafter.data.rows import Chat, Text, parse_row
 from redrafter.errors import RedrafterError
 from redrafter.training.distillation import Prompt, row_labels
@@ -86,7 +86,7 @@ def plan_answers(
         if not row.prompt:
             raise RedrafterError(f"{where}: the prompt is empty.")
         return AnswerPlan([], row.prompt)
-    check_asked(row.messages, where)
+    check_has_question(row.messages, where)
     answers = [] if row.only_user else [i for i in row.answers if not row.messages[i].get("tool_calls")]
     given: list[list[Message]] = [[]]
     for index, message in enumerate(row.messages):
