@@ -148,7 +148,7 @@ def test_a_seed_gives_the_same_texts_with_and_without_a_drafter_in_any_batches(
     assert texts == [texts[0]] * 6
     assert say(*command, "--no-drafter", *sampling[:-1], 5)[1] != texts[0][1]
     assert "temperature has no effect in greedy" in refusal(say(*command, "--no-drafter", "--temperature", 0.8))
-    assert "seed means nothing in greedy" in refusal(say(*command, "--no-drafter", "--seed", 8))
+    assert "greedy" in refusal(say(*command, "--no-drafter", "--seed", 8))
     status, out, _ = say("check", "--drafter", drafter_folder, *command[1:], *sampling)
     assert status == 0
     assert "3 of 3 texts equal" in out

@@ -17,6 +17,9 @@ from typer.models import OptionInfo
 
 from redrafter import __version__
 
+CONTEXT = "typer_context"
+"""Name of the parameter for typer's context, which is not an option."""
+
 PANELS = ("Generate text", "Train a drafter", "Measure", "Drafter folders")
 """Groups of commands in `redrafter --help`, in order."""
 
@@ -56,15 +59,16 @@ def command(panel: str, name: str | None = None) -> Callable[[Callable[..., None
         hints = get_type_hints(function)
         groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
         parameters = {one.name: one for kind in groups.values() for one in _parameters(kind)}
-        if "context" in hints:
-            parameters["context"] = _parameter("context", MISSING, hints["context"])
+        contexts = [name for name, kind in hints.items() if kind is typer.Context]
+        if contexts:  # named differently from all options, since some commands have an option --context
+            parameters[CONTEXT] = _parameter(CONTEXT, MISSING, typer.Context)
 
         def run(**values: Any) -> None:
             options: dict[str, Any] = {
                 name: kind(**{field.name: values[field.name] for field in fields(kind)})
                 for name, kind in groups.items()
             }
-            function(**options, **({"context": values["context"]} if "context" in values else {}))
+            function(**options, **{name: values[CONTEXT] for name in contexts})
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
@@ -94,8 +98,3 @@ def _parameters(options: Any) -> Iterator[inspect.Parameter]:
 def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     default = inspect.Parameter.empty if default is MISSING else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def register_plain(panel: str, function: Callable[..., Any]) -> None:
-    """Registers a function whose parameters are the options."""
-    app.command(rich_help_panel=panel)(function)
