@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ class Mutation:
     before: str
     after: str
     tests: str
-    """The tests that run first; the others follow if none of them fails."""
+    """A part of the names of the tests that run first; the others follow if none of them fails."""
 
     def locate(self) -> tuple[Path, ast.Module, ast.AST]:
         """The file, its syntax tree and the function in it."""
@@ -102,99 +103,124 @@ class Mutation:
 
 MUTATIONS = {
     "walk: a node is compared with the choice after itself": Mutation(
-        "plain_walk", "T.tokens == C.gather(1, P)", "T.tokens == C", "verify"
+        "plain_walk", "T.tokens == C.gather(1, P)", "T.tokens == C", "test_verify.py"
     ),
     "walk: a node is kept without its ancestors": Mutation(
-        "plain_walk", "(M[:, None] | ~T.ancestors).all(dim=2) & M", "M", "verify"
+        "plain_walk", "(M[:, None] | ~T.ancestors).all(dim=2) & M", "M", "test_verify.py"
     ),
-    "walk: padding is kept": Mutation("DraftTree.consistent", "A & self.valid", "A", "verify"),
+    "walk: padding is kept": Mutation("DraftTree.consistent", "A & self.valid", "A", "test_verify.py"),
     "walk: the last drafted token is not counted": Mutation(
-        "plain_walk", "torch.where(A[:, 0], D[:, 0], -1)", "torch.where(A[:, 0], D[:, 0] // 2, -1)", "verify"
+        "plain_walk", "torch.where(A[:, 0], D[:, 0], -1)", "torch.where(A[:, 0], D[:, 0] // 2, -1)", "test_verify.py"
     ),
     "walk: nodes of another depth or other ancestors are kept": Mutation(
-        "plain_walk", "T.consistent()", "T.valid", "verify"
+        "plain_walk", "T.consistent()", "T.valid", "test_verify.py"
     ),
     "walk: equal siblings are counted twice": Mutation(
-        "plain_walk", "torch.where(A[:, 0], D[:, 0], -1)", "A.sum(dim=1) - 1", "verify"
+        "plain_walk", "torch.where(A[:, 0], D[:, 0], -1)", "A.sum(dim=1) - 1", "test_verify.py"
     ),
     "noise: by the node's number, not its depth": Mutation(
         "Sampler._everywhere",
         "D.noise[R, T.depth]",
         "D.noise[R, torch.arange(T.size) % D.noise.shape[1]]",
-        "sampling",
+        "test_sampling.py",
     ),
     "noise: drafts use that of the position before": Mutation(
-        "SamplingNoise.coupled", "self.noise[:, P]", "self.noise[:, P - 1]", "sampling"
+        "SamplingNoise.coupled", "self.noise[:, P]", "self.noise[:, P - 1]", "test_a_head_that_knows_the_target"
     ),
     "noise: depends on the row's index in the batch": Mutation(
-        "Sampler.draw", "gumbel(S, P, V)", "gumbel(S + torch.arange(len(S)), P, V)", "sampling"
+        "Sampler.draw",
+        "gumbel(S, P, V)",
+        "gumbel(S + torch.arange(len(S)), P, V)",
+        "test_eagle_drafts.py::test_every_draft",
     ),
     "noise: the same at every position": Mutation(
-        "noise:_keys", "_splitmix(S)[:, None] + P", "_splitmix(S)[:, None] + 0 * P", "noise"
+        "noise:_keys", "_splitmix(S)[:, None] + P", "_splitmix(S)[:, None] + 0 * P", "test_noise.py"
     ),
     "noise: the same for every seed": Mutation(
-        "noise:_keys", "_splitmix(S)[:, None] + P", "_splitmix(0 * S)[:, None] + P", "noise"
+        "noise:_keys", "_splitmix(S)[:, None] + P", "_splitmix(0 * S)[:, None] + P", "test_noise.py"
     ),
     "noise: one position late after a step": Mutation(
-        "Sampler.draw", "torch.arange(D, device=V)", "(D > 1) + torch.arange(D, device=V)", "decoding"
+        "Sampler.draw",
+        "torch.arange(D, device=V)",
+        "(D > 1) + torch.arange(D, device=V)",
+        "test_any_tree_gives_the_same_text",
     ),
     "ahead: a finished row continues": Mutation(
-        "generate:_events", "T.get(O.slot) is not O", "O.slot not in T", "decoding"
+        "generate:_events", "T.get(O.slot) is not O", "O.slot not in T", "test_a_step_launched_before"
     ),
     "ahead: tokens that are not read yet are not visible": Mutation(
-        "generate:_events", "len(F) * (L + 1)", "0 * len(F) * (L + 1)", "decoding"
+        "generate:_events", "len(F) * (L + 1)", "0 * len(F) * (L + 1)", "test_a_step_launched_before"
     ),
-    "mask: nodes see their siblings": Mutation("tree_mask", "A.gather(2, N) & I[:, None]", "I[:, None]", "tree"),
-    "mask: nodes do not see the slot before the root": Mutation("tree_mask", "I < 0", "I < -1", "tree"),
-    "mask: the window is one slot longer": Mutation("tree_mask", "A - B[:, None] < W", "A - B[:, None] <= W", "tree"),
+    "mask: nodes see their siblings": Mutation(
+        "tree_mask", "A.gather(2, N) & I[:, None]", "I[:, None]", "test_tree.py"
+    ),
+    "mask: nodes do not see the slot before the root": Mutation("tree_mask", "I < 0", "I < -1", "test_tree.py"),
+    "mask: the window is one slot longer": Mutation(
+        "tree_mask", "A - B[:, None] < W", "A - B[:, None] <= W", "test_tree.py"
+    ),
     "mask: positions by the node's number, not its depth": Mutation(
-        "Target.forward", "L[:, None] + T.depth", "L[:, None] + torch.arange(T.size, device=L.device)", "target"
+        "Target.forward", "L[:, None] + T.depth", "L[:, None] + torch.arange(T.size, device=L.device)", "test_target.py"
     ),
-    "tree: a node's parent is not its ancestor": Mutation("ancestors_of", "range(D)", "range(D - 1)", "tree"),
+    "tree: a node's parent is not its ancestor": Mutation("ancestors_of", "range(D)", "range(D - 1)", "test_tree.py"),
     "eagle: a feature is paired with its own token, not the next one": Mutation(
-        "EagleProposer._take_in", "(I + 1).minimum(E)", "I.minimum(E)", "test_eagle_drafts"
+        "EagleProposer._take_in", "(I + 1).minimum(E)", "I.minimum(E)", "test_a_head_that_knows_the_target"
     ),
     "eagle: the last token of the last step is not read": Mutation(
-        "EagleProposer._take_in", "F.clamp(min=0)", "(F + 1).clamp(min=0)", "test_eagle_drafts"
+        "EagleProposer._take_in", "F.clamp(min=0)", "(F + 1).clamp(min=0)", "test_eagle_drafts.py::test_every_draft"
     ),
     "eagle: beams keep the features of other beams": Mutation(
-        "EagleProposer.propose", "P[..., None, None]", "(0 * P)[..., None, None]", "test_eagle_drafts"
+        "EagleProposer.propose",
+        "P[..., None, None]",
+        "(0 * P)[..., None, None]",
+        "test_eagle_drafts.py::test_every_draft",
     ),
-    "cache: nothing is moved": Mutation("step:step", "S.cache.keep(P, L)", "None", "decoding"),
+    "cache: nothing is moved": Mutation("step:step", "S.cache.keep(P, L)", "None", "test_any_tree_gives_the_same_text"),
     "cache: moved one slot too far": Mutation(
         "SlotCache.keep",
         "L[:, None] + torch.arange(P, device=D)",
         "1 + L[:, None] + torch.arange(P, device=D)",
-        "cache",
+        "test_cache.py",
     ),
-    "cache: keys are moved, values are not": Mutation("SlotCache.keep", "self.pools", "self.pools[::2]", "cache"),
+    "cache: keys are moved, values are not": Mutation(
+        "SlotCache.keep", "self.pools", "self.pools[::2]", "test_cache.py"
+    ),
     "cache: all rows move what the first row moves": Mutation(
-        "SlotCache.keep", "L[:, None] + path", "L[:, None] + path[:1]", "cache"
+        "SlotCache.keep", "L[:, None] + path", "L[:, None] + path[:1]", "test_cache.py"
     ),
-    "keep: a finished row continues": Mutation("step:step", "R.alive * (A + 1)", "A + 1", "decoding"),
+    "keep: a finished row continues": Mutation(
+        "step:step", "R.alive * (A + 1)", "A + 1", "test_a_row_that_ended_stays"
+    ),
     "keep: the drafter receives the root's state, not the last node's": Mutation(
-        "step:step", "_latest(C, H, A)", "_latest(C, H, 0 * A)", "decoding"
+        "step:step", "_latest(C, H, A)", "_latest(C, H, 0 * A)", "test_counts_of_a_perfect_drafter"
     ),
     "keep: the drafter receives positions with one missing": Mutation(
         "step:_latest",
         "E[:, None] + 1 + torch.arange(N, device=D)",
         "E[:, None] + torch.arange(N, device=D)",
-        "decoding",
+        "test_a_malformed_root_is_an_error",
     ),
     "memory: the tokens of the last step are not read": Mutation(
-        "TwoModelProposer._take_in", "(R.length - self.length).clamp(min=0)", "R.length", "test_two_model"
+        "TwoModelProposer._take_in",
+        "(R.length - self.length).clamp(min=0)",
+        "R.length",
+        "test_a_target_that_drafts_for_itself",
     ),
     "memory: the first token of the last step is not read": Mutation(
-        "TwoModelProposer._take_in", "R.length - self.length", "R.length - self.length + 1", "test_two_model"
+        "TwoModelProposer._take_in",
+        "R.length - self.length",
+        "R.length - self.length + 1",
+        "test_two_model.py::test_every_draft",
     ),
-    "memory: prompts are not read": Mutation("step:prefill", "P.read(M, R, H, S)", "None", "proposers"),
+    "memory: prompts are not read": Mutation(
+        "step:prefill", "P.read(M, R, H, S)", "None", "test_eagle_drafts.py::test_every_draft"
+    ),
     "memory: a row that enters brings none": Mutation(
-        "State.insert_rows", "self.memory.insert_rows(S, O)", "None", "proposers"
+        "State.insert_rows", "self.memory.insert_rows(S, O)", "None", "test_eagle_drafts.py::test_every_draft"
     ),
     "memory: attention does not reach the beams": Mutation(
-        "State.set_visible", "S + self.memory.slots - self.cache.slots", "S", "proposers"
+        "State.set_visible", "S + self.memory.slots - self.cache.slots", "S", "test_a_path_is_a_drafter"
     ),
-    "draft: beams see their neighbours": Mutation("parallel_chains", "A % W == 0", "A % W >= 0", "tree"),
+    "draft: beams see their neighbours": Mutation("parallel_chains", "A % W == 0", "A % W >= 0", "test_tree.py"),
     "draft: the root is found at its own position": Mutation(
         "PromptLookupProposer._found", "P < E", "P <= E", "test_prompt_lookup"
     ),
@@ -306,13 +332,13 @@ class Runner:
             for name in self.names
         }
         killers = forked(jobs)
-        tests = {test for test in killers.values() if test}
+        tests = {test for test, _ in killers.values() if test}
         passing = forked({test: functools.partial(self.first_failure, [by_id(items)[test]], None) for test in tests})
-        for name, test in killers.items():
-            detected = bool(test) and passing[test] == ""
+        for name, (test, seconds) in killers.items():
+            detected = bool(test) and passing[test][0] == ""
             self.undetected += [] if detected else [name]
             note = test if detected or not test else f"{test} fails without the mutation too"
-            print(f"{'detected' if detected else 'MISSED':8s}  {name:66s} {note}")
+            print(f"{'detected' if detected else 'MISSED':8s}  {name:66s} {seconds:5.1f} s  {note}")
         print(f"{len(killers) - len(self.undetected)} of {len(killers)} mutations make a test fail")
         return True
 
@@ -339,14 +365,14 @@ def ordered(items: list[pytest.Item], mutation: Mutation) -> list[pytest.Item]:
     """The tests that are likely to detect a mutation first, then those of the other files as in `TESTS`."""
 
     def rank(item: pytest.Item) -> tuple[bool, int]:
-        parts = (*item.path.parent.parts, item.path.stem, item.path.stem.removeprefix("test_"))
-        return mutation.tests not in parts, next((i for i, one in enumerate(TESTS) if one in parts), len(TESTS))
+        parts = (item.path.parent.name, item.path.stem.removeprefix("test_"))
+        return mutation.tests not in item.nodeid, next(i for i, one in enumerate(TESTS) if one in parts)
 
     return sorted(items, key=rank)
 
 
-def forked(jobs: dict[str, Callable[[], str]]) -> dict[str, str]:
-    """The result of each job, each in a process of its own, as many at a time as there are cores."""
+def forked(jobs: dict[str, Callable[[], str]]) -> dict[str, tuple[str, float]]:
+    """Each job's result and seconds; each runs in its own process, as many at a time as there are cores."""
     with tempfile.TemporaryDirectory() as folder:
         running: dict[int, str] = {}
         waiting = list(enumerate(jobs))
@@ -379,7 +405,8 @@ def run_and_exit(job: Callable[[], str], result: Path) -> None:
         log = os.open(f"{result}.log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        result.write_text(json.dumps(job()))
+        began = time.perf_counter()
+        result.write_text(json.dumps((job(), time.perf_counter() - began)))
         status = 0
     except BaseException as error:
         os.write(2, repr(error).encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mutations import MUTATIONS, Mutation, MutationError
+from mutations import MUTATIONS, ROOT, Mutation, MutationError
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -23,3 +23,10 @@ def test_the_mutation_applies(name):
 def test_an_error_says_what_does_not_apply(function, before, message):
     with pytest.raises(MutationError, match=message):
         Mutation(function, before, before, "verify").code()
+
+
+def test_the_tests_that_run_first_exist():
+    names = {test.split("::")[-1] for mutation in MUTATIONS.values() for test in mutation.tests.split("::")}
+    sources = {file.name: file.read_text() for file in (ROOT / "tests").rglob("test_*.py")}
+    for name in names:
+        assert any(name in file or f"def {name}" in text for file, text in sources.items()), name

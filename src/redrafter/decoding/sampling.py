@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from redrafter.core.noise import gumbel
+from redrafter.core.rows import RowState, SamplingNoise, precise
 from redrafter.core.tree import DraftTree
 from redrafter.decoding.processors import Nucleus
 
