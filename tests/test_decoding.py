@@ -18,13 +18,13 @@ from redrafter.core.tree import prefix_tree
 from redrafter.decoding import step as stepping
 from redrafter.engine import generate as decoding
 from redrafter.engine.request import request
-from redrafter.proposers import Memoryless
+from redrafter.proposers import Proposer
 from redrafter.targets.target import Target
 
 MODEL = tiny_model()
 
 
-class Oracle(Memoryless):
+class Oracle(Proposer):
     """Proposes what the model will write, spoilt at random places, so that acceptance takes every value.
 
     It finds its place by the context, which it looks up among the states of the finished texts.
@@ -56,7 +56,7 @@ class Oracle(Memoryless):
         return prefix_tree(place.root, torch.where(spoilt, (beams + 1) % self.vocabulary, beams))
 
 
-class AnyTree(Memoryless):
+class AnyTree(Proposer):
     """Proposes random trees, malformed ones too, whose tokens are mostly what the model writes at their depth."""
 
     modules, positions = (), 1
@@ -618,7 +618,7 @@ def test_a_row_that_ended_stays_where_it_is(monkeypatch):
 
     def watched(target, proposer, sampler, state):
         emitted = step(target, proposer, sampler, state)
-        stood.extend(state.place.length[state.place.alive == 0].tolist())
+        stood.extend(state.rows.length[state.rows.alive == 0].tolist())
         return emitted
 
     monkeypatch.setattr(decoding, "step", watched)
@@ -632,7 +632,7 @@ def test_no_slot_idles_while_a_prompt_waits(monkeypatch):
     step, admit = decoding.step, decoding.admit
 
     def watched_step(target, proposer, sampler, state):
-        alive.append((int(state.place.alive.sum()), len(entered)))
+        alive.append((int(state.rows.alive.sum()), len(entered)))
         return step(target, proposer, sampler, state)
 
     def watched_admit(target, proposer, sampler, state, slots, rows):

@@ -11,7 +11,7 @@ import transformers
 
 from conftest import tiny_model
 from redrafter import EagleHead, MedusaHeads, RecurrentDrafter, RedrafterError, generate
-from redrafter.proposers.loading import load_method
+from redrafter.proposers.loading import load_drafter
 from redrafter.targets.fingerprint import Fingerprint
 from redrafter.targets.target import Target
 
@@ -113,18 +113,18 @@ def test_a_drafter_loads_for_a_copy_of_another_name_and_not_for_another_model(he
     same, other = tiny_model(), tiny_model(seed=1)
     for one in (same, other):
         one.config._name_or_path = "someone/other"
-    drafter = load_method(tmp_path, same)
+    drafter = load_drafter(tmp_path, same)
     told = {"max_new_tokens": 6}
     assert generate(same, drafter, [[5, 6]], **told).new_tokens == generate(same, None, [[5, 6]], **told).new_tokens
     loose = type(drafter).from_pretrained(tmp_path)
     for call in (
-        lambda: load_method(tmp_path, other),
+        lambda: load_drafter(tmp_path, other),
         lambda: generate(other, drafter, [[5, 6]], **told),
         lambda: generate(other, loose, [[5, 6]], **told),
     ):
         with pytest.raises(RedrafterError, match="any_target=True"):
             call()
-    forced = load_method(tmp_path, other, any_target=True)
+    forced = load_drafter(tmp_path, other, any_target=True)
     assert generate(other, forced, [[5, 6]], **told).new_tokens == generate(other, None, [[5, 6]], **told).new_tokens
 
 

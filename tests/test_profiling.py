@@ -100,7 +100,7 @@ def test_the_parts_are_of_the_sizes_asked_for(results):
     own.draft_ms(SHAPE)
     tree = results[-1][0]
     assert tree.size == 6
-    assert tree.tokens[:, 0].tolist() == [own.state.place.text[row, 4].item() for row in range(2)]
+    assert tree.tokens[:, 0].tolist() == [own.state.rows.text[row, 4].item() for row in range(2)]
     drafted = own.tree(SHAPE)
     assert torch.equal(drafted.tokens, tree.tokens)
     own.rest_ms(SHAPE)

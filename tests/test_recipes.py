@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from redrafter import RecurrentDrafter, generate
 from redrafter.bench import units
-from redrafter.proposers.loading import load_method
+from redrafter.proposers.loading import load_drafter
 from redrafter.training import clock
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -141,7 +141,7 @@ def test_a_draft_model_learns_what_its_target_answers(corpus, tokenizer, target,
     assert record["curve"][0][1] > 2 * record["curve"][-1][1] > 0
     assert record["tokens"] > 51 * 2 * 10
     assert record["before"]["minutes"] == 1
-    draft = load_method(tmp_path / "draft", model)
+    draft = load_drafter(tmp_path / "draft", model)
     prompts = [row.input_ids[:12] for row in rows[:4]]
     out = generate(model, draft, prompts, max_new_tokens=16)
     assert out.new_tokens == generate(model, None, prompts, max_new_tokens=16).new_tokens
@@ -158,7 +158,7 @@ def test_the_rivals_of_the_demo_are_bundled_with_their_cards(corpus, target, tmp
     prompts = [[3, 40, 50, 60], [3, 41]]
     alone = generate(model, None, prompts, max_new_tokens=12).new_tokens
     for name in ("medusa", "eagle", "draft"):
-        method = load_method(tmp_path / name, model)
+        method = load_drafter(tmp_path / name, model)
         assert generate(model, method, prompts, max_new_tokens=12).new_tokens == alone
         made = json.loads((tmp_path / name / "training.json").read_text())
         card = (tmp_path / name / "README.md").read_text()

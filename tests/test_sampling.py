@@ -17,7 +17,7 @@ from redrafter.core.rows import RowState
 from redrafter.core.tree import prefix_tree
 from redrafter.decoding.sampling import Sampler
 from redrafter.engine.request import request
-from redrafter.proposers import Memoryless
+from redrafter.proposers import Proposer
 from redrafter.targets.target import Target
 from redrafter.training.loss import unrolled_loss
 
@@ -76,7 +76,7 @@ def test_processors_over_a_tree_are_transformers_over_the_text_of_each_node(told
     logits = torch.randn(3, tree.size, 61, generator=generator) * 3
     sampler = request(MODEL, None, texts, **told).sampler
     here = place(texts)
-    draw = sampler.draw(here, depths=3, vocabulary=61)
+    draw = sampler.noise(here, depths=3, vocabulary=61)
     choice = sampler.choose(draw, tree, logits.clone(), here)
     assert sampler.lazy == bool({"no_repeat_ngram_size", "presence_penalty", "sequence_bias"} & set(told))
     visited = 0
@@ -89,8 +89,8 @@ def test_processors_over_a_tree_are_transformers_over_the_text_of_each_node(told
         for processor in sampler.processors[row if sampler.lazy else 0]:
             score = processor(text, score)
         torch.testing.assert_close(choice.scores[row, node], score[0])
-        if draw.noise is not None:
-            score = score + draw.noise[row, tree.depth[row, node]]
+        if draw.gumbel is not None:
+            score = score + draw.gumbel[row, tree.depth[row, node]]
         assert choice.tokens[row, node] == score.argmax()
         if sampler.lazy and node:
             above = tree.parents[row, node]
@@ -104,7 +104,7 @@ def test_the_law_is_that_of_transformers(law):
     config = transformers.GenerationConfig(do_sample=True, **({"top_k": 0} | law))
     expected = MODEL._get_logits_processor(config, input_ids_seq_length=3, device="cpu")
     logits = torch.randn(6, 61, generator=torch.Generator().manual_seed(0)) * 3
-    draw = request(MODEL, None, [[5]], do_sample=True, **law).sampler.draw(place([[5]]), depths=2, vocabulary=61)
+    draw = request(MODEL, None, [[5]], do_sample=True, **law).sampler.noise(place([[5]]), depths=2, vocabulary=61)
     torch.testing.assert_close(draw.warp(logits), expected(torch.ones(6, 3, dtype=torch.long), logits))
 
 
@@ -120,11 +120,11 @@ def test_rows_that_have_ended_call_no_processor():
     here.alive[0] = 0
     tree = prefix_tree(torch.tensor([6, 7]), torch.tensor([[[3]], [[4]]]))
     sampler = Sampler(False, [[Watch()]])
-    sampler.choose(sampler.draw(here, depths=2, vocabulary=61), tree, torch.zeros(2, 2, 61), here)
+    sampler.choose(sampler.noise(here, depths=2, vocabulary=61), tree, torch.zeros(2, 2, 61), here)
     assert called == [[[7]]]
 
 
-class Least(Memoryless):
+class Least(Proposer):
     """Proposes the tokens that the drafter thinks least likely."""
 
     length, size, positions, modules = 2, 5, 1, ()

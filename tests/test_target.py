@@ -11,7 +11,8 @@ from redrafter import generate
 from redrafter.core.tree import chain, prefix_tree
 from redrafter.errors import RedrafterError
 from redrafter.heads.recurrent import DrafterConfig
-from redrafter.targets.target import Target, _base_name, _public_name
+from redrafter.targets.structure import base_name, public_name
+from redrafter.targets.target import Target
 from test_tree import path_to
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2", "gpt_neox", "phi", "olmo2"]
@@ -129,11 +130,11 @@ def test_a_drafter_for_another_target_is_refused_by_both_names():
 
 def test_names_that_leave_the_machine_hold_no_path(tmp_path):
     (tmp_path / "tiny").mkdir()
-    assert _public_name(str(tmp_path / "tiny")) == "tiny"
-    assert _public_name("/no/such/place/tiny") == "tiny"
-    assert _public_name("someone/tiny") == "someone/tiny"
-    assert _public_name("") is None
-    assert _base_name("/cache/models--someone--tiny/snapshots/0123") == "tiny"
+    assert public_name(str(tmp_path / "tiny")) == "tiny"
+    assert public_name("/no/such/place/tiny") == "tiny"
+    assert public_name("someone/tiny") == "someone/tiny"
+    assert public_name("") is None
+    assert base_name("/cache/models--someone--tiny/snapshots/0123") == "tiny"
 
 
 @pytest.mark.parametrize("family", ["llama", "cohere", "gemma2", "granite"])

@@ -190,7 +190,7 @@ class Remembering:
         self.target = target
         return self
 
-    def quickened(self):
+    def prepare(self):
         return self
 
     def memory(self, *, batch, slots):

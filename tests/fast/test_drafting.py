@@ -225,11 +225,11 @@ def test_proposals(form, budget, noisy, batch, device, monkeypatch):
     context, root = torch.randn(batch, 32).to(device), torch.tensor([5, 9], device=device)[:batch]
     noise = gumbel(torch.tensor([3, 5]), torch.arange(5).expand(2, -1), 61)[:batch].to(device) if noisy else None
     told = (None, rooted(root), context[:, None], SamplingNoise((), noise))
-    quick = proposer.quickened()
-    assert (quick.joined is None) == ("rnn" in form or "gated" in form)
+    quick = proposer.prepare()
+    assert (quick.fused is None) == ("rnn" in form or "gated" in form)
     found = quick.propose(*told)
     monkeypatch.undo()
-    for name in ("beam", "fast.joined", "fast.product", "fast.top", "tree"):
+    for name in ("beam", "fast.fused", "fast.product", "fast.top", "tree"):
         monkeypatch.setattr(f"redrafter.{name}.has_kernels", lambda *_: False)
     wanted = proposer.propose(*told)
     for name in FIELDS:

@@ -111,12 +111,12 @@ def test_proposals(device, monkeypatch):
         proposer = RecurrentProposer(drafter.to_eight_bits(), Target(model), 6, 4)
     context, root = torch.randn(2, 32).to(device), torch.tensor([5, 9], device=device)
     told = (None, rooted(root), context[:, None], SamplingNoise((), None))
-    quick = proposer.quickened()
-    assert quick.joined is not None
+    quick = proposer.prepare()
+    assert quick.fused is not None
     with monkeypatch.context() as patch:
         patch.setattr("redrafter.kernels.product.plain", of_sixteen_bits)
         found = quick.propose(*told)
-    for name in ("beam", "fast.joined", "fast.product", "fast.top", "tree"):
+    for name in ("beam", "fast.fused", "fast.product", "fast.top", "tree"):
         monkeypatch.setattr(f"redrafter.{name}.has_kernels", lambda *_: False)
     wanted = proposer.propose(*told)
     assert found.tokens.equal(wanted.tokens)

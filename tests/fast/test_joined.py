@@ -9,7 +9,7 @@ from conftest import tiny_model
 from redrafter import RecurrentDrafter
 from redrafter.proposers import RecurrentProposer
 from redrafter.proposers import fused_drafter as joined
-from redrafter.proposers.fused_drafter import Joined
+from redrafter.proposers.fused_drafter import FusedDrafter
 from redrafter.targets.target import Target
 
 
@@ -27,7 +27,7 @@ def drafter_of(**form):
 @torch.no_grad()
 def test_what_is_joined_gives_what_the_drafter_gives(form, batch):
     drafter, embed = drafter_of(**form)
-    found = Joined.of(drafter, embed)
+    found = FusedDrafter.of(drafter, embed)
     state, context = torch.randn(2, batch, 5, 32, dtype=torch.double).unbind()
     context = context[:, :1]
     read = drafter.read(context)
@@ -49,18 +49,18 @@ def test_what_is_joined_gives_what_the_drafter_gives(form, batch):
 
 @pytest.mark.parametrize("form", [{"rnn": False}, {"gated": True}, {"num_draft_layers": 0}], ids=str)
 def test_other_forms_are_left_alone(form):
-    assert Joined.of(*drafter_of(**form)) is None
+    assert FusedDrafter.of(*drafter_of(**form)) is None
 
 
 def test_a_large_table_is_not_made(monkeypatch):
     drafter, embed = drafter_of()
     monkeypatch.setattr(joined, "LARGEST", drafter.config.head_size * 32 * 8 - 1)
-    assert Joined.of(drafter, embed) is None
+    assert FusedDrafter.of(drafter, embed) is None
     monkeypatch.setattr(joined, "LARGEST", drafter.config.head_size * 32 * 8)
-    assert Joined.of(drafter, embed) is not None
+    assert FusedDrafter.of(drafter, embed) is not None
 
 
 def test_nothing_is_joined_where_no_kernel_runs():
     model = tiny_model()
     proposer = RecurrentProposer(RecurrentDrafter.for_target(model), Target(model), 3, 2)
-    assert proposer.quickened() is proposer
+    assert proposer.prepare() is proposer

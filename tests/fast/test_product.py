@@ -136,9 +136,9 @@ def test_proposals(form, batch, few, device, asked, monkeypatch):
         patch.setattr(product, "FEW", few)
         if 3 * batch <= few:
             patch.setattr(product, "plain", None)
-        found = proposer.quickened().propose(*told)
+        found = proposer.prepare().propose(*told)
     monkeypatch.setattr(product, "FEW", 0)
-    for name in ("beam", "fast.joined", "fast.product", "fast.top", "tree"):
+    for name in ("beam", "fast.fused", "fast.product", "fast.top", "tree"):
         monkeypatch.setattr(f"redrafter.{name}.has_kernels", lambda *_: False)
     wanted = proposer.propose(*told)
     assert found.tokens.equal(wanted.tokens)

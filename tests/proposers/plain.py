@@ -34,7 +34,7 @@ class Watched:
     def __getattr__(self, name):
         return getattr(self.watched, name)
 
-    def quickened(self):
+    def prepare(self):
         return self
 
     def propose(self, memory, place, context, draw):
@@ -71,7 +71,7 @@ def check_every_draft(model, method, following_of, shape, *, coupled: bool, **to
     for seed, text, found, draw in watched.seen:
 
         def rank(logits, position, seed=seed, text=text, draw=draw):
-            if draw.noise is None:
+            if draw.gumbel is None:
                 return logits
             noise = gumbel(torch.tensor([seed]), torch.tensor([[len(text) + position]]), VOCABULARY)
             return draw.warp(logits) + (noise if coupled else 0)

@@ -124,9 +124,9 @@ def test_a_draft_asks_the_device_nothing(shape, law):
     state = stepping.empty(asked.target, asked.proposer, batch=3, slots=60)
     with torch.inference_mode():
         stepping.prefill(asked.target, asked.proposer, asked.sampler, asked.rows, state)
-        draw = asked.sampler.draw(state.place, depths=asked.length + 1, vocabulary=61)
+        draw = asked.sampler.noise(state.rows, depths=asked.length + 1, vocabulary=61)
         with AsksNothing():
-            tree = asked.proposer.propose(state.memory, state.place, state.context, draw)
+            tree = asked.proposer.propose(state.memory, state.rows, state.context, draw)
     assert tree.size == asked.size
 
 

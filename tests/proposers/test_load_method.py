@@ -19,7 +19,7 @@ from redrafter import (
 )
 from redrafter.heads.medusa import MedusaHeads
 from redrafter.proposers import loading
-from redrafter.proposers.loading import load_method
+from redrafter.proposers.loading import load_drafter
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,9 @@ def draft_folder(model, tmp_path_factory):
 
 
 def test_a_path_is_a_drafter_a_draft_model_or_a_name(model, drafter_folder, draft_folder):
-    assert isinstance(load_method(drafter_folder, model), RecurrentDrafter)
-    assert isinstance(load_method("prompt-lookup", model), PromptLookup)
-    method = load_method(draft_folder, model)
+    assert isinstance(load_drafter(drafter_folder, model), RecurrentDrafter)
+    assert isinstance(load_drafter("prompt-lookup", model), PromptLookup)
+    method = load_drafter(draft_folder, model)
     assert isinstance(method, TwoModel)
     assert type(method.model).__name__ == "GPT2LMHeadModel"
     assert method.model.dtype == model.dtype
@@ -46,15 +46,15 @@ def test_a_path_is_a_drafter_a_draft_model_or_a_name(model, drafter_folder, draf
 
 
 def test_only_a_drafters_head_has_eight_bits(model, drafter_folder, draft_folder):
-    assert load_method(drafter_folder, model, 8).has_eight_bits
+    assert load_drafter(drafter_folder, model, 8).has_eight_bits
     for path in ("prompt-lookup", draft_folder):
         with pytest.raises(RedrafterError, match=f"head can have 8 bits, and {path} is none"):
-            load_method(path, model, 8)
+            load_drafter(path, model, 8)
 
 
 def test_medusa_heads_are_told_by_their_folder(model, tmp_path):
     MedusaHeads.fresh(model, heads=2).save_pretrained(tmp_path)
-    heads = load_method(tmp_path, model)
+    heads = load_drafter(tmp_path, model)
     assert isinstance(heads, MedusaHeads)
     ids = torch.tensor([[5, 6, 7]])
     told = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
@@ -69,7 +69,7 @@ def test_a_drafter_that_says_what_class_it_is_remains_a_drafter(model, drafter_f
             (tmp_path / file.name).write_bytes(file.read_bytes())
     told = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["Drafter"]}
     (tmp_path / "config.json").write_text(json.dumps(told))
-    assert isinstance(load_method(tmp_path, model), RecurrentDrafter)
+    assert isinstance(load_drafter(tmp_path, model), RecurrentDrafter)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_what_is_neither_is_told_in_a_sentence(model, tmp_path, config, sentence
         (tmp_path / "config.json").write_text(config)
         (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(RedrafterError, match=sentence) as told:
-        load_method(tmp_path, model)
+        load_drafter(tmp_path, model)
     assert str(told.value).count("\n") == 0
 
 
@@ -99,10 +99,10 @@ def test_the_hub_is_asked_for_the_config_first(model, drafter_folder, monkeypatc
         return str(drafter_folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert isinstance(load_method("somebody/drafter", model), RecurrentDrafter)
+    assert isinstance(load_drafter("somebody/drafter", model), RecurrentDrafter)
     assert asked[0] == ("somebody/drafter", ["config.json"])
     with pytest.raises(RedrafterError, match="There is no drafter folder at a/b/c"):
-        load_method("a/b/c", model)
+        load_drafter("a/b/c", model)
 
 
 @pytest.mark.parametrize("way", ["recurrent", "two-model", "prompt-lookup"])

@@ -55,7 +55,7 @@ def test_every_node_holds_the_token_of_its_rank(seed, shape, less, law):
         assert tree.tokens[row, 0] == root[row]
         scores = heads.logits(context[row, -1])
         if law is not None:
-            scores = draw.warp(scores) + draw.noise[row, :3][:, names]
+            scores = draw.warp(scores) + draw.gumbel[row, :3][:, names]
         for node, path in enumerate(paths, start=1):
             depth = len(path)
             assert tree.depth[row, node] == depth

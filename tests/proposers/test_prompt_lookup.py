@@ -103,9 +103,9 @@ def test_a_draft_asks_the_device_nothing(law):
     state = stepping.empty(target, proposer, batch=2, slots=40)
     with torch.inference_mode():
         stepping.prefill(target, proposer, sampler, asked.rows, state)
-        draw = sampler.draw(state.place, depths=proposer.length + 1, vocabulary=61)
+        draw = sampler.noise(state.rows, depths=proposer.length + 1, vocabulary=61)
         with AsksNothing():
-            proposer.propose(state.memory, state.place, state.context, draw)
+            proposer.propose(state.memory, state.rows, state.context, draw)
 
 
 @pytest.mark.parametrize(

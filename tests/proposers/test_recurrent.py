@@ -45,7 +45,7 @@ def test_beams_are_those_that_the_noise_puts_first(seed, width, length, less, bu
     tree = proposer.propose(None, rooted(root), context[:, None], draw)
     for row in range(2):
         found = set(paths(tree, row).values())
-        noise = draw.noise[row]
+        noise = draw.gumbel[row]
 
         def as_drawn(logits, ids, position, noise=noise):
             return draw.warp(logits[None])[0] + noise[position, list(ids)]

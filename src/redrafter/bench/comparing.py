@@ -23,7 +23,6 @@ from redrafter.bench.variants import NO_NOISE, UNFOLDED, Variant
 from redrafter.core.shapes import DraftShape, counted
 from redrafter.errors import RedrafterError
 from redrafter.proposers.base import draftable
-from redrafter.proposers.trees import num_candidates
 from redrafter.targets.target import Target
 from redrafter.training.journal import Journal
 from redrafter.utils.outputs import MEASUREMENTS
@@ -226,28 +225,27 @@ def _shapes(model: PreTrainedModel, base: Contender, axes: Axes) -> tuple[list[_
     assert base.method is not None
     target = Target(model, base.method.layers)
     method = base.method.method if isinstance(base.method, Variant) else base.method
-    width, length, _ = base.method.drafting(0)
+    made = base.method.shape(0)
+    width, length = made.beam_width, made.beam_length
 
     def shape(width: int, length: int, budget: int | None = None) -> DraftShape:
         return DraftShape(beam_width=width, beam_length=length, node_budget=budget)
 
     wanted = [shape(*sides) for sides in itertools.product(axes.widths, axes.lengths)]
-    wanted += [
-        shape(width, length, budget) for budget in axes.budgets if length < budget < num_candidates(width, length)
-    ]
+    wanted += [shape(width, length, budget) for budget in axes.budgets if length < budget < made.num_candidates]
     drafted, refused = draftable(method, target, wanted)
     own = [shape(width, length)] if axes.batches else []
     beams = [one for one in dict.fromkeys([*own, *(shape(one, length) for one in axes.widths)]) if one.beam_width > 1]
     chains, also = draftable(Variant(method, folded=False), target, draftable(method, target, beams)[0])
     found = []
     for one in dict.fromkeys([*drafted, *chains]):
-        told, label = (one.beam_width, one.beam_length, one.node_budget), f"{base.label}, {one.in_words}"
+        label = f"{base.label}, {one.description}"
         axis = "folding" if one not in drafted else "budgets" if one.node_budget else "grid"
-        made = _Shaped(Contender(label, base.path, Variant(method, told)), one, axis, one in chains and one in own)
-        found.append(made)
+        entry = _Shaped(Contender(label, base.path, Variant(method, one)), one, axis, one in chains and one in own)
+        found.append(entry)
         if one in chains:
-            plain = Contender(f"{label}, {UNFOLDED}", base.path, Variant(method, told, folded=False))
-            found.append(_Shaped(plain, one, "folding", made.together, folded=made))
+            plain = Contender(f"{label}, {UNFOLDED}", base.path, Variant(method, one, folded=False))
+            found.append(_Shaped(plain, one, "folding", entry.together, folded=entry))
     if not found and not axes.temperatures and not axes.batches:
         raise RedrafterError(f"{base.label} can draft in none of these shapes: {next(iter(refused), 'none is told')}")
     return found, refused + [f"{UNFOLDED}, {sentence}" for sentence in also]

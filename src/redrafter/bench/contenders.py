@@ -15,13 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from redrafter.bench.variants import Variant
-from redrafter.core.shapes import DraftShape
+from redrafter.core.shapes import DraftShape, ShapeOverrides
 from redrafter.errors import RedrafterError
-from redrafter.heads.base import Head
-from redrafter.proposers import Method, Proposer
-from redrafter.proposers.base import measured
-from redrafter.proposers.loading import load_method
-from redrafter.proposers.trees import drafted_in_words
+from redrafter.proposers import Method, Proposer, method_of
+from redrafter.proposers.base import describe_drafts, measured_shape
+from redrafter.proposers.loading import load_drafter
+from redrafter.proposers.methods import HeadMethod
 from redrafter.targets.target import Target
 
 ALONE = "autoregressive"
@@ -79,8 +78,9 @@ class Told:
         """The method as told: whole beams unless nodes are told; what is not told is as it was made for."""
         shape = None
         if (self.width, self.length, self.budget) != (None, None, None):
-            width, length, _ = method.drafting(0)
-            shape = (self.width or width, self.length or length, self.budget)
+            made = method.shape(0)
+            width, length = self.width or made.beam_width, self.length or made.beam_length
+            shape = DraftShape(beam_width=width, beam_length=length, node_budget=self.budget)
         return method if shape is None and self.coupled is None else Variant(method, shape, self.coupled)
 
 
@@ -108,33 +108,33 @@ class Contender:
         return self.method.coupled if isinstance(self.method, Variant) else None
 
     def settings(self, batch: int) -> dict[str, Any]:
-        """What to tell `generate` beside the drafter, for so many rows together."""
-        return {} if self.method is None else measured(self.method, batch)
+        """Settings of `generate` for `batch` rows decoded together."""
+        return {} if self.method is None else {"shape": self.shape(batch)}
 
     def shape(self, batch: int) -> DraftShape | None:
         """What that comes to; None without a method."""
         if self.method is None:
             return None
-        width, length, budget = self.method.drafting(batch, *self.settings(batch).values())
-        return DraftShape(batch=batch, beam_width=width, beam_length=length, node_budget=budget)
+        shape = measured_shape(self.method, batch, ShapeOverrides())
+        return shape.model_copy(update={"batch": batch})
 
     def proposer(self, target: Target, batch: int) -> Proposer | None:
         """What drafts, for rows together.  Raises RedrafterError where the method cannot draft in this shape."""
         shape = self.shape(batch)
         if shape is None or self.method is None:
             return None
-        return self.method.proposer(target, shape.beam_width, shape.beam_length, shape.node_budget)
+        return self.method.proposer(target, shape)
 
     def drafts(self, target: Target, batch: int) -> str:
         """How it drafts for rows together, in words; nothing where it does not."""
         shape, proposer = self.shape(batch), self.proposer(target, batch)
-        return "" if shape is None or proposer is None else drafted_in_words(proposer, shape)
+        return "" if shape is None or proposer is None else describe_drafts(proposer, shape)
 
     def form(self, target: Target) -> tuple[str, str]:
         """What its weights are and which tokens they score, in words; nothing where it has none."""
         method = self.method.method if isinstance(self.method, Variant) else self.method
-        if isinstance(method, Head):
-            return method.config.weights_in_words, method.config.drafted_in_words
+        if isinstance(method, HeadMethod):
+            return method.head.config.weights_description, method.head.config.vocabulary_description
         proposer = self.proposer(target, 1)
         names = ", ".join(type(one).__name__ for one in (proposer.modules if proposer else ()))
         return names, "all tokens" if names else ""
@@ -180,7 +180,7 @@ def load(
     found = []
     for one in told:
         if one.path not in methods:
-            methods[one.path] = load_method(one.path, model, any_target=any_target)
+            methods[one.path] = method_of(load_drafter(one.path, model, any_target=any_target))
         target = Target(model, methods[one.path].layers)
         made = Contender(one.label, one.path, one.shaped(methods[one.path]))
         for batch in batches:

@@ -20,7 +20,7 @@ from redrafter import __version__
 from redrafter.bench.contenders import ALONE, THEIRS, Contender
 from redrafter.bench.tasks import ALL
 from redrafter.bench.units import Record
-from redrafter.engine.generate import path_of
+from redrafter.engine.generate import describe_backend
 from redrafter.evaluation.profiling import device_name
 from redrafter.targets.target import Target
 
@@ -47,7 +47,7 @@ def about(model: PreTrainedModel) -> Record:
         "system": f"{platform.system()} {platform.machine()}",
         "cuda": torch.version.cuda if target.device.type == "cuda" else None,
         "versions": found,
-        "path": path_of(model),
+        "path": describe_backend(model),
     }
 
 

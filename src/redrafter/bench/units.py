@@ -26,7 +26,7 @@ from redrafter.engine.generate import stream
 from redrafter.engine.request import request
 from redrafter.errors import RedrafterError
 from redrafter.evaluation.checking import parting
-from redrafter.evaluation.profiling import Bench
+from redrafter.evaluation.profiling import StepProfiler
 from redrafter.training.journal import Journal
 
 Kind = Literal["calls", "decode", "together", "parts", "texts"]
@@ -287,7 +287,7 @@ class Runner:
         tokens = itertools.cycle(itertools.chain.from_iterable(written))
         rows = [list(itertools.islice(tokens, context)) for _ in range(unit.batch)]
         asked = request(self.model, one.method, rows, **one.settings(unit.batch), **law)
-        bench = Bench.of(asked, one.method, repeats=REPEATS, compile=self.asked.compile)
+        bench = StepProfiler(asked, one.method, repeats=REPEATS, compile=self.asked.compile)
         found: Record = {"context": context, "step_ms": bench.step_ms(shape), "draft_ms": 0.0, "nodes": 1}
         if shape is not None:
             found |= {"nodes": bench.tree(shape).size, "draft_ms": bench.draft_ms(shape)}

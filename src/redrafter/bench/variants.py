@@ -15,10 +15,10 @@ from torch import Tensor
 
 from redrafter.core.cache import SlotCache
 from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import DraftTree, parallel_chains
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Method, Proposer
-from redrafter.proposers.trees import num_candidates, size_of
 from redrafter.targets.target import Target
 
 NO_NOISE = "without the draws' noise"
@@ -30,7 +30,7 @@ class Variant:
     """A method that always drafts in one shape, ranks by the noise of the target's draws or not, or does not fold."""
 
     method: Method
-    shape: tuple[int, int, int | None] | None = None
+    fixed: DraftShape | None = None
     coupled: bool | None = None
     """Whether drafts are ranked by the noise that the target is about to draw with; by default as the method does."""
     folded: bool = True
@@ -41,31 +41,30 @@ class Variant:
         """As the method's."""
         return self.method.layers
 
-    def drafting(
-        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
-    ) -> tuple[int, int, int | None]:
-        """The shape, whatever is told; without one as the method's."""
-        return self.shape or self.method.drafting(batch, width, length, budget)
+    def shape(self, batch: int) -> DraftShape:
+        """The fixed shape, or the method's."""
+        return self.fixed or self.method.shape(batch)
 
-    def proposer(self, target: Target, width: int, length: int, budget: int | None) -> Proposer | None:
+    def proposer(self, target: Target, shape: DraftShape) -> Proposer | None:
         """The method's own, changed so.  Raises RedrafterError where there are no whole beams to unfold."""
-        found = self.method.proposer(target, width, length, budget)
+        found = self.method.proposer(target, shape)
         if found is None:
             return None
         if self.coupled is not None:
             found = _Changed(found, draw=partial(_ranked, coupled=self.coupled))
         if not self.folded:
             # a beam search weighs more than its beams hold; a tree of a form of its own, as Medusa's, has no more
-            weighs = num_candidates(width, length)
-            whole = budget is None and found.size == size_of(width, length, None)
-            most = self.method.proposer(target, width, length, weighs) if whole else None
-            if most is None or most.size != weighs:
+            candidates = shape.num_candidates
+            complete = shape.node_budget is None and found.size == shape.max_nodes
+            full = shape.model_copy(update={"node_budget": candidates})
+            most = self.method.proposer(target, full) if complete else None
+            if most is None or most.size != candidates:
                 raise RedrafterError("the method does not draft whole beams that could be unfolded.")
-            found = _Changed(found, tree=partial(unfolded, width=width))
+            found = _Changed(found, tree=partial(unfolded, width=shape.beam_width))
         return found
 
 
-class _Changed:
+class _Changed(Proposer):
     """A proposer that is shown other draws, or whose trees are made others."""
 
     def __init__(
@@ -77,21 +76,21 @@ class _Changed:
         self._proposer, self._draw, self._tree = proposer, draw, tree
         self.length, self.size, self.positions = proposer.length, proposer.size, proposer.positions
         self.modules = proposer.modules
-        self.memory, self.read = proposer.memory, proposer.read
+        self.memory, self.read = proposer.memory, proposer.read  # type: ignore[method-assign]
 
-    def quickened(self) -> Proposer:
+    def prepare(self) -> Proposer:
         """As the proposer's."""
-        return _Changed(self._proposer.quickened(), self._draw, self._tree)
+        return _Changed(self._proposer.prepare(), self._draw, self._tree)
 
     def propose(
         self,
         memory: SlotCache | None,
-        place: RowState,
+        rows: RowState,
         context: Float[Tensor, "B positions state"],
-        draw: SamplingNoise,
+        noise: SamplingNoise,
     ) -> DraftTree:
         """The proposer's, changed."""
-        return self._tree(self._proposer.propose(memory, place, context, self._draw(draw)))
+        return self._tree(self._proposer.propose(memory, rows, context, self._draw(noise)))
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class _Ranked(SamplingNoise):
 
 
 def _ranked(draw: SamplingNoise, coupled: bool) -> SamplingNoise:
-    return _Ranked(draw.warpers, draw.noise, coupled)
+    return _Ranked(draw.warpers, draw.gumbel, coupled)
 
 
 def unfolded(tree: DraftTree, width: int) -> DraftTree:

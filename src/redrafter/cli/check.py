@@ -11,7 +11,6 @@ from redrafter.cli.loading import (
     Budget,
     Device,
     DoSample,
-    DraftBits,
     DrafterOrModel,
     Dtype,
     Length,
@@ -49,7 +48,6 @@ def check(
     seed: Seed = None,
     more: Set = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
-    draft_bits: DraftBits = 16,
     any_target: AnyTarget = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -57,13 +55,12 @@ def check(
     """Decode with and without the drafter; exit status 1 if texts part where rounding does not explain it."""
     check_model_path(model)
     check_drafter_path(drafter)
-    from redrafter.cli.loading import check_bits, load_method, load_model, read_settings, tokenized_prompts
+    from redrafter.cli.loading import load_drafter, load_model, read_settings, tokenized_prompts
     from redrafter.data.prompts import read_prompts
     from redrafter.decoding.settings import with_stop_strings
     from redrafter.evaluation.checking import compare
     from redrafter.utils.progress import Progress
 
-    check_bits(draft_bits)
     settings = read_settings(
         more,
         do_sample=do_sample,
@@ -80,7 +77,7 @@ def check(
     )
     ids = tokenized_prompts(read_prompts(*prompts, limit=limit), model, template_kwargs)
     target, tokenizer = load_model(model, dtype, device)
-    head = load_method(drafter, target, draft_bits, any_target=any_target)
+    head = load_drafter(drafter, target, any_target=any_target)
     with Progress("texts", 2 * len(ids)) as progress:
         report = compare(target, head, ids, on_row=progress.advance, **with_stop_strings(target, settings, tokenizer))
     for parting in report.divergences:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from redrafter.engine.results import Stats
-    from redrafter.heads.recurrent import RecurrentDrafter
+    from redrafter.proposers import Drafter
 
 PROMPTS = (
     "I want to book a table for two at Gusto Pizzeria in San Jose at 7 pm tonight.",
@@ -46,7 +46,10 @@ def demo(
     from rich.console import Console
 
     from redrafter.cli.loading import demo_folder, load_drafter, load_model
+    from redrafter.core.shapes import ShapeOverrides
     from redrafter.data.prompts import prompt_ids
+    from redrafter.proposers import method_of
+    from redrafter.proposers.base import resolved_shape
 
     model, tokenizer = load_model(str(demo_folder() / "redrafter-demo-12m"), device="cpu")
     drafter = load_drafter(str(demo_folder() / "drafter"), model)
@@ -59,7 +62,8 @@ def demo(
         "beam_length": beam_length,
         "node_budget": node_budget,
     }
-    rows, by_position = [], [0] * drafter.drafting(1, beam_width, beam_length, node_budget)[1]
+    draft = resolved_shape(method_of(drafter), 1, ShapeOverrides(beam_width, beam_length, node_budget))
+    rows, by_position = [], [0] * draft.beam_length
     for text in prompt or PROMPTS:
         ids = prompt_ids({"messages": [{"role": "user", "content": text}]}, tokenizer, "--prompt")
         if not as_json:
@@ -80,7 +84,7 @@ def _show(
     console: Console,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    drafter: RecurrentDrafter,
+    drafter: Drafter,
     text: str,
     ids: list[int],
     settings: dict[str, Any],
@@ -103,7 +107,7 @@ def _show(
 def _measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    drafter: RecurrentDrafter,
+    drafter: Drafter,
     text: str,
     ids: list[int],
     settings: dict[str, Any],

@@ -12,7 +12,6 @@ from redrafter.cli.loading import (
     AnyTarget,
     Budget,
     Device,
-    DraftBits,
     DrafterOrModel,
     Dtype,
     Length,
@@ -48,7 +47,6 @@ def evaluate(
     limit: Limit = None,
     by: Annotated[str | None, typer.Option(metavar="KEY", help="Also by the rows' values of this key.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    draft_bits: DraftBits = 16,
     any_target: AnyTarget = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -56,18 +54,17 @@ def evaluate(
     """Count how far drafts are accepted: in decoding, the same walked over the texts, and at every place of them."""
     check_model_path(model)
     check_drafter_path(drafter)
-    from redrafter.cli.loading import check_bits, load_method, load_model, tokenized_prompts
+    from redrafter.cli.loading import load_drafter, load_model, tokenized_prompts
     from redrafter.data.prompts import read_prompts
     from redrafter.evaluation.acceptance import Measured
     from redrafter.evaluation.acceptance import evaluate as measure
     from redrafter.utils.progress import Progress
 
-    check_bits(draft_bits)
     records = read_prompts(*prompts, *(more or []), limit=limit)
     groups = {} if by is None else _grouped(records, by)
     ids = tokenized_prompts(records, model, template_kwargs)
     target, tokenizer = load_model(model, dtype, device)
-    head = load_method(drafter, target, draft_bits, any_target=any_target)
+    head = load_drafter(drafter, target, any_target=any_target)
     with Progress("texts", 2 * len(ids)) as progress:
         found = measure(
             target,

@@ -16,7 +16,6 @@ from redrafter.cli.loading import (
     Compile,
     Device,
     DoSample,
-    DraftBits,
     DrafterOrModel,
     Dtype,
     Fast,
@@ -63,7 +62,6 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Decode autoregressively, for comparison.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line for every prompt.")] = False,
-    draft_bits: DraftBits = 16,
     any_target: AnyTarget = False,
     fast: Fast = True,
     compile: Compile = False,
@@ -81,21 +79,22 @@ def generate(
     check_drafter_path(None if no_drafter else drafter)
 
     from redrafter.cli.loading import (
-        check_bits,
-        load_method,
+        load_drafter,
         load_model,
         read_settings,
         show_log,
         template_variables,
         tokenized_prompts,
     )
+    from redrafter.core.shapes import ShapeOverrides
     from redrafter.data.prompts import asked, read_prompts
     from redrafter.data.rows import Text, metadata, parse_row
     from redrafter.decoding.settings import ONE_TEXT, with_stop_strings
     from redrafter.engine.generate import stream
     from redrafter.engine.results import finished
+    from redrafter.proposers import method_of
+    from redrafter.proposers.base import resolved_shape
 
-    check_bits(draft_bits, drafted=not no_drafter)
     if compile:
         show_log()
     settings = read_settings(
@@ -118,11 +117,14 @@ def generate(
     ids = tokenized_prompts(records, model, template_kwargs, chat=chat)
     variables = template_variables(template_kwargs)
     target, tokenizer = load_model(model, dtype, device)
-    head = None if no_drafter or drafter is None else load_method(drafter, target, draft_bits, any_target=any_target)
+    head = None if no_drafter or drafter is None else load_drafter(drafter, target, any_target=any_target)
 
     settings = with_stop_strings(target, settings, tokenizer) | ONE_TEXT
     shape = (beam_width, beam_length, node_budget)
-    positions = 0 if head is None else head.drafting(min(batch_size, len(ids)), *shape)[1]
+    positions = 0
+    if head is not None:
+        rows = min(batch_size, len(ids))
+        positions = resolved_shape(method_of(head), rows, ShapeOverrides(*shape)).beam_length
     events = stream(target, head, ids, **settings)
 
     begin, total = time.perf_counter(), [0, 0]

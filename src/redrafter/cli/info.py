@@ -33,7 +33,7 @@ def info(
     check_drafter_path(path)
 
     from redrafter.cli.loading import load_model
-    from redrafter.engine.generate import path_of
+    from redrafter.engine.generate import describe_backend
     from redrafter.proposers.loading import load_head
     from redrafter.targets.target import Target
 
@@ -42,9 +42,10 @@ def info(
     if drafter is not None:
         _show(_drafter(str(path), drafter))
     if loaded is not None:
-        _show({"model": f"{model} ({type(loaded).__name__})", **path_of(loaded)})
+        _show({"model": f"{model} ({type(loaded).__name__})", **describe_backend(loaded)})
     if drafter is not None and loaded is not None:
-        Target(loaded).check_drafter(drafter.config, any_target=any_target)
+        drafter.any_target = any_target
+        drafter.check_target(Target(loaded))
 
 
 def _show(lines: dict[str, str]) -> None:
@@ -65,10 +66,10 @@ def _drafter(path: str, drafter: Head) -> dict[str, str]:
         "drafter": path,
         "target": f"{config.target or 'not named'}, revision {config.target_revision or 'not named'}",
         "target's shape": f"vocabulary {config.vocab_size:,}, hidden size {config.hidden_size:,}",
-        "head": config.head_in_words,
-        "context": config.context_in_words,
-        "drafts by default": config.shape_in_words,
-        **{f"from batch {shape.batch} on": shape.in_words for shape in config.shapes},
+        "head": config.head_description,
+        "context": config.context_description,
+        "drafts by default": config.shape_description,
+        **{f"from batch {shape.batch} on": shape.description for shape in config.shapes},
         **({"tuned on": config.tuned_on} if config.tuned_on else {}),
         "parameters": f"{hub.count_parameters(drafter):,} in {str(drafter.dtype).removeprefix('torch.')}",
         "on disk": f"{hub.size_on_disk(hub.fetch(path)) / 1e6:.1f} MB",

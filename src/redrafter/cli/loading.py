@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from redrafter.data.files import Skip
-    from redrafter.heads.recurrent import RecurrentDrafter
-    from redrafter.proposers import Method
+    from redrafter.proposers import Drafter
 
 OVERWRITE = "pass --overwrite, or another --output"
 """What to do about a drafter that is there already."""
@@ -50,10 +49,6 @@ Budget = Annotated[
         help="Draft the N most probable nodes of all that the beam search weighed, the root counted, not whole beams.  "
         "\\[default: as the drafter's folder says]",
     ),
-]
-DraftBits = Annotated[
-    int,
-    typer.Option(help="Of a weight of the drafter's head: 16, as --dtype says, or 8, faster on a GPU up to 16 beams."),
 ]
 Fast = Annotated[
     bool, typer.Option(help="Replay a step as one CUDA graph, pack weights on a CPU; the text is the same.")
@@ -248,14 +243,6 @@ def check_dtype(dtype: str) -> None:
         raise RedrafterError(f"--dtype {dtype} is not one of auto, float32, bfloat16, float16.")
 
 
-def check_bits(bits: int, drafted: bool = True) -> None:
-    """Raises RedrafterError for what `--draft-bits` does not take, and where nothing is drafted by it."""
-    if bits not in (16, 8):
-        raise RedrafterError(f"--draft-bits {bits} is not one of 16, 8.")
-    if bits != 16 and not drafted:
-        raise RedrafterError("--draft-bits is for a drafter: leave it out, or --no-drafter.")
-
-
 def check_context(context: int | None, model: PreTrainedModel) -> None:
     """Raises RedrafterError where `--context` is longer than the model's own."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -327,18 +314,11 @@ def load_model(
         raise RedrafterError(f"The model cannot be put on --device {device}: {reason(error)}.") from error
 
 
-def load_drafter(path: str, model: PreTrainedModel, bits: int = 16, *, any_target: bool = False) -> RecurrentDrafter:
-    """The drafter beside its target, on its device and in its dtype, its head perhaps in 8 bits."""
-    from redrafter.heads.recurrent import RecurrentDrafter
+def load_drafter(path: str, model: PreTrainedModel, *, any_target: bool = False) -> Drafter:
+    """A drafter from a folder or hub id, a draft model, or prompt lookup by name."""
+    from redrafter.proposers import loading
 
-    return RecurrentDrafter.from_pretrained(path, target=model, any_target=any_target, bits=bits)
-
-
-def load_method(path: str, model: PreTrainedModel, bits: int = 16, *, any_target: bool = False) -> Method:
-    """What drafts for the target: a drafter (its head perhaps in 8 bits), a draft model, or prompt lookup by name."""
-    from redrafter.proposers.loading import load_method
-
-    return load_method(path, model, bits, any_target=any_target)
+    return loading.load_drafter(path, model, any_target=any_target)
 
 
 def demo_folder() -> Path:

@@ -13,7 +13,6 @@ from redrafter.cli.loading import (
     Compile,
     Device,
     DoSample,
-    DraftBits,
     DrafterOrModel,
     Dtype,
     Length,
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from redrafter.core.shapes import DraftShape
-    from redrafter.evaluation.profiling import Bench, Piece
-    from redrafter.proposers import Method
+    from redrafter.evaluation.profiling import Measurement, StepProfiler
+    from redrafter.proposers import Drafter
 
 CONTEXT = 2000
 
@@ -53,7 +52,6 @@ def profile(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     do_sample: DoSample = False,
-    draft_bits: DraftBits = 16,
     any_target: AnyTarget = False,
     repeats: Annotated[int, typer.Option(min=1, help="Times to measure each; the median is shown.")] = 50,
     compile: Compile = False,
@@ -61,7 +59,7 @@ def profile(
     device: Device = "auto",
 ) -> None:
     """Time the step and its parts, beside the bandwidth that bounds them; ends with a line of JSON."""
-    from redrafter.cli.loading import check_bits, whole_numbers
+    from redrafter.cli.loading import whole_numbers
 
     if (model is None) == (shape is None):
         raise RedrafterError("Give either --model or --shape.")
@@ -69,23 +67,22 @@ def profile(
         raise RedrafterError("A --drafter goes with its --model, not with --shape.")
     if drafter is not None and (exit_dim or draft_vocab):
         raise RedrafterError("--exit-dim and --draft-vocab are for a fresh drafter, not with --drafter.")
-    check_bits(draft_bits)
     sizes, beams = whole_numbers(nodes, "--nodes"), whole_numbers(widths, "--widths")
 
     check_model_path(model)
     check_drafter_path(drafter)
     from rich.console import Console
 
-    from redrafter.cli.loading import load_method, load_model
-    from redrafter.evaluation.profiling import bandwidth, device_name, pieces
+    from redrafter.cli.loading import load_drafter, load_model
+    from redrafter.evaluation.profiling import bandwidth, device_name, measurements
     from redrafter.heads.synthetic import random_drafter
-    from redrafter.proposers.trees import drafted_in_words
+    from redrafter.proposers.base import describe_drafts
 
     target = load_model(model, dtype, device)[0] if model else _stand_in(str(shape), dtype, device)
     if drafter:
-        method = load_method(drafter, target, draft_bits, any_target=any_target)
+        method = load_drafter(drafter, target, any_target=any_target)
     else:
-        method = random_drafter(target, exit_dim, draft_vocab, draft_bits)
+        method = random_drafter(target, exit_dim, draft_vocab)
     bench, drafting, wider = _bench(
         target,
         method,
@@ -105,13 +102,13 @@ def profile(
         f"a step reads {bench.weight_bytes / 1e6:,.1f} MB of weights and {bench.cache_bytes / 1e6:,.1f} MB of keys and "
         f"values ({batch} x {bench.context:,} tokens): at least {_floor(bench, ceiling):.3f} ms"
     )
-    found = list(pieces(bench, drafting, nodes=sizes, widths=[one.beam_width for one in wider]))
-    _table(console, found, drafted_in_words(bench.proposer(drafting), drafting))
+    found = list(measurements(bench, drafting, nodes=sizes, widths=[one.beam_width for one in wider]))
+    _table(console, found, describe_drafts(bench.proposer(drafting), drafting))
     told = {"target": model or shape, "device": where, "shape": drafting.model_dump(exclude={"batch"})}
     typer.echo(json.dumps(told | _plain(bench, ceiling, found), ensure_ascii=False))
 
 
-def _floor(bench: Bench, bytes_per_second: float) -> float:
+def _floor(bench: StepProfiler, bytes_per_second: float) -> float:
     """Milliseconds of a step that does nothing but read."""
     return 1e3 * (bench.weight_bytes + bench.cache_bytes) / bytes_per_second
 
@@ -134,7 +131,7 @@ def _stand_in(shape: str, dtype: str, device: str) -> PreTrainedModel:
 
 def _bench(
     model: PreTrainedModel,
-    drafter: Method,
+    drafter: Drafter,
     told: tuple[int | None, int | None, int | None],
     *,
     widths: list[int],
@@ -144,32 +141,33 @@ def _bench(
     do_sample: bool,
     repeats: int,
     compile: bool,
-) -> tuple[Bench, DraftShape, list[DraftShape]]:
+) -> tuple[StepProfiler, DraftShape, list[DraftShape]]:
     """Rows of random tokens; the shape that is drafted, as told, as tuned, or as the drafter was made for; and the same
     of all `widths` that it can be drafted in.
     """
     import torch
 
     from redrafter.cli.loading import check_context
-    from redrafter.core.shapes import DraftShape
+    from redrafter.core.shapes import ShapeOverrides
     from redrafter.decoding.settings import ONE_TEXT
     from redrafter.engine.request import request
-    from redrafter.evaluation.profiling import Bench
-    from redrafter.proposers.base import draftable, measured
+    from redrafter.evaluation.profiling import StepProfiler
+    from redrafter.proposers import method_of
+    from redrafter.proposers.base import draftable, measured_shape
 
     check_context(context, model)
     config = model.config.get_text_config()
     length = context or min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
-    shape = measured(drafter, batch, *told)
+    method = method_of(drafter)
+    shape = measured_shape(method, batch, ShapeOverrides(*told))
     texts = torch.randint(config.vocab_size, (batch, length)).tolist()
-    asked = request(model, drafter, texts, do_sample=do_sample, stop_strings=(), **ONE_TEXT, **shape)
-    width, depth, budget = drafter.drafting(batch, *shape.values())
-    drafting = DraftShape(beam_width=width, beam_length=depth, node_budget=budget)
-    wider, _ = draftable(drafter, asked.target, [drafting.model_copy(update={"beam_width": one}) for one in widths])
-    return Bench.of(asked, drafter, wider, nodes=nodes, repeats=repeats, compile=compile), drafting, wider
+    asked = request(model, drafter, texts, do_sample=do_sample, stop_strings=(), **ONE_TEXT, shape=shape)
+    wider, _ = draftable(method, asked.target, [shape.model_copy(update={"beam_width": one}) for one in widths])
+    nodes = max(nodes, *(one.max_nodes for one in (shape, *wider)))
+    return StepProfiler(asked, method, nodes=nodes, repeats=repeats, compile=compile), shape, wider
 
 
-def _plain(bench: Bench, ceiling: float, found: list[Piece]) -> dict[str, Any]:
+def _plain(bench: StepProfiler, ceiling: float, found: list[Measurement]) -> dict[str, Any]:
     """For JSON."""
     alone = found[0].milliseconds
     return {
@@ -192,7 +190,7 @@ def _plain(bench: Bench, ceiling: float, found: list[Piece]) -> dict[str, Any]:
     }
 
 
-def _table(console: Console, found: list[Piece], drafted: str) -> None:
+def _table(console: Console, found: list[Measurement], drafted: str) -> None:
     """Every piece beside the autoregressive step."""
     from rich import box
     from rich.table import Table

@@ -74,7 +74,7 @@ def tune(
     from redrafter.cli.loading import (
         check_context,
         claim,
-        load_method,
+        load_drafter,
         load_model,
         read_settings,
         tokenized_prompts,
@@ -93,7 +93,8 @@ def tune(
     from redrafter.data.prompts import read_prompts
     from redrafter.decoding.settings import with_stop_strings
     from redrafter.evaluation import tuning
-    from redrafter.evaluation.profiling import Bench, device_name
+    from redrafter.evaluation.profiling import StepProfiler, device_name
+    from redrafter.proposers import method_of
     from redrafter.proposers.base import draftable
     from redrafter.proposers.loading import kind_of
     from redrafter.targets.target import Target
@@ -108,7 +109,7 @@ def tune(
     ids = tokenized_prompts(read_prompts(*prompts, limit=limit), model, template_kwargs)
     target, tokenizer = load_model(model, dtype, device)
     check_context(context, target)
-    method = load_method(drafter, target, any_target=any_target)
+    method = method_of(load_drafter(drafter, target, any_target=any_target))
     candidates, refused = draftable(method, Target(target, method.layers), tuning.shapes(beams, depths, sizes))
     if not candidates:
         raise RedrafterError(f"None of the shapes can be drafted: {refused[0]}")
@@ -121,15 +122,16 @@ def tune(
     _say_how_long(tuning.estimate(target, ids, batches, max_new_tokens=max_new_tokens, compile=compile, **law))
     with Progress("texts", len(ids)) as progress:
         texts = tuning.Texts.written(target, method, ids, on_row=progress.advance, max_new_tokens=max_new_tokens, **law)
-    length = context or texts.length
+    length, nodes = context or texts.length, max(shape.max_nodes for shape in candidates)
     writes = {shape: texts.tokens_per_step(shape) for shape in track(candidates, "shapes measured")}
     found: list[Tuned] = []
     unfit: dict[int, RedrafterError] = {}
     for batch in track(batches, "batch sizes timed"):
         try:
-            bench = Bench.of(texts.again(batch, length), method, candidates, repeats=repeats, compile=compile)
-            finalists = tuning.promising(bench, writes)
-            del bench  # its cache
+            rows = texts.again(batch, length)
+            profiler = StepProfiler(rows, method, nodes=nodes, repeats=repeats, compile=compile)
+            finalists = tuning.promising(profiler, writes)
+            del profiler  # its cache
             speed = partial(texts.tokens_per_second, batch=batch, compile=compile)
             found.append(tuning.tune(finalists, writes, speed))
         except RedrafterError as error:  # what fits is still wanted
@@ -142,7 +144,7 @@ def tune(
     kind = str(target.dtype).removeprefix("torch.")
     way = "sampled" if do_sample else "greedy"
     tuned_on = f"{device_name(target.device)}, {kind}, {way}, complete calls of up to {max_new_tokens} tokens"
-    tuned_on += ", compiled layers" if compile and Target(target).packs else ""
+    tuned_on += ", compiled layers" if compile and Target(target).tree_kernels else ""
     if dry_run:
         typer.echo(f"Measured on {tuned_on}; nothing is written.")
         return
@@ -180,7 +182,7 @@ def _table(found: list[Tuned]) -> None:
         low, high = one.interval
         table.add_row(
             str(one.candidate.batch),
-            one.candidate.in_words,
+            one.candidate.description,
             f"{one.tokens_per_step:.2f}",
             f"{statistics.median(one.drafted):,.0f}",
             f"{statistics.median(one.undrafted):,.0f}",

@@ -1,7 +1,7 @@
-"""Keys and values in per-row slots, behind the Hugging Face `Cache` protocol.
+"""Keys and values in slots, behind the `Cache` protocol of transformers.
 
-Promises: every row has its own length, a slot is a position, memory is allocated once.  All that differs between
-versions of transformers' cache lives here.  Does not know trees: it is told which slots to write and which to move.
+Guarantees that every row has its own length, that a slot is a position, and that memory is allocated once.  Differences
+between versions of transformers' cache are handled here.  Does not know trees; callers pass the slots to write or move.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from redrafter.kernels import has_kernels
-from redrafter.kernels.kv_write import scatter, store
+from redrafter.kernels.kv_write import kv_write, scatter
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one layer of the target keeps: heads, sizes of a key and of a value, dtype and device."""
+    """Cached tensors of one layer: number of heads, sizes of a key and a value, dtype and device."""
 
     heads: int
     key_size: int
@@ -31,50 +31,49 @@ class LayerShape:
 
 @dataclass
 class Window:
-    """What the layers' next update reads and writes; shared by all of them."""
+    """What the next update of all layers reads and writes."""
 
     slots: Int[Tensor, "B Q"]
-    """Where the new keys and values go."""
+    """Destination of the new keys and values."""
     visible: int | None
-    """Slots that attention sees, from the first; None is all, for attention that knows each row's length."""
+    """Number of leading slots that attention sees; None for all, if attention knows each row's length."""
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's view of the cache; models call `update` without positions, so the shared window tells the slots."""
+    """One layer of the cache.  Models call `update` without positions; the shared window provides the slots."""
 
     def __init__(self, window: Window, keys: Tensor, values: Tensor):
         super().__init__()
         self.window, self.keys, self.values, self.is_initialized = window, keys, values, True
-        self.quick = has_kernels(keys.device, keys.dtype)
+        self._write = kv_write if has_kernels(keys.device, keys.dtype) else scatter
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes the new states [B, heads, Q, size] at the window's slots; returns all visible slots."""
         slots = self.window.slots.to(self.keys.device)
-        write = store if self.quick else scatter
-        write(self.keys, self.values, slots, key_states, value_states)
+        self._write(self.keys, self.values, slots, key_states, value_states)
         if self.window.visible is None:
             return self.keys, self.values
         visible = self.window.visible
         return self.keys[:, :, :visible], self.values[:, :, :visible]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Visible slots, no offset.  Only consulted where a model ignores the mask it is given."""
+        """Visible slots and no offset.  Only used by models that ignore the mask."""
         return self.window.visible or self.keys.shape[2], 0
 
     def get_seq_length(self) -> int:
-        """Always 0: rows differ, and positions are always passed."""
+        """Always 0: rows have different lengths, and positions are passed explicitly."""
         return 0
 
     def get_max_length(self) -> int:
-        """All slots."""
+        """The number of slots."""
         return self.keys.shape[2]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: allocated by the cache."""
+        """No effect: the cache has allocated the memory."""
 
 
 class OneLayer(Cache):  # type: ignore[misc]
-    """A cache as one layer of the model sees it: no index is asked for, so compiled code serves every layer."""
+    """A cache with one layer, whatever index it is called with, so that compiled code serves every layer."""
 
     def __init__(self, layer: SlotLayer):
         super().__init__(layers=[layer])
@@ -82,14 +81,14 @@ class OneLayer(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As its layer's."""
+        """See `SlotLayer.update`."""
         return self.layers[0].update(key_states, value_states)  # type: ignore[no-any-return]
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """All layers' keys and values, each kind of layer in one tensor [layers, B, heads, S, size].
+    """Keys and values of all layers, with one tensor [layers, B, heads, S, size] for layers of equal shape.
 
-    Layers do not know the cache, so that its memory is free the moment it is dropped.
+    Layers hold no reference to the cache, so that its memory is released immediately.
     """
 
     def __init__(self, shapes: list[LayerShape], *, batch: int, slots: int):
@@ -106,16 +105,16 @@ class SlotCache(Cache):  # type: ignore[misc]
             self.pools += [keys, values]
             layers |= {member: SlotLayer(self.window, keys[i], values[i]) for i, member in enumerate(members)}
         super().__init__(layers=[layers[i] for i in range(len(shapes))])
-        self.alone = [OneLayer(layer) for layer in self.layers]
-        """Each layer's own view."""
+        self.per_layer = [OneLayer(layer) for layer in self.layers]
+        """A cache for each layer alone."""
 
     @property
     def visible(self) -> int:
-        """Slots that the next update hands to attention."""
+        """Slots that attention sees in the next update."""
         return self.window.visible or self.slots
 
     def keep(self, path: Int[Tensor, "B K"], length: Int[Tensor, " B"]) -> None:
-        """Moves the tree nodes `path`, which sit at slots `length + path`, to slots `length … length + K - 1`."""
+        """Moves the nodes `path`, at slots `length + path`, to slots `length … length + K - 1`."""
         for pool in self.pools:
             source = (length[:, None] + path).to(pool.device)
             target = (length[:, None] + torch.arange(path.shape[1], device=length.device)).to(pool.device)
@@ -125,19 +124,19 @@ class SlotCache(Cache):  # type: ignore[misc]
             pool.scatter_(3, target[None, :, None, :, None].expand(shape), moved)
 
     def insert_rows(self, rows: list[int], other: SlotCache) -> None:
-        """Takes over another cache's rows, as many of their slots as fit, as the given rows of this one."""
+        """Copies the rows of another cache, as far as they fit, into the given rows."""
         fit = min(self.slots, other.slots)
         for pool, source in zip(self.pools, other.pools, strict=True):
             pool[:, rows, :, :fit] = source[..., :fit, :]
 
     def of_rows(self, rows: Int[Tensor, " R"]) -> SlotCache:
-        """Another cache that holds the given rows of this one, a row as often as it is named."""
-        taken = SlotCache(self.shapes, batch=len(rows), slots=self.slots)
-        for pool, source in zip(taken.pools, self.pools, strict=True):
+        """A new cache with copies of the given rows, which may repeat."""
+        copies = SlotCache(self.shapes, batch=len(rows), slots=self.slots)
+        for pool, source in zip(copies.pools, self.pools, strict=True):
             pool.copy_(source[:, rows.to(source.device)])
-        return taken
+        return copies
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Bytes per row."""
         return sum(pool.nbytes for pool in self.pools) // self.batch

@@ -1,4 +1,4 @@
-"""Where the rows of a batch stand, and what is known of the target's next choices before it runs.
+"""The state of the rows of a batch, and the sampling noise of the next step.
 
 Does not know which model or proposer reads them.
 """
@@ -17,33 +17,34 @@ from transformers import LogitsProcessor
 
 @dataclass(frozen=True)
 class RowState:
-    """Where trees stand: their rows' texts so far."""
+    """The texts so far, one per row."""
 
     row: Int[Tensor, " B"]
     """The number of each row in its call."""
     seed: Int[Tensor, " B"]
     text: Int[Tensor, "B S"]
-    """Tokens by position, the root of the tree included; what follows is not defined."""
+    """Tokens by position, including the root.  Later entries are undefined."""
     length: Int[Tensor, " B"]
     """Position of the root."""
     alive: Int[Tensor, " B"]
+    """1 for rows that are being decoded, 0 for free slots."""
 
     @property
     def root(self) -> Int[Tensor, " B"]:
-        """The last token, which the target chose and has not yet taken in."""
+        """The last token.  The target has chosen it, but not yet processed it."""
         return self.text.gather(1, self.length[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
 class SamplingNoise:
-    """What is known of the choices at successive positions before the target runs."""
+    """What is known before the target runs about how it will sample at the next positions."""
 
     warpers: tuple[LogitsProcessor, ...]
-    noise: Float[Tensor, "B depths V"] | None
-    """None where decoding is greedy."""
+    gumbel: Float[Tensor, "B depths V"] | None
+    """Gumbel noise after nodes of each depth; None in greedy decoding."""
 
     def warp(self, logits: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K"]:
-        """Logits over any vocabulary after temperature and truncation, in float32 at least."""
+        """Applies temperature and truncation to logits over any vocabulary.  Returns float32 or wider."""
         scores = precise(logits).flatten(0, -2)
         for warper in self.warpers:
             scores = warper(None, scores)
@@ -52,27 +53,28 @@ class SamplingNoise:
     def ranking(
         self, coupled: bool = True, names: Int[Tensor, " head"] | None = None
     ) -> Callable[[Tensor, int], Tensor] | None:
-        """How a drafter's logits after nodes of a depth become what it ranks by; None for as they are.
+        """A function `(logits, depth) -> scores` that a drafter ranks candidates by; None for the logits themselves.
 
-        Where the target samples, `coupled` to its noise or by the warpers alone; `names` as for `coupled`.
+        When the target samples, scores include its noise if `coupled`, and the warpers in any case.  `names`: see
+        `with_noise`.
         """
-        if self.noise is None:
+        if self.gumbel is None:
             return None
-        return partial(self.coupled, names=names) if coupled else lambda logits, _: self.warp(logits)
+        return partial(self.with_noise, names=names) if coupled else lambda logits, _: self.warp(logits)
 
-    def coupled(
-        self, logits: Float[Tensor, "B beams head"], position: int, names: Int[Tensor, " head"] | None = None
+    def with_noise(
+        self, logits: Float[Tensor, "B beams head"], depth: int, names: Int[Tensor, " head"] | None = None
     ) -> Float[Tensor, "B beams head"]:
-        """A drafter's logits after nodes of depth `position`, with the warpers and the noise that the target will draw.
+        """A drafter's logits after nodes of a depth, with the warpers and noise that the target will use there.
 
-        So they rank first what it is about to draw.  `names`: the target's ids of the draft vocabulary, where it has
-        its own.
+        They rank the token first that the target is about to sample.  `names` are the target's ids of the draft
+        vocabulary, if the drafter has one.
         """
-        assert self.noise is not None
-        noise = self.noise[:, position]
+        assert self.gumbel is not None
+        noise = self.gumbel[:, depth]
         return self.warp(logits) + (noise if names is None else noise[:, names])[:, None]
 
 
 def precise(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """In float32 at least, as transformers has scores."""
+    """float32 or wider, as transformers' scores."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,26 +1,31 @@
-"""The shape of a draft: beams, their length and a budget of nodes.
+"""The shape of a draft: beam width, beam length and node budget.
 
-Promises that a shape that exists can be drafted.  Does not know torch.
+Guarantees that a shape is consistent.  Does not know torch, nor which drafter can draft in a shape.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
-MOST_NODES = 1024
-"""Of a tree that is kept in a config, the root counted."""
+from redrafter.errors import RedrafterError
+
+MAX_NODES = 1024
+"""Limit on the nodes of a tree that a config stores, including the root."""
 
 
 def counted(number: int, noun: str) -> str:
-    """So many of what a noun names."""
+    """`"1 token"`, `"2 tokens"`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 class DraftShape(BaseModel):
-    """How to draft where `batch` rows or more are decoded together.
+    """How to draft.
 
-    `beam_length` counts drafted tokens only; 0 decodes without drafting.  With a `node_budget` the so many most
-    probable nodes are drafted, the root counted, not whole beams.
+    `beam_width` beams of `beam_length` drafted tokens (the guaranteed token is not counted); a length of 0 decodes
+    without drafting.  With a `node_budget`, the tree holds that many most probable candidates, including the root,
+    instead of complete beams.  `batch` is the smallest number of rows decoded together that the shape is meant for.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -31,10 +36,60 @@ class DraftShape(BaseModel):
     node_budget: PositiveInt | None = None
 
     @property
-    def in_words(self) -> str:
-        """Beams and budget."""
+    def num_candidates(self) -> int:
+        """Nodes that a beam search of this shape scores, including the root."""
+        return 1 + self.beam_width + (self.beam_length - 1) * self.beam_width**2
+
+    @property
+    def max_nodes(self) -> int:
+        """Nodes of the tree: the budget, or the number of nodes if no two beams share a prefix."""
+        if self.node_budget:
+            return min(self.node_budget, self.num_candidates)
+        return 1 + self.beam_width * self.beam_length
+
+    @property
+    def extra_slots(self) -> int:
+        """Cache slots that beams need in addition to those of the tree.  The last tokens are never run."""
+        return max(0, 1 + self.beam_width * (self.beam_length - 1) - self.max_nodes)
+
+    @property
+    def description(self) -> str:
+        """For reports, such as `"4 beams of 5 tokens, the 21 most probable nodes"`."""
         if not self.beam_length:
             return "without drafting"
         budget = f", the {self.node_budget} most probable nodes" if self.node_budget else ""
         beams = "one beam" if self.beam_width == 1 else f"{self.beam_width} beams"
         return f"{beams} of {counted(self.beam_length, 'token')}{budget}"
+
+    def check(self, *, vocabulary: int) -> None:
+        """Raises RedrafterError if a drafter that scores `vocabulary` tokens cannot draft in this shape."""
+        if self.beam_width > vocabulary:
+            raise RedrafterError(
+                f"beam_width must lie between 1 and the drafter's {vocabulary} tokens, not {self.beam_width}."
+            )
+
+
+@dataclass(frozen=True)
+class ShapeOverrides:
+    """The parts of a draft's shape that a caller sets.  None leaves a part to the drafter."""
+
+    beam_width: int | None = None
+    beam_length: int | None = None
+    node_budget: int | None = None
+
+    def __bool__(self) -> bool:
+        """Whether anything is set."""
+        return (self.beam_width, self.beam_length, self.node_budget) != (None, None, None)
+
+    def applied_to(self, shape: DraftShape) -> DraftShape:
+        """The shape with these parts replaced.  Raises RedrafterError for values that no drafter can use."""
+        width = shape.beam_width if self.beam_width is None else self.beam_width
+        length = shape.beam_length if self.beam_length is None else self.beam_length
+        budget = shape.node_budget if self.node_budget is None else self.node_budget
+        if length < 0:
+            raise RedrafterError(f"beam_length must be at least 1, or 0 to decode without drafting, not {length}.")
+        if width < 1:
+            raise RedrafterError(f"beam_width must be at least 1, not {width}.")
+        if budget is not None and budget < length + 1:
+            raise RedrafterError(f"node_budget must hold the root and {length} drafted tokens, not be {budget}.")
+        return DraftShape(batch=shape.batch, beam_width=width, beam_length=length, node_budget=budget)

@@ -1,9 +1,9 @@
-"""Draft trees: what is proposed in one step, as fixed-shape tensors on the device.
+"""Draft trees: the candidates of one step, as tensors of fixed shapes on the device.
 
-Dynamic tree attention (arXiv 2403.09919, section 3.3): beams that share a prefix are folded into one prefix tree by
-tensor operations at run time.  The functions here promise: node 0 is the root, parents come before children, siblings
-hold different tokens, padding nodes come last.  A proposer may build trees of its own for which none of this holds:
-decoding keeps only nodes that are `consistent`.  Does not know who proposed the tokens, nor the target.
+Dynamic tree attention (arXiv 2403.09919, section 3.3): beams that share a prefix are merged into a prefix tree by
+tensor operations at run time.  The functions here guarantee that node 0 is the root, that parents precede children,
+that siblings hold different tokens and that padding comes last.  Proposers may build trees without these properties:
+decoding keeps only nodes that are `consistent`.  Does not know the proposers or the target.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from redrafter.errors import RedrafterError
 from redrafter.kernels import has_kernels
 
-MOST_BEAMS, MOST_DEPTHS, MOST_CANDIDATES = 64, 16, 1 << 14
-"""The kernels' largest trees; larger ones are built the plain way."""
+MAX_BEAMS, MAX_DEPTH, MAX_CANDIDATES = 64, 16, 1 << 14
+"""Limits of the kernels; PyTorch builds larger trees."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class DraftTree:
         return self.tokens.shape[1]
 
     def consistent(self) -> Bool[Tensor, "B N"]:
-        """Valid nodes whose depth and ancestors are those of their parent with the node itself added.
+        """Marks valid nodes whose depth and ancestors are those of their parent plus the node itself.
 
-        The root counts where it has depth 0 and no ancestor but itself.  A node that is consistent, and all of whose
-        ancestors are, lies on a chain of parents that begins at the root.
+        The root is consistent if it has depth 0 and no other ancestor.  If a node and all its ancestors are consistent,
+        the chain of its parents begins at the root.
         """
         parents = self.parents.clamp(0, self.size - 1)
         node = torch.arange(self.size, device=parents.device)
@@ -59,10 +59,7 @@ class DraftTree:
         return torch.where(root, self.depth == 0, below) & (self.ancestors == expected).all(dim=2)
 
     def bounded(self, root: Int[Tensor, " B"], *, length: int, vocabulary: int) -> DraftTree:
-        """The same trees with this root and values that can be looked up, whatever a proposer returned.
-
-        Raises RedrafterError for fields of wrong shapes or types.
-        """
+        """The same trees with this root and all values in range.  Raises RedrafterError for wrong shapes or dtypes."""
         batch, size = len(root), self.size
         shapes = {name: (batch, size) for name in ("tokens", "parents", "depth", "valid")} | {
             "ancestors": (batch, size, size)
@@ -79,7 +76,7 @@ class DraftTree:
         return replace(self, tokens=tokens, depth=self.depth.clamp(0, length))
 
     def trimmed(self) -> DraftTree:
-        """The same trees without the padding that no row needs.  Reads the device: for the CPU, where it is free."""
+        """Without padding that no row needs.  Synchronizes with the device, so it is meant for the CPU."""
         node = torch.arange(self.size, device=self.valid.device)
         size = 1 + int((self.valid * node).max())
         if size == self.size:
@@ -94,13 +91,13 @@ class DraftTree:
 
 
 def chain(tokens: Int[Tensor, "B N"], valid: Bool[Tensor, "B N"] | None = None) -> DraftTree:
-    """Tokens one after another: a prompt's chunk, or with N = 1 the root alone, which is autoregressive decoding.
+    """A chain of tokens: a chunk of a prompt, or with N = 1 the root alone, which is autoregressive decoding.
 
-    `valid`, where not all are: so many at the front of each row, one at least.
+    `valid` marks at least one token at the front of each row; default: all.
     """
     batch, size = tokens.shape
     index = torch.arange(size, device=tokens.device)
-    whole = DraftTree(
+    full = DraftTree(
         tokens=tokens,
         parents=(index - 1).clamp(min=0).expand(batch, size),
         depth=index.expand(batch, size),
@@ -108,25 +105,25 @@ def chain(tokens: Int[Tensor, "B N"], valid: Bool[Tensor, "B N"] | None = None) 
         ancestors=(index[:, None] >= index).expand(batch, size, size),
     )
     if valid is None:
-        return whole
-    alone = (index[:, None] == index) | (index == 0)  # what padding sees
+        return full
+    padding = (index[:, None] == index) | (index == 0)  # ancestors of padding
     return DraftTree(
         tokens=torch.where(valid, tokens, 0),
-        parents=torch.where(valid, whole.parents, 0),
-        depth=torch.where(valid, whole.depth, 0),
+        parents=torch.where(valid, full.parents, 0),
+        depth=torch.where(valid, full.depth, 0),
         valid=valid,
-        ancestors=torch.where(valid[..., None], whole.ancestors, alone),
+        ancestors=torch.where(valid[..., None], full.ancestors, padding),
     )
 
 
 def parallel_chains(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> DraftTree:
-    """W beams of L tokens side by side below `root`: the same N = 1 + W·L nodes whatever they hold, depth by depth.
+    """W separate chains of L tokens below `root`: always N = 1 + W·L nodes, numbered by depth, then beam.
 
     Siblings may hold the same token.
     """
     batch, width, length = beams.shape
     node = torch.arange(1 + width * length, device=beams.device)
-    own = (node[:, None] >= node) & ((node[:, None] - node) % width == 0)  # of one beam, from the node up
+    own = (node[:, None] >= node) & ((node[:, None] - node) % width == 0)  # the node and its ancestors in the same beam
     tokens = torch.cat((root[:, None], beams.transpose(1, 2).flatten(1)), dim=1)
     return DraftTree(
         tokens=tokens,
@@ -138,12 +135,12 @@ def parallel_chains(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> Dra
 
 
 def prefix_tree(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> DraftTree:
-    """Folds W beams of L tokens, all continuations of `root`, into prefix trees of N = 1 + W·L nodes.
+    """Merges W beams of L tokens, all continuations of `root`, into prefix trees of N = 1 + W·L nodes with padding.
 
-    Of all beams that agree up to a position the smallest owns the node there; nodes are numbered by depth, then beam.
+    Of all beams that agree up to a depth, the first one owns the node there.  Nodes are numbered by depth, then beam.
     """
     width, length = beams.shape[1:]
-    if not has_kernels(beams.device) or width > MOST_BEAMS or not 0 < length <= MOST_DEPTHS:
+    if not has_kernels(beams.device) or width > MAX_BEAMS or not 0 < length <= MAX_DEPTH:
         return plain_prefix_tree(root, beams)
     from redrafter.kernels.triton import drafting
 
@@ -152,18 +149,18 @@ def prefix_tree(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> DraftTr
 
 
 def plain_prefix_tree(root: Int[Tensor, " B"], beams: Int[Tensor, "B W L"]) -> DraftTree:
-    """As `prefix_tree`, on any device."""
+    """`prefix_tree` in PyTorch, for any device."""
     batch, width, length = beams.shape
     device = beams.device
-    same = (beams[:, :, None] == beams[:, None]).cumprod(dim=-1).bool()  # [B, W, W, L]: prefixes agree
-    owner = same.int().argmax(dim=2).transpose(1, 2)  # [B, L, W]: the smallest beam with this prefix
+    same = (beams[:, :, None] == beams[:, None]).cumprod(dim=-1).bool()  # [B, W, W, L]: equal prefixes
+    owner = same.int().argmax(dim=2).transpose(1, 2)  # [B, L, W]: the first beam with this prefix
     owned = owner == torch.arange(width, device=device)
     number = owned.flatten(1).cumsum(dim=1)  # [B, L·W]: node numbers of owners, in order of depth
     node = number.view(batch, length, width).gather(2, owner)  # [B, L, W]: the node of every beam at every depth
     above = torch.cat((node.new_zeros(batch, 1, width), node[:, :-1]), dim=1)
 
     size = 1 + width * length
-    place = torch.where(owned.flatten(1), number, size)  # what owns no node lands in a column that is cut off
+    place = torch.where(owned.flatten(1), number, size)  # beams that own no node write into a column that is cut off
     depths = torch.arange(1, length + 1, device=device)[:, None].expand(batch, length, width)
     source = torch.stack((beams.transpose(1, 2), above, depths, torch.ones_like(above))).flatten(2)
     fields = source.new_zeros(4, batch, size + 1).scatter_(2, place.expand(4, -1, -1), source)[..., :size]
@@ -178,15 +175,15 @@ def most_probable(
     *,
     size: int,
 ) -> DraftTree:
-    """The tree of the `size - 1` most probable candidates below `root`: of that size the one with the most to expect.
+    """The tree of the `size - 1` most probable candidates, which has the largest expected acceptance length.
 
-    A level holds tokens, parents (entries of the level before) and path scores of the candidates of one depth, siblings
-    with different tokens.  A child's score is at most its parent's, so the best are closed under parents.  Candidates
-    of no probability are left out, as padding.  Nodes are numbered by depth, then entry.
+    A level holds tokens, parents (entries of the level above) and path scores of the candidates at one depth; siblings
+    hold different tokens.  A child scores at most as high as its parent, so the best candidates include their parents.
+    Candidates with probability 0 become padding.  Nodes are numbered by depth, then entry.
     """
     counts = [level[0].shape[1] for level in levels]
     size = min(size, 1 + sum(counts))
-    fits = size > 1 and sum(counts) <= MOST_CANDIDATES and len(counts) <= MOST_DEPTHS and len(set(counts[1:])) <= 1
+    fits = size > 1 and sum(counts) <= MAX_CANDIDATES and len(counts) <= MAX_DEPTH and len(set(counts[1:])) <= 1
     if not has_kernels(root.device, levels[0][2].dtype) or not fits:
         return plain_most_probable(root, levels, size=size)
     from redrafter.kernels.triton import drafting
@@ -204,16 +201,18 @@ def plain_most_probable(
     *,
     size: int,
 ) -> DraftTree:
-    """As `most_probable`, on any device."""
+    """`most_probable` in PyTorch, for any device."""
     tokens, scores = (torch.cat([level[i] for level in levels], dim=1) for i in (0, 2))
     batch, count = tokens.shape
     starts = [sum(level[0].shape[1] for level in levels[:i]) for i in range(len(levels))]
     above = [torch.full_like(level[1], count) if i == 0 else level[1] + starts[i - 1] for i, level in enumerate(levels)]
-    parents = torch.cat(above, dim=1)  # `count` stands for the root
+    parents = torch.cat(above, dim=1)  # `count` represents the root
     depth = torch.cat([torch.full_like(level[0], i + 1) for i, level in enumerate(levels)], dim=1)
 
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, : size - 1]  # of equals, parents come first
-    kept = torch.where(scores.gather(1, order) > -torch.inf, order, count).sort(dim=1).values  # padding goes last
+    order = scores.sort(dim=1, descending=True, stable=True).indices[
+        :, : size - 1
+    ]  # stable: parents precede children of equal score
+    kept = torch.where(scores.gather(1, order) > -torch.inf, order, count).sort(dim=1).values  # padding comes last
     number = kept.new_zeros((batch, count + 1))
     number.scatter_(1, kept, torch.arange(1, kept.shape[1] + 1, device=kept.device).expand_as(kept))
     number[:, count] = 0
@@ -235,7 +234,7 @@ def plain_most_probable(
 
 
 def ancestors_of(parents: Int[Tensor, "B N"], *, max_depth: int) -> Bool[Tensor, "B N N"]:
-    """Each node's ancestors and itself, by following `parents` for `max_depth` steps."""
+    """Each node's ancestors including itself, found by following `parents` for `max_depth` steps."""
     batch, size = parents.shape
     node = torch.arange(size, device=parents.device).expand(batch, size)
     found = parents.new_zeros((batch, size, size), dtype=torch.bool).scatter_(2, node[..., None], True)
@@ -248,10 +247,10 @@ def ancestors_of(parents: Int[Tensor, "B N"], *, max_depth: int) -> Bool[Tensor,
 def tree_mask(
     tree: DraftTree, length: Int[Tensor, " B"], *, slots: int, window: int | None = None
 ) -> Bool[Tensor, "B N slots"]:
-    """Which slots each node attends to: the committed ones (below `length`) and its ancestors, at `length` + node.
+    """The slots that each node attends to: committed ones (below `length`) and its ancestors, at `length` + node.
 
-    With `window` only those at most `window - 1` positions back; a slot below `length` is its own position, a node's
-    position is `length` + depth.
+    `window` limits attention to positions at most `window - 1` back.  The position of a committed slot is its index;
+    the position of a node is `length` + depth.
     """
     index = torch.arange(slots, device=length.device) - length[:, None]  # [B, S]: the node in each slot
     node = index.clamp(0, tree.size - 1)

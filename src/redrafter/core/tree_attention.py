@@ -1,9 +1,10 @@
-"""Attention of a draft tree's nodes over a cache of slots, for unmodified models of transformers.
+"""Attention of a draft tree's nodes over a slot cache, for unmodified transformers models.
 
-Promises what softmax attention under `tree_mask` gives, up to rounding, from a mask that says each row's length, each
-node's depth and its ancestors as bits, so that neither the mask nor the work grows with the slots allocated.
-`reference` is the plain way and the law; on CUDA devices with triton the kernels of `redrafter.kernels.triton` are used,
-which a CUDA graph can hold while rows grow.  Does not know models: after `register()` transformers calls it in layers.
+Guarantees softmax attention under `tree_mask`, up to rounding.  The mask is passed as a bit mask: each row's length,
+each node's depth and its ancestors as bits, so that neither the mask nor the work grows with the allocated slots.
+`reference` is the definition; on CUDA devices with Triton the kernels of `redrafter.kernels.triton.attention` run,
+which a CUDA graph can contain while rows grow.  Does not know models: after `register()`, transformers calls it in the
+layers.
 """
 
 from __future__ import annotations
@@ -22,18 +23,22 @@ from redrafter.errors import RedrafterError
 from redrafter.kernels import has_kernels
 
 NAME = "redrafter"
-"""What transformers knows this attention by, once registered."""
+"""The name of this attention implementation in transformers."""
+
+MAX_ATTENTION_NODES = 256
+"""The largest tree that the kernels support; longer chunks of a prompt use a dense mask."""
+
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor mask, float scaling, int? window, float? softcap, Tensor? sinks)"
     " -> Tensor"
 )
-_BITS = 32  # used of each word: the sum of all is then positive, whatever is set
+_BITS = 32  # per word, so that the sum stays positive
 
 
-def packed(tree: DraftTree, length: Int[Tensor, " B"]) -> Int64[Tensor, "B 1 N words"]:
-    """A tree's mask in few numbers: the row's length, the node's depth, then its ancestors' bits, 32 to a word.
+def bit_mask(tree: DraftTree, length: Int[Tensor, " B"]) -> Int64[Tensor, "B 1 N words"]:
+    """A tree's mask as integers: the row's length, the node's depth, then its ancestors' bits, 32 per word.
 
-    Asks the device nothing, so a CUDA graph can hold it.
+    Does not synchronize with the device, so a CUDA graph can contain it.
     """
     batch, size = tree.depth.shape
     bits = nn.functional.pad(tree.ancestors, (0, -size % _BITS)).view(batch, size, -1, _BITS)
@@ -42,8 +47,8 @@ def packed(tree: DraftTree, length: Int[Tensor, " B"]) -> Int64[Tensor, "B 1 N w
     return torch.cat((own, tree.depth[..., None], words), dim=-1)[:, None]
 
 
-def unpacked(mask: Int64[Tensor, "B 1 N words"]) -> tuple[DraftTree, Int[Tensor, " B"]]:
-    """The tree and the lengths of a packed mask; tokens, parents and what is valid it does not say."""
+def from_bit_mask(mask: Int64[Tensor, "B 1 N words"]) -> tuple[DraftTree, Int[Tensor, " B"]]:
+    """The tree and the lengths of a bit mask, without tokens, parents and validity."""
     size = mask.shape[2]
     depth = mask[:, 0, :, 1]
     bits = mask[:, 0, :, 2:, None] >> torch.arange(_BITS, device=mask.device) & 1
@@ -63,10 +68,10 @@ def tree_attention(
     softcap: float | None = None,
     sinks: Float[Tensor, " Hq"] | None = None,
 ) -> Float[Tensor, "B N Hq Dv"]:
-    """Each node attends to its row's committed slots, its ancestors and itself, at slot length + node.
+    """Each node attends to its row's committed slots, its ancestors and itself; node n is at slot length + n.
 
-    `mask` is `packed`'s.  `window`: only positions at most `window - 1` back.  `softcap`: logits become
-    cap·tanh(logit / cap).  `sinks`: a logit of each head that takes weight and gives nothing.
+    `mask` comes from `bit_mask`.  `window` limits attention to positions at most `window - 1` back.  `softcap` replaces
+    logits by cap·tanh(logit / cap).  `sinks` is one logit per head that takes probability but contributes no value.
     """
     return _operator(query, key, value, mask, scaling, window, softcap, sinks)  # type: ignore[no-any-return]
 
@@ -82,8 +87,8 @@ def reference(
     softcap: float | None = None,
     sinks: Float[Tensor, " Hq"] | None = None,
 ) -> Float[Tensor, "B N Hq Dv"]:
-    """As `tree_attention`, by the dense mask."""
-    tree, length = unpacked(mask)
+    """`tree_attention` in PyTorch, with the dense mask."""
+    tree, length = from_bit_mask(mask)
     visible = tree_mask(tree, length, slots=key.shape[2], window=window)
     written = torch.arange(key.shape[2], device=length.device) < length[:, None] + tree.size
     return _dense(query, key, _without(value, ~written), visible[:, None], scaling, softcap, sinks)
@@ -102,17 +107,19 @@ def attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in a layer: tree attention for a packed mask, for any other what sdpa would give.
+    """The function that transformers calls in a layer: tree attention for a bit mask, otherwise sdpa.
 
-    Unlike sdpa it heeds `softcap` and the sinks `s_aux` there too.  Raises RedrafterError for a packed mask with what
-    it does not compute.
+    Unlike sdpa, it supports `softcap` and the sinks `s_aux` for other masks too.  Raises RedrafterError for features
+    that tree attention does not support.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None and attention_mask.dtype == torch.int64:
         if dropout or kwargs.get("position_bias") is not None:
-            raise RedrafterError(f"Tree attention has neither dropout nor biases, which {type(module).__name__} asks.")
-        told = {"scaling": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
-        return tree_attention(query, key, value, attention_mask, **told), None  # type: ignore[arg-type]
+            raise RedrafterError(
+                f"Tree attention supports neither dropout nor position biases, which {type(module).__name__} needs."
+            )
+        options = {"scaling": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
+        return tree_attention(query, key, value, attention_mask, **options), None  # type: ignore[arg-type]
     if softcap is None and s_aux is None:
         forward = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return forward(  # type: ignore[no-any-return]
@@ -120,7 +127,7 @@ def attention_forward(
         )
     if dropout:
         raise RedrafterError(f"For training, load {type(module).__name__} with attn_implementation='eager'.")
-    if attention_mask is None:  # transformers leaves out a mask that says no more than this
+    if attention_mask is None:  # transformers omits a causal mask
         shape = (query.shape[2], key.shape[2])
         attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device)
         if query.shape[2] > 1:
@@ -129,7 +136,7 @@ def attention_forward(
 
 
 def register() -> None:
-    """Makes `attn_implementation=NAME` known to transformers; to do so again changes nothing."""
+    """Registers `attn_implementation=NAME` with transformers.  Idempotent."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
@@ -145,12 +152,12 @@ def _operator(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """One opaque operator to torch.compile."""
+    """One opaque operator for torch.compile."""
     if not has_kernels(query.device, query.dtype):
         return reference(query, key, value, mask, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
     from redrafter.kernels.triton.attention import launch
 
-    with torch.cuda.device_of(query):  # a model may be spread over several
+    with torch.cuda.device_of(query):  # a model may be on several devices
         return launch(query, key, value, mask, scaling, window, softcap, sinks)
 
 
@@ -161,7 +168,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 
 def _without(value: Float[Tensor, "B Hkv S Dv"], unwritten: Bool[Tensor, "B S"]) -> Float[Tensor, "B Hkv S Dv"]:
-    """What nobody wrote may be NaN, which weight 0 does not take away."""
+    """Unwritten values may be NaN, which a weight of 0 would not remove."""
     return value.masked_fill(unwritten[:, None, :, None], 0)
 
 
@@ -174,14 +181,14 @@ def _dense(
     softcap: float | None,
     sinks: Float[Tensor, " Hq"] | None,
 ) -> Float[Tensor, "B N Hq Dv"]:
-    """Softmax attention in float32 or more under a mask that is bool or added to the logits, [..., N, S]."""
+    """Softmax attention in float32 or wider; the mask [..., N, S] is bool or additive."""
     batch, _, nodes, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).unflatten(1, (key.shape[1], -1))  # [B, Hkv, G, N, D]
     logits = (grouped @ key.to(wide)[:, :, None].mT).flatten(1, 2) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    least = torch.finfo(wide).min  # finite, so that padding that sees nothing becomes no NaN
+    least = torch.finfo(wide).min  # finite: rows that see nothing must not become NaN
     logits = torch.where(mask, logits, least) if mask.dtype == torch.bool else logits + mask
     if sinks is not None:
         extra = sinks.to(wide)[None, :, None, None].expand(batch, -1, nodes, 1)

@@ -1,11 +1,11 @@
-"""From logits to the token that is written: processors, then the largest, with known noise where sampled.
+"""From logits to the target's tokens: processors, then the largest score, plus seeded noise when sampling.
 
-Sampling takes the largest of `scores + Gumbel noise`, which follows the softmax's law (the Gumbel-max trick), and the
-noise is a function of a row's seed, the position and the token alone.  So a draw does not depend on how it was come by:
-drafted text equals undrafted text token for token, in any batch.  Processors are transformers' own objects, in its
-order: those that heed nothing but the scores, and the repetition penalty, run over all nodes of the trees at once; any
-other makes the walk lazy, node by node along the path, and sees the true text each time.  Does not know how trees are
-made.
+Sampling takes the largest of `scores + Gumbel noise`, which has the softmax distribution (the Gumbel-max trick).  The
+noise is a function of a row's seed, the position and the token alone, so a sample does not depend on how it was
+computed: drafted text equals undrafted text token by token, in any batch.  Processors are transformers' own objects in
+its order. Those that only look at scores, and the repetition penalty, run over all nodes of the trees at once; any
+other requires a lazy walk, node by node along the accepted path, so that it sees the true text.  Does not know how
+trees are made.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WARPERS = (
     hf.EpsilonLogitsWarper,
     hf.EtaLogitsWarper,
 )
-"""Processors that treat all tokens alike, so that a drafter can apply them to a vocabulary of its own."""
+"""Processors that treat all tokens alike, so that a drafter can apply them to its own vocabulary."""
 
 VECTORISED = (
     *WARPERS,
@@ -49,21 +49,22 @@ VECTORISED = (
 
 @dataclass(frozen=True)
 class TargetTokens:
-    """What the target writes after each node of a tree."""
+    """The target's token after each node of a tree."""
 
     tokens: Int[Tensor, "B N"]
-    """-1 after a node that the lazy walk did not come to."""
+    """-1 after nodes that the lazy walk did not visit."""
     is_finite: Int[Tensor, "B N"]
-    """1 where the score that won is a number."""
+    """1 if the largest score is finite."""
     scores: Float[Tensor, "B N V"]
-    """Logits after the processors, without noise; not defined after nodes that the lazy walk did not come to."""
+    """Logits after the processors, without noise; undefined after nodes that the lazy walk did not visit."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How the rows of one call are drawn; `processors` holds a list for each of them, or one for all.
+    """How the rows of one call are sampled.
 
-    `ends` are the tokens after which, and `limits` the lengths of each row's text at which, nothing is chosen any more.
+    `processors` holds one list per row, or one list for all rows.  `ends` are the end tokens, `limits` the maximum text
+    length of each row; the lazy walk stops at both.
     """
 
     do_sample: bool = False
@@ -79,82 +80,81 @@ class Sampler:
             for processor in self.processors[0]
         )
 
-    def draw(self, place: RowState, *, depths: int, vocabulary: int) -> SamplingNoise:
-        """The draws after nodes of depth 0 to `depths - 1`."""
+    def noise(self, rows: RowState, *, depths: int, vocabulary: int) -> SamplingNoise:
+        """The noise after nodes of depth 0 to `depths - 1`."""
         if not self.do_sample:
             return SamplingNoise((), None)
-        positions = place.length[:, None] + 1 + torch.arange(depths, device=place.length.device)
-        warpers = tuple(p for p in self.processors[0] if type(p) in WARPERS)
-        return SamplingNoise(warpers, gumbel(place.seed, positions, vocabulary))
+        positions = rows.length[:, None] + 1 + torch.arange(depths, device=rows.length.device)
+        warpers = tuple(processor for processor in self.processors[0] if type(processor) in WARPERS)
+        return SamplingNoise(warpers, gumbel(rows.seed, positions, vocabulary))
 
     def choose(
-        self, draw: SamplingNoise, tree: DraftTree, logits: Float[Tensor, "B N V"], place: RowState
+        self, noise: SamplingNoise, tree: DraftTree, logits: Float[Tensor, "B N V"], rows: RowState
     ) -> TargetTokens:
-        """The token after each node, or after each node of the path where the walk is lazy."""
-        return (
-            self._along_paths(draw, tree, logits, place) if self.lazy else self._everywhere(draw, tree, logits, place)
-        )
+        """The target's token after each node; with a lazy walk, after each node of the accepted path."""
+        choose = self._walk if self.lazy else self._vectorised
+        return choose(noise, tree, logits, rows)
 
-    def _everywhere(
-        self, draw: SamplingNoise, tree: DraftTree, logits: Float[Tensor, "B N V"], place: RowState
+    def _vectorised(
+        self, noise: SamplingNoise, tree: DraftTree, logits: Float[Tensor, "B N V"], rows: RowState
     ) -> TargetTokens:
         scores = logits
         for processor in self.processors[0]:
             scores = precise(scores)
             if type(processor) is hf.RepetitionPenaltyLogitsProcessor:
-                scores = penalised(scores, written(tree, place, scores.shape[-1]), processor.penalty)
+                scores = penalised(scores, written(tree, rows, scores.shape[-1]), processor.penalty)
             else:
                 scores = processor(None, scores.flatten(0, 1)).view(logits.shape)
-        drawn = scores
-        if draw.noise is not None:
-            rows = torch.arange(len(scores), device=scores.device)[:, None]
-            drawn = precise(scores) + draw.noise[rows, tree.depth]
-        best, tokens = drawn.max(dim=-1)
+        noisy = scores
+        if noise.gumbel is not None:
+            index = torch.arange(len(scores), device=scores.device)[:, None]
+            noisy = precise(scores) + noise.gumbel[index, tree.depth]
+        best, tokens = noisy.max(dim=-1)
         return TargetTokens(tokens, best.isfinite().long(), scores)
 
-    def _along_paths(
-        self, draw: SamplingNoise, tree: DraftTree, logits: Float[Tensor, "B N V"], place: RowState
+    def _walk(
+        self, noise: SamplingNoise, tree: DraftTree, logits: Float[Tensor, "B N V"], rows: RowState
     ) -> TargetTokens:
-        """Asks the device at every node: processors are called with the true text [1, T], once for each position."""
+        """Calls processors with the true text [1, T], once per position.  Synchronizes with the device at each node."""
         scores = precise(logits).clone()
-        alive = place.alive.tolist()
-        tokens = torch.where(place.alive[:, None] == 1, -1, 0).expand(tree.tokens.shape).clone()
+        alive = rows.alive.tolist()
+        tokens = torch.where(rows.alive[:, None] == 1, -1, 0).expand(tree.tokens.shape).clone()
         is_finite = torch.ones_like(tokens)
-        lengths, rows, consistent = place.length.tolist(), place.row.tolist(), tree.consistent().tolist()
+        lengths, numbers, consistent = rows.length.tolist(), rows.row.tolist(), tree.consistent().tolist()
         parents, drafted = tree.parents.tolist(), tree.tokens.tolist()
-        for slot in (slot for slot in range(len(rows)) if alive[slot]):
-            text = place.text[slot, : lengths[slot] + 1]
+        for slot in (slot for slot in range(len(numbers)) if alive[slot]):
+            text = rows.text[slot, : lengths[slot] + 1]
             children: dict[tuple[int, int], list[int]] = defaultdict(list)
             for n in range(1, tree.size):
                 if consistent[slot][n]:
                     children[parents[slot][n], drafted[slot][n]].append(n)
-            processors = self.processors[rows[slot] if len(self.processors) > 1 else 0]
-            nodes, depth = [0], 0  # equal siblings, and below them their children, stand for one path
+            processors = self.processors[numbers[slot] if len(self.processors) > 1 else 0]
+            nodes, depth = [0], 0  # equal siblings, and their children, represent one path
             while nodes:
                 score = scores[slot, nodes[:1]]
                 for processor in processors:
                     score = processor(text[None], score)
                 scores[slot, nodes] = score[0]
-                drawn = score[0] if draw.noise is None else score[0] + draw.noise[slot, depth]
-                best, token = drawn.max(dim=-1)
+                noisy = score[0] if noise.gumbel is None else score[0] + noise.gumbel[slot, depth]
+                best, token = noisy.max(dim=-1)
                 tokens[slot, nodes], is_finite[slot, nodes] = token, best.isfinite().long()
                 text = torch.cat((text, token[None]))
-                if int(token) in self.ends or (self.limits and len(text) >= self.limits[rows[slot]]):
+                if int(token) in self.ends or (self.limits and len(text) >= self.limits[numbers[slot]]):
                     break
                 nodes, depth = [n for node in nodes for n in children[node, int(token)]], depth + 1
         return TargetTokens(tokens, is_finite, scores)
 
 
-def written(tree: DraftTree, place: RowState, vocabulary: int) -> Bool[Tensor, "B N V"]:
-    """True where a token stands in a row's text up to a node, the node itself included."""
-    index = torch.arange(place.text.shape[1], device=place.text.device)
+def written(tree: DraftTree, rows: RowState, vocabulary: int) -> Bool[Tensor, "B N V"]:
+    """Marks the tokens that occur in a row's text up to and including a node."""
+    index = torch.arange(rows.text.shape[1], device=rows.text.device)
     root = tree.tokens[:, :1]
-    text = torch.where(index <= place.length[:, None], place.text, root)  # the root always stands there
+    text = torch.where(index <= rows.length[:, None], rows.text, root)  # the root always occurs
     seen = torch.zeros((len(text), vocabulary), dtype=torch.bool, device=text.device).scatter_(1, text, True)
-    above = torch.where(tree.ancestors, tree.tokens[:, None], root[..., None])
-    return seen[:, None].expand(-1, tree.size, -1).clone().scatter_(2, above, True)
+    path = torch.where(tree.ancestors, tree.tokens[:, None], root[..., None])
+    return seen[:, None].expand(-1, tree.size, -1).clone().scatter_(2, path, True)
 
 
 def penalised(scores: Float[Tensor, "B N V"], seen: Bool[Tensor, "B N V"], penalty: float) -> Float[Tensor, "B N V"]:
-    """The repetition penalty of arXiv 1909.05858, section 4.1, in the form that transformers gives it."""
+    """The repetition penalty of arXiv 1909.05858, section 4.1, as transformers defines it."""
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)

@@ -1,7 +1,8 @@
-"""A function replayed as one CUDA graph, so that the host no longer launches its kernels one by one.
+"""A function replayed as one CUDA graph, which removes the launch overhead of its kernels.
 
-Promises the function's own results, call by call: it is called plainly until it has shown that it asks the device
-nothing, and plainly ever after where it cannot be captured, which is said once.  Does not know what the function does.
+Guarantees the function's own results.  The function is called directly until it has shown that it does not synchronize
+with the device; if it cannot be captured, it is called directly from then on, with one warning.  Does not know what the
+function does.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ _capturing = threading.Lock()
 
 @cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """Of all captures, one at a time: torch keeps a workspace for products, 33 MiB on Hopper, for each stream used."""
+    """The stream of all captures.  torch keeps a 33 MiB workspace (Hopper) for every stream that runs products."""
     return torch.cuda.Stream(device)
 
 
 class Synchronizes(Exception):
-    """An operator makes the host wait for the device; the message names it."""
+    """An operator makes the host wait for the device.  The message is its name."""
 
 
 class RefuseSynchronization(TorchDispatchMode):
-    """Raises Synchronizes at an operator of this thread that makes the host wait for a device of the given type.
+    """Raises Synchronizes if an operator of this thread makes the host wait for a device of the given type.
 
-    Torch's own `set_sync_debug_mode` would raise errors in other threads too.
+    torch's `set_sync_debug_mode` would affect other threads too.
     """
 
     READERS = frozenset(
         "_local_scalar_dense equal is_nonzero nonzero masked_select _unique2 unique_dim unique_consecutive bincount "
         "histc repeat_interleave linalg_inv_ex linalg_solve_ex linalg_cholesky_ex linalg_eigh _linalg_eigh".split()
     )
-    """Operators that read a result, or its size, whatever their arguments are."""
+    """Operators that always read a result or its size."""
 
     def __init__(self, device: str):
         super().__init__()
@@ -59,7 +60,7 @@ class RefuseSynchronization(TorchDispatchMode):
         if here and (name in self.READERS or self._selects(name, args)):
             raise Synchronizes(name)
         result = func(*args, **kwargs)
-        if name == "lift_fresh" and result.device.type == self._type:  # torch.tensor, whose copy no mode sees
+        if name == "lift_fresh" and result.device.type == self._type:  # torch.tensor, whose copy is invisible to modes
             raise Synchronizes("tensor")
         if name in ("copy_", "_to_copy") and not kwargs.get("non_blocking", False):
             kinds = {one.device.type for one in [*tensors, result] if isinstance(one, torch.Tensor)}
@@ -69,17 +70,17 @@ class RefuseSynchronization(TorchDispatchMode):
 
     @staticmethod
     def _selects(name: str, args: Any) -> bool:
-        """Whether it indexes by a mask, whose true entries are counted first."""
+        """Whether it indexes by a mask, whose true entries must be counted."""
         masks = tree_leaves(args[1]) if name in ("index", "index_put", "index_put_") else []
         return any(isinstance(one, torch.Tensor) and one.dtype in (torch.bool, torch.uint8) for one in masks)
 
 
 class Captured(Generic[T]):
-    """Calls a function of no arguments, which works on fixed tensors; on CUDA its third call is captured and replayed.
+    """Calls a function without arguments that works on fixed tensors; on CUDA, its third call is captured and replayed.
 
-    The calls before that build what is built on first use.  Every replay writes into the tensors that the captured
-    call returned.  `wanted=False`, and any other device, calls it as it is.  `valid` says whether what was captured is
-    still where it was: a graph would read memory that others have by now, so RedrafterError is raised instead.
+    Earlier calls initialise what is created on first use.  Every replay writes into the tensors that the captured call
+    returned.  `refused` is a reason not to capture.  `valid` returns whether the captured memory is still in use: the
+    graph would otherwise read memory that belongs to others, so RedrafterError is raised instead.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Captured(Generic[T]):
         function: Callable[[], T],
         device: torch.device,
         *,
-        wanted: bool = True,
+        refused: str | None = None,
         valid: Callable[[], bool] = lambda: True,
     ):
         self._function = function
@@ -96,26 +97,26 @@ class Captured(Generic[T]):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: T
         self._calls = 0
-        self.refused: str | None = None if wanted else "it was not asked for"
-        """Why nothing is captured."""
-        if device.type != "cuda":
-            self.refused = f"graphs are CUDA's, and this is {device.type}"
+        self.refused = refused
+        """Why nothing is captured; None if it is or may still be."""
+        if device.type != "cuda" and refused is None:
+            self.refused = f"the device is {device.type}, not cuda"
 
     @property
     def replaying(self) -> bool:
-        """Whether it is captured."""
+        """Whether the function has been captured."""
         return self._graph is not None
 
     def __call__(self) -> T:
         """The function's result."""
         if not self._valid():
-            raise RedrafterError("The model or its drafter was moved or converted while it was writing; start again.")
+            raise RedrafterError("The model or its drafter was moved or converted during generation; start again.")
         if self._device.type != "cuda":
             return self._function()
-        with torch.cuda.device(self._device):  # else what it launches would be captured on another GPU
-            return self._answer()
+        with torch.cuda.device(self._device):  # the capture must not record launches on another GPU
+            return self._call()
 
-    def _answer(self) -> T:
+    def _call(self) -> T:
         if self._graph is not None:
             self._graph.replay()
             return self._result
@@ -127,12 +128,12 @@ class Captured(Generic[T]):
         return self._capture()
 
     def _watched(self) -> T:
-        """A plain call that finds out whether the function waits for the device, which no capture survives."""
+        """A direct call that detects synchronization, which a capture does not support."""
         try:
             with RefuseSynchronization(self._device.type):
                 return self._function()
         except Synchronizes as operator:
-            self.refuse(f"the model, or a processor, reads the device while it runs ({operator})")
+            self._refuse(f"the model or a processor reads the device while it runs ({operator})")
             return self._function()
 
     def _capture(self) -> T:
@@ -140,20 +141,20 @@ class Captured(Generic[T]):
             with suppress(torch.OutOfMemoryError):
                 self._graph = self._recorded()
             if self._graph is None:
-                torch.cuda.empty_cache()  # what torch keeps for later calls cannot serve a graph
+                torch.cuda.empty_cache()  # a graph cannot use torch's cached memory
                 self._graph = self._recorded()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.refuse(first_line(error))
+            self._refuse(first_line(error))
             return self._function()
-        return self._answer()
+        return self._call()
 
     def _recorded(self) -> torch.cuda.CUDAGraph:
-        """The function as a graph, which was not run yet."""
+        """Records the function without running it."""
         graph = torch.cuda.CUDAGraph()
         stream, current = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
-        with _capturing:  # another thread's capture on that stream cannot be waited for
+        with _capturing:  # all threads capture on the same stream
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 graph.capture_begin(capture_error_mode="thread_local")
@@ -164,7 +165,6 @@ class Captured(Generic[T]):
             current.wait_stream(stream)
         return graph
 
-    def refuse(self, reason: str) -> None:
-        """Goes on by plain calls, which is said."""
+    def _refuse(self, reason: str) -> None:
         self.refused = reason
-        warnings.warn(f"Decoding goes on without a CUDA graph: {reason}.", stacklevel=4)
+        warnings.warn(f"Decoding continues without a CUDA graph: {reason}.", stacklevel=4)

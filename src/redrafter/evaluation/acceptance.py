@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from redrafter.core.cache import SlotCache
 from redrafter.core.rows import RowState
+from redrafter.core.shapes import ShapeOverrides
 from redrafter.data.examples import Row, collate
 from redrafter.decoding.sampling import Sampler
 from redrafter.decoding.settings import ONE_TEXT, with_stop_strings
@@ -27,9 +28,10 @@ from redrafter.engine.generate import generate
 from redrafter.engine.request import Request, request
 from redrafter.engine.results import Finished, Generation, Stats
 from redrafter.errors import RedrafterError
-from redrafter.proposers import Method, Proposer
-from redrafter.proposers.base import measured
-from redrafter.targets.target import Target, unwrapped
+from redrafter.proposers import Drafter, Proposer, method_of
+from redrafter.proposers.base import measured_shape
+from redrafter.targets.structure import unwrapped
+from redrafter.targets.target import Target
 from redrafter.training.loss import context_at, windows
 
 CHUNK = 512
@@ -217,8 +219,8 @@ def _verdicts(
     wanted: Bool[Tensor, "C length"],
 ) -> Int[Tensor, "C 2"]:
     """Accepted and drafted tokens; `tokens` are the root and what follows it, of which `wanted` is known."""
-    draw = sampler.draw(place, depths=proposer.length + 1, vocabulary=target.vocab_size)
-    tree = proposer.propose(memory, place, context, draw)
+    noise = sampler.noise(place, depths=proposer.length + 1, vocabulary=target.vocab_size)
+    tree = proposer.propose(memory, place, context, noise)
     following = tokens[:, 1:].masked_fill(~wanted, -1)
     following = torch.nn.functional.pad(following, (0, 1), value=-1)  # nothing is drafted after the deepest nodes
     _, accepted = walk(tree, following.gather(1, tree.depth), length=proposer.length)
@@ -237,7 +239,7 @@ def walked(verdicts: Int[Tensor, "M 2"]) -> Int[Tensor, "D 2"]:
 
 def evaluate(
     model: nn.Module,
-    drafter: Method,
+    drafter: Drafter,
     prompts: list[list[int]],
     *,
     max_new_tokens: int = 128,
@@ -261,13 +263,14 @@ def evaluate(
     if tokenizer is not None:
         common = with_stop_strings(unwrapped(model), common, tokenizer)
     batch = min(batch_size, len(prompts))
-    common |= measured(drafter, batch, beam_width, beam_length, node_budget)
+    overrides = ShapeOverrides(beam_width, beam_length, node_budget)
+    common["shape"] = measured_shape(method_of(drafter), batch, overrides)
     ways: dict[str, dict[str, Any]] = {
         "greedy": common | {"do_sample": False},
         "sampled": common | {"do_sample": True, "temperature": temperature, "seed": seed},
     }
     asked = {way: request(model, drafter, prompts, **settings) for way, settings in ways.items()}
-    if asked["greedy"].proposer is None:
+    if asked["greedy"].decoder.proposer is None:
         raise RedrafterError("Without drafting there is nothing to measure: beam_length must be at least 1.")
     return {
         way: _measured(asked[way], generate(model, drafter, prompts, on_row=on_row, **ways[way]), batch_size)
@@ -277,14 +280,15 @@ def evaluate(
 
 def _measured(asked: Request, written: Generation, batch_size: int) -> list[Measured]:
     """Holds what was written against drafts at every place of it."""
-    assert asked.proposer is not None
+    proposer = asked.decoder.proposer
+    assert proposer is not None
     new = written.new_tokens
     texts = answered(asked, new)
     seeds = [row.seed for row in asked.rows]
     verdicts = drafted_everywhere(
-        asked.target, asked.proposer, texts, sampler=asked.sampler, seeds=seeds, batch_size=batch_size
+        asked.target, proposer, texts, sampler=asked.sampler, seeds=seeds, batch_size=batch_size
     )
-    length = asked.length
+    length = proposer.length
     return [
         Measured(len(tokens), _decoded(stats), Acceptance.of(walked(found), length), Acceptance.of(found, length))
         for tokens, stats, found in zip(new, written.stats.rows, verdicts, strict=True)

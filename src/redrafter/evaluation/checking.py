@@ -15,13 +15,14 @@ from torch import nn
 
 from redrafter.core.noise import row_seeds
 from redrafter.core.rows import RowState
+from redrafter.core.shapes import ShapeOverrides
 from redrafter.core.tree import chain
 from redrafter.decoding.settings import ONE_TEXT
 from redrafter.engine.generate import generate
 from redrafter.engine.request import request
 from redrafter.engine.results import Finished
-from redrafter.proposers import Method
-from redrafter.proposers.base import measured
+from redrafter.proposers import Drafter, method_of
+from redrafter.proposers.base import measured_shape
 
 ROUNDING = 8
 """Roundings of the largest logit, in units of the dtype's epsilon, by which two ways to compute a logit may differ.
@@ -59,7 +60,7 @@ class Report:
 
 def compare(
     model: nn.Module,
-    drafter: Method,
+    drafter: Drafter,
     prompts: list[list[int]],
     *,
     max_new_tokens: int = 128,
@@ -81,8 +82,8 @@ def compare(
         settings["seed"] = row_seeds(settings.get("seed"), len(prompts))
     plain = generate(model, None, prompts, on_row=on_row, **settings)
     batch = min(batch_size, len(prompts))
-    shape = measured(drafter, batch, beam_width, beam_length, node_budget)
-    drafted = generate(model, drafter, prompts, on_row=on_row, **shape, **settings)
+    shape = measured_shape(method_of(drafter), batch, ShapeOverrides(beam_width, beam_length, node_budget))
+    drafted = generate(model, drafter, prompts, on_row=on_row, shape=shape, **settings)
     divergences = [
         parting(model, prompts, row, one, other, settings)
         for row, (one, other) in enumerate(zip(plain.new_tokens, drafted.new_tokens, strict=True))
@@ -113,9 +114,9 @@ def parting(
             length=torch.tensor([text.shape[1] - 1], device=text.device),
             alive=torch.tensor([1], device=text.device),
         )
-        draw = asked.sampler.draw(place, depths=1, vocabulary=logits.shape[-1])
-        scores = asked.sampler.choose(draw, chain(text[:, -1:]), logits, place).scores[0, 0]
-        best = (scores if draw.noise is None else scores + draw.noise[0, 0]).double().topk(2).values
+        noise = asked.sampler.noise(place, depths=1, vocabulary=logits.shape[-1])
+        scores = asked.sampler.choose(noise, chain(text[:, -1:]), logits, place).scores[0, 0]
+        best = (scores if noise.gumbel is None else scores + noise.gumbel[0, 0]).double().topk(2).values
     rounding = ROUNDING * torch.finfo(logits.dtype).eps * logits.double().abs().max()
     for processor in asked.sampler.processors[0]:
         rounding = rounding / getattr(processor, "temperature", 1.0)

@@ -1,83 +1,37 @@
-"""Where the time of a step goes: the engine's own functions, timed one by one and whole.
+"""Where the time of a step goes: the engine's own functions, timed one by one and together.
 
-Promises medians of what decoding runs (`step`, `Target.forward`, `Proposer.propose`, the sampler, `walk`,
-`SlotCache.keep`), on rows that really stand at their context; on CUDA each replayed as a graph, so of the device alone.
-Does not know files, prompts or which shape is best.
+Guarantees medians of the code that decoding runs, on rows that are filled to their context.  On CUDA each function is
+replayed as a graph, so device time alone is measured.  Does not know files, prompts or which shape is best.
 """
 
 from __future__ import annotations
 
 import platform
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from redrafter.core.rows import SamplingNoise
 from redrafter.core.shapes import DraftShape, counted
 from redrafter.core.tree import DraftTree, chain
 from redrafter.decoding.sampling import Sampler
-from redrafter.decoding.step import Emission, State, empty, prefill, step
+from redrafter.decoding.step import Decoder, Emission, State
 from redrafter.decoding.verify import walk
-from redrafter.engine.compiled import compiled, of_any_length
-from redrafter.engine.cuda_graph import Captured
-from redrafter.engine.onednn_linear import optimize_linears
 from redrafter.engine.request import Request
+from redrafter.engine.runner import Runner, milliseconds
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Method, Proposer
 from redrafter.targets.target import Target
 from redrafter.utils.memory import within_memory
 
-WARM_UP = 5
-"""Calls before the first that is timed."""
-
-
-def milliseconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of a call: on CUDA of a replay, between events; elsewhere as it is called, by the clock.
-
-    Raises RedrafterError for what cannot be replayed.
-    """
-    timed = _replays if device.type == "cuda" else _calls
-    with torch.inference_mode():
-        return statistics.median(timed(function, device, repeats))
-
-
-def _replays(function: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    with torch.cuda.device(device):
-        captured = Captured(function, device)
-        for _ in range(WARM_UP):
-            captured()
-        if captured.refused is not None:
-            raise RedrafterError(f"Nothing can be timed as a CUDA graph: {captured.refused}.")
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for before, after in events:
-            before.record()
-            captured()
-            after.record()
-        torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in events]
-
-
-def _calls(function: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    times = []
-    for _ in range(WARM_UP + repeats):
-        begin = time.perf_counter()
-        function()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(1e3 * (time.perf_counter() - begin))
-    return times[WARM_UP:]
-
 
 def bandwidth(device: torch.device, repeats: int) -> float:
-    """Bytes a second, read and written, by one pass over a large array: what no step can exceed.
+    """Bytes per second, read and written, of one pass over a large array: the upper limit for a step.
 
-    Not a plain copy, which a graph leaves to the slower copy engine.
+    Not a plain copy, for which a graph uses the slower copy engine.
     """
-    size = 2**28  # far beyond any cache
+    size = 2**28  # larger than any cache
     if device.type == "cuda":
         size = min(2**30, torch.cuda.mem_get_info(device)[0] // 4)
     source = torch.ones(size // 4, dtype=torch.int32, device=device)
@@ -86,7 +40,7 @@ def bandwidth(device: torch.device, repeats: int) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """What the figures were measured on."""
+    """The hardware, for reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -94,170 +48,165 @@ def device_name(device: torch.device) -> str:
     return device.type
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Rows of one context, ready for a step; every measurement begins at the same place again."""
+class StepProfiler:
+    """Times steps and their parts for rows of one context.  Every measurement starts from the same state."""
 
-    target: Target
-    drafter: Method | None
-    """None for autoregressive steps alone."""
-    sampler: Sampler
-    state: State
-    context: int
-    """Tokens of each row in the cache."""
-    repeats: int
-    layers: Sequence[nn.Module]
-    """Those of the target that are compiled."""
+    def __init__(
+        self, request: Request, drafter: Method | None = None, *, nodes: int = 1, repeats: int, compile: bool = False
+    ):
+        """Uses the prompts of a request, which must have equal lengths.
 
-    @classmethod
-    def of(
-        cls,
-        asked: Request,
-        drafter: Method | None,
-        shapes: Iterable[DraftShape] = (),
-        *,
-        nodes: int = 1,
-        repeats: int,
-        compile: bool = False,
-    ) -> Bench:
-        """Runs the prompts of a call, which are of one length.
-
-        There is room for drafts in the call's own shape and in others, `shapes`, and for trees of so many `nodes`.
+        `drafter` is None if only autoregressive steps are timed.  `nodes` is the largest tree that will be timed.
         """
-        target, rows = asked.target, asked.rows
-        drafts = [asked.proposer]
-        if drafter is not None:
-            if asked.proposer is None:
-                drafts = [drafter.proposer(target, *drafter.drafting(0))]
-            drafts += [drafter.proposer(target, one.beam_width, one.beam_length, one.node_budget) for one in shapes]
-        made = [one for one in drafts if one is not None]
-        reach = max([nodes, *(max(one.size, one.length + 1) for one in made)])
-        sampler = Sampler(asked.sampler.do_sample, asked.sampler.processors[:1])
-        context = len(rows[0].prompt)
-        slots = context + 2 * reach  # a step writes the path's tokens where its nodes end
-        proposer = max(made, key=lambda one: one.positions, default=None)  # the others see the last of its positions
-        with within_memory(target.device, _remedy(len(rows))), torch.inference_mode():
-            state = empty(target, proposer, batch=len(rows), slots=slots)
-            prefill(target, proposer, sampler, rows, state)
-            state.place.alive.zero_()  # so that no step leads on from where they stand
-        optimize_linears(target.module, captured=target.device.type == "cuda")
-        layers = target.decoder_layers if compile and target.packs else []
-        if layers:
-            of_any_length(state.cache)
-        return cls(target, drafter, sampler, state, context, repeats, layers)
+        self.target: Target = request.target
+        self.drafter, self.repeats, self._compile = drafter, repeats, compile
+        self._rows = request.rows
+        self._sampler = Sampler(request.sampler.do_sample, request.sampler.processors[:1])
+        self.batch, self.context = len(request.rows), len(request.rows[0].prompt)
+        default = None if drafter is None else drafter.proposer(self.target, drafter.shape(0))
+        self._base = Decoder(self.target, default, self._sampler)
+        self._nodes = max(nodes, self._base.size, self._base.length + 1)
+        self._filled = self._prefilled(self._base, self._nodes)
+        self._runners: dict[DraftShape | None, Runner] = {}
 
-    @property
-    def batch(self) -> int:
-        """Rows."""
-        return len(self.state.context)
+    def runner(self, shape: DraftShape | None) -> Runner:
+        """A runner for a shape (None: autoregressive) with the prompts in its cache.
+
+        Raises RedrafterError if the drafter does not support the shape or memory does not suffice.
+        """
+        if shape not in self._runners:
+            proposer = None
+            if shape is not None:
+                proposer = None if self.drafter is None else self.drafter.proposer(self.target, shape)
+                if proposer is None:
+                    raise RedrafterError("A length of 0 drafts nothing that could be timed.")
+            decoder = Decoder(self.target, proposer, self._sampler)
+            state = self._state(decoder)
+            if shape is not None:  # other shapes release their memory
+                self._runners = {key: runner for key, runner in self._runners.items() if key is None}
+            self._runners[shape] = Runner(decoder, state, compile=self._compile)
+        return self._runners[shape]
+
+    def _state(self, decoder: Decoder) -> State:
+        """A state with the prompts.  Proposers of one drafter share the target's cache."""
+        base, proposer = self._filled, decoder.proposer
+        positions = 1 if proposer is None else proposer.positions
+        if positions > base.context.shape[1] or max(decoder.size, decoder.length + 1) > self._nodes:
+            return self._prefilled(decoder, max(decoder.size, decoder.length + 1))
+        memory = None if proposer is None else proposer.memory(batch=self.batch, slots=base.cache.slots)
+        if memory is not None and base.memory is not None:
+            memory.insert_rows([*range(self.batch)], base.memory)
+        return replace(base, memory=memory, context=base.context[:, -positions:].clone())
+
+    def _prefilled(self, decoder: Decoder, nodes: int) -> State:
+        """A new state with the prompts and room for trees of that many nodes."""
+        slots = self.context + 2 * nodes  # a step writes the tokens of its path behind its nodes
+        with within_memory(self.target.device, self._remedy), torch.inference_mode():
+            state = decoder.empty(batch=self.batch, slots=slots)
+            decoder.prefill(self._rows, state)
+            state.rows.alive.zero_()  # steps leave the rows where they are
+        return state
 
     @property
     def weight_bytes(self) -> int:
-        """Of all weights that a step reads; of an embedding that is not also the output head it reads a few rows."""
-        looked_up = self.target.embed.weight
-        read = [one for one in self.target.model.parameters() if one is not looked_up]
-        if looked_up is getattr(self.target.head, "weight", None):
-            read.append(looked_up)
-        return sum(one.nbytes for one in read)
+        """Bytes of the weights that a step reads.  Of an embedding that is not the output head, it reads few rows."""
+        embedding = self.target.embed.weight
+        read = [weight for weight in self.target.model.parameters() if weight is not embedding]
+        if embedding is getattr(self.target.head, "weight", None):
+            read.append(embedding)
+        return sum(weight.nbytes for weight in read)
 
     @property
     def cache_bytes(self) -> int:
-        """Of the keys and values of the context."""
-        return sum(pool.nbytes // pool.shape[3] for pool in self.state.cache.pools) * self.context
+        """Bytes of the keys and values of the context."""
+        return sum(pool.nbytes // pool.shape[3] for pool in self._filled.cache.pools) * self.context
 
     def proposer(self, shape: DraftShape) -> Proposer:
-        """What drafts in this shape, as fast as decoding has it.  Raises RedrafterError where the method cannot."""
-        told = (shape.beam_width, shape.beam_length, shape.node_budget)
-        found = None if self.drafter is None else self.drafter.proposer(self.target, *told)
-        if found is None:
-            raise RedrafterError("A length of 0 drafts nothing that could be timed.")
-        optimize_linears(*found.modules, captured=self.target.device.type == "cuda")
-        return found.quickened()
-
-    def _ready(self, shape: DraftShape) -> tuple[Proposer, State]:
-        """What drafts in this shape, and the rows with a memory and positions as many as it has in decoding."""
-        proposer = self.proposer(shape)
-        memory = proposer.memory(batch=self.batch, slots=self.state.cache.slots)
-        if memory is not None and self.state.memory is not None:
-            memory.insert_rows([*range(self.batch)], self.state.memory)
-        context = self.state.context[:, -proposer.positions :].clone()
-        return proposer, replace(self.state, memory=memory, context=context)
+        """The proposer of a shape, as decoding uses it."""
+        proposer = self.runner(shape).decoder.proposer
+        assert proposer is not None
+        return proposer
 
     def step_ms(self, shape: DraftShape | None = None) -> float:
-        """A whole step; without a shape the autoregressive one."""
-        proposer, state = (None, self.state) if shape is None else self._ready(shape)
+        """A complete step; without a shape, an autoregressive one."""
+        runner = self.runner(shape)
+        state = runner.state
         context = state.context.clone()
 
-        def again() -> Emission:
-            state.context.copy_(context)  # where the rows stand does not change, for they are not alive
-            return step(self.target, proposer, self.sampler, state)
+        def step() -> Emission:
+            state.context.copy_(context)  # the rows' positions do not change, because they are not alive
+            return runner.decoder.step(state)
 
-        return self._timed(again, state, 1 if proposer is None else proposer.size)
+        return self._timed(step, runner, runner.decoder.size)
 
     def verify_ms(self, nodes: int) -> float:
-        """The target's run over a chain of random tokens; what the tree looks like is the same work."""
-        state = self.state
+        """The target's forward pass over a chain of random tokens.  The form of the tree does not matter."""
+        runner = self.runner(None)
+        state = runner.state
         tokens = torch.randint(self.target.vocab_size, (self.batch, nodes), device=self.target.device)
         tree = chain(tokens)
-        return self._timed(lambda: self.target.forward(tree, state.place.length, state.cache), state, nodes)
+        return self._timed(lambda: self.target.forward(tree, state.rows.length, state.cache), runner, nodes)
 
     def draft_ms(self, shape: DraftShape) -> float:
         """From the target's states to the tree."""
-        draw, (proposer, state) = self._draw(shape), self._ready(shape)
+        runner, noise = self.runner(shape), self._noise(shape)
+        proposer, state = self.proposer(shape), runner.state
         return self._timed(
-            lambda: proposer.propose(state.memory, state.place, state.context, draw), state, proposer.size
+            lambda: proposer.propose(state.memory, state.rows, state.context, noise), runner, proposer.size
         )
 
     def rest_ms(self, shape: DraftShape) -> float:
-        """Noise and choices, the walk, and what is kept of the cache."""
-        place, cache = self.state.place, self.state.cache
-        tree = self.tree(shape)
+        """Sampling noise, the target's tokens, the walk, and the moves in the cache."""
+        runner, tree = self.runner(shape), self.tree(shape)
+        rows, cache = runner.state.rows, runner.state.cache
         size = (self.batch, tree.size, self.target.vocab_size)
         logits = torch.randn(size, device=self.target.device).to(self.target.dtype)
 
         def rest() -> None:
-            choice = self.sampler.choose(self._draw(shape), tree, logits, place)
+            choice = self._sampler.choose(self._noise(shape), tree, logits, rows)
             path, _ = walk(tree, choice.tokens, length=shape.beam_length)
-            cache.keep(path, place.length)
+            cache.keep(path, rows.length)
 
-        return self._timed(rest, self.state, tree.size)
+        return self._timed(rest, runner, tree.size)
 
     def tree(self, shape: DraftShape) -> DraftTree:
-        """A draft as the target would be given it."""
-        proposer, state = self._ready(shape)
-        state.set_visible(self.context + proposer.size)
-        with torch.inference_mode():
-            tree = proposer.propose(state.memory, state.place, state.context, self._draw(shape))
-        return tree.trimmed() if self.target.device.type == "cpu" else tree  # as `step` does
+        """A draft as the target receives it."""
+        runner = self.runner(shape)
+        runner.state.set_visible(self.context + runner.decoder.size)
+        with runner.running():
+            return runner.decoder.draft(runner.state, self._noise(shape))
 
-    def _draw(self, shape: DraftShape) -> SamplingNoise:
-        return self.sampler.draw(self.state.place, depths=shape.beam_length + 1, vocabulary=self.target.vocab_size)
+    def _noise(self, shape: DraftShape) -> SamplingNoise:
+        rows, depths = self.runner(shape).state.rows, shape.beam_length + 1
+        return self._sampler.noise(rows, depths=depths, vocabulary=self.target.vocab_size)
 
-    def _timed(self, function: Callable[[], object], state: State, nodes: int) -> float:
-        state.set_visible(self.context + nodes)
-        with within_memory(self.target.device, _remedy(self.batch)), compiled(self.layers):
-            return milliseconds(function, self.target.device, self.repeats)
+    def _timed(self, function: Callable[[], object], runner: Runner, nodes: int) -> float:
+        runner.state.set_visible(self.context + nodes)
+        with within_memory(self.target.device, self._remedy):
+            return runner.milliseconds(function, self.repeats)
 
-
-def _remedy(batch: int) -> str:
-    return f"measure fewer rows (now {batch}), a shorter context or smaller drafts"
+    @property
+    def _remedy(self) -> str:
+        return f"measure fewer rows (now {self.batch}), a shorter context or smaller drafts"
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of the step, the number that it was measured for, and its median time."""
+class Measurement:
+    """A part of the step, the size that it was measured for, and its median duration."""
 
     name: str
     size: int | None
     milliseconds: float
 
 
-def pieces(bench: Bench, shape: DraftShape, *, nodes: Sequence[int], widths: Sequence[int]) -> Iterator[Piece]:
-    """The autoregressive step first, then its parts and last the whole drafted step, each as it is measured."""
-    yield Piece("autoregressive step", None, bench.step_ms())
+def measurements(
+    profiler: StepProfiler, shape: DraftShape, *, nodes: Sequence[int], widths: Sequence[int]
+) -> Iterator[Measurement]:
+    """The autoregressive step, the parts of a drafted step and last the complete drafted step, each when measured."""
+    yield Measurement("autoregressive step", None, profiler.step_ms())
     for count in nodes:
-        yield Piece("verify, nodes", count, bench.verify_ms(count))
+        yield Measurement("verify, nodes", count, profiler.verify_ms(count))
     for width in widths:
-        yield Piece("draft, beams", width, bench.draft_ms(shape.model_copy(update={"beam_width": width})))
-    yield Piece("rest", None, bench.rest_ms(shape))
-    yield Piece("drafted step", None, bench.step_ms(shape))
+        yield Measurement("draft, beams", width, profiler.draft_ms(shape.model_copy(update={"beam_width": width})))
+    yield Measurement("rest", None, profiler.rest_ms(shape))
+    yield Measurement("drafted step", None, profiler.step_ms(shape))

@@ -1,8 +1,8 @@
-"""What the configs of all draft heads have in common: the record that is saved beside the weights.
+"""The part of the config that all draft heads share: the record that is saved beside the weights.
 
-Promises that a config that exists is valid.  Keys that Apple's released code writes keep their names
-(https://github.com/apple/ml-recurrent-drafter), so folders travel both ways; keys it does not know are ours.  Does not
-know any head.
+Guarantees that a config that exists is valid.  Keys that Apple's released code writes keep their names
+(https://github.com/apple/ml-recurrent-drafter), so folders can be exchanged in both directions; other keys are ours.
+Does not know any head.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from redrafter.targets.fingerprint import Fingerprint
 
 
 class HeadConfig(BaseModel):
-    """What the configs of all heads say that draft for a target: its shape and name, and decoding defaults.
+    """Shape, origin and decoding defaults of a draft head.
 
-    `vocab_size` and `hidden_size` are the target's.  `draft_vocab_size` is set when only part of the vocabulary is
-    scored.  `target` and `target_revision` name the model it was made for, `target_fingerprint` identifies its weights
-    whatever it is called, `beam_length` is the draft length it was
-    trained for (drafted tokens only, the guaranteed token not counted), and `beam_width` the width to decode with
-    unless told otherwise; with a `node_budget` drafts are so many nodes, the root counted.  `shapes`, by rising batch,
-    are what `redrafter tune` found to be fastest instead, and `tuned_on` says where.
+    `vocab_size` and `hidden_size` are those of the target.  `draft_vocab_size` is set if only part of the vocabulary is
+    scored.  `target` and `target_revision` name the model that the head was trained for; `target_fingerprint`
+    identifies its weights.  `beam_length` is the draft length in training (the guaranteed token is not counted);
+    `beam_width` and `node_budget` complete the default draft shape.  `shapes`, sorted by batch size, are the fastest
+    shapes that `redrafter tune` measured on the machine `tuned_on`.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     kind: ClassVar[str]
-    """What the weights are, with its article."""
+    """A noun with its article, for error messages."""
 
     model_type: str
     vocab_size: PositiveInt
@@ -47,12 +46,12 @@ class HeadConfig(BaseModel):
     target_fingerprint: Fingerprint | None = None
 
     @model_validator(mode="after")
-    def _can_be_drafted(self) -> Self:
+    def _can_draft(self) -> Self:
         if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             raise ValueError("draft_vocab_size cannot exceed vocab_size")
         batches = [shape.batch for shape in self.shapes]
         if batches != sorted(set(batches)):
-            raise ValueError("shapes must be of different batches, rising")
+            raise ValueError("shapes must be sorted by batch, without duplicates")
         for shape in self.shapes:
             if shape.beam_width > self.head_size or (shape.node_budget or shape.beam_length + 1) <= shape.beam_length:
                 raise ValueError(f"the shape of batch {shape.batch} cannot be drafted")
@@ -60,59 +59,46 @@ class HeadConfig(BaseModel):
 
     @property
     def head_size(self) -> int:
-        """Number of tokens that are scored."""
+        """Number of tokens that the head scores."""
         return self.draft_vocab_size or self.vocab_size
 
     @property
     def default_shape(self) -> DraftShape:
-        """What it was made for."""
+        """The draft shape that the head was trained for."""
         return DraftShape(beam_width=self.beam_width, beam_length=self.beam_length, node_budget=self.node_budget)
 
-    def drafting(
-        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
-    ) -> tuple[int, int, int | None]:
-        """Beam width, beam length and node budget for `batch` rows decoded together.
-
-        Told none of them, as tuned: by the largest batch that is not above this one.  Told some, or where nothing was
-        tuned, the others are what it was made for.
-        """
-        shape = self.default_shape
-        if width is None and length is None and budget is None:
-            shape = next((one for one in reversed(self.shapes) if one.batch <= batch), shape)
-        return (
-            shape.beam_width if width is None else width,
-            shape.beam_length if length is None else length,
-            shape.node_budget if budget is None else budget,
-        )
+    def shape(self, batch: int) -> DraftShape:
+        """The shape tuned for the largest batch size that is not above `batch`; the default shape if there is none."""
+        return next((shape for shape in reversed(self.shapes) if shape.batch <= batch), self.default_shape)
 
     @property
-    def drafted_in_words(self) -> str:
-        """What is drafted."""
+    def vocabulary_description(self) -> str:
+        """The tokens that are drafted."""
         return f"{self.head_size:,} of {self.vocab_size:,} tokens" if self.draft_vocab_size else "all tokens"
 
     @property
-    def weights_in_words(self) -> str:
-        """The weights' form."""
+    def weights_description(self) -> str:
+        """The form of the weights."""
         raise NotImplementedError
 
     @property
-    def head_in_words(self) -> str:
-        """The weights' form, and what is drafted."""
-        return f"{self.weights_in_words}, drafts {self.drafted_in_words}"
+    def head_description(self) -> str:
+        """The form of the weights and the tokens that are drafted."""
+        return f"{self.weights_description}, drafts {self.vocabulary_description}"
 
     @property
-    def context_in_words(self) -> str:
-        """What is seen of the target."""
+    def context_description(self) -> str:
+        """What a draft reads of the target."""
         return "the output head's input"
 
     @property
-    def shape_in_words(self) -> str:
-        """How it drafts by default."""
-        return self.default_shape.in_words
+    def shape_description(self) -> str:
+        """The default draft shape."""
+        return self.default_shape.description
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
-        """Reads a `config.json`.  Raises RedrafterError where it is not JSON or of another kind."""
+        """Reads a `config.json`.  Raises RedrafterError if it is not JSON or describes another kind of head."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
@@ -121,10 +107,10 @@ class HeadConfig(BaseModel):
             raise RedrafterError(f"{path} does not describe {cls.kind}: {where}: {first['msg']}.") from None
 
     def to_json(self) -> str:
-        """The text of `config.json`; what is not set is left out."""
+        """The text of `config.json`, without unset fields."""
         return self.model_dump_json(indent=2, exclude_none=True, exclude={} if self.shapes else {"shapes"}) + "\n"
 
 
 def flat(text: str) -> str:
-    """JSON with every list of whole numbers on one line."""
-    return re.sub(r"\[\s+(\d[\d,\s]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    """JSON with every list of integers on one line."""
+    return re.sub(r"\[\s+(\d[\d,\s]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)

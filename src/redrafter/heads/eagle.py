@@ -1,17 +1,17 @@
 """An EAGLE head: one transformer layer that continues the target's features, position by position.
 
-Papers: EAGLE (arXiv 2401.15077), whose inputs and outputs these are; EAGLE-2 (arXiv 2406.16858) for the trees that are
-drafted.  The target's feature at a position is what its output head reads there; from that and the token that follows
-the head predicts the next feature, whose tokens the target's own output head scores.  Promises one definition of that
-step (`forward`), which training and drafting both call; the layer is Llama's of transformers, unmodified.  Does not
-know trees or the target's forward pass; the token embedding and the output head are the target's, never stored.
+Papers: EAGLE (arXiv 2401.15077) for inputs and outputs, EAGLE-2 (arXiv 2406.16858) for the trees.  The target's feature
+at a position is the input of its output head there.  From a feature and the token that follows, the head predicts the
+next feature, whose tokens the target's own output head scores.  Guarantees one definition of that step (`forward`),
+which training and drafting share.  The layer is the unmodified Llama layer of transformers.  Does not know trees or the
+target's forward pass; the token embedding and the output head belong to the target and are never stored.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -24,21 +24,15 @@ from redrafter.core.cache import LayerShape, SlotCache
 from redrafter.core.tree_attention import NAME, register
 from redrafter.heads.base import Head
 from redrafter.heads.config import HeadConfig
-from redrafter.targets.isolation import isolated
-from redrafter.targets.target import packed_mask
-
-if TYPE_CHECKING:
-    from redrafter.proposers.eagle import EagleProposer
-    from redrafter.targets.target import Target
+from redrafter.targets.target import Target, packed_mask
 
 
 class EagleConfig(HeadConfig):
     """Shape, origin and decoding defaults of an EAGLE head.
 
-    Its one layer is as wide as the target: `intermediate_size`, the numbers of heads, `rms_norm_eps` and `rope_theta`
-    are that layer's.  With a `node_budget` drafts are the so many most probable nodes (EAGLE-2), not whole beams.
-    `coupled`: when sampling, drafts are ranked by the noise that the target is about to draw with too, as all methods
-    do here; without it, as published, by the head's probabilities alone.
+    The layer is as wide as the target; `intermediate_size`, the numbers of heads, `rms_norm_eps` and `rope_theta`
+    belong to the layer.  `coupled`: when sampling, drafts are ranked by the target's sampling noise too, as with all
+    methods here; without it, by the head's probabilities alone, as published.
     """
 
     kind: ClassVar[str] = "an EAGLE head"
@@ -61,26 +55,26 @@ class EagleConfig(HeadConfig):
         return self
 
     @property
-    def weights_in_words(self) -> str:
-        """The layer."""
+    def weights_description(self) -> str:
+        """The layer and its heads."""
         heads = f"{self.num_attention_heads} heads of {self.hidden_size // self.num_attention_heads}"
         return f"one transformer layer, {heads}, {self.intermediate_size:,} wide inside"
 
     @property
-    def context_in_words(self) -> str:
-        """What the head sees of the target."""
-        return f"{super().context_in_words}, at every position"
+    def context_description(self) -> str:
+        """What the head reads of the target."""
+        return f"{super().context_description}, at every position"
 
 
 class EagleHead(Head):
-    """The head's weights and its step."""
+    """The weights of the head and its step."""
 
     config: EagleConfig
     config_type = EagleConfig
     reads_text = True
 
     def __init__(self, config: EagleConfig):
-        """Random weights of the shape that `config` says."""
+        """Random weights."""
         super().__init__(config)
         register()
         shape = LlamaConfig(
@@ -96,49 +90,32 @@ class EagleHead(Head):
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
         self.layer = LlamaDecoderLayer(shape, layer_idx=0)
         self._rotaries: dict[torch.device, LlamaRotaryEmbedding] = {}
-        """Its angles' frequencies on each device; no part of the module, which may be converted to half precision."""
+        """Rotary frequencies by device.  They are not part of the module, which may be converted to half precision."""
 
     @classmethod
-    def fresh(
-        cls, model: nn.Module, *, beam_length: int = 4, beam_width: int = 10, node_budget: int | None = None
-    ) -> EagleHead:
-        """A fresh head for a target, on its device, in float32; its layer has the shape of the target's own."""
-        from redrafter.targets.target import Target
+    def fresh(cls, model: nn.Module, **config: Any) -> EagleHead:
+        """An untrained head for a target, on its device, in float32, whose layer has the shape of the target's layers.
 
+        `config` holds further fields of `EagleConfig`, such as `beam_width` or `beam_length`.
+        """
         target = Target(model)
-        told, size = target.config, target.hidden_size
-        heads = math.gcd(size // 2, getattr(told, "num_attention_heads", None) or 1)  # of an even size each
-        kept = getattr(told, "num_key_value_heads", None) or heads
-        rope = getattr(told, "rope_parameters", None) or {}
+        layer, size = target.config, target.hidden_size
+        heads = math.gcd(size // 2, getattr(layer, "num_attention_heads", None) or 1)  # each of an even size
+        kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+        rope = getattr(layer, "rope_parameters", None) or {}
         return cls(
             EagleConfig(
-                vocab_size=target.vocab_size,
-                hidden_size=size,
-                intermediate_size=getattr(told, "intermediate_size", None) or 4 * size,
+                **cls.fields_of(target),
+                intermediate_size=getattr(layer, "intermediate_size", None) or 4 * size,
                 num_attention_heads=heads,
-                num_key_value_heads=math.gcd(heads, kept),
+                num_key_value_heads=math.gcd(heads, kv_heads),
                 rope_theta=rope.get("rope_theta", 10_000.0),
-                target=target.name,
-                target_revision=target.revision,
-                target_fingerprint=target.fingerprint() or None,
-                beam_length=beam_length,
-                beam_width=beam_width,
-                node_budget=node_budget,
+                **config,
             )
         ).to(target.device)
 
-    def proposer(self, target: Target, width: int, length: int, budget: int | None) -> EagleProposer | None:
-        """What drafts so for a target; None for a length of 0.
-
-        Raises RedrafterError where the head was made for another model, is elsewhere or cannot draft so.
-        """
-        from redrafter.proposers.eagle import EagleProposer
-
-        self.check(target, width, length, budget)
-        return EagleProposer(isolated(self), target, width, length, budget) if length else None
-
     def new_cache(self, *, batch: int, slots: int) -> SlotCache:
-        """Memory for its layer's keys and values."""
+        """A cache for the keys and values of the layer."""
         config = self.config
         size = config.hidden_size // config.num_attention_heads
         shape = LayerShape(config.num_key_value_heads, size, size, self.dtype, self.device)
@@ -152,9 +129,9 @@ class EagleHead(Head):
         mask: Tensor,
         cache: Any,
     ) -> Float[Tensor, "B Q hidden"]:
-        """The features that follow, from those at some positions and the tokens after each.
+        """The next features, from the features at some positions and the embeddings of the tokens after them.
 
-        `mask` is what the layer's attention takes: a packed one, or a bool one [B, 1, Q, S] over what `cache` holds.
+        `mask` is a packed mask (`core.tree_attention`) or a bool mask [B, 1, Q, S] over the slots of `cache`.
         """
         x = self.fc(torch.cat((embeddings.to(features.dtype), features), dim=-1))
         if x.device not in self._rotaries:
@@ -177,10 +154,10 @@ class EagleHead(Head):
         segments: Int[Tensor, "B P"] | None,
         length: int,
     ) -> Float[Tensor, "length B P hidden"]:
-        """As `Head.over_rows`: every window's features, unrolled as drafts are.
+        """See `Head.over_rows`.
 
-        The first step reads the target's features; each later one reads those that the step before predicted, and
-        beside them its own window's earlier steps and the target's features up to where that window begins (the
+        The first step reads the target's features.  Each later step reads the features predicted by the previous step;
+        it attends to the earlier steps of its own window and to the target's features before the window (the
         training-time test of EAGLE-3, arXiv 2503.01840).
         """
         batch, size = input_ids.shape
@@ -190,7 +167,7 @@ class EagleHead(Head):
         embeddings = embed(nn.functional.pad(input_ids[:, 1:], (0, 1))).to(self.dtype)
         features = hidden[..., -self.config.hidden_size :].to(self.dtype)
         position, keys, found = index.expand(batch, size), DynamicCache(), []
-        for step in range(length):  # the step at position s is that of the window which begins at s - step
+        for step in range(length):  # the step at position s belongs to the window that begins at s - step
             begun = nn.functional.pad(text, (0, 0, step, 0))[:, :size]
             own = [(index[:, None] - step + earlier == index).expand(batch, -1, -1) for earlier in range(1, step + 1)]
             mask = torch.cat((begun, *own), dim=-1)[:, None]

@@ -1,8 +1,8 @@
-"""Medusa heads: each reads the target's last hidden state and scores one token ahead, whatever comes between.
+"""Medusa heads: each reads the target's last hidden state and scores the token at one distance.
 
-Paper: arXiv 2401.10774, section 2.1; its trees, section 2.3.3.  The guaranteed token is the target's own choice, so
-head k scores the k-th token after it, from the state that chose it.  Promises one definition of the scores (`logits`),
-which training and drafting both call.  Does not know the target's forward pass.
+Paper: arXiv 2401.10774, section 2.1; trees: section 2.3.3.  The guaranteed token is the target's own choice, so head k
+scores the k-th token after it, from the state that chose it.  Guarantees one definition of the scores (`logits`), which
+training and drafting share.  Does not know the target's forward pass.
 """
 
 from __future__ import annotations
@@ -10,37 +10,33 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from redrafter.core.shapes import MOST_NODES, counted
+from redrafter.core.shapes import MAX_NODES, DraftShape, counted
 from redrafter.errors import RedrafterError
 from redrafter.heads.base import Head
 from redrafter.heads.config import HeadConfig, flat
 from redrafter.heads.recurrent import ResidualBlock
-from redrafter.targets.isolation import isolated
-
-if TYPE_CHECKING:
-    from redrafter.proposers.medusa import MedusaProposer
-    from redrafter.targets.target import Target
+from redrafter.targets.target import Target
 
 NODES = 64
-"""Of a fitted tree, as published."""
+"""Nodes of a fitted tree, as published."""
 
 
 class MedusaConfig(HeadConfig):
     """Shape, origin and decoding defaults of Medusa heads.
 
-    Head k of `heads` scores the k-th token after the guaranteed one, through `blocks` residual blocks.  `tree` holds
-    the paths that are drafted, each node by its path from the root: at depth k the rank of a token among those that
-    head k scores, 0 the best.  Paths stand in the order of their worth, so that the first N - 1 of them are the tree of
-    N nodes.  `ranks` says how many of each head's best tokens may be in it, and `fitted_on` what it was fitted on.  Of
-    the tree are drafted the paths of at most `beam_length` tokens, all of them of a rank below `beam_width`, and with a
-    `node_budget` the first of those.
+    Head k of `heads` scores the k-th token after the guaranteed one, through `blocks` residual blocks.  `tree` lists
+    the nodes that are drafted, each as the path from the root: at depth k, the rank (0 is best) of a token among those
+    that head k scores.  Paths are sorted by value, so that the first N - 1 of them are the best tree of N nodes.
+     `ranks` is the number of tokens of each head that may be in the tree; `fitted_on` names the data of the fit.  A
+    draft contains the paths of at most `beam_length` tokens whose ranks are all below `beam_width`; with a
+    `node_budget`, the first of these.
     """
 
     kind: ClassVar[str] = "Medusa heads"
@@ -55,35 +51,35 @@ class MedusaConfig(HeadConfig):
     @model_validator(mode="after")
     def _is_a_tree(self) -> Self:
         if self.beam_length > self.heads or any(shape.beam_length > self.heads for shape in self.shapes):
-            raise ValueError(f"{self.heads} heads cannot draft more tokens than they are")
+            raise ValueError(f"{self.heads} heads cannot draft more tokens than there are heads")
         if len(self.ranks) != self.heads or max(self.ranks) > self.head_size:
-            raise ValueError(f"ranks must say for each of {self.heads} heads how many tokens it may draft")
-        if not 0 < len(self.tree) < MOST_NODES:
-            raise ValueError(f"a tree must have from 2 to {MOST_NODES:,} nodes")
+            raise ValueError(f"ranks must hold the number of tokens of each of {self.heads} heads")
+        if not 0 < len(self.tree) < MAX_NODES:
+            raise ValueError(f"a tree must have from 2 to {MAX_NODES:,} nodes")
         known: set[tuple[int, ...]] = {()}
         for path in self.tree:
             if path in known or path[:-1] not in known:
-                raise ValueError(f"path {list(path)} must stand once, and after the path that it continues")
+                raise ValueError(f"path {list(path)} must be listed once, after the path that it continues")
             if len(path) > self.heads or any(rank >= most for rank, most in zip(path, self.ranks, strict=False)):
-                raise ValueError(f"path {list(path)} asks for a rank that its head does not draft")
+                raise ValueError(f"path {list(path)} has a rank that its head does not draft")
             known.add(path)
         return self
 
     @property
-    def weights_in_words(self) -> str:
+    def weights_description(self) -> str:
         """Heads and blocks."""
         return f"{self.heads} heads of {counted(self.blocks, 'block')}"
 
     @property
-    def head_in_words(self) -> str:
-        """Heads, blocks and what is drafted."""
-        return f"{self.weights_in_words}, draft {self.drafted_in_words}"
+    def head_description(self) -> str:
+        """Heads, blocks and the tokens that are drafted."""
+        return f"{self.weights_description}, draft {self.vocabulary_description}"
 
     @property
-    def shape_in_words(self) -> str:
-        """Nodes, depth, and whence."""
+    def shape_description(self) -> str:
+        """The size, depth and origin of the default tree."""
         fitted = f", fitted on {self.fitted_on}" if self.fitted_on else ", not fitted"
-        nodes = 1 + len(drawn_from(self.tree, self.beam_width, self.beam_length, self.node_budget))
+        nodes = 1 + len(drafted_paths(self.tree, self.default_shape))
         return f"a tree of {nodes} nodes, {self.beam_length} deep{fitted}"
 
     def to_json(self) -> str:
@@ -91,23 +87,21 @@ class MedusaConfig(HeadConfig):
         return flat(super().to_json())
 
 
-def drawn_from(
-    tree: tuple[tuple[int, ...], ...], width: int, length: int, budget: int | None
-) -> tuple[tuple[int, ...], ...]:
-    """The paths of a tree that are drafted in some shape, in their order."""
-    kept = tuple(path for path in tree if len(path) <= length and max(path) < width)
-    return kept if budget is None else kept[: budget - 1]
+def drafted_paths(tree: tuple[tuple[int, ...], ...], shape: DraftShape) -> tuple[tuple[int, ...], ...]:
+    """The paths of a tree that a shape drafts, in order."""
+    kept = tuple(path for path in tree if len(path) <= shape.beam_length and max(path) < shape.beam_width)
+    return kept if shape.node_budget is None else kept[: shape.node_budget - 1]
 
 
 class MedusaHeads(Head):
-    """The heads' weights and the tree that is drafted with them."""
+    """The weights of the heads; their tree is in the config."""
 
     by_beams = False
     config: MedusaConfig
     config_type = MedusaConfig
 
     def __init__(self, config: MedusaConfig):
-        """Blocks that change nothing yet, and random output layers, of the shape that `config` says."""
+        """Residual blocks start as the identity, output layers at random."""
         super().__init__(config)
         size = config.hidden_size
         self.heads = nn.ModuleList(
@@ -126,48 +120,41 @@ class MedusaHeads(Head):
         model: nn.Module,
         *,
         heads: int = 4,
-        blocks: int = 1,
         draft_vocabulary: Int[Tensor, " draft"] | None = None,
         nodes: int = NODES,
         ranks: Sequence[int] | None = None,
         beam_width: int = 10,
-        node_budget: int | None = None,
+        **config: Any,
     ) -> MedusaHeads:
-        """Heads for a target that all score as the target itself does, on its device, in float32.
+        """Untrained heads for a target, on its device, in float32.  All of them score as the target's output head.
 
-        Their tree is for accuracies that are guessed until it is fitted (`redrafter.training.fitting.fit`): `nodes` of
-        it, of each head's `beam_width` best tokens; or with `ranks`, one for each head, the Cartesian product of so
-        many best tokens of each.  `draft_vocabulary`: ids of the target's vocabulary that may be drafted, all of them
-        by default.  Raises RedrafterError where that cannot be.
+        Until it is fitted (`redrafter.training.fitting.fit`), the tree assumes typical accuracies: `nodes` nodes from
+        each head's `beam_width` best tokens, or with `ranks` the Cartesian product of that many best tokens of each
+        head.  `draft_vocabulary` holds the ids of the target's vocabulary that may be drafted; default: all.  `config`
+        holds further fields of `MedusaConfig`.  Raises RedrafterError for an impossible tree.
         """
-        from redrafter.targets.target import Target
-
         target = Target(model)
         size = target.vocab_size if draft_vocabulary is None else len(draft_vocabulary)
         if ranks is not None:
             nodes = cartesian_nodes(ranks, heads)
         _check_size(nodes)
-        most = tuple(min(size, rank) for rank in ranks or [beam_width] * heads)
+        limits = tuple(min(size, rank) for rank in ranks or [beam_width] * heads)
+        guess = [[0.6 ** (k + 1) / (r + 1) ** 2 for r in range(limit)] for k, limit in enumerate(limits)]
         made = cls(
             MedusaConfig(
-                vocab_size=target.vocab_size,
-                hidden_size=target.hidden_size,
+                **cls.fields_of(target),
                 draft_vocab_size=None if draft_vocabulary is None else size,
-                target=target.name,
-                target_revision=target.revision,
-                target_fingerprint=target.fingerprint() or None,
-                beam_width=max(most),
+                beam_width=max(limits),
                 beam_length=heads,
-                node_budget=node_budget,
                 heads=heads,
-                blocks=blocks,
-                ranks=most,
-                tree=fit_tree([[0.6 ** (k + 1) / (r + 1) ** 2 for r in range(m)] for k, m in enumerate(most)], nodes),
+                ranks=limits,
+                tree=fit_tree(guess, nodes),
+                **config,
             )
         ).to(target.device)
         if draft_vocabulary is not None:
             made.draft_only(draft_vocabulary, target)
-        with torch.no_grad():  # by columns, so that it holds for any layer that is linear
+        with torch.no_grad():  # column by column, which works for every linear output head
             basis = torch.eye(target.hidden_size, dtype=target.dtype, device=target.device)
             weight = (target.logits(basis) - target.logits(torch.zeros_like(basis[:1]))).T
             weight = weight if made.draft_vocabulary is None else weight[made.draft_vocabulary]
@@ -178,63 +165,52 @@ class MedusaHeads(Head):
     def logits(
         self, hidden: Float[Tensor, "*batch hidden"], heads: int | None = None
     ) -> Float[Tensor, "*batch heads head"]:
-        """Scores over the draft vocabulary of the first, second, … token after the guaranteed one, by so many heads.
+        """Scores over the draft vocabulary of the first, second, … token after the guaranteed one.
 
-        `hidden` is what the target's output head read where it chose the guaranteed token.
+        `hidden` is the output head's input from which the target chose the guaranteed token.  `heads` limits the number
+        of heads that run.
         """
         return torch.stack([head(hidden) for head in self.heads[:heads]], dim=-2)
 
     def unrolled(
         self, features: Float[Tensor, "C features"], embeddings: Float[Tensor, "C length hidden"]
     ) -> Float[Tensor, "C length head"]:
-        """As `Head.unrolled`; no head hears of the tokens before its own."""
+        """See `Head.unrolled`; heads ignore preceding tokens."""
         return self.logits(features, embeddings.shape[1])
-
-    def proposer(self, target: Target, width: int, length: int, budget: int | None) -> MedusaProposer | None:
-        """What drafts so for a target; None for a length of 0.
-
-        Raises RedrafterError where the heads were made for another model, are elsewhere or cannot draft so.
-        """
-        from redrafter.proposers.medusa import MedusaProposer
-
-        self.check(target, width, length, budget)
-        if length > self.config.heads:
-            raise RedrafterError(f"beam_length must be at most {self.config.heads}, as there are heads, not {length}.")
-        return MedusaProposer(isolated(self), width, length, budget) if length else None
 
 
 def cartesian_nodes(ranks: Sequence[int], heads: int) -> int:
-    """Nodes of the tree of all paths of so many ranks at each depth, the root counted.  Raises RedrafterError."""
+    """Nodes of the Cartesian tree with that many tokens at each depth, including the root.  Raises RedrafterError."""
     if len(ranks) != heads or min(ranks, default=0) < 1:
-        raise RedrafterError(f"A Cartesian tree needs a number of tokens, from 1, for each of {heads} heads.")
+        raise RedrafterError(f"A Cartesian tree needs a positive number of tokens for each of {heads} heads.")
     nodes = 1 + sum(math.prod(ranks[: depth + 1]) for depth in range(heads))
     _check_size(nodes)
     return nodes
 
 
 def _check_size(nodes: int) -> None:
-    if not 2 <= nodes <= MOST_NODES:
-        raise RedrafterError(f"A tree may have from 2 to {MOST_NODES:,} nodes, not {nodes:,}.")
+    if not 2 <= nodes <= MAX_NODES:
+        raise RedrafterError(f"A tree may have from 2 to {MAX_NODES:,} nodes, not {nodes:,}.")
 
 
 def fit_tree(accuracies: Sequence[Sequence[float]], nodes: int) -> tuple[tuple[int, ...], ...]:
-    """The paths of the tree of so many nodes, the root counted, with the most tokens to expect, most probable first.
+    """The paths of the tree of `nodes` nodes, including the root, with the largest expected acceptance length.
 
-    `accuracies[k][r]` is how often the token that head k + 1 ranks r-th is right; as published, a path is as probable
-    as the product of those along it.  A path is at most as probable as the one that it continues, so taking the most
-    probable that continues the tree, one at a time, gives the best tree of every size.  There may be fewer paths.
+    `accuracies[k][r]` is the frequency with which the token that head k + 1 ranks r-th is correct.  As published, the
+    probability of a path is the product along it.  It is at most that of the path it continues, so greedily adding the
+    most probable path that continues the tree gives the best tree of every size.  There may be fewer paths.
     """
     taken: list[tuple[int, ...]] = []
-    waiting: list[tuple[float, int, tuple[int, ...]]] = []
+    candidates: list[tuple[float, int, tuple[int, ...]]] = []
 
-    def offer(path: tuple[int, ...], probability: float) -> None:
+    def add_children(path: tuple[int, ...], probability: float) -> None:
         if len(path) < len(accuracies):
             for rank, accuracy in enumerate(accuracies[len(path)]):
-                heapq.heappush(waiting, (-probability * accuracy, len(path), (*path, rank)))
+                heapq.heappush(candidates, (-probability * accuracy, len(path), (*path, rank)))
 
-    offer((), 1.0)
-    while waiting and len(taken) < nodes - 1:
-        negative, _, path = heapq.heappop(waiting)
+    add_children((), 1.0)
+    while candidates and len(taken) < nodes - 1:
+        negative, _, path = heapq.heappop(candidates)
         taken.append(path)
-        offer(path, -negative)
+        add_children(path, -negative)
     return tuple(taken)

@@ -1,6 +1,6 @@
-"""Random models of well-known shapes, for timing without a download: a step takes the same time whatever it says.
+"""Random models of well-known shapes, for timing without a download.
 
-Promises weights that were drawn, never zeros, made on their device in their dtype.  Does not know what is timed.
+Guarantees random, non-zero weights, created on their device in their dtype.  Does not know what is timed.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ SHAPES = {
     "llama-1b": _llama(2048, 16, 32, 8, 8192, 128256, max_position_embeddings=131072, tie_word_embeddings=True),
     "tiny": _llama(64, 2, 4, 2, 128, 256, max_position_embeddings=256),
 }
-"""Llama 2 7B (and Vicuna 7B), Llama 3.1 8B, Llama 3.2 1B, and one for tests."""
+"""Llama 2 7B (and Vicuna 7B), Llama 3.1 8B, Llama 3.2 1B, and a tiny model for tests."""
 
 
 def random_model(shape: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model of a shape with random weights.
+    """A model with random weights.
 
-    Raises RedrafterError for a name that there is none of, and where the device has no room for the weights.
+    Raises RedrafterError for an unknown shape, and if the device has no room for the weights.
     """
     if shape not in SHAPES:
         raise RedrafterError(f"{shape} is not one of the shapes {', '.join(SHAPES)}.")
@@ -56,28 +56,26 @@ def random_model(shape: str, *, dtype: torch.dtype, device: torch.device) -> Pre
     )
     model.to_empty(device=device)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its tables are no weights
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its tables are not parameters
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(std=config.initializer_range)
-            else:  # of a normalisation
+            else:  # normalisation layers
                 weight.fill_(1)
     return model.eval()
 
 
 def random_drafter(
-    model: PreTrainedModel, exit_dim: int | None = None, draft_vocabulary: int | None = None, bits: int = 16
+    model: PreTrainedModel, exit_dim: int | None = None, draft_vocabulary: int | None = None
 ) -> RecurrentDrafter:
-    """A fresh drafter of the released form, on its target's device and in its dtype.
+    """An untrained drafter of the published form, on its target's device and in its dtype.
 
-    `draft_vocabulary`: how many tokens it scores, all by default; `bits`: as of `RecurrentDrafter.from_pretrained`.
-    Raises RedrafterError where there are fewer tokens.
+    `draft_vocabulary` is the number of tokens that it scores; default: all.  Raises RedrafterError if there are fewer.
     """
     if draft_vocabulary is not None and not 1 <= draft_vocabulary <= model.config.get_text_config().vocab_size:
-        raise RedrafterError(f"A draft vocabulary of {draft_vocabulary} is not a part of the model's.")
+        raise RedrafterError(f"A draft vocabulary of {draft_vocabulary} exceeds the model's vocabulary.")
     ids = None if draft_vocabulary is None else torch.arange(draft_vocabulary)
-    with model.device:  # billions of weights are drawn where they stay
+    with model.device:  # large weights are created on their device
         drafter = RecurrentDrafter.for_target(model, exit_dim=exit_dim, draft_vocabulary=ids)
-    drafter.to(model.dtype).eval()
-    return drafter.to_eight_bits() if bits == 8 else drafter
+    return drafter.to(model.dtype).eval()

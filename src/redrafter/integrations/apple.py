@@ -29,7 +29,6 @@ def export(drafter: RecurrentDrafter, folder: str | Path) -> None:
     Raises RedrafterError for a drafter in 8 bits, and for one that the released code has no form for, as one with a
     draft vocabulary: the rows of its head that it lacks could not be kept from being chosen.
     """
-    drafter.check_whole("exported")
     check_drafter_folder(Path(folder))
     told = drafter.config.model_dump()
     if drafter.draft_vocabulary is not None:

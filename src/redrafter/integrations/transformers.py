@@ -31,7 +31,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from redrafter.decoding.settings import CompleteConfig
 from redrafter.engine.generate import generate
-from redrafter.engine.request import padding_of
+from redrafter.engine.inputs import padding_token
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Method
 
@@ -153,7 +153,7 @@ def custom_generate(
             prefix_allowed_tokens_fn=_allowed(logits_processor),
             stopping_criteria=users,
         )
-    new = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in out.new_tokens], True, padding_of(config))
+    new = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in out.new_tokens], True, padding_token(config))
     sequences = torch.cat((input_ids, new.to(input_ids)), dim=1)
     if not config.return_dict_in_generate:
         return sequences

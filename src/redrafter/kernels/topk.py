@@ -1,7 +1,7 @@
-"""The best few of each row of scores, and what makes them probabilities, in one pass over the row.
+"""The k largest scores of each row and the row's log-sum-exp, in one pass over the row.
 
-Promises what `plain_topk` gives, up to rounding; of equal scores the smaller id comes first, where the plain way says
-nothing.  Asks the device nothing, so a CUDA graph can hold it.  Does not know drafters.
+Guarantees the values of `plain_topk` up to rounding; of equal scores the smaller id comes first, which PyTorch leaves
+open.  Does not synchronize with the device, so a CUDA graph can contain it.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from torch import Tensor
 
 from redrafter.kernels import has_kernels
 
-WIDEST = 64
-"""The kernels' largest width; wider ones are found the plain way."""
+MAX_WIDTH = 64
+"""The largest k of the kernel; PyTorch computes larger ones."""
 
 
-class Top(NamedTuple):
+class TopK(NamedTuple):
     """The best `W` of each row, best first."""
 
     values: Float[Tensor, "R W"]
-    """float32, or the scores' own dtype where that is wider."""
+    """float32, or the dtype of the scores if that is wider."""
     ids: Int[Tensor, "R W"]
     logsumexp: Float[Tensor, " R"]
-    """Of the whole row."""
+    """Over the complete row."""
 
 
-def top(scores: Float[Tensor, "R V"], width: int) -> Top:
-    """The best `width` of each row, which must have as many.  Where scores are NaN, ids are still columns."""
-    if not has_kernels(scores.device, scores.dtype) or width > WIDEST:
+def topk(scores: Float[Tensor, "R V"], width: int) -> TopK:
+    """The best `width <= V` of each row.  If scores are NaN, ids are still valid columns."""
+    if not has_kernels(scores.device, scores.dtype) or width > MAX_WIDTH:
         return plain_topk(scores, width)
     from redrafter.kernels.triton import drafting
 
     with torch.cuda.device_of(scores):
-        return Top(*drafting.top(scores, width))
+        return TopK(*drafting.topk(scores, width))
 
 
-def plain_topk(scores: Float[Tensor, "R V"], width: int) -> Top:
-    """As `top`, by sorting; any device and dtype."""
+def plain_topk(scores: Float[Tensor, "R V"], width: int) -> TopK:
+    """`topk` in PyTorch, for any device and dtype."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return Top(*scores.topk(width, dim=-1), scores.logsumexp(dim=-1))
+    return TopK(*scores.topk(width, dim=-1), scores.logsumexp(dim=-1))

@@ -1,167 +1,133 @@
-"""What a method of drafting must offer: to a caller a `Method`, to the decode step a `Proposer`.
+"""The two interfaces of a drafting method: `Method` for callers, `Proposer` for the decode step.
 
-A new method is a `Proposer` and the `Method` that makes it for a target; heads that live in folders are told from one
-another by `redrafter.proposers.loading`.
+A new method is a subclass of `Proposer` and, unless it is a trained head, a class with the members of `Method`.
+Trained heads become methods through one row of `redrafter.proposers.methods.PROPOSERS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from redrafter.core.cache import SlotCache
 from redrafter.core.rows import RowState, SamplingNoise
-from redrafter.core.shapes import DraftShape
+from redrafter.core.shapes import DraftShape, ShapeOverrides
 from redrafter.core.tree import DraftTree
 from redrafter.errors import RedrafterError
 from redrafter.targets.target import Target
 
 
-@runtime_checkable
-class Proposer(Protocol):
-    """Proposes trees of a fixed shape.  Decoding is exact whatever they hold.
+class Proposer:
+    """Base class of what proposes trees of a fixed size.  Decoding is exact for every tree that it returns.
 
-    `propose` works on tensors of fixed shapes, asks the device nothing and draws no randomness of its own, so that a
-    step can be captured as a CUDA graph, and it lets no row depend on another.  All that it knows between steps is the
-    text and what it wrote into its memory.
+    `propose` works on tensors of fixed shapes, does not synchronize with the device and draws no random numbers, so
+    that a step can be captured as a CUDA graph.  Rows are independent.  Between steps, a proposer knows only the text
+    and what it wrote into its memory.
     """
 
-    @property
-    def length(self) -> int:
-        """L, the most drafted tokens on one path; the guaranteed token is not counted."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """N, nodes of every tree, counting the root."""
-        ...
-
-    @property
-    def positions(self) -> int:
-        """Last positions whose hidden states a draft is made from."""
-        ...
-
-    @property
-    def modules(self) -> Sequence[nn.Module]:
-        """Whose layers a draft runs, the target's aside."""
-        ...
+    length: int
+    """L, the largest number of drafted tokens on one path.  The guaranteed token is not counted."""
+    size: int
+    """N, the number of nodes of every tree, including the root and padding."""
+    positions: int = 1
+    """Number of last positions whose hidden states a draft reads."""
+    modules: Sequence[nn.Module] = ()
+    """Modules that run in a draft, without those of the target."""
 
     def memory(self, *, batch: int, slots: int) -> SlotCache | None:
-        """What is kept between steps for texts of `slots` positions, allocated once for a call.
+        """State kept between steps for texts of `slots` positions, allocated once for a call.  None by default.
 
-        It may have more slots than asked for, where drafting runs more nodes than the tree has that it proposes.
+        It may have more slots than requested, for drafts that run more nodes than the tree contains.
         """
-        ...
+        return None
 
-    def read(self, memory: SlotCache | None, place: RowState, states: Float[Tensor, "B P state"], start: int) -> None:
-        """The target has taken in positions `start … start + P - 1` of the prompts in `place.text`, with these states.
+    def read(self, memory: SlotCache | None, rows: RowState, states: Float[Tensor, "B P state"], start: int) -> None:
+        """Receives the target's hidden states at positions `start … start + P - 1` of the prompts in `rows.text`.
 
-        `place.length` is each prompt's last position; what follows it is padding.
+        `rows.length` is the last position of each prompt; what follows it is padding.  Ignored by default.
         """
-        ...
 
     def propose(
         self,
         memory: SlotCache | None,
-        place: RowState,
+        rows: RowState,
         context: Float[Tensor, "B positions state"],
-        draw: SamplingNoise,
+        noise: SamplingNoise,
     ) -> DraftTree:
-        """Trees [B, N] below the guaranteed tokens, `place.root`.
+        """Returns trees [B, N] below the guaranteed tokens, `rows.root`.
 
-        `context`: the target's states at the last positions before the root's, the last of which is where it chose it;
-        zeros before a text begins.  `draw`: how the target will choose after nodes of depth 0 to L; a proposer may use
-        it, or not.  Since the last draft up to L + 1 tokens have joined the text: a proposer with a memory runs the
-        last L + 1 again, each into the slot of its position, and has nothing else to keep or to roll back.
+        `context` holds the target's hidden states at the last positions before the root; the target chose the root from
+        the last of them.  It is zero before a text begins.  `noise` describes how the target will sample after nodes of
+        depth 0 to L; a proposer may use or ignore it.  Up to L + 1 tokens have joined the text since the last draft: a
+        proposer with a memory runs the last L + 1 tokens again, each into the slot of its position, and needs no other
+        bookkeeping.
         """
-        ...
+        raise NotImplementedError
 
-    def quickened(self) -> Proposer:
-        """One that proposes the same, as fast as it can here, for as long as no weight changes."""
-        ...
-
-
-class Ready:
-    """What a proposer says that has nothing to prepare."""
-
-    def quickened(self) -> Proposer:
-        """Itself."""
-        return self  # type: ignore[return-value]
-
-
-class Memoryless(Ready):
-    """What a proposer says that keeps nothing between steps."""
-
-    def memory(self, *, batch: int, slots: int) -> None:
-        """Nothing."""
-
-    def read(self, memory: SlotCache | None, place: RowState, states: Tensor, start: int) -> None:
-        """Prompts leave nothing behind."""
+    def prepare(self) -> Proposer:
+        """Returns an equivalent proposer that is as fast as possible here, valid until a weight changes."""
+        return self
 
 
 @runtime_checkable
 class Method(Protocol):
-    """What a caller passes as `drafter`: a way to draft for a target."""
+    """A drafting method, as a caller passes it."""
 
     @property
     def layers(self) -> Sequence[int]:
-        """Numbers, from 1, of the target's layers whose states it reads beside the last."""
+        """Numbers, from 1, of the target's layers whose outputs it reads in addition to the last hidden state."""
         ...
 
-    def drafting(
-        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
-    ) -> tuple[int, int, int | None]:
-        """Beam width, beam length and node budget for `batch` rows decoded together, as told or by default.
+    def shape(self, batch: int) -> DraftShape:
+        """The default shape for `batch` rows decoded together.
 
-        `batch` 0 asks for what the method was made for, whatever it was tuned to.
+        `batch` 0 asks for the shape that the method was trained for, regardless of tuning.
         """
         ...
 
-    def proposer(self, target: Target, width: int, length: int, budget: int | None) -> Proposer | None:
-        """What drafts in that shape; None for a length of 0.  Raises RedrafterError where that cannot be."""
+    def proposer(self, target: Target, shape: DraftShape) -> Proposer | None:
+        """A proposer of that shape; None for a length of 0.  Raises RedrafterError if that is impossible."""
         ...
 
 
+def resolved_shape(method: Method, batch: int, overrides: ShapeOverrides) -> DraftShape:
+    """The shape for `batch` rows decoded together.
+
+    Without overrides it is the method's tuned or default shape; otherwise they replace parts of the shape that the
+    method was trained for.  Raises RedrafterError for impossible values.
+    """
+    return overrides.applied_to(method.shape(0)) if overrides else method.shape(batch)
+
+
+def measured_shape(method: Method, batch: int, overrides: ShapeOverrides) -> DraftShape:
+    """As `resolved_shape`, but never without drafting unless the caller asks for it.
+
+    Tuning may switch drafting off; a measurement of the drafter then uses the shape that it was trained for.
+    """
+    shape = resolved_shape(method, batch, overrides)
+    return method.shape(0) if overrides.beam_length is None and not shape.beam_length else shape
+
+
 def draftable(method: Method, target: Target, shapes: Iterable[DraftShape]) -> tuple[list[DraftShape], list[str]]:
-    """The shapes that a method can draft in, and sentences that say why not in the others."""
-    found: list[DraftShape] = []
+    """The shapes that a method supports, and sentences that explain why it does not support the others."""
+    supported: list[DraftShape] = []
     refused: dict[str, list[str]] = {}
     for shape in shapes:
         try:
-            method.proposer(target, shape.beam_width, shape.beam_length, shape.node_budget)
+            method.proposer(target, shape)
         except RedrafterError as error:
-            refused.setdefault(str(error), []).append(shape.in_words)
+            refused.setdefault(str(error), []).append(shape.description)
         else:
-            found.append(shape)
-    return found, [f"{'; '.join(words)}: {error}" for error, words in refused.items()]
+            supported.append(shape)
+    return supported, [f"{'; '.join(shapes)}: {error}" for error, shapes in refused.items()]
 
 
-class ByText:
-    """What a method says that reads the text alone, and drafts one beam unless told."""
-
-    beam_length: ClassVar[int]
-    """Tokens that it drafts unless told."""
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """None."""
-        return ()
-
-    def drafting(
-        self, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
-    ) -> tuple[int, int, int | None]:
-        """As told or by default, for any number of rows."""
-        return 1 if width is None else width, self.beam_length if length is None else length, budget
-
-
-def measured(
-    method: Method, batch: int, width: int | None = None, length: int | None = None, budget: int | None = None
-) -> dict[str, Any]:
-    """What to tell `generate` so that it drafts: as told, but as made for where the method is tuned not to."""
-    told = (width, length, budget)
-    if length is None and method.drafting(batch, *told)[1] == 0:
-        told = method.drafting(0)
-    return dict(zip(("beam_width", "beam_length", "node_budget"), told, strict=True))
+def describe_drafts(proposer: Proposer, shape: DraftShape) -> str:
+    """A shape as the proposer drafts it, which need not use beams."""
+    uses_beams = all(getattr(module, "by_beams", True) for module in proposer.modules)
+    if uses_beams and proposer.size == shape.max_nodes:
+        return shape.description
+    return f"a tree of {proposer.size} nodes, {shape.beam_length} deep"

@@ -1,109 +1,90 @@
-"""An EAGLE head as a proposer: beams of features, and of all that they weighed the best nodes (EAGLE-2).
+"""An EAGLE head as a proposer: beams of predicted features, and the most probable candidates (EAGLE-2).
 
-Promises that its memory holds what the head keeps of the target's own features, whatever was drafted, accepted or
-rejected before.  Does not know the head's layer but as `EagleHead.forward`.
+Guarantees that its memory holds the head's keys and values for the target's own features, whatever was drafted,
+accepted or rejected before.  Uses the head's layer only through `EagleHead.forward`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from redrafter.core.cache import SlotCache
 from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import DraftTree, chain, parallel_chains, tree_mask
-from redrafter.core.tree_attention import packed
+from redrafter.core.tree_attention import MAX_ATTENTION_NODES, bit_mask
 from redrafter.heads.eagle import EagleHead
 from redrafter.kernels import has_kernels
-from redrafter.proposers.base import Ready
-from redrafter.proposers.beam_search import search
-from redrafter.proposers.trees import beyond, size_of, tree_of
-from redrafter.targets.target import MAX_ATTENTION_NODES, Target
+from redrafter.proposers.base import Proposer
+from redrafter.proposers.beam_search import search, tree_of
+from redrafter.targets.target import Target
 
 
-@dataclass(frozen=True)
-class EagleProposer(Ready):
-    """Drafts `width` beams of `length` tokens, or of all that they weigh the `budget` most probable nodes.
+class EagleProposer(Proposer):
+    """Drafts beams; with a budget, the tree of the most probable candidates.
 
-    Its memory holds at slot p what the layer keeps of the target's feature at position p and the token after it.  So a
-    prompt's last slot waits for the root, and a draft begins by taking in the last L + 1 positions before the root,
-    among which are all that the last step wrote; beams then lie behind them, where a later draft writes over them.
+    Slot p of the memory holds the layer's keys and values for the target's feature at position p and the token after
+    it. The last slot of a prompt therefore waits for the root.  A draft begins by running the last L + 1 positions
+    before the root, which include everything that the last step wrote.  Beams go behind them and are overwritten later.
     """
 
-    head: EagleHead
-    target: Target
-    width: int
-    length: int
-    budget: int | None = None
-
-    @property
-    def size(self) -> int:
-        """The budget; without one, nodes where no two beams share a prefix."""
-        return size_of(self.width, self.length, self.budget)
-
-    @property
-    def positions(self) -> int:
-        """As many as a step may write."""
-        return self.length + 1
-
-    @property
-    def modules(self) -> tuple[nn.Module]:
-        """The head."""
-        return (self.head,)
+    def __init__(self, head: EagleHead, target: Target, shape: DraftShape):
+        self.head, self.target, self.shape = head, target, shape
+        self.length, self.size = shape.beam_length, shape.max_nodes
+        self.positions = shape.beam_length + 1
+        self.modules = (head,)
 
     def memory(self, *, batch: int, slots: int) -> SlotCache:
-        """The layer's keys and values, with room for the beams."""
-        return self.head.new_cache(batch=batch, slots=slots + beyond(self.width, self.length, self.budget))
+        """Keys and values of the layer, with room for the beams."""
+        return self.head.new_cache(batch=batch, slots=slots + self.shape.extra_slots)
 
-    def read(self, memory: SlotCache | None, place: RowState, states: Float[Tensor, "B P state"], start: int) -> None:
-        """Takes in the prompt's features with the tokens after them; after its last one, whatever stands there yet."""
+    def read(self, memory: SlotCache | None, rows: RowState, states: Float[Tensor, "B P state"], start: int) -> None:
+        """Runs the prompt's features with the tokens after them.  After the last feature, any token will do."""
         index = start + 1 + torch.arange(states.shape[1], device=states.device)
-        tokens = place.text[:, index.clamp(max=place.text.shape[1] - 1)]
-        self._run(memory, chain(tokens), self._features(states), torch.full_like(place.length, start))
+        tokens = rows.text[:, index.clamp(max=rows.text.shape[1] - 1)]
+        self._run(memory, chain(tokens), self._features(states), torch.full_like(rows.length, start))
 
     def propose(
         self,
         memory: SlotCache | None,
-        place: RowState,
+        rows: RowState,
         context: Float[Tensor, "B positions state"],
-        draw: SamplingNoise,
+        noise: SamplingNoise,
     ) -> DraftTree:
         """Trees below the root."""
         features = self._features(context)
-        latest = self._take_in(memory, place, features)  # [B, beams, H]: the feature at each beam's last token
+        latest = self._run_latest(memory, rows, features)  # [B, beams, H]: the feature at each beam's last token
         given = latest[:, :, None][:, :, :0]  # [B, beams, depth, H]: those before its tokens
-        root = place.root
+        root = rows.root
 
         def following(beams: Tensor, parents: Tensor) -> Tensor:
             nonlocal given, latest
             if beams.shape[2]:
                 given = torch.cat((given, latest[:, :, None]), dim=2)
                 given = given.gather(1, parents[..., None, None].expand(-1, -1, *given.shape[2:]))
-                above = torch.cat((features[:, -1:], given.transpose(1, 2).flatten(1, 2)), dim=1)
-                latest = self._run(memory, parallel_chains(root, beams), above, place.length - 1)[:, -beams.shape[1] :]
+                inputs = torch.cat((features[:, -1:], given.transpose(1, 2).flatten(1, 2)), dim=1)
+                latest = self._run(memory, parallel_chains(root, beams), inputs, rows.length - 1)[:, -beams.shape[1] :]
             return self.target.logits(latest.flatten(0, 1)).view(*latest.shape[:2], -1)
 
-        adjust = draw.ranking(self.head.config.coupled)
-        found = search(following, root, width=self.width, length=self.length, adjust=adjust)
-        return tree_of(root, found, self.budget)
+        beams = search(following, root, self.shape, adjust=noise.ranking(self.head.config.coupled))
+        return tree_of(root, beams, self.shape)
 
-    def _take_in(
-        self, memory: SlotCache | None, place: RowState, features: Float[Tensor, "B positions hidden"]
+    def _run_latest(
+        self, memory: SlotCache | None, rows: RowState, features: Float[Tensor, "B positions hidden"]
     ) -> Float[Tensor, "B 1 hidden"]:
-        """Runs the last L + 1 positions before the root again, each into its slot; the feature at the root.
+        """Runs the last L + 1 positions before the root, each into its slot, and returns the feature at the root.
 
-        Of a shorter text all, and its last one again behind them, where nothing is looked up.
+        A shorter text runs completely, padded with its last position in slots that are not read.
         """
-        first = place.length[:, None] - 1 - self.length  # position of the first of the features
+        first = rows.length[:, None] - 1 - self.length  # position of the first feature
         begin = first.clamp(min=0)
         index = begin + torch.arange(self.length + 1, device=begin.device)
         seen = (index - first).clamp(max=self.length)
-        tokens = place.text.gather(1, (index + 1).minimum(place.length[:, None]))
-        found = self._run(memory, chain(tokens), _at(features, seen), begin[:, 0])
-        return _at(found, place.length[:, None] - 1 - begin)
+        tokens = rows.text.gather(1, (index + 1).minimum(rows.length[:, None]))
+        output = self._run(memory, chain(tokens), _gather(features, seen), begin[:, 0])
+        return _gather(output, rows.length[:, None] - 1 - begin)
 
     def _run(
         self,
@@ -112,26 +93,21 @@ class EagleProposer(Ready):
         features: Float[Tensor, "B N hidden"],
         begin: Int[Tensor, " B"],
     ) -> Float[Tensor, "B N hidden"]:
-        """The head over nodes that take the slots `begin … begin + N - 1`; a node's token is the one after its feature.
-
-        The mask is a packed one where the kernels of `fast.attention` can read it.
-        """
+        """Runs the head over nodes in slots `begin … begin + N - 1`.  A node's token follows its feature."""
         assert memory is not None
         memory.window.slots = begin[:, None] + torch.arange(tree.size, device=begin.device)
         if has_kernels(features.device, features.dtype) and tree.size <= MAX_ATTENTION_NODES:
             memory.window.visible = None
-            mask = packed(tree, begin)
+            mask = bit_mask(tree, begin)
         else:
             mask = tree_mask(tree, begin, slots=memory.visible)[:, None]
-        return self.head(  # type: ignore[no-any-return]
-            self.target.embed(tree.tokens), features, begin[:, None] + tree.depth, mask, memory
-        )
+        embeddings = self.target.embed(tree.tokens)
+        return self.head(embeddings, features, begin[:, None] + tree.depth, mask, memory)  # type: ignore[no-any-return]
 
     def _features(self, states: Float[Tensor, "B P state"]) -> Float[Tensor, "B P hidden"]:
-        """What the output head reads, in the head's own dtype."""
+        """The output head's inputs in the head's dtype."""
         return states[..., -self.target.hidden_size :].to(self.head.dtype)
 
 
-def _at(features: Float[Tensor, "B P hidden"], index: Int[Tensor, "B M"]) -> Float[Tensor, "B M hidden"]:
-    """Each row's features at some places."""
+def _gather(features: Float[Tensor, "B P hidden"], index: Int[Tensor, "B M"]) -> Float[Tensor, "B M hidden"]:
     return features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))

@@ -1,10 +1,9 @@
-"""The recurrent drafter's products, fewer and larger, for as long as its weights do not change.
+"""The recurrent drafter's layers combined into fewer, larger products, valid until a weight changes.
 
-A draft multiplies a few rows at a time, so each product costs its weights and a launch.  Two of them read one state,
-the recurrence's `U s` and the state's half of the head's first layer: here they are one.  A third, the recurrence's
-`W e`, has one result for each token, so all of them are known beforehand.  Promises the sums of the drafter's own
-products, in another order at most.  Takes memory for the joined weights and for the table of `W e`.  Does not know
-beams.
+A draft multiplies few rows at a time, so each product costs a read of its weights and a launch.  The recurrence's `U s`
+and the state's half of the head's first layer read the same state: they become one product.  The recurrence's `W e` has
+one result per token: a table replaces it.  Guarantees the drafter's own sums, possibly in another order.  Takes memory
+for the combined weight and the table.  Does not know beams.
 """
 
 from __future__ import annotations
@@ -18,44 +17,44 @@ from torch import Tensor, nn
 
 from redrafter.heads.recurrent import RecurrentDrafter
 from redrafter.kernels import has_kernels
-from redrafter.kernels.product import activated, fused, product
+from redrafter.kernels.activation import silu_add
 
-LARGEST = 2**29
-"""Bytes of a table at most."""
+MAX_TABLE_BYTES = 2**29
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Of one drafter: its `U` and the head's first layer as one weight, and what `W` gives for the tokens drafted."""
+class FusedDrafter:
+    """One drafter's combined weights."""
 
-    weight: Float[Tensor, "joined hidden"]
+    weight: Float[Tensor, "both hidden"]
+    """`U` and the head's first layer."""
     table: Float[Tensor, "head hidden"]
     """`W e + b` of the recurrence."""
     rows: Int[Tensor, " V"] | None
-    """The table's row of each of the target's ids that can be drafted, where the draft vocabulary is its own."""
+    """The table's row of each target id that can be drafted; None if all can."""
     block: bool
-    """Whether the head begins with a block, whose result is added to context and state."""
+    """Whether the head begins with a residual block."""
 
     @classmethod
-    def of(cls, drafter: RecurrentDrafter, embed: Callable[[Tensor], Tensor]) -> Joined | None:
-        """The weights as they are now; None where nothing is joined: other forms of the head, and large tables.
+    def of(cls, drafter: RecurrentDrafter, embed: Callable[[Tensor], Tensor]) -> FusedDrafter | None:
+        """The combined weights; None for other forms of the head and for tables above MAX_TABLE_BYTES.
 
-        `embed` gives the embeddings of ids in the drafter's dtype.
+        `embed` returns the embeddings of ids in the drafter's dtype.
         """
         config, reader = drafter.config, drafter.reader
         size = config.head_size * config.hidden_size * drafter.dtype.itemsize
-        if not config.rnn or config.gated or reader is None or size > LARGEST:
+        if not config.rnn or config.gated or reader is None or size > MAX_TABLE_BYTES:
             return None
         names = drafter.draft_vocabulary
         ids = torch.arange(config.head_size, device=drafter.device) if names is None else names
         with torch.no_grad():
             weight = torch.cat((drafter.rnn_u.weight, reader.weight[:, config.hidden_size :]))
             table = nn.functional.linear(embed(ids), drafter.rnn_w.weight, drafter.rnn_u.bias)
-        block = drafter.begins_with_block
-        if names is None:
-            return cls(weight, table, None, block)
-        rows = torch.zeros(config.vocab_size, dtype=torch.long, device=names.device)
-        return cls(weight, table, rows.index_copy_(0, names, torch.arange(len(names), device=names.device)), block)
+        rows = None
+        if names is not None:
+            rows = torch.zeros(config.vocab_size, dtype=torch.long, device=names.device)
+            rows.index_copy_(0, names, torch.arange(len(names), device=names.device))
+        return cls(weight, table, rows, drafter.begins_with_block)
 
     def products(
         self,
@@ -65,20 +64,18 @@ class Joined:
         *,
         last: bool = False,
     ) -> tuple[Float[Tensor, "B beams carried"], Float[Tensor, "B beams exit"]]:
-        """`U s` for the next step, without bias, and what the head's projection or first block gives.
+        """`U s` for the next step, without bias, and the output of the head's projection or first block.
 
-        `seen` and `read` are what the drafter's functions of these names give.  After the `last` state there is no step
-        to prepare, and `U s` is empty.
+        `seen` and `read` are the results of the drafter's methods of these names.  For the `last` state, `U s` is
+        empty.
         """
-        begin = 0 if last else state.shape[-1]
-        weight = self.weight[state.shape[-1] - begin :]
-        if fused(state, weight):
-            both = product(state, weight, read, onto=seen, silu=seen is not None, begin=begin)
-            return both[..., :begin], both[..., begin:]
-        flat = nn.functional.linear(state.flatten(0, 1), weight)  # a slice of more dimensions might be copied
-        both = flat.unflatten(0, state.shape[:2])
-        first = both[..., begin:]
-        return both[..., :begin], first + read if seen is None else activated(first, read.expand_as(first), seen)
+        carried = 0 if last else state.shape[-1]
+        weight = self.weight[state.shape[-1] - carried :]
+        both = nn.functional.linear(state.flatten(0, 1), weight)  # a slice with more dimensions might be copied
+        both = both.unflatten(0, state.shape[:2])
+        first = both[..., carried:]
+        first = first + read if seen is None else silu_add(first, read.expand_as(first), seen)
+        return both[..., :carried], first
 
     def moved(
         self,
@@ -87,7 +84,10 @@ class Joined:
         carried: Float[Tensor, "B above hidden"],
         context: Float[Tensor, "B 1 hidden"],
     ) -> tuple[Float[Tensor, "B beams hidden"], Float[Tensor, "B beams both"] | None]:
-        """The state after the tokens, drafted ones, from `carried` of the beam that each continues; `drafter.seen`."""
+        """The state after the drafted tokens, and `drafter.seen` of it.
+
+        `carried` is `products`' first result for the beams that `parents` refers to.
+        """
         if not has_kernels(carried.device, carried.dtype):
             return self.plain_moved(tokens, parents, carried, context)
         from redrafter.kernels.triton import drafting
@@ -103,7 +103,7 @@ class Joined:
         carried: Float[Tensor, "B above hidden"],
         context: Float[Tensor, "B 1 hidden"],
     ) -> tuple[Float[Tensor, "B beams hidden"], Float[Tensor, "B beams both"] | None]:
-        """As `moved`, on any device."""
+        """`moved` in PyTorch, for any device."""
         known = self.table[tokens if self.rows is None else self.rows[tokens]]
-        state = activated(known, carried.gather(1, parents[..., None].expand_as(known)))
+        state = silu_add(known, carried.gather(1, parents[..., None].expand_as(known)))
         return state, torch.cat((context.expand_as(state), state), dim=-1) if self.block else None

@@ -1,8 +1,8 @@
-"""Prompt lookup: what followed the text's last tokens when they stood in it before (Saxena 2023).
+"""Prompt lookup: drafts what followed an earlier occurrence of the text's last tokens (Saxena 2023).
 
-After https://github.com/apoorvumang/prompt-lookup-decoding, in transformers `prompt_lookup_num_tokens`: the longest
-n-gram that ends the text and occurred before gives the tokens that followed its first occurrence.  Promises that for
-all rows at once, without reading the device.  Does not know models: it costs no memory and nothing to train.
+After https://github.com/apoorvumang/prompt-lookup-decoding (`prompt_lookup_num_tokens` in transformers): the longest
+n-gram that ends the text and occurred before gives the tokens that followed its first occurrence.  All rows are
+searched at once, without synchronizing with the device.  Needs no model, memory or training.
 """
 
 from __future__ import annotations
@@ -11,85 +11,71 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from redrafter.core.cache import SlotCache
 from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import DraftTree, chain
 from redrafter.errors import RedrafterError
-from redrafter.proposers.base import ByText, Memoryless
-from redrafter.proposers.trees import check_shape
+from redrafter.proposers.base import Proposer
 from redrafter.targets.target import Target
 
 
 @dataclass(frozen=True)
-class PromptLookup(ByText):
-    """Drafts by looking up the text's last `ngram` tokens, or fewer, in the text before them."""
-
-    beam_length = 10
+class PromptLookup:
+    """Looks up the last `ngram` tokens, or fewer, in the text before them.  Drafts a chain of ten tokens by default."""
 
     ngram: int = 3
+    layers: tuple[int, ...] = ()
 
-    def proposer(self, target: Target, width: int, length: int, budget: int | None) -> PromptLookupProposer | None:
-        """What drafts so; None for a length of 0.  Raises RedrafterError for more than one beam, or a budget."""
+    def shape(self, batch: int) -> DraftShape:
+        """One beam, for every batch size."""
+        return DraftShape(beam_width=1, beam_length=10)
+
+    def proposer(self, target: Target, shape: DraftShape) -> PromptLookupProposer | None:
+        """A proposer of that shape; None for a length of 0.  Raises RedrafterError for several beams or a budget."""
         if self.ngram < 1:
-            raise RedrafterError(f"Prompt lookup looks for at least 1 token, not {self.ngram}.")
-        if width != 1:
-            raise RedrafterError(f"Prompt lookup drafts one beam, not {width}: leave beam_width out.")
-        if budget is not None:
-            raise RedrafterError("Prompt lookup drafts one beam, so node_budget means nothing: leave it out.")
-        check_shape(width, length, budget, tokens=target.vocab_size)
-        return PromptLookupProposer(length, self.ngram) if length else None
+            raise RedrafterError(f"ngram must be at least 1, not {self.ngram}.")
+        if shape.beam_width != 1:
+            raise RedrafterError(f"Prompt lookup drafts one beam, not {shape.beam_width}: leave out beam_width.")
+        if shape.node_budget is not None:
+            raise RedrafterError("Prompt lookup drafts one beam and supports no node_budget: leave it out.")
+        return PromptLookupProposer(shape.beam_length, self.ngram) if shape.beam_length else None
 
 
-@dataclass(frozen=True)
-class PromptLookupProposer(Memoryless):
-    """Drafts a chain of `length` tokens, or as many as there are: none where nothing is found."""
+class PromptLookupProposer(Proposer):
+    """Drafts a chain of at most `length` tokens, or none if nothing matches."""
 
-    length: int
-    ngram: int
-
-    @property
-    def size(self) -> int:
-        """The root and the chain."""
-        return 1 + self.length
-
-    @property
-    def positions(self) -> int:
-        """The target's states are not read; decoding keeps one."""
-        return 1
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """None."""
-        return ()
+    def __init__(self, length: int, ngram: int):
+        self.length, self.ngram, self.size = length, ngram, 1 + length
 
     def propose(
         self,
         memory: SlotCache | None,
-        place: RowState,
+        rows: RowState,
         context: Float[Tensor, "B positions state"],
-        draw: SamplingNoise,
+        noise: SamplingNoise,
     ) -> DraftTree:
         """Chains below the root."""
-        text, end = place.text, place.length[:, None]
-        after = self._found(text, end)
-        index = after + torch.arange(self.length, device=text.device)
-        valid = (after > 0) & (index <= end)
+        text, end = rows.text, rows.length[:, None]
+        start = self._match(text, end)
+        index = start + torch.arange(self.length, device=text.device)
+        valid = (start > 0) & (index <= end)
         drafted = text.gather(1, index.clamp(max=text.shape[1] - 1))
-        root = place.root[:, None]
+        root = rows.root[:, None]
         return chain(torch.cat((root, drafted), dim=1), torch.cat((torch.ones_like(valid[:, :1]), valid), dim=1))
 
-    def _found(self, text: Int[Tensor, "B S"], end: Int[Tensor, "B 1"]) -> Int[Tensor, "B 1"]:
-        """The position after the first occurrence of the longest n-gram; 0 where there is none."""
+    def _match(self, text: Int[Tensor, "B S"], end: Int[Tensor, "B 1"]) -> Int[Tensor, "B 1"]:
+        """The position after the first occurrence of the longest n-gram; 0 if there is none."""
         slots = text.shape[1]
         position = torch.arange(slots, device=text.device)
-        alike = (position < end).expand_as(text)  # n-grams that end at a position agree so far
+        equal = (position < end).expand_as(text)  # n-grams that end at a position and match so far
         matched = torch.zeros_like(text)
         for back in range(min(self.ngram, slots)):
             last = text.gather(1, (end - back).clamp(min=0))
-            before = text.roll(back, dims=1)  # [B, S]: the token so many places before each
-            alike = alike & (position >= back) & (before == last)
-            matched = matched + alike
+            before = text.roll(back, dims=1)  # [B, S]: the token `back` positions earlier
+            equal = equal & (position >= back) & (before == last)
+            matched = matched + equal
         longest, first = (matched * slots - position).max(dim=1, keepdim=True)
         return torch.where(longest > 0, first + 1, 0)

@@ -1,80 +1,100 @@
-"""The recurrent drafter as a proposer: beam search, then prefix folding or the best nodes of a budget."""
+"""The recurrent drafter as a proposer: beam search with the head, merged into one prefix tree per row.
+
+Paper: arXiv 2403.09919, sections 3.2 and 3.3.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from redrafter.core.cache import SlotCache
 from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import DraftTree
 from redrafter.heads.recurrent import RecurrentDrafter
 from redrafter.kernels import has_kernels
-from redrafter.proposers.base import Memoryless
-from redrafter.proposers.beam_search import beam_search
-from redrafter.proposers.fused_drafter import Joined
-from redrafter.proposers.trees import size_of, tree_of
+from redrafter.proposers.base import Proposer
+from redrafter.proposers.beam_search import Search, search, tree_of
+from redrafter.proposers.fused_drafter import FusedDrafter
 from redrafter.targets.target import Target
 
 
-@dataclass(frozen=True)
-class RecurrentProposer(Memoryless):
-    """Drafts `width` beams of `length` tokens and folds them into one tree a row.
+class RecurrentProposer(Proposer):
+    """Drafts beams and merges them into one tree per row; with a budget, the tree of the most probable candidates."""
 
-    With a `budget` the tree holds the root and the most probable of all nodes that the search weighed, beams or not.
-    """
-
-    drafter: RecurrentDrafter
-    target: Target
-    width: int
-    length: int
-    budget: int | None = None
-    joined: Joined | None = None
-    """The drafter's products, where they were made fewer."""
-
-    @property
-    def size(self) -> int:
-        """The budget; without one, nodes where no two beams share a prefix."""
-        return size_of(self.width, self.length, self.budget)
-
-    @property
-    def positions(self) -> int:
-        """As the drafter was trained."""
-        return self.drafter.config.context_positions
-
-    @property
-    def modules(self) -> tuple[RecurrentDrafter]:
-        """The drafter."""
-        return (self.drafter,)
+    def __init__(self, drafter: RecurrentDrafter, target: Target, shape: DraftShape, fused: FusedDrafter | None = None):
+        """`fused`: the drafter's layers combined into fewer products, made by `prepare`."""
+        self.drafter, self.target, self.shape, self.fused = drafter, target, shape, fused
+        self.length, self.size = shape.beam_length, shape.max_nodes
+        self.positions = drafter.config.context_positions
+        self.modules = (drafter,)
 
     def propose(
         self,
         memory: SlotCache | None,
-        place: RowState,
+        rows: RowState,
         context: Float[Tensor, "B positions state"],
-        draw: SamplingNoise,
+        noise: SamplingNoise,
     ) -> DraftTree:
-        """Trees below the root; the drafter computes in its own dtype, and coupled to the target's draws."""
-        root = place.root
-        found = beam_search(
+        """Trees below the root.  The drafter computes in its own dtype and ranks by the target's sampling noise."""
+        beams = beam_search(
             self.drafter,
             self._embed,
             context.flatten(1).to(self.drafter.dtype),
-            root,
-            width=self.width,
-            length=self.length,
-            adjust=draw.ranking(names=self.drafter.draft_vocabulary),
-            joined=self.joined,
+            rows.root,
+            self.shape,
+            adjust=noise.ranking(names=self.drafter.draft_vocabulary),
+            fused=self.fused,
         )
-        return tree_of(root, found, self.budget)
+        return tree_of(rows.root, beams, self.shape)
 
-    def quickened(self) -> RecurrentProposer:
-        """With joined products, where kernels run."""
+    def prepare(self) -> RecurrentProposer:
+        """With fused products if kernels run."""
         if not has_kernels(self.drafter.device, self.drafter.dtype):
             return self
-        return replace(self, joined=Joined.of(self.drafter, self._embed))
+        return RecurrentProposer(self.drafter, self.target, self.shape, FusedDrafter.of(self.drafter, self._embed))
 
     def _embed(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden"]:
         return self.target.embed(tokens).to(self.drafter.dtype)  # type: ignore[no-any-return]
+
+
+def beam_search(
+    drafter: RecurrentDrafter,
+    embed: Callable[[Tensor], Tensor],
+    context: Float[Tensor, "B features"],
+    root: Int[Tensor, " B"],
+    shape: DraftShape,
+    *,
+    adjust: Callable[[Tensor, int], Tensor] | None = None,
+    fused: FusedDrafter | None = None,
+) -> Search:
+    """Continuations of the guaranteed token `root` and their log-probabilities under the drafter.
+
+    `embed` is the target's token embedding, `context` the hidden states that the target chose `root` from.
+    `adjust(logits, depth)` changes the head's logits [B, beams, head] before the softmax.
+    """
+    if shape.beam_width > drafter.config.head_size:
+        raise ValueError(f"width {shape.beam_width} exceeds the {drafter.config.head_size} tokens that are scored")
+    state = drafter.step(None, embed(root))[:, None]  # [B, 1, H], then [B, W, H]
+    context = drafter.context(context)[:, None]
+    read = drafter.read(context)
+    seen = None if fused is None else drafter.seen(context.expand_as(state), state)
+    carried = state  # the fused products' input to the next step
+
+    def following(beams: Tensor, parents: Tensor) -> Tensor:
+        nonlocal state, seen, carried
+        depth = beams.shape[2]
+        if fused is None or read is None:
+            if depth:
+                previous = state.gather(1, parents[..., None].expand(-1, -1, state.shape[-1]))
+                state = drafter.step(previous, embed(beams[..., -1]))
+            return drafter.logits(context.expand_as(state), state, read)
+        if depth:
+            state, seen = fused.moved(beams[..., -1], parents, carried, context)
+        carried, first = fused.products(state, seen, read, last=depth == shape.beam_length - 1)
+        return drafter.scores(first)
+
+    return search(following, root, shape, adjust=adjust, names=drafter.draft_vocabulary)

@@ -1,8 +1,8 @@
 """Two-model speculative decoding: a smaller causal language model drafts (arXiv 2211.17192, 2302.01318).
 
-With more than one beam its drafts are trees, as in SpecInfer (arXiv 2305.09781).  Promises that the draft model sees
-the text as the target does, through the same masks and kernels, and keeps keys and values of its own.  Does not know
-how its drafts are judged: here that is by the target's own draw, so its probabilities are not asked for.
+With more than one beam its drafts are trees, as in SpecInfer (arXiv 2305.09781).  Guarantees that the draft model sees
+the text as the target does, through the same masks and kernels, with its own keys and values.  Verification uses the
+target's own samples, so the draft model's probabilities are not needed for exactness.
 """
 
 from __future__ import annotations
@@ -15,32 +15,35 @@ from torch import Tensor, nn
 
 from redrafter.core.cache import SlotCache
 from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import DraftTree, chain, parallel_chains
 from redrafter.errors import RedrafterError
-from redrafter.proposers.base import ByText, Ready
-from redrafter.proposers.beam_search import search
-from redrafter.proposers.trees import beyond, check_shape, size_of, tree_of
+from redrafter.proposers.base import Proposer
+from redrafter.proposers.beam_search import search, tree_of
 from redrafter.targets.target import Target
 
 
 @dataclass(frozen=True)
-class TwoModel(ByText):
-    """Drafts by another causal language model of transformers that has the target's vocabulary and device.
+class TwoModel:
+    """Drafts with another transformers causal language model that has the target's vocabulary and device.
 
-    By default a chain of its greedy continuation.  When sampling it ranks by its own probabilities under the target's
-    temperature and truncation and by the noise that the target is about to draw with, as all methods do here; without
-    `coupled`, by its probabilities alone.
+    The default draft is a greedy chain of five tokens.  When sampling, it ranks by the draft model's probabilities
+    under the target's temperature and truncation and by the target's sampling noise; with `coupled=False`, by the
+    probabilities alone.
     """
-
-    beam_length = 5
 
     model: nn.Module
     coupled: bool = True
+    layers: tuple[int, ...] = ()
 
-    def proposer(self, target: Target, width: int, length: int, budget: int | None) -> TwoModelProposer | None:
-        """What drafts so for a target; None for a length of 0.
+    def shape(self, batch: int) -> DraftShape:
+        """One beam, for every batch size."""
+        return DraftShape(beam_width=1, beam_length=5)
 
-        Raises RedrafterError where the draft model has another vocabulary, is elsewhere or cannot run trees.
+    def proposer(self, target: Target, shape: DraftShape) -> TwoModelProposer | None:
+        """A proposer of that shape; None for a length of 0.
+
+        Raises RedrafterError if the draft model has another vocabulary, is on another device or cannot run trees.
         """
         draft = Target(self.model)
         if draft.vocab_size != target.vocab_size:
@@ -52,63 +55,45 @@ class TwoModel(ByText):
             raise RedrafterError(
                 f"The draft model is on {draft.device}, the model on {target.device}; move one of them."
             )
-        check_shape(width, length, budget, tokens=draft.vocab_size)
-        return TwoModelProposer(draft, width, length, budget, self.coupled) if length else None
+        shape.check(vocabulary=draft.vocab_size)
+        return TwoModelProposer(draft, shape, self.coupled) if shape.beam_length else None
 
 
-@dataclass(frozen=True)
-class TwoModelProposer(Ready):
-    """Drafts `width` beams of `length` tokens by a model, or of all that they weigh the `budget` most probable nodes.
+class TwoModelProposer(Proposer):
+    """Drafts beams with a model; with a budget, the tree of the most probable candidates.
 
-    Its memory holds at slot p what the draft model keeps of the text's position p.  A draft begins by taking in the
-    text's last L + 1 tokens, among which are all that the last step wrote; beams then lie behind the root, where a
-    later draft writes over them.  Texts longer than the draft model's context are drafted worse, and right all the
-    same.
+    Slot p of the memory holds the draft model's keys and values of position p.  A draft begins by running the last
+    L + 1 tokens of the text, which include everything that the last step wrote.  Beams go behind the root and are
+    overwritten later.  Beyond the draft model's context length drafts are worse, but the text stays exact.
     """
 
-    draft: Target
-    width: int
-    length: int
-    budget: int | None = None
-    coupled: bool = True
-
-    @property
-    def size(self) -> int:
-        """The budget; without one, nodes where no two beams share a prefix."""
-        return size_of(self.width, self.length, self.budget)
-
-    @property
-    def positions(self) -> int:
-        """The target's states are not read; decoding keeps one."""
-        return 1
-
-    @property
-    def modules(self) -> tuple[nn.Module]:
-        """The draft model."""
-        return (self.draft.module,)
+    def __init__(self, draft: Target, shape: DraftShape, coupled: bool = True):
+        self.draft, self.shape, self.coupled = draft, shape, coupled
+        self.length, self.size = shape.beam_length, shape.max_nodes
+        self.modules = (draft.module,)
 
     def memory(self, *, batch: int, slots: int) -> SlotCache:
-        """Its keys and values, with room for the beams."""
-        return self.draft.new_cache(batch=batch, slots=slots + beyond(self.width, self.length, self.budget))
+        """Keys and values of the draft model, with room for the beams."""
+        return self.draft.new_cache(batch=batch, slots=slots + self.shape.extra_slots)
 
-    def read(self, memory: SlotCache | None, place: RowState, states: Tensor, start: int) -> None:
-        """Takes in the same tokens as the target."""
+    def read(self, memory: SlotCache | None, rows: RowState, states: Tensor, start: int) -> None:
+        """Runs the same tokens as the target."""
         assert memory is not None
-        tokens = place.text[:, start : start + states.shape[1]]
-        begin = torch.full_like(place.length, start)
+        tokens = rows.text[:, start : start + states.shape[1]]
+        begin = torch.full_like(rows.length, start)
         self.draft.forward(chain(tokens), begin, memory, select=begin[:, None] * 0)
 
     def propose(
         self,
         memory: SlotCache | None,
-        place: RowState,
+        rows: RowState,
         context: Float[Tensor, "B positions state"],
-        draw: SamplingNoise,
+        noise: SamplingNoise,
     ) -> DraftTree:
         """Trees below the root."""
         assert memory is not None
-        after_root = self._take_in(memory, place)
-        root = place.root
+        after_root = self._run_latest(memory, rows)
+        root = rows.root
 
         def following(beams: Tensor, parents: Tensor) -> Tensor:
             count, depth = beams.shape[1:]
@@ -116,20 +101,18 @@ class TwoModelProposer(Ready):
                 return after_root
             tree = parallel_chains(root, beams)
             ends = torch.arange(tree.size - count, tree.size, device=root.device).expand(len(root), -1)
-            return self.draft.forward(tree, place.length, memory, select=ends)[1]
+            return self.draft.forward(tree, rows.length, memory, select=ends)[1]
 
-        adjust = draw.ranking(self.coupled)
-        found = search(following, root, width=self.width, length=self.length, adjust=adjust)
-        return tree_of(root, found, self.budget)
+        beams = search(following, root, self.shape, adjust=noise.ranking(self.coupled))
+        return tree_of(root, beams, self.shape)
 
-    def _take_in(self, memory: SlotCache, place: RowState) -> Float[Tensor, "B 1 V"]:
-        """Runs the text's last L + 1 tokens again, each into its slot; the logits after the root.
+    def _run_latest(self, memory: SlotCache, rows: RowState) -> Float[Tensor, "B 1 V"]:
+        """Runs the last L + 1 tokens of the text, each into its slot, and returns the logits after the root.
 
-        Of a shorter text all, and the root once more behind it, where nothing is looked up.
+        A shorter text runs completely, padded with the root in slots that are not read.
         """
-        begin = (place.length - self.length).clamp(min=0)
+        begin = (rows.length - self.length).clamp(min=0)
         index = begin[:, None] + torch.arange(self.length + 1, device=begin.device)
-        root = place.root[:, None]
-        tokens = torch.where(index < place.length[:, None], place.text.gather(1, index), root)
-        select = (place.length - begin)[:, None]
+        tokens = torch.where(index < rows.length[:, None], rows.text.gather(1, index), rows.root[:, None])
+        select = (rows.length - begin)[:, None]
         return self.draft.forward(chain(tokens), begin, memory, select)[1]

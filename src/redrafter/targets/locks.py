@@ -1,7 +1,6 @@
-"""Turns of threads: who may run a model, which several calls of a process may share.
+"""Mutual exclusion per model: calls that share a model run it one at a time.
 
-Promises that what holds a turn of some models holds it alone, and that no two wait for each other.  Does not know what
-is done in a turn.
+Guarantees that there is no deadlock between calls that use several models.  Does not know what runs under a lock.
 """
 
 from __future__ import annotations
@@ -11,17 +10,17 @@ import weakref
 
 from torch import nn
 
-_making = threading.Lock()
+_registry = threading.Lock()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 class ModelLock:
-    """A context in which no other thread runs these models by a turn of its own; one thread may enter several."""
+    """A context manager that holds the locks of all given models.  Reentrant within a thread."""
 
     def __init__(self, *models: nn.Module):
-        with _making:
-            found = {_locks.setdefault(model, threading.RLock()) for model in models}
-        self._locks = sorted(found, key=id)  # one order for all
+        with _registry:
+            locks = {_locks.setdefault(model, threading.RLock()) for model in models}
+        self._locks = sorted(locks, key=id)  # the same order in all threads
 
     def __enter__(self) -> None:
         for lock in self._locks:

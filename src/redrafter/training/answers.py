@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from redrafter.core.noise import row_seeds
+from redrafter.core.shapes import ShapeOverrides
 from redrafter.data.files import Skip
 from redrafter.data.messages import Message
 from redrafter.data.prompts import check_asked, check_ids, encode, prompt_ids, render
@@ -23,7 +24,8 @@ from redrafter.decoding.settings import ONE_TEXT, with_stop_strings
 from redrafter.engine.generate import stream
 from redrafter.engine.results import finished
 from redrafter.errors import RedrafterError
-from redrafter.heads.recurrent import RecurrentDrafter
+from redrafter.proposers import Drafter, method_of
+from redrafter.proposers.base import resolved_shape
 from redrafter.targets.target import Target
 from redrafter.training.distillation import Done, Part, Prompt, Tally, least, named
 
@@ -253,7 +255,7 @@ def by_target(
     prompts: Iterator[Prompt],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    drafter: RecurrentDrafter | None,
+    drafter: Drafter | None,
     law: Law,
     *,
     seeds: Sequence[int],
@@ -353,7 +355,7 @@ def _answered(
     k: int,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    drafter: RecurrentDrafter | None,
+    drafter: Drafter | None,
     tally: Tally,
     settings: dict[str, Any],
 ) -> Iterator[tuple[_Active, _Answer]]:
@@ -365,9 +367,9 @@ def _answered(
         settings["seed"] = [one.seed for one in dialogues]
     settings = with_stop_strings(model, settings, tokenizer)
     prompts = [one.texts[-1].input_ids for one in dialogues]
-    told = [settings.get(name) for name in ("beam_width", "beam_length", "node_budget")]
+    overrides = ShapeOverrides(*(settings.get(name) for name in ("beam_width", "beam_length", "node_budget")))
     batch = min(settings.get("batch_size") or len(prompts), len(prompts))
-    positions = 0 if drafter is None else drafter.drafting(batch, *told)[1]
+    positions = 0 if drafter is None else resolved_shape(method_of(drafter), batch, overrides).beam_length
     events = tally.watch(stream(model, drafter, prompts, **settings))
     for one in finished(events, rows=len(dialogues), positions=positions):
         yield together[one.row], (one.new_tokens, one.finish_reason, one.stats.steps)

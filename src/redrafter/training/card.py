@@ -26,7 +26,7 @@ class Run:
     rows: list[Row]
     recipe: Recipe
     loss: float
-    """The last one logged, summed over draft positions; `Objective.in_words` says its unit."""
+    """The last one logged, summed over draft positions; `Objective.description` says its unit."""
     steps: int
     found: Acceptance | None
     """On held-out rows, where there were any."""
@@ -76,8 +76,8 @@ def card(drafter: Head, run: Run) -> str:
             "|---|---|",
             f"| target | {name}{f', revision {config.target_revision}' if config.target_revision else ''} |",
             f"| parameters | {hub.count_parameters(drafter):,} |",
-            f"| head | {config.head_in_words}{covered} |",
-            f"| context | {config.context_in_words} |",
+            f"| head | {config.head_description}{covered} |",
+            f"| context | {config.context_description} |",
             f"| data | {len(run.rows):,} rows with {learnt:,} tokens to learn{data} |",
             f"| licence of the data | {run.licence or 'not told'} |",
             f"| learnt from | {teacher}, teacher-forced over {config.beam_length} draft positions |",
@@ -107,6 +107,6 @@ def _acceptance(found: Acceptance | None, drafter: Head) -> list[str]:
     rates = ", ".join(f"{rate:.0%}" for rate in found.rates)
     return [
         f"| mean acceptance length | {found.mean_acceptance_length:.2f} tokens a step "
-        f"({drafter.config.shape_in_words}), at every place of held-out rows |",
+        f"({drafter.config.shape_description}), at every place of held-out rows |",
         f"| accepted by position | {rates} |",
     ]

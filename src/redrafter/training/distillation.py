@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from redrafter.data.examples import Row, collate, tokenized_rows
 from redrafter.data.files import Skip, read_records
 from redrafter.decoding.settings import ONE_TEXT, resolve
-from redrafter.engine.request import ends_of
+from redrafter.engine.inputs import end_tokens
 from redrafter.engine.results import Event
 from redrafter.errors import RedrafterError
 from redrafter.targets.target import Target
@@ -303,7 +303,7 @@ def by_continuation(
     tally = tally or Tally()
     target = Target(model)
     limit = least(limit, target.context_length)
-    ends = ends_of(resolve(target.model, None, dict(ONE_TEXT)))
+    ends = end_tokens(resolve(target.model, None, dict(ONE_TEXT)))
     while part := list(islice(prompts, chunk)):
         own = [
             (prompt, row if limit is None else row.cut(limit))

@@ -28,6 +28,7 @@ from redrafter.errors import RedrafterError, reason
 from redrafter.evaluation.acceptance import Acceptance, acceptance
 from redrafter.heads.base import Head
 from redrafter.heads.medusa import MedusaHeads
+from redrafter.proposers import method_of
 from redrafter.targets.target import Target
 from redrafter.training.callbacks import AsTold, Schedule, Watched
 from redrafter.training.card import Run, card
@@ -165,7 +166,8 @@ class Checkpointing(Trainer):  # type: ignore[misc]
 def held_out_acceptance(module: Unrolled, rows: list[Row], batch_size: int = 8) -> Acceptance:
     """How far the drafts of a drafter in training follow held-out rows, at every place of them."""
     drafter, (target,) = module.drafter, module.target
-    proposer = drafter.proposer(target, *drafter.drafting(0))
+    method = method_of(drafter)
+    proposer = method.proposer(target, method.shape(0))
     assert proposer is not None
     training = drafter.training
     drafter.eval()
@@ -216,7 +218,8 @@ def run(
     remedy = f"lower --batch-size (now {recipe.batch_size}), --max-length or --beam-width"
     held_out, measuring = held_out or [], 0.0
     if held_out:  # the longest ones as they will be measured, before hours of training could be lost by it
-        drafter.check(target, *drafter.drafting(0))
+        method = method_of(drafter)
+        method.proposer(target, method.shape(0))
         with within_memory(drafter.device, remedy):
             measuring = _seconds_of_measurement(module, held_out, recipe)
     if fewer_held_out and recipe.seconds is not None and measuring > MEASURING * recipe.seconds:

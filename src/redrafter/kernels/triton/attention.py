@@ -241,7 +241,8 @@ def launch(
     tiling: Tiling | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """As `redrafter.core.tree_attention.tree_attention`, on the current device; `tiling` and `splits` are for trials."""
+    """As `redrafter.core.tree_attention.tree_attention`, on the current device; `tiling` and `splits` are for
+    trials."""
     batch, heads, nodes, size = query.shape
     kv_heads, slots, value_size = value.shape[1:]
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))

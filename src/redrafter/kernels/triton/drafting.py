@@ -1,9 +1,9 @@
 """Kernels of drafting in Triton: the best scores, a step of the beam search, trees, and the drafter's activations.
 
-Promises what the plain counterparts give, up to rounding: `redrafter.kernels.topk.plain_topk`, `redrafter.proposers.beam_search.plain_extend_beams`,
-`redrafter.core.tree.plain_prefix_tree` and `plain_most_probable`, `redrafter.kernels.product.activated`, and `plain_moved`
-of `redrafter.proposers.fused_drafter`.  Imports triton, so it is imported on first use.  Everything works on the current device and
-asks it nothing.
+Promises what the plain counterparts give, up to rounding: `redrafter.kernels.topk.plain_topk`,
+`redrafter.proposers.beam_search.plain_extend_beams`, `redrafter.core.tree.plain_prefix_tree` and `plain_most_probable`,
+`redrafter.kernels.product.activated`, and `plain_moved` of `redrafter.proposers.fused_drafter`.  Imports triton, so it
+is imported on first use.  Everything works on the current device and asks it nothing.
 
 What is ranked is packed into one number of 64 bits: the score's bits in an order that integers have, then the place,
 the smaller the better.  So ties are decided, and one bitonic sort carries both.
@@ -88,7 +88,7 @@ def _best_of_row(
     tl.store(ids + row * width + k, _place_of(best).to(tl.int64), mask=k < width)
 
 
-def top(scores: Tensor, width: int, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def topk(scores: Tensor, width: int, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Values, ids and log-sum-exp as of `redrafter.kernels.topk.top`, in two launches; `chunk` is for trials."""
     rows, columns = scores.shape
     if width > columns:
@@ -124,7 +124,7 @@ def _path_score(values, logsumexp, scores, row, entry, entries, beams_above, wid
 
 
 @triton.jit(do_not_specialize=["beams_above", "width", "position"])
-def _grow(
+def _extend_beams(
     values, ids, logsumexp, names, beams, scores, above,
     level_tokens, level_parents, level_scores, new_beams, new_scores, new_above, parents,
     beams_above, width, position,
@@ -164,7 +164,7 @@ def _grow(
     tl.store(new_beams + write, tokens, mask=(step <= position)[None, :] & kept[:, None])
 
 
-def grow(
+def extend_beams(
     values: Tensor,
     ids: Tensor,
     logsumexp: Tensor,
@@ -186,7 +186,7 @@ def grow(
     new_beams = torch.empty((batch, width, position + 1), dtype=torch.int64, device=device)
     new_scores = torch.empty((batch, width), dtype=torch.float32, device=device)
     new_above, parents = torch.empty((2, batch, width), dtype=torch.int64, device=device)
-    _grow[(triton.cdiv(entries, OWN), batch)](
+    _extend_beams[(triton.cdiv(entries, OWN), batch)](
         values, ids, logsumexp, ids if names is None else names,
         beams if position else ids, scores.contiguous(), above.contiguous(),
         level_tokens, level_parents, level_scores, new_beams, new_scores, new_above, parents,
@@ -214,7 +214,7 @@ def _own_and_root(ancestors, row, size, NODES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["width"])
-def _fold(
+def _prefix_tree(
     root, beams, tokens, parents, depth, valid, ancestors, width,
     LENGTH: tl.constexpr, W: tl.constexpr, L: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
@@ -252,12 +252,13 @@ def _fold(
 
 
 def prefix_tree(root: Tensor, beams: Tensor) -> tuple[Tensor, ...]:
-    """Tokens, parents, depth, valid and ancestors as of `redrafter.core.tree.plain_prefix_tree`, in one launch after a clearing."""
+    """Tokens, parents, depth, valid and ancestors as of `redrafter.core.tree.plain_prefix_tree`, in one launch after a
+    clearing."""
     batch, width, length = beams.shape
     tree = _blank_tree(batch, 1 + width * length, beams.device)
     tokens, parents, depth, valid, ancestors = tree
     block = _power(width)
-    _fold[(batch,)](
+    _prefix_tree[(batch,)](
         root.contiguous(), beams.contiguous(), tokens, parents, depth,
         valid.view(torch.int8), ancestors.view(torch.int8), width,
         LENGTH=length, W=block, L=_power(length), NODES=_power(1 + width * length), num_warps=_warps(block * block),
@@ -325,8 +326,8 @@ def most_probable(
 
 
 @triton.jit
-def _activated(
-    x, more, onto, out, columns, stride_x, stride_m, stride_o,
+def _silu_add(
+    x, more, residual, out, columns, stride_x, stride_m, stride_o,
     MORE: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # of which there may be more than the 65,535 of the other axes
@@ -337,18 +338,18 @@ def _activated(
         value += tl.load(more + row * stride_m + at, mask=there, other=0.0).to(tl.float32)
     value = value / (1.0 + tl.exp(-value))
     if ONTO:
-        value += tl.load(onto + row * stride_o + at, mask=there, other=0.0).to(tl.float32)
+        value += tl.load(residual + row * stride_o + at, mask=there, other=0.0).to(tl.float32)
     tl.store(out + row * columns + at, value, mask=there)
 
 
-def activated(x: Tensor, more: Tensor | None, onto: Tensor | None) -> Tensor:
-    """`onto + SiLU(x + more)` of equal shapes, in one launch."""
+def silu_add(x: Tensor, more: Tensor | None, residual: Tensor | None) -> Tensor:
+    """`residual + SiLU(x + more)` of equal shapes, in one launch."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = [as_rows(x if one is None else one) for one in (x, more, onto)]
+    rows = [as_rows(x if one is None else one) for one in (x, more, residual)]
     count, columns = rows[0].shape
-    _activated[(count, triton.cdiv(columns, ELEMENTS))](
+    _silu_add[(count, triton.cdiv(columns, ELEMENTS))](
         *rows, out, columns, *(one.stride(0) for one in rows),
-        MORE=more is not None, ONTO=onto is not None, BLOCK=ELEMENTS, num_warps=4,
+        MORE=more is not None, ONTO=residual is not None, BLOCK=ELEMENTS, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -392,7 +393,8 @@ def moved(
     carried: Tensor,
     context: Tensor | None = None,
 ) -> Tensor:
-    """The state of `redrafter.proposers.fused_drafter.Joined.plain_moved`, after the `context` if it is given, in one launch."""
+    """The state of `redrafter.proposers.fused_drafter.Joined.plain_moved`, after the `context` if it is given, in one
+    launch."""
     batch, beams = tokens.shape
     columns, first = carried.shape[2], 0 if context is None else context.shape[2]
     carried = carried if carried.stride(2) == 1 else carried.contiguous()

@@ -1,4 +1,5 @@
-"""The kernel behind `redrafter.decoding.verify.walk`: one program per row.  Imports triton, so it is imported on first use."""
+"""The kernel behind `redrafter.decoding.verify.walk`: one program per row.  Imports triton, so it is imported on first
+use."""
 
 import torch
 import triton
