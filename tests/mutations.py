@@ -2,11 +2,11 @@
 
     python tests/mutations.py [WORD ...]
 
-Each mutation names a function and changes one expression of its syntax tree. The tests are imported and collected once;
-each mutation runs in a forked process, which replaces the code of that function and runs tests until one fails. That
-test must then pass in a fork without the mutation. Exit status 1 if a mutation makes no test fail.
+Each mutation names a module, class or function and changes one expression in its syntax tree. The tests are imported
+and collected once; each mutation runs in a forked process, which replaces the code of the function and runs tests until
+one fails. That test must then pass in a fork without the mutation. Exit status 1 if a mutation makes no test fail.
 
-A mutation does not depend on the file in which its function is, on formatting, or on local names.
+A mutation does not depend on formatting, on local names, or on the file that its class or function is in.
 """
 
 from __future__ import annotations
@@ -45,111 +45,104 @@ class MutationError(Exception):
 
 @dataclass(frozen=True)
 class Mutation:
-    """One change of one function, in patterns of Python expressions.
+    """One change of one expression, in patterns of Python expressions.
 
     A single capital letter in a pattern matches any expression, and the same expression if it occurs again. `before`
-    must match exactly one expression of the function; `after` replaces it.
+    must match exactly one expression of the functions in `scope`; `after` replaces it.
     """
 
-    function: str
-    """Qualified name of the function or method; unique in the package, or `module:name`."""
+    scope: str
+    """A module, class or function: consecutive parts of its dotted name, as `step` or `Decoder.step`."""
     before: str
     after: str
     tests: str
     """A part of the names of the tests that run first; the others follow if none of them fails."""
 
-    def locate(self) -> tuple[Path, ast.Module, ast.AST]:
-        """The file, its syntax tree and the function in it."""
-        module, _, name = self.function.rpartition(":")
-        found = [one for one in functions() if one[0] == name and one[1].with_suffix("").as_posix().endswith(module)]
-        if len(found) != 1:
-            files = ", ".join(str(file.relative_to(SOURCES)) for _, file, *_ in found) or "no file"
-            raise MutationError(f"expected one function {self.function} in src/redrafter, found it in {files}")
-        _, file, tree, node = found[0]
-        return file, tree, node
-
-    def code(self) -> tuple[Path, types.CodeType]:
-        """The file of the function and its code after the mutation."""
-        file, tree, node = self.locate()
-        mutated = copy.deepcopy(node)
-        before, after = expression(self.before), expression(self.after)
-        matches = [(one, bound) for one in ast.walk(mutated) if (bound := match(before, one)) is not None]
+    def code(self) -> tuple[Function, types.CodeType]:
+        """The function and its code after the mutation.  Raises MutationError if it does not apply."""
+        pattern = expression(self.before)
+        scope = [one for one in functions() if f".{self.scope}." in f".{one.module}.{one.name}."]
+        matches = [
+            (function, node, bound)
+            for function in scope
+            for node in ast.walk(function.node)
+            if (bound := match(pattern, node)) is not None
+        ]
         if len(matches) != 1:
+            where = ", ".join(f"{one.module}.{one.name}" for one, *_ in matches) or f"{len(scope)} functions"
             raise MutationError(
-                f"expected one match of `{self.before}` in {self.function} ({file.relative_to(ROOT)}), "
-                f"found {len(matches)}: adapt the pattern to the function's new text"
+                f"expected one match of `{self.before}` in {self.scope}, found {len(matches)} in {where}; "
+                "adapt scope and pattern to the sources"
             )
-        place, bound = matches[0]
-        mutated = Replace(place, substitute(after, bound)).visit(mutated)
-        module = ast.fix_missing_locations(Replace(node, mutated).visit(copy_around(tree, node)))
-        name = self.function.rpartition(":")[2]
-        return file, next(one for one in codes(compile(module, str(file), "exec")) if one.co_qualname == name)
+        function, node, bound = matches[0]
+        tree = Replace(node, substitute(expression(self.after), bound)).visit(copy_around(function.tree, node))
+        compiled = compile(ast.fix_missing_locations(tree), str(function.file), "exec")
+        return function, next(code for code in codes(compiled) if code.co_qualname == function.name)
 
     def apply(self) -> None:
         """Replaces the code of the function in this process."""
-        file, code = self.code()
-        module = ".".join(file.relative_to(SOURCES.parent).with_suffix("").parts)
-        found: Any = importlib.import_module(module)
-        for part in self.function.rpartition(":")[2].split("."):
+        function, code = self.code()
+        found: Any = importlib.import_module(function.module)
+        for part in function.name.split("."):
             found = inspect.getattr_static(found, part)
         while not isinstance(found, types.FunctionType) or hasattr(found, "__wrapped__"):
             found = next(
                 getattr(found, name) for name in ("fget", "__wrapped__", "__func__", "func") if hasattr(found, name)
             )
-        if (found.__code__.co_qualname, found.__code__.co_filename) != (code.co_qualname, str(file)):
-            raise MutationError(f"{self.function} is {found.__code__}, not the function of {file}")
+        if (found.__code__.co_qualname, found.__code__.co_filename) != (code.co_qualname, str(function.file)):
+            raise MutationError(f"{function.name} is {found.__code__}, not the function of {function.file}")
         found.__code__ = code
 
 
 MUTATIONS = {
     "walk: a node is compared with the choice after itself": Mutation(
-        "plain_walk", "T.tokens == C.gather(1, P)", "T.tokens == C", "test_verify.py"
+        "verify", "T.tokens == C.gather(1, P)", "T.tokens == C", "test_verify.py"
     ),
     "walk: a node is kept without its ancestors": Mutation(
-        "plain_walk", "(M[:, None] | ~T.ancestors).all(dim=2) & M", "M", "test_verify.py"
+        "verify", "(M[:, None] | ~T.ancestors).all(dim=2) & M", "M", "test_verify.py"
     ),
-    "walk: padding is kept": Mutation("DraftTree.consistent", "A & self.valid", "A", "test_verify.py"),
+    "walk: padding is kept": Mutation("consistent", "A & self.valid", "A", "test_verify.py"),
     "walk: the last drafted token is not counted": Mutation(
-        "plain_walk", "torch.where(A[:, 0], D[:, 0], -1)", "torch.where(A[:, 0], D[:, 0] // 2, -1)", "test_verify.py"
+        "verify", "torch.where(A[:, 0], D[:, 0], -1)", "torch.where(A[:, 0], D[:, 0] // 2, -1)", "test_verify.py"
     ),
     "walk: nodes of another depth or other ancestors are kept": Mutation(
-        "plain_walk", "T.consistent()", "T.valid", "test_verify.py"
+        "verify", "T.consistent()", "T.valid", "test_verify.py"
     ),
     "walk: equal siblings are counted twice": Mutation(
-        "plain_walk", "torch.where(A[:, 0], D[:, 0], -1)", "A.sum(dim=1) - 1", "test_verify.py"
+        "verify", "torch.where(A[:, 0], D[:, 0], -1)", "A.sum(dim=1) - 1", "test_verify.py"
     ),
     "noise: by the node's number, not its depth": Mutation(
-        "Sampler._everywhere",
-        "D.noise[R, T.depth]",
-        "D.noise[R, torch.arange(T.size) % D.noise.shape[1]]",
+        "sampling",
+        "N[R, T.depth]",
+        "N[R, torch.arange(T.size) % N.shape[1]]",
         "test_sampling.py",
     ),
     "noise: drafts use that of the position before": Mutation(
-        "SamplingNoise.coupled", "self.noise[:, P]", "self.noise[:, P - 1]", "test_a_head_that_knows_the_target"
+        "SamplingNoise", "self.gumbel[:, D]", "self.gumbel[:, D - 1]", "test_a_head_that_knows_the_target"
     ),
     "noise: depends on the row's index in the batch": Mutation(
-        "Sampler.draw",
+        "sampling",
         "gumbel(S, P, V)",
         "gumbel(S + torch.arange(len(S)), P, V)",
         "test_eagle_drafts.py::test_every_draft",
     ),
     "noise: the same at every position": Mutation(
-        "noise:_keys", "_splitmix(S)[:, None] + P", "_splitmix(S)[:, None] + 0 * P", "test_noise.py"
+        "noise", "_splitmix(S)[:, None] + P", "_splitmix(S)[:, None] + 0 * P", "test_noise.py"
     ),
     "noise: the same for every seed": Mutation(
-        "noise:_keys", "_splitmix(S)[:, None] + P", "_splitmix(0 * S)[:, None] + P", "test_noise.py"
+        "noise", "_splitmix(S)[:, None] + P", "_splitmix(0 * S)[:, None] + P", "test_noise.py"
     ),
     "noise: one position late after a step": Mutation(
-        "Sampler.draw",
-        "torch.arange(D, device=V)",
-        "(D > 1) + torch.arange(D, device=V)",
+        "sampling",
+        "R.length[:, None] + 1 + torch.arange(D, device=V)",
+        "R.length[:, None] + 1 + (D > 1) + torch.arange(D, device=V)",
         "test_any_tree_gives_the_same_text",
     ),
     "ahead: a finished row continues": Mutation(
-        "generate:_events", "T.get(O.slot) is not O", "O.slot not in T", "test_a_step_launched_before"
+        "scheduler", "T.get(O.slot) is not O", "O.slot not in T", "test_a_step_launched_before"
     ),
     "ahead: tokens that are not read yet are not visible": Mutation(
-        "generate:_events", "len(F) * (L + 1)", "0 * len(F) * (L + 1)", "test_a_step_launched_before"
+        "runner", "len(F) * (L + 1)", "0 * len(F) * (L + 1)", "test_a_step_launched_before"
     ),
     "mask: nodes see their siblings": Mutation(
         "tree_mask", "A.gather(2, N) & I[:, None]", "I[:, None]", "test_tree.py"
@@ -163,18 +156,20 @@ MUTATIONS = {
     ),
     "tree: a node's parent is not its ancestor": Mutation("ancestors_of", "range(D)", "range(D - 1)", "test_tree.py"),
     "eagle: a feature is paired with its own token, not the next one": Mutation(
-        "EagleProposer._take_in", "(I + 1).minimum(E)", "I.minimum(E)", "test_a_head_that_knows_the_target"
+        "proposers.eagle", "(I + 1).minimum(E)", "I.minimum(E)", "test_a_head_that_knows_the_target"
     ),
     "eagle: the last token of the last step is not read": Mutation(
-        "EagleProposer._take_in", "F.clamp(min=0)", "(F + 1).clamp(min=0)", "test_eagle_drafts.py::test_every_draft"
+        "proposers.eagle", "F.clamp(min=0)", "(F + 1).clamp(min=0)", "test_eagle_drafts.py::test_every_draft"
     ),
     "eagle: beams keep the features of other beams": Mutation(
-        "EagleProposer.propose",
+        "proposers.eagle",
         "P[..., None, None]",
         "(0 * P)[..., None, None]",
         "test_eagle_drafts.py::test_every_draft",
     ),
-    "cache: nothing is moved": Mutation("step:step", "S.cache.keep(P, L)", "None", "test_any_tree_gives_the_same_text"),
+    "cache: nothing is moved": Mutation(
+        "Decoder.step", "S.cache.keep(P, L)", "None", "test_any_tree_gives_the_same_text"
+    ),
     "cache: moved one slot too far": Mutation(
         "SlotCache.keep",
         "L[:, None] + torch.arange(P, device=D)",
@@ -188,31 +183,31 @@ MUTATIONS = {
         "SlotCache.keep", "L[:, None] + path", "L[:, None] + path[:1]", "test_cache.py"
     ),
     "keep: a finished row continues": Mutation(
-        "step:step", "R.alive * (A + 1)", "A + 1", "test_a_row_that_ended_stays"
+        "Decoder.step", "R.alive * (A + 1)", "A + 1", "test_a_row_that_ended_stays"
     ),
     "keep: the drafter receives the root's state, not the last node's": Mutation(
-        "step:step", "_latest(C, H, A)", "_latest(C, H, 0 * A)", "test_counts_of_a_perfect_drafter"
+        "Decoder.step", "_latest(C, H, A)", "_latest(C, H, 0 * A)", "test_counts_of_a_perfect_drafter"
     ),
     "keep: the drafter receives positions with one missing": Mutation(
-        "step:_latest",
+        "step",
         "E[:, None] + 1 + torch.arange(N, device=D)",
         "E[:, None] + torch.arange(N, device=D)",
         "test_a_malformed_root_is_an_error",
     ),
     "memory: the tokens of the last step are not read": Mutation(
-        "TwoModelProposer._take_in",
+        "two_model",
         "(R.length - self.length).clamp(min=0)",
         "R.length",
         "test_a_target_that_drafts_for_itself",
     ),
     "memory: the first token of the last step is not read": Mutation(
-        "TwoModelProposer._take_in",
+        "two_model",
         "R.length - self.length",
         "R.length - self.length + 1",
         "test_two_model.py::test_every_draft",
     ),
     "memory: prompts are not read": Mutation(
-        "step:prefill", "P.read(M, R, H, S)", "None", "test_eagle_drafts.py::test_every_draft"
+        "step", "P.read(M, R, H, S)", "None", "test_eagle_drafts.py::test_every_draft"
     ),
     "memory: a row that enters brings none": Mutation(
         "State.insert_rows", "self.memory.insert_rows(S, O)", "None", "test_eagle_drafts.py::test_every_draft"
@@ -222,17 +217,28 @@ MUTATIONS = {
     ),
     "draft: beams see their neighbours": Mutation("parallel_chains", "A % W == 0", "A % W >= 0", "test_tree.py"),
     "draft: the root is found at its own position": Mutation(
-        "PromptLookupProposer._found", "P < E", "P <= E", "test_prompt_lookup"
+        "prompt_lookup", "(P < E).expand_as(T)", "(P <= E).expand_as(T)", "test_prompt_lookup"
     ),
     "draft: what follows the text is drafted": Mutation(
-        "PromptLookupProposer.propose", "(A > 0) & (I <= E)", "(A > 0) & (I <= E + 1)", "test_prompt_lookup"
+        "prompt_lookup", "(A > 0) & (I <= E)", "(A > 0) & (I <= E + 1)", "test_prompt_lookup"
     ),
 }
 
 
+@dataclass(frozen=True)
+class Function:
+    """A function of the package: its module, qualified name, file, and syntax trees of the file and of itself."""
+
+    module: str
+    name: str
+    file: Path
+    tree: ast.Module
+    node: ast.AST
+
+
 @functools.cache
-def functions() -> list[tuple[str, Path, ast.Module, ast.AST]]:
-    """Every function of the package: qualified name, file, syntax tree of the file and of the function."""
+def functions() -> list[Function]:
+    """All functions and methods, without Triton kernels."""
 
     def inside(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST]]:
         for child in ast.iter_child_nodes(node):
@@ -245,7 +251,8 @@ def functions() -> list[tuple[str, Path, ast.Module, ast.AST]]:
     for file in sorted(SOURCES.rglob("*.py")):
         if "triton" not in file.parts and "assets" not in file.parts:
             tree = ast.parse(file.read_text())
-            found += [(name, file, tree, node) for name, node in inside(tree, "")]
+            module = ".".join(file.relative_to(SOURCES.parent).with_suffix("").parts).removesuffix(".__init__")
+            found += [Function(module, name, file, tree, node) for name, node in inside(tree, "")]
     return found
 
 
