@@ -414,7 +414,7 @@ def test_a_page_that_cannot_be_filled_is_told_in_a_sentence(tmp_path, monkeypatc
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/comparison.md"])
+@pytest.mark.parametrize("name", ["docs/results.md", "docs/comparison.md"])
 def test_pages_show_the_committed_results(name):
     page = ROOT / name
     text = page.read_text(encoding="utf-8")
