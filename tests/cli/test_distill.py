@@ -96,7 +96,7 @@ def test_true_text_with_continuations_can_be_trained_on(say, model_folder, tmp_p
         (["--endpoint", "http://x"], "Give either --model or --endpoint"),
         (["--endpoint-model", "m"], "--endpoint and --endpoint-model go together"),
         (["--temperature", -1], "temperature must be 0"),
-        (["--top-k", 3], "--top-k means nothing in greedy"),
+        (["--top-k", 3], "--top-k has no effect in greedy"),
         (["--beam-width", 3], "--beam-width means nothing without --drafter"),
         (["--set", "num_return_sequences=2"], "use --temperature"),
         (["--set", "temperature=2"], "--set temperature: use --temperature"),

@@ -272,7 +272,7 @@ def test_what_a_row_asks_for():
     [
         ({"temperatures": (-1.0,)}, "must be 0"),
         ({"temperatures": (0.0, 0.0)}, "give temperature 0 once"),
-        ({"top_p": 0.9}, "top_p means nothing in greedy"),
+        ({"top_p": 0.9}, "top_p has no effect in greedy"),
         ({"seed": 0}, "seed means nothing in greedy"),
     ],
 )

@@ -18,7 +18,7 @@ from redrafter.core.noise import row_seeds
 from redrafter.core.shapes import ShapeOverrides
 from redrafter.data.files import Skip
 from redrafter.data.messages import Message
-from redrafter.data.prompts import check_asked, check_ids, encode, prompt_ids, render
+from redrafter.data.prompts import check_has_question, check_ids, encode, prompt_ids, render
 from redrafter.data.rows import Chat, Text, parse_row
 from redrafter.decoding.settings import ONE_TEXT, with_stop_strings
 from redrafter.engine.generate import stream
@@ -93,7 +93,7 @@ def plan(
         if not row.prompt:
             raise RedrafterError(f"{where}: the prompt is empty.")
         return Plan([], row.prompt)
-    check_asked(row.messages, where)
+    check_has_question(row.messages, where)
     answers = [] if row.only_user else [i for i in row.answers if not row.messages[i].get("tool_calls")]
     stretches: list[list[Message]] = [[]]
     for index, message in enumerate(row.messages):
