@@ -30,7 +30,6 @@ from redrafter.evaluation.acceptance import Acceptance, answered, drafted_everyw
 from redrafter.evaluation.profiling import StepProfiler
 from redrafter.heads.config import flat
 from redrafter.heads.recurrent import RecurrentDrafter
-from redrafter.proposers import method_of
 from redrafter.proposers import Drafter, method_of
 from redrafter.proposers.methods import HEADS
 from redrafter.utils import hub
