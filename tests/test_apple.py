@@ -1,4 +1,4 @@
-"""Apple's format, read by transformers as the released code reads it, and by us again."""
+"""Apple's format, read by transformers like the released code, and by this package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 class Drafter(transformers.PreTrainedModel):
-    """Modules of the released names; that transformers finds each tensor in the file is what matters here."""
+    """Modules with the released names: the test is that transformers finds every tensor in the file."""
 
     config_class = Config
 
@@ -43,7 +43,7 @@ class Drafter(transformers.PreTrainedModel):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", [{}, {"exit_dim": 24}, {"rnn": False, "num_draft_layers": 1}])
-def test_there_and_back(tmp_path, form, dtype):
+def test_round_trip(tmp_path, form, dtype):
     model = tiny_model().to(dtype)
     torch.manual_seed(0)
     drafter = RecurrentDrafter.for_target(model, beam_length=3, beam_width=4, **form).to(dtype).eval()
@@ -68,25 +68,19 @@ def test_there_and_back(tmp_path, form, dtype):
     assert ours.stats.accepted_by_position == back.stats.accepted_by_position
 
 
-def test_what_the_released_code_has_no_form_for_is_refused(tmp_path, monkeypatch):
+def test_drafters_that_the_format_does_not_support_raise_an_error(tmp_path):
     model = tiny_model()
-    with pytest.raises(RedrafterError, match="scores the whole vocabulary"):
+    with pytest.raises(RedrafterError, match="draft vocabulary"):
         export(RecurrentDrafter.for_target(model, draft_vocabulary=torch.arange(5)), tmp_path)
-    # as a field would be that is yet to come
-    monkeypatch.setattr(
-        "redrafter.integrations.apple.LEFT_OUT", ("target", "target_revision", "beam_width", "node_budget")
-    )
-    with pytest.raises(RedrafterError, match="does not know beam_length, which is 3 here"):
-        export(RecurrentDrafter.for_target(model, beam_length=3), tmp_path)
+    with pytest.raises(RedrafterError, match="gated"):
+        export(RecurrentDrafter.for_target(model, gated=True), tmp_path)
 
 
 def test_the_command(say, drafter_folder, tmp_path):
     status, out, err = say("export", drafter_folder, "--output", tmp_path / "theirs", "--format", "apple")
     assert (status, out) == (0, "")
-    assert "guaranteed token: 4 drafts what this one drafts" in err
+    assert "pass 4 there for drafts of 3 tokens" in err
     assert RecurrentDrafter.from_pretrained(tmp_path / "theirs").config.target is None
     assert "already holds a drafter" in refusal(say("export", drafter_folder, "--output", tmp_path / "theirs"))
     assert say("export", drafter_folder, "--output", tmp_path / "theirs", "--overwrite")[0] == 0
-    assert "is not one of apple" in refusal(
-        say("export", drafter_folder, "--output", tmp_path / "b", "--format", "gguf")
-    )
+    assert "apple" in refusal(say("export", drafter_folder, "--output", tmp_path / "b", "--format", "gguf"))

@@ -1,4 +1,4 @@
-"""Every kind of data file, whole and damaged."""
+"""Data files of every format, intact and damaged."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_pattern_reads_its_files_in_order(tmp_path):
         list(read_records([tmp_path / "x*.jsonl"]))
 
 
-def test_a_data_set_on_the_hub(monkeypatch):
+def test_a_dataset_on_the_hub(monkeypatch):
     def load(name, split, streaming):
         assert streaming
         if name != "someone/chats":
@@ -71,21 +71,24 @@ def test_a_data_set_on_the_hub(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", load)
     assert list(read_records(["someone/chats"])) == [("someone/chats row 1", {"split": "train"})]
     assert list(read_records(["someone/chats:test"])) == [("someone/chats:test row 1", {"split": "test"})]
-    with pytest.raises(RedrafterError, match="someone/none is neither a file nor a data set within reach"):
+    with pytest.raises(RedrafterError, match="someone/none is neither a file nor"):
         list(read_records(["someone/none"]))
 
 
-def test_bad_rows_are_told_and_passed_over(tmp_path):
+def test_bad_rows_are_reported_and_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n[1]\n{\n{"a": 2}')
-    told: list[str] = []
-    assert [row["a"] for _, row in read_records([path], told.append)] == [1, 2]
-    assert told == [f"{path} line 2 is not a JSON object.", f"{path} line 3 is not JSON: {told[1].split(': ', 1)[1]}"]
+    messages: list[str] = []
+    assert [row["a"] for _, row in read_records([path], messages.append)] == [1, 2]
+    assert messages == [
+        f"{path} line 2 is not a JSON object.",
+        f"{path} line 3 is not JSON: {messages[1].split(': ', 1)[1]}",
+    ]
     with pytest.raises(RedrafterError, match="line 2 is not a JSON object"):
         list(read_records([path]))
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
+def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(RedrafterError, match=r"none\.jsonl cannot be read: No such file"):
         list(read_records([tmp_path / "none.jsonl"]))
     (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe")
@@ -94,7 +97,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst"])
-def test_a_byte_order_mark_is_no_text(tmp_path, name):
+def test_a_byte_order_mark_is_ignored(tmp_path, name):
     raw = b"\xef\xbb\xbf" + json.dumps({"a": 1}).encode()
     zst = lambda raw: pyarrow.compress(raw, "zstd", asbytes=True)  # noqa: E731
     path = tmp_path / name
@@ -102,7 +105,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name):
     assert [row for _, row in read_records([path])] == [{"a": 1}]
 
 
-def test_json_lines_under_the_name_of_json(tmp_path):
+def test_json_lines_in_a_file_with_the_suffix_json(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'{"a": 1}\r\n\r\n{"a": "two\\nlines"}\r\n[3]\r\n')
     reported: list[str] = []
@@ -114,14 +117,14 @@ def test_json_lines_under_the_name_of_json(tmp_path):
 
 
 @pytest.mark.parametrize("content", ['{"a": 1, "a": 2}', '{"b": {"a": 1, "a": 1}}', "[" * 100_000, '{"a": 1} {"a": 2}'])
-def test_what_is_no_row_is_refused_with_its_place(tmp_path, content):
+def test_invalid_rows_raise_an_error_with_their_location(tmp_path, content):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n' + content)
     with pytest.raises(RedrafterError, match=r"a\.jsonl line 2 is not JSON: .*\.$"):
         list(read_records([path]))
 
 
-def test_a_table_gives_json_values(tmp_path):
+def test_a_table_is_converted_to_json_values(tmp_path):
     from datetime import date
 
     from pyarrow import Table, parquet

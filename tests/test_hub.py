@@ -1,4 +1,4 @@
-"""Folders are read whole and written whole."""
+"""Drafter folders on disk and on the Hub."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_round_trip(folder):
     assert hub.count_parameters(module) == 8
 
 
-def test_weights_bring_their_dtype(tmp_path):
+def test_a_module_takes_the_dtype_of_its_weights(tmp_path):
     hub.save_folder(tmp_path, "{}", nn.Linear(3, 2).bfloat16().state_dict())
     module = nn.Linear(3, 2)
     hub.load_weights(module, tmp_path)
@@ -59,13 +59,13 @@ def test_a_missing_folder_is_named(tmp_path):
         hub.fetch(tmp_path / "none")
 
 
-def test_a_hub_name_out_of_reach_is_named():
-    with pytest.raises(RedrafterError, match="someone/drafter is neither a folder nor a hub repository within reach"):
+def test_an_unreachable_hub_id_is_named():
+    with pytest.raises(RedrafterError, match="someone/drafter is neither a folder nor"):
         hub.fetch("someone/drafter")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 40, -1])
-def test_truncated_weights_are_refused(folder, kept):
+def test_truncated_weights_raise_an_error(folder, kept):
     weights = (folder / hub.WEIGHTS).read_bytes()
     (folder / hub.WEIGHTS).write_bytes(weights[:kept])
     with pytest.raises(RedrafterError, match=r"model\.safetensors is damaged or truncated"):
@@ -75,11 +75,11 @@ def test_truncated_weights_are_refused(folder, kept):
 @pytest.mark.parametrize(
     ("tensors", "named"),
     [
-        ({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, r"weight should be \(2, 3\) and is \(2, 4\)"),
-        ({"weight": torch.zeros(2, 3)}, r"bias should be \(2,\) and is absent"),
+        ({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, r"weight should be \(2, 3\) but is \(2, 4\)"),
+        ({"weight": torch.zeros(2, 3)}, r"bias should be \(2,\) but is absent"),
         (
             {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "x": torch.zeros(1)},
-            r"x should be absent and is \(1,\)",
+            r"x should be absent but is \(1,\)",
         ),
     ],
 )
@@ -90,7 +90,7 @@ def test_weights_that_do_not_fit_are_named(folder, tensors, named):
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_a_disk_that_fills_up_leaves_the_old_folder_as_it_was(folder, monkeypatch, broken):
+def test_a_full_disk_leaves_the_old_folder_unchanged(folder, monkeypatch, broken):
     before = contents(folder)
 
     def full(*_):
@@ -102,14 +102,14 @@ def test_a_disk_that_fills_up_leaves_the_old_folder_as_it_was(folder, monkeypatc
     assert contents(folder) == before
 
 
-def test_an_upload_sends_the_drafter_alone(drafter_folder, tmp_path, monkeypatch):
+def test_an_upload_sends_only_the_drafter(drafter_folder, tmp_path, monkeypatch):
     folder = tmp_path / "drafter"
     shutil.copytree(drafter_folder, folder)
     (folder / "checkpoints").mkdir()
     sent = []
 
     class ConnectError(Exception):
-        """As of a library that asks the network."""
+        """An error of a network library."""
 
     class Api:
         def create_repo(self, name, *, private, exist_ok):
@@ -133,7 +133,7 @@ def test_an_upload_sends_the_drafter_alone(drafter_folder, tmp_path, monkeypatch
 
 
 def login(monkeypatch, answer):
-    """A hub that answers who is logged in, and can do nothing else."""
+    """A Hub that only reports the login."""
 
     class Api:
         def whoami(self):
@@ -155,18 +155,18 @@ def test_a_login_is_checked_and_nothing_created(monkeypatch, name):
     [
         (LocalTokenNotFoundError("Token is required.\nMore words"), "Token is required"),
         (OSError("No such host"), "No such host"),
-        ({"name": "me", "orgs": []}, "the login is me's, who is not in they"),
-        ({"name": "they", "auth": {"accessToken": {"role": "read"}}}, "the login's token may only read"),
+        ({"name": "me", "orgs": []}, "the login me is not a member of they"),
+        ({"name": "they", "auth": {"accessToken": {"role": "read"}}}, "read-only"),
     ],
 )
-def test_a_login_that_cannot_upload_is_refused(monkeypatch, answer, reason):
+def test_a_login_that_cannot_upload_raises_an_error(monkeypatch, answer, reason):
     login(monkeypatch, answer)
-    with pytest.raises(RedrafterError, match=f"^Nothing could be uploaded to they/drafter: {reason}\\.$"):
+    with pytest.raises(RedrafterError, match=f"they/drafter: .*{reason}"):
         hub.check_login("they/drafter")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_refused_by_name(folder, value):
+def test_nonfinite_weights_raise_an_error(folder, value):
     weight = torch.zeros(2, 3)
     weight[1, 2] = value
     save_file({"weight": weight, "bias": torch.zeros(2)}, folder / hub.WEIGHTS)
@@ -174,12 +174,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder, value):
         hub.load_weights(nn.Linear(3, 2), folder)
 
 
-def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
-    asked = []
+def test_an_unreachable_hub_is_checked_once(monkeypatch):
+    requested = []
 
     class Session:
         def head(self, address, timeout):
-            asked.append(timeout)
+            requested.append(timeout)
             raise OSError("No such host")
 
     hub.is_reachable.cache_clear()
@@ -187,26 +187,26 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     try:
         for name in ("someone/drafter", "drafter"):
-            with pytest.raises(RedrafterError, match=f"{name} is neither a folder nor a hub repository within reach"):
+            with pytest.raises(RedrafterError, match=f"{name} is neither a folder nor"):
                 hub.fetch(name)
         assert not huggingface_hub.constants.HF_HUB_OFFLINE
     finally:
         hub.is_reachable.cache_clear()
-    assert len(asked) == 1
-    assert asked[0] <= 10
+    assert len(requested) == 1
+    assert requested[0] <= 10
 
 
 @pytest.mark.parametrize("name", ["distilgpt2", "someone/gpt-2.5_x", "a"])
-def test_ids_of_the_hub(name):
+def test_hub_ids(name):
     assert may_be_on_the_hub(name)
 
 
 @pytest.mark.parametrize("name", ["./distilgpt2", "/a", "a/b/c", "~/a", "a b", "a--b", "a/..", "-", "x.git", "a/", ""])
-def test_what_can_be_no_id_of_the_hub(name):
+def test_invalid_hub_ids(name):
     assert not may_be_on_the_hub(name)
 
 
-def test_a_folder_goes_before_an_id_of_the_hub(tmp_path, monkeypatch):
+def test_a_local_folder_takes_precedence_over_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert may_be_on_the_hub("distilgpt2")
     (tmp_path / "distilgpt2").mkdir()
@@ -214,8 +214,8 @@ def test_a_folder_goes_before_an_id_of_the_hub(tmp_path, monkeypatch):
 
 
 def test_an_id_without_a_namespace_is_downloaded(folder, monkeypatch):
-    asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(folder))
+    requested = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: requested.append(name) or str(folder))
     assert hub.fetch("drafter") == folder
     assert hub.config_of("drafter") == {"a": 1}
-    assert asked == ["drafter", "drafter"]
+    assert requested == ["drafter", "drafter"]

@@ -1,4 +1,4 @@
-"""Commands write only into new or empty places, or over their own files; everything else stays as it is."""
+"""Commands write only into new or empty folders, or over their own files; all else stays unchanged."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from redrafter.utils.outputs import (
 )
 
 
-def digest(*places, but=()) -> dict[str, str]:
-    """Of every file, link and folder in some places, except below some."""
+def digest(*paths, but=()) -> dict[str, str]:
+    """Hashes of all files, links and folders in `paths`, except below those in `but`."""
     found = {}
-    for place in places:
-        for one in [place, *sorted(place.rglob("*"))]:
+    for path in paths:
+        for one in [path, *sorted(path.rglob("*"))]:
             if any(one == left or left in one.parents for left in but):
                 continue
             content = os.readlink(one) if one.is_symlink() else one.read_bytes() if one.is_file() else b""
@@ -70,63 +70,71 @@ FOREIGN += ("trainer", "linked", "file", "file/inside", "models--me--it/new")
 
 
 def commands(disk, output):
-    """What writes a drafter's folder, with `--overwrite` where there is such an option."""
+    """Commands that write a drafter folder, with `--overwrite` if they have it."""
     model, drafter = ("--model", disk / "model"), ("--drafter", disk / "drafter")
     yield "train", *model, "--data", disk / "rows.jsonl", "--output", output, "--max-steps", 1, "--overwrite"
     yield "export", disk / "drafter", "--output", output, "--overwrite"
     yield "tune", *model, *drafter, "--prompts", disk / "prompts.jsonl", "--output", output
 
 
-@pytest.mark.parametrize("place", FOREIGN)
-def test_no_command_writes_a_drafter_into_a_foreign_place(say, disk, place, monkeypatch):
+@pytest.mark.parametrize("path", FOREIGN)
+def test_no_command_writes_a_drafter_into_a_foreign_folder(say, disk, path, monkeypatch):
     monkeypatch.chdir(disk)
     before = digest(disk)
-    for output in (f"{disk}/{place}", place):
+    for output in (f"{disk}/{path}", path):
         for words in commands(disk, output):
             refusal(say(*words))
             assert digest(disk) == before, words
         for words in ("bench", "sweep"):
-            told = (words, "--model", disk / "model", "--method", disk / "drafter", "--prompts", disk / "prompts.jsonl")
-            refusal(say(*told, "--output", output, "--overwrite"))
+            command = (
+                words,
+                "--model",
+                disk / "model",
+                "--method",
+                disk / "drafter",
+                "--prompts",
+                disk / "prompts.jsonl",
+            )
+            refusal(say(*command, "--output", output, "--overwrite"))
             assert digest(disk) == before, words
         with pytest.raises(RedrafterError):
             RecurrentDrafter.from_pretrained(disk / "drafter").save_pretrained(output)
         assert digest(disk) == before, "save_pretrained"
 
 
-@pytest.mark.parametrize("place", ["model", "link", "model/rows.jsonl", "link/new/rows", "drafter/rows.jsonl"])
+@pytest.mark.parametrize("path", ["model", "link", "model/rows.jsonl", "link/new/rows", "drafter/rows.jsonl"])
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-def test_distill_writes_into_no_folder_that_it_reads(say, disk, place, overwrite):
-    refused_rows(say, disk, place, overwrite)
+def test_distill_does_not_write_into_folders_that_it_reads(say, disk, path, overwrite):
+    assert_rows_rejected(say, disk, path, overwrite)
 
 
-@pytest.mark.parametrize("place", ["prompts.jsonl", "alias.jsonl", "hard.jsonl", "rows.jsonl", "file", "noted.jsonl"])
+@pytest.mark.parametrize("path", ["prompts.jsonl", "alias.jsonl", "hard.jsonl", "rows.jsonl", "file", "noted.jsonl"])
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-def test_distill_writes_over_no_file_that_is_not_its_own(say, disk, place, overwrite):
+def test_distill_does_not_overwrite_foreign_files(say, disk, path, overwrite):
     (disk / "alias.jsonl").symlink_to(disk / "prompts.jsonl")
     os.link(disk / "prompts.jsonl", disk / "hard.jsonl")
     (disk / "noted.jsonl.state").write_text('{"a": "file of somebody else"}')
-    refused_rows(say, disk, place, overwrite)
+    assert_rows_rejected(say, disk, path, overwrite)
 
 
-def refused_rows(say, disk, place, overwrite):
+def assert_rows_rejected(say, disk, path, overwrite):
     before = digest(disk)
     words = ("--model", disk / "model", "--drafter", disk / "drafter", "--prompts", disk / "prompts.jsonl")
-    refusal(say("distill", *words, "--output", disk / place, *overwrite))
+    refusal(say("distill", *words, "--output", disk / path, *overwrite))
     assert digest(disk) == before
 
 
-@pytest.mark.parametrize("place", ["model", "link", "papers", "drafter", "file", "out", "cached"])
-def test_states_are_kept_in_no_foreign_folder(say, disk, place):
+@pytest.mark.parametrize("path", ["model", "link", "papers", "drafter", "file", "out", "cached"])
+def test_states_are_not_written_into_a_foreign_folder(say, disk, path):
     before = digest(disk)
     words = ("train", "--model", disk / "model", "--data", disk / "rows.jsonl", "--output", disk / "out")
     (disk / "out").mkdir()
-    refusal(say(*words, "--cache-states", disk / place))
+    refusal(say(*words, "--cache-states", disk / path))
     (disk / "out").rmdir()
     assert digest(disk) == before
 
 
-def test_a_command_refuses_to_replace_what_it_reads(say, disk):
+def test_a_command_does_not_replace_its_inputs(say, disk):
     before = digest(disk)
     refusal(say("export", disk / "drafter", "--output", disk / "drafter", "--overwrite"))
     words = ("--model", disk / "model", "--drafter", disk / "drafter", "--prompts", disk / "prompts.jsonl")
@@ -137,7 +145,7 @@ def test_a_command_refuses_to_replace_what_it_reads(say, disk):
     assert digest(disk) == before
 
 
-def test_of_a_drafters_folder_its_own_files_alone_are_replaced(say, disk):
+def test_only_a_drafters_own_files_are_replaced_in_its_folder(say, disk):
     before = digest(disk, but=[disk / "drafter"])
     words = ("train", "--model", disk / "link", "--data", disk / "rows.jsonl", "--output", disk / "drafter")
     words += ("--max-steps", 1, "--exit-dim", 8)
@@ -157,8 +165,8 @@ def test_a_new_or_empty_folder_is_written_and_nothing_else(say, disk):
         before = digest(disk)
         if name == "empty":
             (disk / "empty").mkdir()
-        told = ("--model", disk / "model", "--data", disk / "rows.jsonl", "--output", f"{disk}/{name}/")
-        assert say("train", *told, "--max-steps", 1, "--exit-dim", 8, *words)[0] == 0
+        options = ("--model", disk / "model", "--data", disk / "rows.jsonl", "--output", f"{disk}/{name}/")
+        assert say("train", *options, "--max-steps", 1, "--exit-dim", 8, *words)[0] == 0
         assert digest(disk, but=[disk / name]) == before
 
 
@@ -171,7 +179,7 @@ def test_a_drafter_replaces_a_drafter_and_follows_a_link_to_one(disk):
     check_drafter_folder(disk / "new" / "drafter")
 
 
-def test_an_unfinished_run_is_ours_and_its_name_alone_is_not(tmp_path):
+def test_an_unfinished_run_is_recognised_by_its_files(tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
     with pytest.raises(RedrafterError, match="is not a checkpoint of this package"):
@@ -185,7 +193,7 @@ def test_an_unfinished_run_is_ours_and_its_name_alone_is_not(tmp_path):
         check_drafter_folder(folder)
 
 
-def test_a_benchmark_and_states_go_on_in_their_own_folders(tmp_path):
+def test_a_benchmark_and_states_continue_in_their_own_folders(tmp_path):
     for name, content, check in (
         ("measurements.jsonl.state", '{"told": {}, "done": 0, "bytes": 0}', check_bench_folder),
         ("results.json", '{"about": {}, "asked": {}}', check_bench_folder),
@@ -202,23 +210,23 @@ def test_a_benchmark_and_states_go_on_in_their_own_folders(tmp_path):
             check(folder)
 
 
-def test_rows_go_on_in_their_own_file(tmp_path):
+def test_rows_continue_in_their_own_file(tmp_path):
     check_rows_file(tmp_path / "new" / "rows.jsonl")
     (tmp_path / "rows.jsonl").touch()
     check_rows_file(tmp_path / "rows.jsonl")
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    with pytest.raises(RedrafterError, match=r"has no rows\.jsonl\.state beside it, so it is not ours"):
+    with pytest.raises(RedrafterError, match=r"is not an output of distill"):
         check_rows_file(tmp_path / "rows.jsonl")
     (tmp_path / "rows.jsonl.state").write_text('{"told": {}, "done": 1, "bytes": 3}')
     check_rows_file(tmp_path / "rows.jsonl")
-    with pytest.raises(RedrafterError, match=r"rows\.jsonl\.state is one of the files to read"):
+    with pytest.raises(RedrafterError, match=r"rows\.jsonl\.state is one of the files"):
         check_rows_file(tmp_path / "rows.jsonl", inputs=[tmp_path / "rows.jsonl.state"])
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from redrafter.outputs import locked
+from redrafter.utils.outputs import locked
 with locked(Path(sys.argv[1]), is_file=sys.argv[2] == "file"):
     print("held", flush=True)
     time.sleep(600)
@@ -242,15 +250,15 @@ def test_a_lock_holds_until_its_process_ends_even_when_killed(tmp_path, kind):
     assert not [one for one in tmp_path.rglob("*") if one.is_file()]
 
 
-def test_a_lock_leaves_nothing_behind(tmp_path):
+def test_a_lock_leaves_no_files(tmp_path):
     with locked(tmp_path / "a" / "b"), locked(tmp_path / "rows.jsonl", is_file=True):
         pass
     assert not list(tmp_path.iterdir())
 
 
-def test_of_two_commands_with_one_output_the_second_is_refused(say, disk):
+def test_a_second_command_with_the_same_output_raises_an_error(say, disk):
     model, rows = ("--model", disk / "model"), disk / "rows.jsonl"
-    told = ("--drafter", disk / "drafter", "--prompts", disk / "prompts.jsonl")
+    options = ("--drafter", disk / "drafter", "--prompts", disk / "prompts.jsonl")
     bench = ("--method", disk / "drafter", "--prompts", disk / "prompts.jsonl", "--output", disk / "new")
     before = digest(disk)
     with locked(disk / "new"), locked(disk / "new.jsonl", is_file=True), locked(disk / "drafter"):
@@ -258,8 +266,8 @@ def test_of_two_commands_with_one_output_the_second_is_refused(say, disk):
             ("train", *model, "--data", rows, "--output", disk / "new"),
             ("train", *model, "--data", rows, "--output", disk / "drafter", "--overwrite"),
             ("distill", *model, "--prompts", disk / "prompts.jsonl", "--output", disk / "new.jsonl"),
-            ("tune", *model, *told),
-            ("tune", *model, *told, "--output", disk / "new"),
+            ("tune", *model, *options),
+            ("tune", *model, *options, "--output", disk / "new"),
             ("export", disk / "linked", "--output", disk / "new"),
             ("bench", *model, *bench),
             ("sweep", *model, *bench),

@@ -1,4 +1,4 @@
-"""Rows of prompts, good and bad."""
+"""Rows with prompts, valid and invalid."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def lines(tmp_path, content: bytes):
     return list(read_records([tmp_path / "p.jsonl"]))
 
 
-def test_every_object_comes_with_its_place(tmp_path):
+def test_every_row_comes_with_its_location(tmp_path):
     found = lines(tmp_path, b'{"prompt": "a"}\n\n  \n{"prompt": "b"}')
     assert [record for _, record in found] == [{"prompt": "a"}, {"prompt": "b"}]
     assert found[1][0] == f"{tmp_path}/p.jsonl line 4"
@@ -44,7 +44,7 @@ def test_a_missing_file_is_named(tmp_path):
         list(read_records([tmp_path / "none.jsonl"]))
 
 
-def test_what_a_row_becomes(tokenizer):
+def test_prompts_of_rows(tokenizer):
     def text(record):
         return tokenizer.decode(prompt_ids(record, tokenizer, "here"))
 
@@ -77,7 +77,7 @@ def test_an_end_token_that_a_tokenizer_adds_does_not_end_the_prompt(tokenizer):
         ({"messages": ["hi"]}, 'message 1 of messages must be an object with a "role"'),
     ],
 )
-def test_a_row_without_a_prompt_is_refused(tokenizer, record, sentence):
+def test_a_row_without_a_prompt_raises_an_error(tokenizer, record, sentence):
     with pytest.raises(RedrafterError, match=sentence):
         prompt_ids(record, tokenizer, "here")
 

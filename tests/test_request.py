@@ -128,12 +128,12 @@ def test_a_criterion_may_answer_with_a_bool():
         ({"prompt_lookup_num_tokens": 5}, "transformers' own drafting"),
         ({"output_attentions": True}, "output_attentions=True is not supported"),
         ({"force_words_ids": [[5]]}, "is not supported"),
-        ({"temprature": 0.5}, "temprature is no setting of generation; did you mean temperature?"),
-        ({"inputs_embeds": torch.zeros(1)}, "inputs_embeds is no setting of generation"),
+        ({"temprature": 0.5}, "temprature is not a generation setting; did you mean temperature?"),
+        ({"inputs_embeds": torch.zeros(1)}, "inputs_embeds is not a generation setting"),
         ({"max_length": 1}, "row 0 has 1 tokens, max_length is 1"),
         ({"stop_strings": ["a"]}, "stop_strings need the tokenizer"),
         ({"stop_strings": [""]}, "must be a string that is not empty"),
-        ({"num_return_sequences": 2}, "means nothing in greedy decoding"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
         ({"repetition_penalty": -1.0}, "transformers refuses a setting: .*penalty"),
         ({"no_repeat_ngram_size": 1.5}, "transformers refuses a setting"),
         ({"bad_words_ids": [[-1]]}, "bad_words_ids names token -1, outside the vocabulary of 61"),
@@ -392,7 +392,7 @@ def test_wrappers_of_torch_compile_are_removed(unchecked):
 )
 def test_other_arguments_of_transformers_are_refused_by_name(name):
     for call in (generate, stream):
-        with pytest.raises(RedrafterError, match=f"{name} is no setting of generation"):
+        with pytest.raises(RedrafterError, match=f"{name} is not a generation setting"):
             call(MODEL, None, [[5]], **{name: 1})
 
 

@@ -1,4 +1,4 @@
-"""Rows of every format: each is what transformers renders of the whole row, or is refused."""
+"""Rows of every format are rendered as by transformers, or raise an error."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import transformers
 
 from redrafter import RedrafterError
-from redrafter.data.examples import tokenized
+from redrafter.data.examples import tokenized_rows
 from redrafter.data.messages import text_of
 from redrafter.data.prompts import prompt_ids
 from redrafter.data.rows import metadata, parse_row
-from redrafter.training.answers import plan
+from redrafter.training.dialogues import plan_answers
 
 TEMPLATE = (
     "{% if tools %}<s>t:{{ tools | tojson }}</s>{% endif %}"
@@ -90,17 +90,17 @@ CHATS = [
 
 @pytest.mark.parametrize(("row", "messages", "inputs"), CHATS, ids=[str(list(row)) for row, _, _ in CHATS])
 def test_every_chat_is_rendered_as_transformers_renders_it(tokenizer, row, messages, inputs):
-    asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **inputs)["input_ids"]
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **inputs)["input_ids"]
     whole = tokenizer.apply_chat_template(messages, **inputs)["input_ids"]
-    assert prompt_ids(row, tokenizer, "here") == asked
-    if "style" not in inputs:  # which the template says after the last message
-        assert tokenized(row, tokenizer, "here").input_ids == whole
-    found = plan(row, "here")
-    assert [text_of(m) for stretch in found.stretches for m in stretch] == [text_of(m) for m in messages[:-1]]
-    assert found.chat.tools == inputs.get("tools")
+    assert prompt_ids(row, tokenizer, "here") == prompt
+    if "style" not in inputs:  # the template writes the style after the last message
+        assert tokenized_rows(row, tokenizer, "here")[0].input_ids == whole
+    planned = plan_answers(row, "here")
+    assert [text_of(m) for stretch in planned.given for m in stretch] == [text_of(m) for m in messages[:-1]]
+    assert planned.chat.tools == inputs.get("tools")
 
 
-def test_variables_of_the_template_come_from_the_command_and_the_rows_own_go_first(tokenizer):
+def test_template_variables_of_a_row_override_those_of_the_command(tokenizer):
     def text(row, **variables):
         return tokenizer.decode(prompt_ids(row, tokenizer, "here", template_kwargs=variables))
 
@@ -110,7 +110,7 @@ def test_variables_of_the_template_come_from_the_command_and_the_rows_own_go_fir
         text({"prompt": "hi"}, style="dry")
 
 
-def test_several_text_parts_are_for_templates_that_read_them(tokenizer):
+def test_several_text_parts_need_a_template_that_supports_them(tokenizer):
     parts = [{"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]}]
     with pytest.raises(RedrafterError, match="here: a message has several text parts"):
         prompt_ids({"messages": parts}, tokenizer, "here")
@@ -128,7 +128,7 @@ def test_plain_text(tokenizer):
     assert text({"prompt": "hi", "answer": "metadata"}) == "hi"
     assert text({"prompt": "hi", "system": "Be brief."}, chat=True) == "<s>s:Be brief.</s><s>u:hi</s><s>a:"
     for name in ("completion", "response", "chosen"):
-        row = tokenized({"prompt": "hi", name: " you", "rejected": "no"}, tokenizer, "here")
+        (row,) = tokenized_rows({"prompt": "hi", name: " you", "rejected": "no"}, tokenizer, "here")
         assert tokenizer.decode(row.input_ids) == "hi you</s>"
         assert row.trained == [False] * 2 + [True] * 5
 
@@ -186,22 +186,22 @@ BAD = [
 
 
 @pytest.mark.parametrize("row", BAD, ids=[ascii(row)[:60] for row in BAD])
-def test_what_cannot_be_known_is_refused_with_its_place(tokenizer, row):
-    for read in (prompt_ids, tokenized, lambda row, tokenizer, where: plan(row, where)):
+def test_ambiguous_rows_raise_an_error_with_their_location(tokenizer, row):
+    for read in (prompt_ids, tokenized_rows, lambda row, tokenizer, where: plan_answers(row, where)):
         with pytest.raises(RedrafterError, match=r"^F line 3: .*\.$"):
             read(row, tokenizer, "F line 3")
 
 
-def test_roles_that_a_template_may_know_are_kept(tokenizer):
+def test_unknown_roles_are_kept(tokenizer):
     messages = [{"role": "observation", "content": "3 C"}, USER]
     whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert prompt_ids({"messages": messages}, tokenizer, "here") == whole
 
 
-def test_turns_hold_nothing_to_learn(tokenizer):
+def test_turns_have_nothing_to_learn(tokenizer):
     assert tokenizer.decode(prompt_ids({"turns": ["hi", "so"]}, tokenizer, "here")) == "<s>u:hi</s><s>a:"
     with pytest.raises(RedrafterError, match=r"here: .*no answers to learn"):
-        tokenized({"turns": ["hi", "so"]}, tokenizer, "here")
+        tokenized_rows({"turns": ["hi", "so"]}, tokenizer, "here")
 
 
 def test_a_written_answer_replaces_text_columns_and_no_metadata():

@@ -1,4 +1,7 @@
-"""Every setting of transformers is honoured as transformers honours it, or refused, or changes no text."""
+"""Every setting of transformers is applied as transformers applies it, or rejected, or does not change the text.
+
+`python tests/test_settings.py` writes the tables of `docs/settings.md`.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,20 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from conftest import greedy, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate
-from redrafter.decoding.settings import FIELDS, SAMPLING, page
+from redrafter.decoding.settings import FIELDS, SAMPLING
 
 MODEL = tiny_model()
 PROMPTS = [[5, 9, 12], [7], [30, 31, 30, 31, 30]]
 ENDS = {"eos_token_id": [2, 11]}
 
 
-def transformers_text(prompt: list[int], **told) -> list[int]:
+def transformers_text(prompt: list[int], **arguments) -> list[int]:
     """What transformers adds to one prompt."""
     ids = torch.tensor([prompt])
-    told = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 14} | told
-    if "max_length" in told:
-        del told["max_new_tokens"]
-    return MODEL.generate(ids, attention_mask=torch.ones_like(ids), **told)[0, len(prompt) :].tolist()
+    arguments = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 14} | arguments
+    if "max_length" in arguments:
+        del arguments["max_new_tokens"]
+    return MODEL.generate(ids, attention_mask=torch.ones_like(ids), **arguments)[0, len(prompt) :].tolist()
 
 
 def drafter(**shape) -> RecurrentDrafter:
@@ -33,12 +36,29 @@ def drafter(**shape) -> RecurrentDrafter:
     return RecurrentDrafter.for_target(MODEL, beam_width=4, beam_length=3, **shape)
 
 
-def test_the_table_knows_every_field_of_the_installed_transformers():
+def test_the_table_contains_every_field_of_the_installed_transformers():
     assert {name for name in vars(GenerationConfig()) if not name.startswith("_")} == set(FIELDS)
 
 
-def test_the_docs_are_the_table():
-    assert (Path(__file__).resolve().parents[1] / "docs" / "settings.md").read_text() == page()
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
+SECTIONS = {
+    "supported": "Applied by transformers' own processors and criteria, in its order.",
+    "rejected": "Raise an error that names the setting, unless it holds a value without effect.",
+    "ignored": "Accepted without effect: they do not change the text here.",
+}
+
+
+def page() -> str:
+    """`docs/settings.md`: its prose as it is, then a table for each status."""
+    parts = [PAGE.read_text().partition("## Supported")[0].rstrip() + "\n"]
+    for status, explanation in SECTIONS.items():
+        rows = "".join(f"| `{name}` | {field.note} |\n" for name, field in FIELDS.items() if field.status == status)
+        parts.append(f"## {status.capitalize()}\n\n{explanation}\n\n| setting | |\n|---|---|\n{rows}")
+    return "\n".join(parts)
+
+
+def test_the_docs_list_every_setting():
+    assert PAGE.read_text() == page()
 
 
 PLAIN = [transformers_text(prompt, **ENDS) for prompt in PROMPTS]
@@ -69,26 +89,26 @@ ELSEWHERE = {"do_sample", "num_return_sequences", "pad_token_id", "max_time", "s
 }  # tested below, in test_sampling.py and in test_request.py
 
 
-def test_every_honoured_field_is_tested():
-    honoured = {name for name, field in FIELDS.items() if field.fate == "honoured"}
-    assert honoured == set(GREEDY) | set(CHANGE_NOTHING_GREEDY) | ELSEWHERE
+def test_every_supported_field_is_tested():
+    supported = {name for name, field in FIELDS.items() if field.status == "supported"}
+    assert supported == set(GREEDY) | set(CHANGE_NOTHING_GREEDY) | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", [*GREEDY, *CHANGE_NOTHING_GREEDY])
-def test_an_honoured_setting_does_what_it_does_in_transformers(name):
+def test_a_supported_setting_does_what_it_does_in_transformers(name):
     value = (GREEDY | CHANGE_NOTHING_GREEDY)[name]
-    told = {name: value}
+    arguments = {name: value}
     if name == "watermarking_config":
         from transformers import WatermarkingConfig
 
-        told = {name: WatermarkingConfig(**value)}
+        arguments = {name: WatermarkingConfig(**value)}
     prompts = [p for p in PROMPTS if len(p) == 1] if name == "forced_bos_token_id" else PROMPTS
-    expected = [transformers_text(prompt, **(ENDS | told)) for prompt in prompts]
+    expected = [transformers_text(prompt, **(ENDS | arguments)) for prompt in prompts]
     limit = {} if name == "max_length" else {"max_new_tokens": 14}
     for head in (None, drafter()):
-        assert generate(MODEL, head, prompts, **(limit | ENDS | told)).new_tokens == expected
+        assert generate(MODEL, head, prompts, **(limit | ENDS | arguments)).new_tokens == expected
     changed = expected != [PLAIN[PROMPTS.index(prompt)] for prompt in prompts]
-    assert changed == (name in GREEDY), "what would not show cannot fail"
+    assert changed == (name in GREEDY), "otherwise the test cannot fail"
 
 
 # without exponential_decay_length_penalty, which makes NaN of a forbidden end token, also in transformers
@@ -107,7 +127,7 @@ VALUES = st.fixed_dictionaries(
         "begin_suppress_tokens": st.lists(st.integers(3, 60), min_size=1, max_size=20),
     },
 )
-LAWS = st.one_of(
+SAMPLING_SETTINGS = st.one_of(
     st.just({}),
     st.fixed_dictionaries(
         {"do_sample": st.just(True), "seed": st.integers(0, 2**40)},
@@ -126,20 +146,22 @@ LAWS = st.one_of(
 
 @settings(max_examples=60)
 @given(
-    VALUES, LAWS, st.lists(st.lists(st.integers(3, 60), min_size=1, max_size=9), min_size=1, max_size=3),
+    VALUES, SAMPLING_SETTINGS, st.lists(st.lists(st.integers(3, 60), min_size=1, max_size=9), min_size=1, max_size=3),
     st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31),
 )  # fmt: skip
-def test_under_any_settings_drafted_text_is_undrafted_text(told, law, prompts, width, length, batch_size, seed):
-    told = {"max_new_tokens": 10, **ENDS, **told, **law}
-    if "forced_eos_token_id" in told:  # what is forced must not be forbidden too
+def test_under_any_settings_drafted_text_is_undrafted_text(
+    arguments, sampling, prompts, width, length, batch_size, seed
+):
+    arguments = {"max_new_tokens": 10, **ENDS, **arguments, **sampling}
+    if "forced_eos_token_id" in arguments:  # what is forced must not be forbidden too
         for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"):
-            told.pop(name, None)
+            arguments.pop(name, None)
     torch.manual_seed(seed)
     head = RecurrentDrafter.for_target(MODEL)
-    plain = generate(MODEL, None, prompts, output_scores=True, output_logits=True, **told)
+    plain = generate(MODEL, None, prompts, output_scores=True, output_logits=True, **arguments)
     drafted = generate(
         MODEL, head, prompts, beam_width=width, beam_length=length, batch_size=batch_size,
-        output_scores=True, output_logits=True, **told,
+        output_scores=True, output_logits=True, **arguments,
     )  # fmt: skip
     assert drafted.new_tokens == plain.new_tokens
     assert drafted.finish_reasons == plain.finish_reasons
@@ -147,19 +169,19 @@ def test_under_any_settings_drafted_text_is_undrafted_text(told, law, prompts, w
         for one, other, new in zip(ours, theirs, plain.new_tokens, strict=True):
             assert one.shape == (len(new), 61)
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
-    if not law and "presence_penalty" not in told and "frequency_penalty" not in told:
-        assert plain.new_tokens == [transformers_text(p, **told) for p in prompts]
+    if not sampling and "presence_penalty" not in arguments and "frequency_penalty" not in arguments:
+        assert plain.new_tokens == [transformers_text(p, **arguments) for p in prompts]
 
 
 def test_top_h_samples_the_same_with_a_drafter():
-    told = {"do_sample": True, "top_h": 0.4, "seed": 3, "max_new_tokens": 12}
-    plain = generate(MODEL, None, PROMPTS, **told).new_tokens
-    assert generate(MODEL, drafter(), PROMPTS, **told).new_tokens == plain
-    assert plain != generate(MODEL, None, PROMPTS, **(told | {"top_h": None})).new_tokens
+    arguments = {"do_sample": True, "top_h": 0.4, "seed": 3, "max_new_tokens": 12}
+    plain = generate(MODEL, None, PROMPTS, **arguments).new_tokens
+    assert generate(MODEL, drafter(), PROMPTS, **arguments).new_tokens == plain
+    assert plain != generate(MODEL, None, PROMPTS, **(arguments | {"top_h": None})).new_tokens
 
 
 class Forbid(LogitsProcessor):
-    """Forbids the token that stood two places before, if the text is long enough; notes what it is shown."""
+    """Forbids the token two positions before, if the text is long enough; records its input."""
 
     def __init__(self):
         self.shown: list[list[int]] = []
@@ -173,22 +195,22 @@ class Forbid(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("law", [{}, {"do_sample": True, "seed": 4, "temperature": 0.7}])
-def test_a_users_processor_sees_every_text_once_and_in_order(law):
-    told = {"max_new_tokens": 9, **law}
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 4, "temperature": 0.7}])
+def test_a_users_processor_sees_every_text_once_and_in_order(sampling):
+    arguments = {"max_new_tokens": 9, **sampling}
     theirs, ours, drafts = Forbid(), Forbid(), Forbid()
-    if not law:
+    if not sampling:
         expected = [transformers_text(p, max_new_tokens=9, logits_processor=[theirs]) for p in PROMPTS]
-        assert generate(MODEL, None, PROMPTS, logits_processor=[ours], **told).new_tokens == expected
+        assert generate(MODEL, None, PROMPTS, logits_processor=[ours], **arguments).new_tokens == expected
         assert sorted(theirs.shown) == sorted(ours.shown)
-    plain = generate(MODEL, None, PROMPTS, logits_processor=[Forbid()], **told).new_tokens
-    assert generate(MODEL, drafter(), PROMPTS, logits_processor=[drafts], **told).new_tokens == plain
+    plain = generate(MODEL, None, PROMPTS, logits_processor=[Forbid()], **arguments).new_tokens
+    assert generate(MODEL, drafter(), PROMPTS, logits_processor=[drafts], **arguments).new_tokens == plain
     for prompt, new in zip(PROMPTS, plain, strict=True):
         own = [text for text in drafts.shown if text[: len(prompt)] == prompt]
         assert own[: len(new)] == [prompt + new[:count] for count in range(len(new))]
 
 
-def test_allowed_tokens_are_asked_for_by_row():
+def test_allowed_tokens_are_requested_by_row():
     def allowed(row: int, text: torch.Tensor) -> list[int]:
         return [10 + row, 20 + row, 3 + len(text) % 5]
 
@@ -201,7 +223,7 @@ def test_allowed_tokens_are_asked_for_by_row():
 
 
 class StopAfter(StoppingCriteria):
-    """Ends a text whose last two tokens add up to an even number, from `least` tokens on."""
+    """Finishes a text whose last two tokens add up to an even number, from `least` tokens on."""
 
     def __init__(self, least: int):
         self.least = least
@@ -230,47 +252,51 @@ def test_time_runs_out():
 
 
 def test_scores_and_logits_are_those_of_transformers():
-    told = {"max_new_tokens": 8, "repetition_penalty": 1.5, "output_scores": True, "output_logits": True}
+    arguments = {"max_new_tokens": 8, "repetition_penalty": 1.5, "output_scores": True, "output_logits": True}
     for head in (None, drafter()):
-        out = generate(MODEL, head, PROMPTS, **told)
+        out = generate(MODEL, head, PROMPTS, **arguments)
         for row, prompt in enumerate(PROMPTS):
             ids = torch.tensor([prompt])
             theirs = MODEL.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-                return_dict_in_generate=True, **told,
+                return_dict_in_generate=True, **arguments,
             )  # fmt: skip
             torch.testing.assert_close(out.scores[row], torch.cat(theirs.scores), rtol=1e-4, atol=1e-3)
             torch.testing.assert_close(out.logits[row], torch.cat(theirs.logits), rtol=1e-4, atol=1e-3)
     assert generate(MODEL, None, PROMPTS, max_new_tokens=3).scores is None
 
 
-def test_invalid_values_are_removed_where_asked():
+def test_invalid_values_are_removed_on_request():
     model = tiny_model()
     handle = model.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([4]), float("nan")))
     try:
         with pytest.raises(RedrafterError, match="hold NaN"):
             generate(model, None, [[5]], max_new_tokens=3)
-        told = {"max_new_tokens": 3, "remove_invalid_values": True}
+        arguments = {"max_new_tokens": 3, "remove_invalid_values": True}
         ids = torch.tensor([[5]])
-        expected = model.generate(ids, attention_mask=ids * 0 + 1, do_sample=False, pad_token_id=0, **told)[
+        expected = model.generate(ids, attention_mask=ids * 0 + 1, do_sample=False, pad_token_id=0, **arguments)[
             0, 1:
         ].tolist()
-        assert generate(model, None, [[5]], **told).new_tokens == [expected]
+        assert generate(model, None, [[5]], **arguments).new_tokens == [expected]
     finally:
         handle.remove()
 
 
-def test_greedy_text_is_unchanged_by_irrelevant_settings():
-    irrelevant = {"use_cache": False, "length_penalty": 2.0, "cache_implementation": "static", "prefill_chunk_size": 3}
-    assert generate(MODEL, None, PROMPTS, max_new_tokens=5, **irrelevant).new_tokens == [
+def test_ignored_settings_do_not_change_greedy_text():
+    ignored = {"use_cache": False, "length_penalty": 2.0, "cache_implementation": "static", "prefill_chunk_size": 3}
+    assert generate(MODEL, None, PROMPTS, max_new_tokens=5, **ignored).new_tokens == [
         greedy(MODEL, p, 5) for p in PROMPTS
     ]
 
 
 @pytest.mark.parametrize("head", [None, drafter()])
-def test_settings_that_forbid_every_token_are_named(head):
+def test_settings_that_forbid_every_token_raise_an_error(head):
     words = {"bad_words_ids": [[token] for token in range(61)]}
     with pytest.raises(RedrafterError, match="The settings leave no token to choose at row 0, position 3"):
         generate(MODEL, head, [[5, 9, 12]], max_new_tokens=3, **words)
     with pytest.raises(RedrafterError, match=r"transformers refuses a setting: .*forced_eos_token_id"):
         generate(MODEL, head, [[5]], max_new_tokens=3, suppress_tokens=[5], forced_eos_token_id=5)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

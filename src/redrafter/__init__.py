@@ -1,6 +1,6 @@
 """Exact, fast speculative decoding with a recurrent drafter (arXiv 2403.09919).
 
-The public page: these names and no others.  Nothing heavy is imported until one of them is asked for.
+These names are the public API.  Each is imported on first access, so `import redrafter` stays fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULES = {
     "DrafterConfig": "heads.recurrent",
     "EagleHead": "heads.eagle",
     "Event": "engine.results",
@@ -56,9 +56,9 @@ __all__ = [  # noqa: RUF022
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"redrafter.{_HOME[name]}"), name)
+    return getattr(import_module(f"redrafter.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m redrafter`, which is what torchrun and accelerate start."""
+"""`python -m redrafter`, as torchrun and accelerate start it."""
 
 from redrafter.cli import main
 

@@ -1,15 +1,15 @@
-"""The one exception of the package: bad input, said in a sentence that a user can act on."""
+"""The package's only exception: invalid input, described so that the user can correct it."""
 
 
 class RedrafterError(ValueError):
-    """Something the user gave cannot be honoured; the message is one complete sentence."""
+    """Input that cannot be used. The message is one complete sentence: what is wrong, where, and what to do."""
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first, or else its name."""
+    """The first line of an error's message, or its type if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def reason(error: Exception) -> str:
-    """The same as a part of a sentence: without a full stop."""
+    """`first_line` without the final full stop, for use inside a sentence."""
     return first_line(error).rstrip(".")

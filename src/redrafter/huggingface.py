@@ -1,4 +1,4 @@
-"""The name by which `custom_generate/generate.py` of drafter folders from version 0.1 calls this package."""
+"""Old module name that `custom_generate/generate.py` in drafter folders of version 0.1 imports."""
 
 from redrafter.integrations.transformers import custom_generate, from_folder
 

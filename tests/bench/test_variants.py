@@ -1,4 +1,4 @@
-"""Methods without the noise of the draws and with beams unfolded: the same text, and what differs is told."""
+"""Uncoupled drafts and flat beams: the same text as the unchanged method, with the expected differences."""
 
 from __future__ import annotations
 
@@ -9,44 +9,56 @@ from hypothesis import strategies as st
 
 from conftest import AsksNothing, tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, generate
-from redrafter.bench.variants import Variant, unfolded
+from redrafter.bench.variants import MethodVariant, flat_beams
+from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import prefix_tree
 from redrafter.decoding.verify import walk
 from redrafter.heads.eagle import EagleHead
 from redrafter.heads.medusa import MedusaHeads
+from redrafter.proposers import method_of
 from redrafter.targets.target import Target
 from test_tree import path_of
 
 MODEL = tiny_model()
 
 
-def drafter(**told) -> RecurrentDrafter:
+def shape_of(width: int, length: int, budget: int | None = None) -> DraftShape:
+    return DraftShape(beam_width=width, beam_length=length, node_budget=budget)
+
+
+def drafter():
     torch.manual_seed(0)
-    return RecurrentDrafter.for_target(MODEL, **({"beam_length": 3, "beam_width": 4} | told))
+    return method_of(RecurrentDrafter.for_target(MODEL, beam_length=3, beam_width=4))
 
 
-def test_without_the_noise_the_drafts_are_others_and_the_text_is_the_same():
-    head, told = drafter(), {"do_sample": True, "seed": 3, "max_new_tokens": 40}
-    known, blind = (
-        generate(MODEL, Variant(head, (4, 3, None), coupled=coupled), [[5, 9]], **told) for coupled in (True, False)
+def test_uncoupled_drafts_differ_and_the_text_does_not():
+    head, settings = drafter(), {"do_sample": True, "seed": 3, "max_new_tokens": 20}
+    coupled, uncoupled = (
+        generate(MODEL, MethodVariant(head, shape_of(4, 3), coupled=value), [[5, 9]], **settings)
+        for value in (True, False)
     )
-    assert known.new_tokens == blind.new_tokens == generate(MODEL, None, [[5, 9]], **told).new_tokens
-    assert known.stats.accepted > blind.stats.accepted  # the noise of a flat head is most of what decides
-    greedy = [generate(MODEL, Variant(head, None, c), [[5, 9]], max_new_tokens=20).stats.drafted for c in (True, False)]
+    assert coupled.new_tokens == uncoupled.new_tokens == generate(MODEL, None, [[5, 9]], **settings).new_tokens
+    assert (
+        coupled.stats.accepted > uncoupled.stats.accepted
+    )  # for an untrained head, the noise decides most of the tokens
+    greedy = [
+        generate(MODEL, MethodVariant(head, None, c), [[5, 9]], max_new_tokens=20).stats.drafted for c in (True, False)
+    ]
     assert greedy[0] == greedy[1]
 
 
-def test_every_method_is_made_to_rank_by_the_noise_or_not():
-    """The noise decides most of what a flat head drafts."""
-    law = {"do_sample": True, "seed": 3, "max_new_tokens": 40}
-    plain = generate(MODEL, None, [[5, 9]], **law).new_tokens
-    eagle = EagleHead.fresh(MODEL, beam_width=4, beam_length=3)
-    alone = EagleHead(eagle.config.model_copy(update={"coupled": False}))
-    couples = {drafter(): True, MedusaHeads.fresh(MODEL): True, eagle: True, alone: False, TwoModel(MODEL): True}
+def test_coupling_can_be_set_for_each_method():
+    """For an untrained head, the noise decides most of the tokens."""
+    sampling = {"do_sample": True, "seed": 3, "max_new_tokens": 20}
+    plain = generate(MODEL, None, [[5, 9]], **sampling).new_tokens
+    head = EagleHead.fresh(MODEL, beam_width=4, beam_length=3)
+    eagle, uncoupled = method_of(head), method_of(EagleHead(head.config.model_copy(update={"coupled": False})))
+    medusa = method_of(MedusaHeads.fresh(MODEL))
+    couples = {drafter(): True, medusa: True, eagle: True, uncoupled: False, TwoModel(MODEL): True}
     for method, by_default in (couples | {TwoModel(MODEL, coupled=False): False}).items():
         found = {}
         for coupled in (None, True, False):
-            out = generate(MODEL, Variant(method, coupled=coupled), [[5, 9]], **law)
+            out = generate(MODEL, MethodVariant(method, coupled=coupled), [[5, 9]], **sampling)
             assert out.new_tokens == plain
             found[coupled] = out.stats
         assert found[True].accepted > found[False].accepted
@@ -61,15 +73,15 @@ def attended(tree, row: int, node: int) -> tuple[int, ...]:
 
 
 @given(st.integers(1, 3), st.integers(2, 6), st.integers(1, 4), st.integers(0, 2**31))
-def test_unfolded_beams_are_chains_of_their_own_and_accepted_once(batch, width, length, seed):
+def test_flat_beams_are_separate_chains_with_the_same_accepted_path(batch, width, length, seed):
     generator = torch.Generator().manual_seed(seed)
     every = torch.cartesian_prod(*[torch.arange(3)] * max(3, length)).view(-1, max(3, length))
     every = every[:, -length:].unique(dim=0) if length < 3 else every
     width = min(width, len(every))
     beams = torch.stack([every[torch.randperm(len(every), generator=generator)[:width]] for _ in range(batch)])
-    folded = prefix_tree(torch.arange(7, 7 + batch), beams)
+    prefix = prefix_tree(torch.arange(7, 7 + batch), beams)
     with AsksNothing():
-        tree = unfolded(folded, width)
+        tree = flat_beams(prefix, width)
     assert tree.trimmed().size == tree.size == 1 + width * length, "no node is left out"
     assert tree.valid.all()
     for row in range(batch):
@@ -78,9 +90,9 @@ def test_unfolded_beams_are_chains_of_their_own_and_accepted_once(batch, width, 
         for node in range(1, tree.size):
             assert attended(tree, row, node) == path_of(tree, row, node)
         by = tree.ancestors[row].sum(dim=0)[1:]
-        assert by.equal(length + 1 - tree.depth[row, 1:]), "by the nodes of one beam, from there down"
+        assert by.equal(length + 1 - tree.depth[row, 1:]), "the nodes of one beam, from there down"
         for beam in beams[row]:  # what the target would write after the root, then after every node of that path
-            one, other = (walk(some, chosen(some, beam), length=length)[1][row].item() for some in (tree, folded))
+            one, other = (walk(some, chosen(some, beam), length=length)[1][row].item() for some in (tree, prefix))
             assert one == other == length
 
 
@@ -89,51 +101,58 @@ def chosen(tree, beam: torch.Tensor) -> torch.Tensor:
     return torch.cat((beam, beam[:1]))[tree.depth.clamp(max=len(beam))]
 
 
-@pytest.mark.parametrize("law", [{}, {"do_sample": True, "seed": 3}, {"no_repeat_ngram_size": 3}])
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3}, {"no_repeat_ngram_size": 3}])
 @pytest.mark.parametrize("kind", ["recurrent", "two models", "eagle"])
-def test_unfolded_drafts_write_the_same_and_are_accepted_as_far(kind, law):
+def test_flat_beams_have_the_same_text_and_acceptance(kind, sampling):
     torch.manual_seed(0)
-    method = {"recurrent": drafter, "two models": lambda: TwoModel(MODEL), "eagle": lambda: EagleHead.fresh(MODEL)}
+    method = {
+        "recurrent": drafter,
+        "two models": lambda: TwoModel(MODEL),
+        "eagle": lambda: method_of(EagleHead.fresh(MODEL)),
+    }
     head, prompts = method[kind](), [[5, 9, 12], [7], [30, 31]]
-    told = {"max_new_tokens": 24, **law}
-    shape = ({"recurrent": 12, "two models": 4, "eagle": 30}[kind], 3, None)
-    folded, chains = (generate(MODEL, Variant(head, shape, folded=known), prompts, **told) for known in (True, False))
-    assert folded.new_tokens == chains.new_tokens == generate(MODEL, None, prompts, **told).new_tokens
-    assert folded.stats.accepted_by_position == chains.stats.accepted_by_position
-    assert folded.stats.accepted > 0, "what is never accepted shows nothing"
+    settings = {"max_new_tokens": 16, **sampling}
+    shape = shape_of({"recurrent": 12, "two models": 4, "eagle": 30}[kind], 3)
+    shared, chains = (
+        generate(MODEL, MethodVariant(head, shape, flat=flat), prompts, **settings) for flat in (False, True)
+    )
+    assert shared.new_tokens == chains.new_tokens == generate(MODEL, None, prompts, **settings).new_tokens
+    assert shared.stats.accepted_by_position == chains.stats.accepted_by_position
+    assert shared.stats.accepted > 0, "otherwise the test checks nothing"
 
 
-def test_what_has_no_whole_beams_is_not_unfolded():
+def test_only_complete_beams_can_be_flattened():
     target = Target(MODEL)
     heads = MedusaHeads.fresh(MODEL, heads=3, nodes=20)
     heads.config = heads.config.model_copy(update={"tree": heads.config.tree[:12]})
-    assert heads.proposer(target, 3, 3, None).size == 1 + 3 * 3, "by chance as many as three beams have"
-    for method, width, budget in ((drafter(), 4, 9), (heads, 3, None), (heads, 4, None)):
-        with pytest.raises(RedrafterError, match="does not draft whole beams that could be unfolded"):
-            Variant(method, folded=False).proposer(target, width, 3, budget)
-    assert Variant(drafter(), folded=False).proposer(target, 4, 3, None).size == 13
-    assert Variant(PromptLookup(), folded=False).proposer(target, 1, 0, None) is None
+    medusa = method_of(heads)
+    assert medusa.proposer(target, shape_of(3, 3)).size == 1 + 3 * 3, "as many nodes as three beams, by coincidence"
+    for method, shape in ((drafter(), shape_of(4, 3, 9)), (medusa, shape_of(3, 3)), (medusa, shape_of(4, 3))):
+        with pytest.raises(RedrafterError, match="complete beams"):
+            MethodVariant(method, flat=True).proposer(target, shape)
+    assert MethodVariant(drafter(), flat=True).proposer(target, shape_of(4, 3)).size == 13
+    assert MethodVariant(PromptLookup(), flat=True).proposer(target, shape_of(1, 0)) is None
 
 
-def test_every_node_of_unfolded_beams_is_run(monkeypatch):
+def test_all_nodes_of_flat_beams_are_run(monkeypatch):
     sizes = []
     forward = Target.forward
     monkeypatch.setattr(Target, "forward", lambda self, tree, *a: sizes.append(tree.size) or forward(self, tree, *a))
-    for known in (True, False):
+    for flat in (False, True):
         sizes.clear()
-        generate(MODEL, Variant(drafter(), (12, 3, None), folded=known), [[5, 9]], max_new_tokens=12)
-        assert all(size < 37 for size in sizes[1:]) if known else set(sizes[1:]) == {37}
+        generate(MODEL, MethodVariant(drafter(), shape_of(12, 3), flat=flat), [[5, 9]], max_new_tokens=12)
+        assert set(sizes[1:]) == {37} if flat else all(size < 37 for size in sizes[1:])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("law", [{}, {"do_sample": True, "seed": 3}])
-def test_on_a_gpu_a_step_of_unfolded_beams_is_one_graph(captured, law):
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3}])
+def test_on_a_gpu_a_step_of_flat_beams_is_one_graph(captured, sampling):
     model = tiny_model().cuda()
     torch.manual_seed(0)
-    head, told = RecurrentDrafter.for_target(model), {"max_new_tokens": 40, **law}
+    head, settings = method_of(RecurrentDrafter.for_target(model)), {"max_new_tokens": 40, **sampling}
     prompts = [[5, 9, 12], [7], [30, 31]]
-    chains = generate(model, Variant(head, (12, 3, None), folded=False), prompts, **told)
+    chains = generate(model, MethodVariant(head, shape_of(12, 3), flat=True), prompts, **settings)
     assert captured[-1].refused is None
-    folded = generate(model, Variant(head, (12, 3, None)), prompts, **told)
-    assert chains.new_tokens == folded.new_tokens == generate(model, None, prompts, **told).new_tokens
-    assert chains.stats.accepted_by_position == folded.stats.accepted_by_position
+    shared = generate(model, MethodVariant(head, shape_of(12, 3)), prompts, **settings)
+    assert chains.new_tokens == shared.new_tokens == generate(model, None, prompts, **settings).new_tokens
+    assert chains.stats.accepted_by_position == shared.stats.accepted_by_position

@@ -1,4 +1,4 @@
-"""Every command as a user types it, with good input and with bad."""
+"""Every command on its command line, with valid and invalid input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from redrafter.cli.loading import chosen_device
 
 
 def fine_tuned(model_folder, folder):
-    """A copy of a model, whose last layer differs a little."""
+    """A copy of a model with slightly changed weights in its last layer."""
     shutil.copytree(model_folder, folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     model.model.layers[-1].mlp.down_proj.weight.data *= 1.01
@@ -72,7 +72,7 @@ def test_the_version(say):
     assert say("--version")[:2] == (0, f"redrafter {__version__}\n")
 
 
-def test_generate_is_what_transformers_writes(say, model_folder, drafter_folder):
+def test_generate_equals_transformers(say, model_folder, drafter_folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
     expected = tokenizer.decode(greedy(model, tokenizer("Once").input_ids, 12), skip_special_tokens=True)
@@ -83,14 +83,14 @@ def test_generate_is_what_transformers_writes(say, model_folder, drafter_folder)
         assert "12 tokens" in err
 
 
-def test_any_setting_of_transformers_can_be_told(say, model_folder, drafter_folder, prompts):
+def test_any_setting_of_transformers_can_be_passed(say, model_folder, drafter_folder, prompts):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
-    told = {"repetition_penalty": 1.7, "bad_words_ids": [[5], [6, 7]], "min_new_tokens": 3}
+    given = {"repetition_penalty": 1.7, "bad_words_ids": [[5], [6, 7]], "min_new_tokens": 3}
     ids = tokenizer("Once", return_tensors="pt")
-    expected = model.generate(**ids, do_sample=False, max_new_tokens=12, **told)[0, ids.input_ids.shape[1] :]
-    assert expected.tolist() != greedy(model, ids.input_ids[0].tolist(), 12), "what would not show cannot fail"
-    words = [f"--set={name}={json.dumps(value)}" for name, value in told.items()]
+    expected = model.generate(**ids, do_sample=False, max_new_tokens=12, **given)[0, ids.input_ids.shape[1] :]
+    assert expected.tolist() != greedy(model, ids.input_ids[0].tolist(), 12), "otherwise the test cannot fail"
+    words = [f"--set={name}={json.dumps(value)}" for name, value in given.items()]
     command = ["generate", "--model", model_folder, "--drafter", drafter_folder, "--max-new-tokens", 12]
     status, out, _ = say(*command, "--prompt", "Once", *words)
     assert (status, out) == (0, tokenizer.decode(expected, skip_special_tokens=True) + "\n")
@@ -99,12 +99,12 @@ def test_any_setting_of_transformers_can_be_told(say, model_folder, drafter_fold
     assert "3 of 3 texts equal" in out
     command += ["--prompt", "Once"]
     assert "--set takes NAME=VALUE, not top_k" in refusal(say(*command, "--set", "top_k"))
-    assert "--set seed: use --seed" in refusal(say(*command, "--set", "seed=3"))
-    assert "num_beams=3 is not supported" in refusal(say(*command, "--set", "num_beams=3"))
+    assert "use --seed" in refusal(say(*command, "--set", "seed=3"))
+    assert "num_beams" in refusal(say(*command, "--set", "num_beams=3"))
     assert "nonsense" in refusal(say(*command, "--set", "nonsense=3"))
 
 
-def test_a_node_budget_drafts_no_more_than_it_says(say, model_folder, drafter_folder):
+def test_a_node_budget_limits_drafted_tokens(say, model_folder, drafter_folder):
     command = ["generate", "--model", model_folder, "--drafter", drafter_folder, "--prompt", "Once", "--json"]
     command += ["--max-new-tokens", 20, "--beam-width", 5, "--beam-length", 3]
     texts = []
@@ -114,13 +114,11 @@ def test_a_node_budget_drafts_no_more_than_it_says(say, model_folder, drafter_fo
         assert row["drafted"] <= (row["steps"] - 1) * (budget - 1)
         texts.append(row["text"])
     assert texts[0] == texts[1] == json.loads(say(*command)[1])["text"]
-    assert "--node-budget must hold the root and 3 drafted tokens, not be 3" in refusal(
-        say(*command, "--node-budget", 3)
-    )
+    assert "--node-budget must" in refusal(say(*command, "--node-budget", 3))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_a_file_is_answered_in_its_order_a_line_each(say, model_folder, drafter_folder, prompts, batch_size):
+def test_a_file_is_answered_in_order_one_line_each(say, model_folder, drafter_folder, prompts, batch_size):
     status, out, _ = say(
         "generate", "--model", model_folder, "--drafter", drafter_folder, "--prompts", prompts,
         "--batch-size", batch_size, "--max-new-tokens", 9, "--beam-width", 3, "--beam-length", 2, "--json",
@@ -136,27 +134,27 @@ def test_a_file_is_answered_in_its_order_a_line_each(say, model_folder, drafter_
     assert rows[1]["messages"][-1] == {"role": "assistant", "content": rows[1]["text"]}
 
 
-def test_a_seed_gives_the_same_texts_with_any_drafter_or_none_in_any_batches(
+def test_a_seed_gives_the_same_texts_with_and_without_a_drafter_in_any_batches(
     say, model_folder, drafter_folder, prompts
 ):
     command = ["generate", "--model", model_folder, "--prompts", prompts, "--max-new-tokens", 15]
-    law = ["--do-sample", "--temperature", 0.8, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.01, "--seed", 4]
+    sampling = ["--do-sample", "--temperature", 0.8, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.01, "--seed", 4]
     texts = [
-        say(*command, *drafting, *law, "--batch-size", size)[:2]
+        say(*command, *drafting, *sampling, "--batch-size", size)[:2]
         for drafting in (["--no-drafter"], ["--drafter", drafter_folder])
         for size in (1, 2, 8)
     ]
     assert texts[0][0] == 0
     assert texts == [texts[0]] * 6
-    assert say(*command, "--no-drafter", *law[:-1], 5)[1] != texts[0][1]
-    assert "temperature means nothing in greedy" in refusal(say(*command, "--no-drafter", "--temperature", 0.8))
-    assert "seed means nothing in greedy" in refusal(say(*command, "--no-drafter", "--seed", 8))
-    status, out, _ = say("check", "--drafter", drafter_folder, *command[1:], *law)
+    assert say(*command, "--no-drafter", *sampling[:-1], 5)[1] != texts[0][1]
+    assert "temperature has no effect in greedy" in refusal(say(*command, "--no-drafter", "--temperature", 0.8))
+    assert "greedy" in refusal(say(*command, "--no-drafter", "--seed", 8))
+    status, out, _ = say("check", "--drafter", drafter_folder, *command[1:], *sampling)
     assert status == 0
     assert "3 of 3 texts equal" in out
 
 
-def test_what_generate_writes_can_be_trained_on_and_the_drafter_checked(say, model_folder, prompts, tmp_path):
+def test_train_reads_the_output_of_generate_and_check_the_drafter(say, model_folder, prompts, tmp_path):
     own = tmp_path / "own.jsonl"
     _, out, _ = say(
         "generate", "--model", model_folder, "--no-drafter", "--prompts", prompts, "--max-new-tokens", 40, "--json"
@@ -179,63 +177,58 @@ def test_what_generate_writes_can_be_trained_on_and_the_drafter_checked(say, mod
     assert "10 beams of 4 tokens" in out
     status, out, _ = say("info", "--model", model_folder)
     assert status == 0
-    assert "call by call, for graphs are CUDA's" in " ".join(out.split())
-    assert "Name a drafter, or a model by --model" in refusal(say("info"))
-    assert f"{model_folder} is a model or prompt-lookup, not the folder of a drafter." in refusal(
-        say("info", model_folder)
-    )
+    assert "--model" in refusal(say("info"))
+    assert f"{model_folder} is a model" in refusal(say("info", model_folder))
     other = fine_tuned(model_folder, tmp_path / "other")
     assert say("info", drafter, "--model", model_folder)[0] == 0
     status, out, err = say("info", drafter, "--model", other)
     assert status == 2
-    assert "LlamaForCausalLM" in out, "what they are is said all the same"
-    assert "made for tiny, not for other, whose weights differ" in err
+    assert "LlamaForCausalLM" in out, "both are described before the error"
+    assert "weights differ" in err
     assert say("info", drafter, "--model", other, "--any-target")[0] == 0
-    assert "--any-target is for" in refusal(say("info", drafter, "--any-target"))
-    assert "already holds a drafter: pass --overwrite" in refusal(say(*train))
+    assert "--any-target needs" in refusal(say("info", drafter, "--any-target"))
+    assert "--overwrite" in refusal(say(*train))
     (tmp_path / "file").touch()
-    assert "file is a file: give a folder as --output." in refusal(say(*train, "--output", tmp_path / "file"))
+    assert "--output" in refusal(say(*train, "--output", tmp_path / "file"))
     assert say(*train, "--overwrite")[0] == 0
 
 
-def test_a_text_that_parts_without_excuse_fails_the_check(say, model_folder, drafter_folder, prompts, monkeypatch):
+def test_a_text_that_differs_beyond_rounding_fails_the_check(say, model_folder, drafter_folder, prompts, monkeypatch):
     from redrafter.evaluation import checking
 
     generate = checking.generate
 
-    def spoilt(model, drafter, *rest, **settings):
+    def changed(model, drafter, *rest, **settings):
         out = generate(model, drafter, *rest, **settings)
         if drafter is not None:
             out.new_tokens[1][3] += 1
         return out
 
-    monkeypatch.setattr(checking, "generate", spoilt)
+    monkeypatch.setattr(checking, "generate", changed)
     command = ["check", "--model", model_folder, "--drafter", drafter_folder, "--prompts", prompts]
     status, out, _ = say(*command, "--max-new-tokens", 8)
     assert status == 1
-    assert "prompt 2 parts at new token 4" in out
+    assert "prompt 2: the texts differ from new token 4 on" in out
     assert "NOT explained by rounding" in out
     assert "2 of 3 texts equal" in out
-    assert "1 part without excuse" in out
+    assert "1 differ beyond rounding" in out
 
 
-def test_an_interrupt_says_how_to_go_on(say, model_folder, tmp_path, monkeypatch):
-    from redrafter.training import trainer
+def test_an_interrupt_says_how_to_resume(say, model_folder, tmp_path, monkeypatch):
+    from redrafter.training.callbacks import SaveSchedule
 
-    save = trainer.Checkpointing._save_checkpoint
-
-    def stop(self, *args, **kwargs):
-        save(self, *args, **kwargs)
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     data, output = tmp_path / "data.jsonl", tmp_path / "drafter"
     data.write_text('{"text": "once upon a time there was"}\n' * 4)
     train = ["train", "--model", model_folder, "--data", data, "--output", output, "--max-steps", 4, "--save-steps", 2]
     with monkeypatch.context() as patched:
-        patched.setattr(trainer.Checkpointing, "_save_checkpoint", stop)
+        patched.setattr(SaveSchedule, "on_save", stop)
         status, _, err = say(*train)
     assert status == 130
-    assert "Interrupted; run it again with --resume to go on from checkpoint-2 in " in err
+    assert "--resume" in err
+    assert "checkpoint-2" in err
     assert not (output / "config.json").exists()
     assert say(*train, "--resume")[0] == 0
     files = ["README.md", "config.json", "custom_generate", "model.safetensors"]
@@ -263,13 +256,13 @@ def test_bad_models_and_drafters(say, model_folder, drafter_folder, tmp_path):
     RecurrentDrafter.for_target(tiny_model(vocab_size=70)).save_pretrained(other)
     assert "vocabulary 70" in answer(model_folder, other)
     tuned = fine_tuned(model_folder, tmp_path / "tuned")
-    assert "made for tiny, not for tuned, whose weights differ" in answer(tuned, drafter_folder)
+    assert "weights differ" in answer(tuned, drafter_folder)
 
     stateful = tmp_path / "mamba"
     tiny_model("mamba", vocab_size=259).save_pretrained(stateful)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model_folder / name, stateful / name)
-    assert "MambaForCausalLM cannot verify draft trees" in answer(stateful, drafter_folder)
+    assert "MambaForCausalLM" in answer(stateful, drafter_folder)
 
 
 @pytest.mark.parametrize(
@@ -293,10 +286,10 @@ def test_bad_prompts(say, model_folder, drafter_folder, tmp_path, command, conte
     ("words", "sentence"),
     [
         (["--prompt", ""], "the prompt is empty"),
-        ([], "Give either --prompt or --prompts"),
-        (["--prompt", "a", "--prompts", "x"], "Give either --prompt or --prompts"),
-        (["--prompt", "a", "--beam-width", 300], "between 1 and the drafter's 259 tokens, not 300"),
-        (["--prompt", "a", "--dtype", "float8"], "--dtype float8 is not one of"),
+        ([], "--prompts"),
+        (["--prompt", "a", "--prompts", "x"], "--prompts"),
+        (["--prompt", "a", "--beam-width", 300], "259"),
+        (["--prompt", "a", "--dtype", "float8"], "--dtype"),
         (["--prompt", "a", "--device", "nowhere"], "--device nowhere"),
     ],
 )
@@ -304,11 +297,11 @@ def test_bad_options(say, model_folder, drafter_folder, words, sentence):
     assert sentence in refusal(say("generate", "--model", model_folder, "--drafter", drafter_folder, *words))
 
 
-def test_a_drafter_must_be_asked_for_or_declined(say, model_folder):
+def test_generate_needs_a_drafter_or_no_drafter(say, model_folder):
     assert "--no-drafter" in refusal(say("generate", "--model", model_folder, "--prompt", "a"))
 
 
-def test_bad_training_data_is_named(say, model_folder, tmp_path):
+def test_the_error_names_the_bad_training_row(say, model_folder, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"text": "once upon a time"}\n{"text": 3}\n')
     words = ["train", "--model", model_folder, "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"]
     assert "data.jsonl line 2" in refusal(say(*words))
@@ -323,13 +316,13 @@ def test_bad_training_data_is_named(say, model_folder, tmp_path):
         (["--draft-vocabulary", 200], "fewer than a draft vocabulary of 200"),
     ],
 )
-def test_training_that_could_learn_nothing_is_refused(say, model_folder, tmp_path, option, sentence):
+def test_training_with_impossible_settings_is_rejected(say, model_folder, tmp_path, option, sentence):
     (tmp_path / "data.jsonl").write_text('{"text": "once upon a time"}\n')
     words = ["train", "--model", model_folder, "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"]
     assert sentence in refusal(say(*words, *option))
 
 
-def test_what_nobody_foresaw_is_one_sentence_too(say, drafter_folder, monkeypatch):
+def test_an_unexpected_error_is_one_sentence(say, drafter_folder, monkeypatch):
     from redrafter.utils import hub
 
     def broken(folder):
@@ -341,7 +334,7 @@ def test_what_nobody_foresaw_is_one_sentence_too(say, drafter_folder, monkeypatc
         main(["info", str(drafter_folder), "--debug"])
 
 
-def test_words_that_are_no_command_are_one_sentence_too(say):
+def test_usage_errors_are_one_sentence(say):
     assert "No such command" in refusal(say("draw"))
     assert "see redrafter generate --help." in refusal(say("generate"))
     assert "No such option: --colour" in refusal(say("check", "--colour"))
@@ -356,7 +349,7 @@ def test_debug_shows_the_traceback(model_folder):
         main(["info", "/none/such", "--debug"])
 
 
-def test_the_demo_pair_writes_the_same_text(say):
+def test_the_demo_generates_the_same_text_with_and_without_its_drafter(say):
     torch.set_num_threads(1)
     status, out, err = say("demo", "--json", "--repeats", 1, "--max-new-tokens", 40)
     assert (status, err) == (0, "")
@@ -394,10 +387,10 @@ def test_the_demo_times_complete_calls(say, monkeypatch):
 
     clock, plain = [0.0], decoding.generate
 
-    def slow(model, drafter, *args, **told):
-        """As long as a call takes, wherever in the call that is: 3 s without a drafter, 2 s with it."""
+    def slow(model, drafter, *args, **given):
+        """Takes 3 s without a drafter and 2 s with it."""
         clock[0] += 3.0 if drafter is None else 2.0
-        return plain(model, drafter, *args, **told)
+        return plain(model, drafter, *args, **given)
 
     monkeypatch.setattr(decoding, "generate", slow)
     monkeypatch.setattr(sys.modules["redrafter.cli.demo"], "time", SimpleNamespace(perf_counter=lambda: clock[0]))
@@ -408,7 +401,7 @@ def test_the_demo_times_complete_calls(say, monkeypatch):
     assert result["median_speedup"] == 1.5
 
 
-def test_the_demo_writes_what_transformers_writes():
+def test_the_demo_generates_the_text_of_transformers():
     from redrafter import generate
     from redrafter.cli.demo import PROMPTS
     from redrafter.cli.loading import demo_folder, load_drafter, load_model
@@ -422,52 +415,12 @@ def test_the_demo_writes_what_transformers_writes():
     assert out.new_tokens == [greedy(model, prompt, 40) for prompt in prompts]
 
 
-def test_what_is_bundled_is_small_enough_to_ship():
+def test_the_bundled_files_are_small():
     from redrafter.cli.loading import demo_folder
 
     sizes = {path: path.stat().st_size for path in demo_folder().rglob("*") if path.is_file()}
     assert sum(sizes.values()) <= 41e6
     assert all(size < 5e6 for path, size in sizes.items() if path.parent.name != "redrafter-demo-12m")
-
-
-@pytest.fixture
-def loaded_bits(monkeypatch):
-    """Whether the head of each drafter that the command line loads is in 8 bits."""
-    found = []
-    load = RecurrentDrafter.from_pretrained
-
-    def noted(*words, **named):
-        drafter = load(*words, **named)
-        found.append(drafter.has_eight_bits)
-        return drafter
-
-    monkeypatch.setattr(RecurrentDrafter, "from_pretrained", noted)
-    return found
-
-
-def test_a_head_in_eight_bits_writes_the_same(say, model_folder, drafter_folder, prompts, loaded_bits):
-    pair = ["--model", model_folder, "--drafter", drafter_folder]
-    command = ["generate", *pair, "--prompts", prompts, "--max-new-tokens", 12]
-    whole, rounded = say(*command), say(*command, "--draft-bits", 8)
-    assert whole[:2] == rounded[:2]
-    assert rounded[0] == 0
-    status, out, _ = say("check", *pair, "--prompts", prompts, "--max-new-tokens", 12, "--draft-bits", 8)
-    assert status == 0
-    assert "3 of 3 texts equal" in out
-    status, out, _ = say("eval", *pair, "--prompts", prompts, "--max-new-tokens", 8, "--draft-bits", 8, "--json")
-    assert status == 0
-    assert loaded_bits == [False, True, True, True]
-
-
-def test_other_bits_and_bits_of_no_drafter_are_refused(say):
-    for command in ("generate", "check", "eval", "profile"):  # before anything is loaded
-        words = {"generate": ["--prompt", "a"], "check": ["--prompts", "p"], "eval": ["--prompts", "d"]}.get(
-            command, []
-        )
-        sentence = refusal(say(command, "--model", "none", "--drafter", "none", *words, "--draft-bits", 4))
-        assert sentence == "redrafter: --draft-bits 4 is not one of 16, 8.\n"
-    words = ["generate", "--model", "none", "--prompt", "a", "--no-drafter", "--draft-bits", 8]
-    assert "--draft-bits is for a drafter" in refusal(say(*words))
 
 
 BUSY = """
@@ -486,26 +439,36 @@ main(sys.argv[1:])
 
 
 @pytest.mark.parametrize(("words", "status"), [("--version", 0), ("train --steps 3", 2)])
-def test_work_of_a_group_does_not_abort_the_end_of_a_command(words, status):
-    """Ended as usual, 30 of 30 were aborted (status -6): their threads wait for Python when it is gone."""
+def test_work_of_a_process_group_does_not_abort_the_end_of_a_command(words, status):
+    """With a normal exit, 30 of 30 runs aborted (status -6): threads waited for an interpreter that had shut down."""
     ended = subprocess.run([sys.executable, "-c", BUSY, *words.split()], capture_output=True, text=True)
     assert ended.returncode == status, ended.stderr
     assert (ended.stdout == f"redrafter {__version__}\n") == (status == 0)
     assert ("redrafter: No such option: --steps" in ended.stderr) == (status == 2)
 
 
-def test_of_processes_started_together_each_takes_a_gpu_of_its_own(monkeypatch):
+def test_each_local_rank_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [chosen_device(told) for told in ("auto", "cuda", "cuda:2", "cpu")] == ["cuda:0", "cuda:0", "cuda:2", "cpu"]
+    assert [chosen_device(name) for name in ("auto", "cuda", "cuda:2", "cpu")] == [
+        "cuda:0",
+        "cuda:0",
+        "cuda:2",
+        "cpu",
+    ]
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert [chosen_device(told) for told in ("auto", "cuda", "cuda:2", "cpu")] == ["cuda:3", "cuda:3", "cuda:2", "cpu"]
+    assert [chosen_device(name) for name in ("auto", "cuda", "cuda:2", "cpu")] == [
+        "cuda:3",
+        "cuda:3",
+        "cuda:2",
+        "cpu",
+    ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert [chosen_device(told) for told in ("auto", "mps")] == ["cpu", "mps"]
+    assert [chosen_device(name) for name in ("auto", "mps")] == ["cpu", "mps"]
 
 
 @pytest.fixture
 def stopping(model_folder, tmp_path) -> Path:
-    """A model whose own generation config names a stop string, scores, several texts and a length."""
+    """A model whose own generation config sets a stop string, scores, several texts and a length."""
     folder = shutil.copytree(model_folder, tmp_path / "stopping" / "tiny")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -519,14 +482,14 @@ def stopping(model_folder, tmp_path) -> Path:
     return folder
 
 
-def test_a_models_own_stop_strings_end_texts_in_every_command(say, stopping, drafter_folder, tmp_path):
+def test_stop_strings_of_the_models_config_finish_texts_in_every_command(say, stopping, drafter_folder, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "Once"}\n{"prompt": "a"}\n')
     tokenizer = transformers.AutoTokenizer.from_pretrained(stopping)
     model = transformers.AutoModelForCausalLM.from_pretrained(stopping)
     ids = tokenizer("Once", return_tensors="pt")
-    told = {"do_sample": False, "max_new_tokens": 12, "num_return_sequences": 1, "tokenizer": tokenizer}
-    expected = model.generate(**ids, **told).sequences[0, ids.input_ids.shape[1] :]
-    assert len(expected) < 12, "what would not show cannot fail"
+    given = {"do_sample": False, "max_new_tokens": 12, "num_return_sequences": 1, "tokenizer": tokenizer}
+    expected = model.generate(**ids, **given).sequences[0, ids.input_ids.shape[1] :]
+    assert len(expected) < 12, "otherwise the test cannot fail"
     own = ["--model", stopping, "--drafter", drafter_folder, "--max-new-tokens", 12]
     status, out, _ = say("generate", *own, "--prompt", "Once")
     assert (status, out) == (0, tokenizer.decode(expected, skip_special_tokens=True) + "\n")
@@ -548,20 +511,20 @@ def test_a_models_own_stop_strings_end_texts_in_every_command(say, stopping, dra
 @pytest.mark.parametrize(
     ("pair", "sentence"),
     [
-        ("batch_size=2", "--set batch_size: use --batch-size"),
-        ("beam_length=2", "--set beam_length: use --beam-length"),
-        ("num_return_sequences=2", "--set num_return_sequences: a command writes one text for each prompt"),
-        ("output_scores=true", "--set output_scores: a command writes text alone"),
-        ("max_length=20", "--set max_length: use --max-new-tokens"),
-        ("tokenizer=x", "tokenizer is no setting of generation"),
-        ("generation_config={}", "generation_config is no setting of generation"),
-        ("drafter=x", "drafter is no setting of generation"),
-        ("top_h=null", "--set top_h: null sets nothing"),
-        ('watermarking_config={"hue": 3}', "watermarking_config must hold the arguments of a WatermarkingConfig"),
-        ('sequence_bias={"5": -1.0}', "transformers refuses a setting"),
+        ("batch_size=2", "use --batch-size"),
+        ("beam_length=2", "use --beam-length"),
+        ("num_return_sequences=2", "--set num_return_sequences: "),
+        ("output_scores=true", "--set output_scores: "),
+        ("max_length=20", "use --max-new-tokens"),
+        ("tokenizer=x", "--set: tokenizer"),
+        ("generation_config={}", "--set: generation_config"),
+        ("drafter=x", "--set: drafter"),
+        ("top_h=null", "--set top_h: null"),
+        ('watermarking_config={"hue": 3}', "WatermarkingConfig"),
+        ('sequence_bias={"5": -1.0}', "transformers"),
     ],
 )
-def test_what_cannot_be_set_is_refused_by_name(say, model_folder, drafter_folder, prompts, command, pair, sentence):
+def test_unsupported_settings_raise_an_error(say, model_folder, drafter_folder, prompts, command, pair, sentence):
     words = [command, "--model", model_folder, "--drafter", drafter_folder, "--prompts", prompts, "--set", pair]
     assert sentence in refusal(say(*words))
 
@@ -578,14 +541,14 @@ def test_settings_that_are_dictionaries_can_be_set(say, model_folder, drafter_fo
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
     ids = tokenizer("Once", return_tensors="pt")
-    told = {} if name == "compile_config" else {name: value}
-    expected = model.generate(**ids, do_sample=False, max_new_tokens=9, **told)[0, ids.input_ids.shape[1] :]
+    given = {} if name == "compile_config" else {name: value}
+    expected = model.generate(**ids, do_sample=False, max_new_tokens=9, **given)[0, ids.input_ids.shape[1] :]
     words = ["generate", "--model", model_folder, "--drafter", drafter_folder, "--max-new-tokens", 9]
     status, out, _ = say(*words, "--prompt", "Once", "--set", f"{name}={json.dumps(value)}")
     assert (status, out) == (0, tokenizer.decode(expected, skip_special_tokens=True) + "\n")
 
 
-def test_a_message_names_the_flag(say, model_folder, drafter_folder):
+def test_error_messages_name_flags(say, model_folder, drafter_folder):
     words = ["generate", "--model", model_folder, "--drafter", drafter_folder, "--prompt", "Once"]
     err = refusal(say(*words, "--seed", 3))
     assert "set --do-sample" in err

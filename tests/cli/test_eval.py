@@ -1,4 +1,4 @@
-"""`redrafter eval` as a user types it."""
+"""`redrafter eval` on its command line."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def test_the_record_is_what_generate_counts(say, command, model_folder, drafter_
     assert out.count("\n") == 1
     assert record["prompts"] == 4
     assert record["walked_otherwise"] == {"greedy": 0, "sampled": 0}
-    laws = {"greedy": {}, "sampled": {"do_sample": True, "temperature": 0.7, "seed": 4}}
-    for way, law in laws.items():
-        stats = generate(model, drafter, prompts, **shape, **law).stats
-        found = record[way]
+    modes = {"greedy": {}, "sampled": {"do_sample": True, "temperature": 0.7, "seed": 4}}
+    for mode, sampling in modes.items():
+        stats = generate(model, drafter, prompts, **shape, **sampling).stats
+        found = record[mode]
         assert found["tokens"] == stats.tokens
         assert found["decoding"] == found["walked"]
         drafts = stats.steps - 4
@@ -65,14 +65,14 @@ def test_the_record_is_what_generate_counts(say, command, model_folder, drafter_
             "acceptance_by_position": [round(count / drafts, 4) for count in stats.accepted_by_position],
         }
         assert found["teacher_forced"]["drafts"] == stats.tokens - 4
-        assert stats.accepted > 0, "what is never accepted shows nothing"
+        assert stats.accepted > 0, "otherwise the test cannot fail"
         groups = record["by"]["kind"]
         assert list(groups) == ["story", "chat"]
         for name, members in (("story", (0, 3)), ("chat", (1, 2))):
             assert groups[name]["prompts"] == 2
             own = Stats.total([stats.rows[row] for row in members], seconds=0.0)
-            assert groups[name][way]["decoding"]["accepted_by_position"] == own.accepted_by_position
-            assert groups[name][way]["decoding"]["draft_tokens"] == own.drafted
+            assert groups[name][mode]["decoding"]["accepted_by_position"] == own.accepted_by_position
+            assert groups[name][mode]["decoding"]["draft_tokens"] == own.drafted
 
 
 def test_the_table(say, command):
@@ -82,7 +82,7 @@ def test_the_table(say, command):
         assert words in out
     for words in ("greedy", "sampled", "decoding", "walked", "teacher-forced", "draft", "accepted", "acceptance"):
         assert words in out
-    assert "walk otherwise" not in out
+    assert "recomputed counts differ" not in out
     record = json.loads(say(*command, "--json", "--limit", 3)[1])
     (line, *_) = [line for line in out[out.index("\n3 prompts") :].splitlines() if "decoding" in line]
     found = record["greedy"]["decoding"]
@@ -91,32 +91,32 @@ def test_the_table(say, command):
     assert line.split() == ["greedy", "decoding", *cells]
 
 
-@pytest.mark.parametrize(("dtype", "reason"), [("float32", "all but equal"), ("bfloat16", "rounding may explain")])
-def test_a_walk_that_parts_from_decoding_is_told(say, command, monkeypatch, dtype, reason):
-    def spoilt(*arguments, **settings):
+@pytest.mark.parametrize(("dtype", "reason"), [("float32", "almost equal"), ("bfloat16", "rounding may explain")])
+def test_recomputed_counts_that_differ_from_decoding_are_reported(say, command, monkeypatch, dtype, reason):
+    def changed(*arguments, **settings):
         out = generate(*arguments, **settings)
         out.stats.rows[1].accepted += 1
         return out
 
-    monkeypatch.setattr(evaluation, "generate", spoilt)
+    monkeypatch.setattr(evaluation, "generate", changed)
     words = [dtype if word == "float32" else word for word in command]
     status, out, _ = say(*words)
     assert status == 0
-    told = [line for line in out.splitlines() if "walk otherwise than they were decoded" in line]
-    assert len(told) == 2
-    for line in told:
+    lines = [line for line in out.splitlines() if "recomputed counts differ" in line]
+    assert len(lines) == 2
+    for line in lines:
         assert "of 4 texts" in line
         assert f"in {dtype}" in line
         assert reason in line
     _, out, err = say(*words, "--json")
     assert min(json.loads(out)["walked_otherwise"].values()) >= 1
-    assert "walk otherwise" in err
+    assert "recomputed counts differ" in err
 
 
 def test_bad_input_is_one_sentence(say, command, model_folder, files, tmp_path):
     assert "--limit" in refusal(say(*command, "--limit", 0))
     for value in (0, -1):
-        assert f"temperature must be positive to sample, not {value}." in refusal(say(*command, "--temperature", value))
+        assert "temperature must be positive" in refusal(say(*command, "--temperature", value))
     assert "a.jsonl line 1: --by topic: the row has no" in refusal(say(*command, "--by", "topic"))
     files[0].write_text("")
     files[1].write_text("")

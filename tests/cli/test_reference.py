@@ -1,7 +1,7 @@
-"""The reference of the command line is written from the commands' own signatures.
+"""`docs/commands.md` is generated from the signatures of the commands.
 
-`docs/commands.md` is written by `python tests/cli/test_reference.py > docs/commands.md`.  typer, click and rich format
-nothing of it, so that neither their versions nor a terminal can change it.
+`python tests/cli/test_reference.py > docs/commands.md` writes it.  It does not use the help of typer and rich, so the
+page depends neither on their versions nor on a terminal.
 """
 
 from __future__ import annotations
@@ -9,25 +9,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from typer.models import ArgumentInfo, OptionInfo
 
 from redrafter.cli import app
 
 VALUES = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-"""What stands for a value that has no name of its own."""
+"""Placeholders for values."""
 
 REPEATED = ("once or more", "may be repeated")
-"""How a help says so itself."""
+"""Words by which a help text says that an option may be repeated."""
 
 HEAD = """\
 # Commands
 
-Written from the commands themselves by `tests/cli/test_reference.py`; do not edit. A test holds it against them.
+Generated from the commands by `tests/cli/test_reference.py`; do not edit. A test compares the two.
 
-Exit status: 0, 1 for a failed check, 2 with one sentence for anything that cannot be done. `--debug`, anywhere, shows
-where an error was raised; `redrafter --version` says the version, and `redrafter COMMAND --help` what stands here.
+Exit status: 0 for success, 1 for a failed check, 2 for an error, which is printed as one sentence. `--debug`, at any
+position, shows the traceback of an error. `redrafter --version` prints the version, and `redrafter COMMAND --help` the
+options of one command.
 
 | command | |
 |---|---|
@@ -40,40 +41,41 @@ def commands() -> dict[str, Callable]:
 
 
 def parameters(command: Callable) -> Iterator[tuple[str, type, Any, OptionInfo | ArgumentInfo]]:
-    """Name, type without None, default (`empty` where one must be told) and what typer is told, of each."""
+    """Name, type without None, default (`empty` if required) and typer's info of every parameter."""
     hints = get_type_hints(command, include_extras=True)
     for name, parameter in inspect.signature(command).parameters.items():
-        told = next((one for one in get_args(hints[name]) if isinstance(one, OptionInfo | ArgumentInfo)), None)
-        if told is not None:  # else it is typer's own context
+        info = next((one for one in get_args(hints[name]) if isinstance(one, OptionInfo | ArgumentInfo)), None)
+        if info is not None:  # None for typer's context
             kind = get_args(hints[name])[0]
             if type(None) in get_args(kind):
                 kind = get_args(kind)[0]
-            yield name, kind, parameter.default, told
+            yield name, kind, parameter.default, info
 
 
-def written(name: str, kind: type, told: OptionInfo | ArgumentInfo) -> str:
-    """How a parameter is told."""
-    if isinstance(told, ArgumentInfo):
-        return told.metavar or f"[{name.upper()}]"
+def usage(name: str, kind: type, info: OptionInfo | ArgumentInfo) -> str:
+    """How a parameter is written on the command line."""
+    if isinstance(info, ArgumentInfo):
+        return info.metavar or f"[{name.upper()}]"
     option = name.replace("_", "-")
-    own = [one for one in (told.default, *(told.param_decls or ())) if isinstance(one, str)]  # typer takes either
+    own = [one for one in (info.default, *(info.param_decls or ())) if isinstance(one, str)]  # typer accepts either
     if kind is bool:
         return " / ".join(own or (f"--{option}", f"--no-{option}"))
-    return f"{' / '.join(own or (f'--{option}',))} {told.metavar or VALUES[(*get_args(kind), kind)[0]]}"
+    choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else None
+    return f"{' / '.join(own or (f'--{option}',))} {info.metavar or choices or VALUES[(*get_args(kind), kind)[0]]}"
 
 
-def row(name: str, kind: type, default: Any, told: OptionInfo | ArgumentInfo) -> str:
-    """A parameter's row: what the help says of its default goes before the value, which may stand for another."""
-    text, _, said = " ".join(told.help.split()).partition(" \\[default: ")
-    if get_args(kind) and isinstance(told, OptionInfo) and not any(word in text.lower() for word in REPEATED):
+def row(name: str, kind: type, default: Any, info: OptionInfo | ArgumentInfo) -> str:
+    """A parameter's row of the table; a default that the help text names takes precedence."""
+    text, _, said = " ".join(info.help.split()).partition(" \\[default: ")
+    if get_origin(kind) is list and isinstance(info, OptionInfo) and not any(word in text.lower() for word in REPEATED):
         text += " May be repeated." if text.endswith((".", "…")) else "; may be repeated"
     if said or default is inspect.Parameter.empty:
         value = said.removesuffix("]") or "required"
     elif kind is bool:
-        value = f"`{written(name, kind, told).split(' / ')[0]}`" if default else ""
+        value = f"`{usage(name, kind, info).split(' / ')[0]}`" if default else ""
     else:
         value = "" if default is None else f"`{default}`"
-    cells = (f"`{written(name, kind, told)}`", text.replace("\\[", "["), value)
+    cells = (f"`{usage(name, kind, info)}`", text.replace("\\[", "["), value)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
 
 
@@ -88,7 +90,7 @@ def page() -> str:
     return text
 
 
-def test_the_docs_are_the_commands():
+def test_the_docs_list_all_commands_and_options():
     assert (Path(__file__).resolve().parents[2] / "docs" / "commands.md").read_text() == page()
 
 

@@ -8,8 +8,8 @@ import pytest
 import transformers
 
 from redrafter import RedrafterError
-from redrafter.data.examples import read_rows, tokenized, tokenized_rows
-from redrafter.training.answers import Dialogue, Law
+from redrafter.data.examples import read_rows, tokenized_rows
+from redrafter.training.dialogues import Dialogue
 from redrafter.training.distillation import Prompt
 
 END = "{% endfor %}{% if add_generation_prompt %}"
@@ -86,7 +86,7 @@ def shown(row, tokenizer) -> str:
          ["<s>u:hi</s><s>a:no</s>\n<s>u:a</s><s>a:[b</s>\n]"]),
     ],
 )  # fmt: skip
-def test_what_is_learned_is_what_the_model_writes_after_its_prompt(tokenizer, template, messages, expected):
+def test_the_text_after_the_generation_prompt_is_learned(tokenizer, template, messages, expected):
     tokenizer.chat_template = template
     rows = tokenized_rows({"messages": messages}, tokenizer, "here")
     assert [shown(row, tokenizer) for row in rows] == expected
@@ -95,12 +95,12 @@ def test_what_is_learned_is_what_the_model_writes_after_its_prompt(tokenizer, te
 @pytest.mark.parametrize("template", [R1, VERBATIM, QWEN, PHI, TRIM, MARKED])
 def test_a_chat_is_split_where_distill_splits_it(tokenizer, template):
     tokenizer.chat_template = template
-    dialogue = Dialogue(Prompt(0, "here", {"turns": ["hi", "bye", "so"]}, ""), Law(), 0, 0)
+    dialogue = Dialogue(Prompt(0, "here", {"turns": ["hi", "bye", "so"]}, ""), 0.0, 0)
     for text in ("hm</think>yes?", "so</think>oh", "x</think>end"):
-        assert dialogue.ask(tokenizer, None)
+        assert dialogue.next_turn(tokenizer, None)
         opened = "" if template in (R1, VERBATIM) else "<think>"
-        dialogue.answer(tokenizer(f"{opened}{text}</s>").input_ids, "eos", tokenizer, None)
-    distilled = dialogue.rows()
+        dialogue.add_answer(tokenizer(f"{opened}{text}</s>").input_ids, "eos", tokenizer, None)
+    distilled = dialogue.training_rows()
     messages = distilled[-1]["messages"]
     rows = tokenized_rows({"messages": messages}, tokenizer, "here")
     assert len(rows) == len(distilled) == (3 if template in (R1, VERBATIM, QWEN) else 1)
@@ -112,28 +112,27 @@ def test_a_chat_is_split_where_distill_splits_it(tokenizer, template):
             assert row.trained == [bool(mask) for mask in other["loss_mask"]] + [False] * (len(row.trained) - size)
 
 
-def test_variables_of_the_template_decide_what_the_prompt_opens(tokenizer):
+def test_template_variables_change_the_generation_prompt(tokenizer):
     tokenizer.chat_template = QWEN
     (row,) = tokenized_rows({"messages": PLAIN[:2]}, tokenizer, "here", template_kwargs={"thinking": False})
     assert shown(row, tokenizer) == "<s>u:hi</s>\n<s>a:<think></think>[yes?</s>]\n"
-    with pytest.raises(RedrafterError, match=r"here: .*2 training rows"):
-        tokenized({"messages": PLAIN}, tokenizer, "here")
+    assert len(tokenized_rows({"messages": PLAIN}, tokenizer, "here")) == 2
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (R1, PLAIN, "generation prompt ends with '<think>'.*it has no reasoning"),
+        (R1, PLAIN, "<think>.*no reasoning"),
         (NO_THINK, THINKING, "generation prompt ends with"),
-        ("{% for m in messages %}<s>{{ m.content }}" + END + "<s>b>>{% endif %}", PLAIN, "another way"),
+        ("{% for m in messages %}<s>{{ m.content }}" + END + "<s>b>>{% endif %}", PLAIN, "differently"),
         ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}", [
             {"role": "system", "content": "s"}, *PLAIN], "no system"),
     ],
 )  # fmt: skip
-def test_what_the_model_would_not_write_is_refused_with_the_reason(tokenizer, template, messages, reason):
+def test_answers_that_do_not_continue_the_generation_prompt_raise_an_error(tokenizer, template, messages, reason):
     tokenizer.chat_template = template
     with pytest.raises(RedrafterError, match=f"^F line 2: .*{reason}"):
-        tokenized({"messages": messages}, tokenizer, "F line 2")
+        tokenized_rows({"messages": messages}, tokenizer, "F line 2")
 
 
 def test_a_token_that_would_join_prompt_and_answer_is_divided(tmp_path, tokenizer):
@@ -154,7 +153,7 @@ def test_a_token_that_would_join_prompt_and_answer_is_divided(tmp_path, tokenize
     assert row.trained == [False] * len(prompt) + [True, True]
 
 
-def test_ids_are_those_of_the_models_vocabulary(tmp_path, tokenizer):
+def test_ids_outside_the_models_vocabulary_raise_an_error(tmp_path, tokenizer):
     data = tmp_path / "d.jsonl"
     size = len(tokenizer)
     data.write_text(json.dumps({"input_ids": [1, size + 3, 5], "loss_mask": [0, 1, 1]}) + "\n")

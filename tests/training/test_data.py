@@ -96,7 +96,7 @@ def test_rows_without_a_token_to_learn_are_neither_trained_on_nor_held_out():
     assert [row.input_ids[0] for row in kept + held_out if row.input_ids[0] % 2] == []
     assert (len(kept), len(held_out)) == (3, 2)
     assert split(rows[::2][:5], 2, seed=3) == (kept, held_out), "the choice is among those that teach something"
-    with pytest.raises(RedrafterError, match="none of the 5 with a token to learn is left"):
+    with pytest.raises(RedrafterError, match="none of the 5"):
         split(rows, 5, seed=0)
 
 
@@ -138,7 +138,7 @@ def test_the_draft_vocabulary_is_what_is_learnt_most():
     rows = [Row([9, 9, 9, 4, 4, 7, 2], [False, False, True, True, True, True, True]), Row([7, 2], [True, False])]
     assert most_frequent(rows, 2).tolist() == [4, 7]
     assert most_frequent(rows, 3).tolist() == [4, 7, 2]
-    with pytest.raises(RedrafterError, match="4 kinds of tokens to learn, fewer than a draft vocabulary of 5"):
+    with pytest.raises(RedrafterError, match="4 different tokens"):
         most_frequent(rows, 5)
     assert coverage(rows, torch.tensor([4, 7])) == pytest.approx(4 / 6), "twice 4, twice 7, twice 2"
     assert coverage(rows, torch.tensor([4, 60])) == pytest.approx(2 / 6)

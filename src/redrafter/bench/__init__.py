@@ -1,4 +1,1 @@
-"""Ways to draft side by side: measured in turn, kept unit by unit, told in one report.
-
-Knows a way to draft by the `Method` protocol alone.
-"""
+"""Benchmarks of drafting methods: measurement, resumable records, and one report.  Needs the extra `bench`."""

@@ -1,59 +1,57 @@
-"""What the pictures of a report share: panels, legends, the look of a method, labels beside points.
+"""Parts of plots: panels, legends, the style of each method, and labels that do not overlap.
 
-Needs matplotlib, which is imported when the first picture is drawn.
+Imports matplotlib when the first plot is drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from redrafter.bench.contenders import ALONE, THEIRS
-from redrafter.bench.tables import Results
+from redrafter.bench.methods import AUTOREGRESSIVE, TRANSFORMERS
+from redrafter.bench.results import Results
+from redrafter.bench.tables import Entry, at, sampling_name, temperatures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
-"""Colour-blind readers can tell them apart too (Okabe and Ito)."""
+"""Distinguishable for colour-blind readers (Okabe and Ito)."""
 
 MARKERS, LINES = "osD^vP", ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a method is drawn, in every picture of a report."""
+class Style:
+    """The style of a method in all plots of a report."""
 
     colour: str
     marker: str = "o"
     line: str = "-"
 
     @property
-    def told(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """Arguments for `Axes.plot`."""
         return {"color": self.colour, "marker": self.marker, "linestyle": self.line, "markersize": 4}
 
 
-def looks(results: Results) -> dict[str, Look]:
-    """A look for every method, no two alike.
-
-    Methods that draft from one folder have one colour; their markers and lines differ.
-    """
-    found = {ALONE: Look("#777777"), THEIRS: Look("#222222", "s")}
+def styles(results: Results) -> dict[str, Style]:
+    """A different style for each method; methods from one folder share a colour."""
+    found = {AUTOREGRESSIVE: Style("#777777"), TRANSFORMERS: Style("#222222", "s")}
     drafted = [one for one in results["methods"] if one["method"] not in found]
     folders = list(dict.fromkeys(one["path"] for one in drafted))
-    styles = {colour: zip(cycle(MARKERS), cycle(LINES), strict=False) for colour in COLOURS}
+    remaining = {colour: zip(cycle(MARKERS), cycle(LINES), strict=False) for colour in COLOURS}
     for one in drafted:
         colour = COLOURS[folders.index(one["path"]) % len(COLOURS)]
-        found[one["method"]] = Look(colour, *next(styles[colour]))
+        found[one["method"]] = Style(colour, *next(remaining[colour]))
     return found
 
 
 def groups(results: Results, names: Sequence[str]) -> list[list[str]]:
-    """Methods that one panel can show: all of them, or those of one folder where they are too many to tell apart."""
+    """Splits methods by folder if they are too many for one panel."""
     if len(names) <= len(COLOURS):
         return [list(names)]
     folders: dict[str, list[str]] = {}
@@ -64,80 +62,89 @@ def groups(results: Results, names: Sequence[str]) -> list[list[str]]:
 
 
 def panels(count: int, *, width: float = 5.0, height: float = 3.4, columns: int = 2) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, each of this size in inches."""
+    """A figure with `count` panels; `width` and `height` of each in inches."""
     from matplotlib.figure import Figure
 
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
-    for spare in axes[count:]:
-        spare.set_visible(False)
+    for unused in axes[count:]:
+        unused.set_visible(False)
     return figure, axes[:count]
 
 
-def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend of all panels, below them, in rows of few names."""
-    found: dict[str, Any] = {}
+def temperature_panels(
+    entries: Sequence[Entry], *, extra: int = 0, **size: Any
+) -> tuple[Figure, list[tuple[Axes, list[Entry]]], list[Axes]]:
+    """A figure with a titled panel for each temperature of the entries, each with its entries, and `extra` panels."""
+    kinds = temperatures(entries)
+    figure, axes = panels(len(kinds) + extra, **size)
+    for axis, temperature in zip(axes, kinds, strict=False):
+        axis.set_title(sampling_name(temperature))
+    own = [(axis, at(entries, temperature)) for axis, temperature in zip(axes, kinds, strict=False)]
+    return figure, own, axes[len(kinds) :]
+
+
+def add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """Adds one legend of all panels below them."""
+    handles: dict[str, Any] = {}
     for axis in axes:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(name, handle)
-    if found:
-        figure.legend([*found.values()], [*found], loc="outside lower center", ncols=min(len(found), 3))
+            handles.setdefault(name, handle)
+    if handles:
+        figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=min(len(handles), 3))
 
 
-def reach(found: Sequence[dict[str, float]]) -> list[list[float]]:
-    """How far the least and the most lie from each median, for error bars."""
-    return [[one["median"] - one["least"] for one in found], [one["most"] - one["median"] for one in found]]
+def whiskers(figures: Sequence[Entry]) -> list[list[float]]:
+    """Distances from each median to the lowest and the highest value, for error bars."""
+    return [[one["median"] - one["least"] for one in figures], [one["most"] - one["median"] for one in figures]]
 
 
-def dots(
+def method_bars(
     axis: Axes,
-    names: Sequence[str],
-    tint: dict[str, Look],
-    bars: dict[str, dict[str, float]],
-    points: dict[str, dict[str, dict[str, float]]],
-    bar: str,
+    style: Mapping[str, Style],
+    bars: Mapping[str, Entry],
+    points: Mapping[str, Mapping[str, Entry]],
+    label: str,
 ) -> None:
-    """A line for each of the methods, named at its left: a bar with its spread, and points on it.
+    """Draws a horizontal bar with its range for each method in `bars`, and points on it.
 
-    `bars` are medians and spreads by method, `points` the same by what a point stands for; `bar` is what a bar stands
-    for.
+    `points` are figures by the name of the point and by method; `label` names the bars in the legend.
     """
-    there = [name for name in reversed(names) if name in bars]
-    found = [bars[name] for name in there]
-    colours = [tint[name].colour for name in there]
-    at = range(len(there))
-    axis.barh(at, [one["median"] for one in found], 0.62, color=colours, alpha=0.55)
-    axis.barh([0], [0], color="#999999", label=bar)  # whose colour stands for any method's in the legend
-    centres = [one["median"] for one in found]
-    axis.errorbar(centres, at, xerr=reach(found), fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
-    for (label, own), marker, colour in zip(points.items(), cycle(MARKERS), cycle(("#111111", "white")), strict=False):
-        places = [place for place, name in enumerate(there) if name in own]
-        medians = [own[there[place]]["median"] for place in places]
-        told: dict[str, Any] = {"linestyle": "none", "markerfacecolor": colour, "markeredgecolor": "#111111"}
-        axis.plot(medians, places, marker=marker, markersize=4.5, label=label, zorder=3, **told)
+    names = [name for name in reversed(style) if name in bars]
+    figures = [bars[name] for name in names]
+    centres, rows = [one["median"] for one in figures], range(len(names))
+    axis.barh(rows, centres, 0.62, color=[style[name].colour for name in names], alpha=0.55)
+    axis.barh([0], [0], color="#999999", label=label)  # a neutral colour for the legend
+    axis.errorbar(centres, rows, xerr=whiskers(figures), fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
+    looks = zip(points.items(), cycle(MARKERS), cycle(("#111111", "white")), strict=False)
+    for (name, own), marker, colour in looks:
+        there = [row for row, method in enumerate(names) if method in own]
+        medians = [own[names[row]]["median"] for row in there]
+        look: dict[str, Any] = {"linestyle": "none", "markerfacecolor": colour, "markeredgecolor": "#111111"}
+        axis.plot(medians, there, marker=marker, markersize=4.5, label=name, zorder=3, **look)
     axis.axvline(1, color="#555555", linewidth=1, linestyle="--")
-    axis.set_yticks(at, there)
+    axis.set_yticks(rows, names)
     axis.grid(axis="y", visible=False)
     axis.set_xlim(left=0)
+    axis.set_xlabel("speed-up over autoregressive decoding")
 
 
-def labelled(axis: Axes, points: Sequence[tuple[float, float, str, str]], *, height: float) -> None:
-    """Names points of a panel of this height in inches at its right side, where names do not cover each other.
+def label_points(axis: Axes, points: Sequence[tuple[float, float, str, str]], *, height: float) -> None:
+    """Labels points (x, y, text, colour) to the right of a panel of this height in inches, without overlaps.
 
-    A point is x, y, its name and its colour; a thin line leads from the point to the name.  The limits of the axis must
-    be set.
+    The limits of the axis must be set.
     """
     low, high = axis.get_ylim()
-    gap = 0.17 / (0.75 * height)  # of the axis' height, for a line of text
+    gap = 0.17 / (0.75 * height)  # height of a line of text, relative to the axis
     rising = sorted(points, key=lambda point: point[1])
-    places = [(y - low) / (high - low) for _, y, _, _ in rising]
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + gap)
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], 1.0 if i == len(places) - 1 else places[i + 1] - gap)
-    for (x, y, name, colour), place in zip(rising, places, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
-        told: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "fontsize": 8, "annotation_clip": False}
-        axis.annotate(name, (x, y), (1.04, place), arrowprops=line, **told)
+    heights = [(y - low) / (high - low) for _, y, _, _ in rising]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], 1.0 if i == len(heights) - 1 else heights[i + 1] - gap)
+    for (x, y, text, colour), at_height in zip(rising, heights, strict=True):
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
+        look: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "fontsize": 8, "annotation_clip": False}
+        axis.annotate(text, (x, y), (1.04, at_height), arrowprops=arrow, **look)

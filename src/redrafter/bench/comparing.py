@@ -1,4 +1,4 @@
-"""A comparison or a sweep from the model to the results: the plan, the units, the figures.
+"""Runs a comparison or a sweep: from the loaded model to the results.
 
 Does not know the command line nor how a report looks.
 """
@@ -15,11 +15,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from redrafter.bench import results as figures
-from redrafter.bench.contenders import ALONE, THEIRS, Contender, greedy_twins
-from redrafter.bench.tables import Results
-from redrafter.bench.tasks import ALL, Tasks
-from redrafter.bench.units import Asked, Record, Runner, Unit, context_of, of_bench, requests, run, turned
-from redrafter.bench.variants import NO_NOISE, UNFOLDED, Variant
+from redrafter.bench.methods import AUTOREGRESSIVE, TRANSFORMERS, BenchMethod, greedy_duplicates
+from redrafter.bench.results import Results
+from redrafter.bench.runner import Runner, RunOptions, call_prompts, context_length
+from redrafter.bench.tasks import Tasks
+from redrafter.bench.units import FLAT, UNCOUPLED, Axes, Comparison, Record, Unit, comparison_units, run, sweep_units
+from redrafter.bench.variants import MethodVariant
 from redrafter.core.shapes import DraftShape, counted
 from redrafter.errors import RedrafterError
 from redrafter.proposers.base import draftable
@@ -27,84 +28,65 @@ from redrafter.targets.target import Target
 from redrafter.training.journal import Journal
 from redrafter.utils.outputs import MEASUREMENTS
 
-Tell = Callable[[Unit, int, int], None]
-"""Hears of each unit, its number and how many there are, before it is measured."""
+OnUnit = Callable[[Unit, int, int], None]
+"""Callback that receives each unit, its number and the number of all units before it is measured."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What comparison and sweep have in common: the target, what it is asked, and what the command said."""
+class BenchSetup:
+    """The target, the prompts and the options that a comparison and a sweep share."""
 
     model: PreTrainedModel
     tasks: Tasks
-    asked: Asked
-    told: dict[str, Any]
+    options: RunOptions
+    arguments: dict[str, Any]
     """The command's arguments, for the journal and the report."""
     folder: Path
     overwrite: bool = False
     minutes: float | None = None
-    """After which nothing more is begun."""
+    """Time after which no further unit is started."""
 
-    def run(self, units: Sequence[Unit], contenders: Sequence[Contender], tell: Tell) -> tuple[list[Any], Results]:
-        """Measures what is missing; the records, and what is in every kind of results.
+    def run(self, units: Sequence[Unit], methods: Sequence[BenchMethod], on_unit: OnUnit) -> tuple[list[Any], Results]:
+        """Measures the missing units: the records, and the part of the results that both commands share.
 
-        Raises RedrafterError where the folder holds measurements of other arguments or another machine.
+        Raises RedrafterError if the folder holds measurements with other arguments or of another machine.
         """
         about = figures.about(self.model)
         measured_on = {name: about[name] for name in ("device", "dtype", "versions")}
-        weights = {one.path: stamp(one.path) for one in contenders if one.path}
-        depends = self.told | measured_on | {"weights": weights, "prompts read": self.tasks.digest}
+        weights = {method.path: folder_digest(method.path) for method in methods if method.path}
+        depends = self.arguments | measured_on | {"weights": weights, "prompts read": self.tasks.digest}
         journal = Journal(self.folder / MEASUREMENTS, depends, overwrite=self.overwrite)
-        runner = Runner(self.model, {one.label: one for one in contenders}, self.tasks, self.asked)
+        runner = Runner(self.model, {method.label: method for method in methods}, self.tasks, self.options)
         numbers = itertools.count()
         seconds = None if self.minutes is None else 60 * self.minutes
-        records, failed = run(units, runner, journal, lambda unit: tell(unit, next(numbers), len(units)), seconds)
+        records, failed = run(units, runner, journal, lambda unit: on_unit(unit, next(numbers), len(units)), seconds)
         if not records:
             raise RedrafterError(f"Nothing could be measured: {failed[0]}")
-        kinds = {name: {"prompts": len(own), "of": self.tasks.of[name]} for name, own in self.tasks.prompts.items()}
-        data = {"files": self.told["data"], "categories": kinds, "too_long": self.tasks.too_long}
-        return records, {"about": about, "asked": self.told, "data": data, "failed": failed}
+        categories = {n: {"prompts": len(own), "of": self.tasks.of[n]} for n, own in self.tasks.prompts.items()}
+        data = {"files": self.arguments["data"], "categories": categories, "too_long": self.tasks.too_long}
+        return records, {"about": about, "asked": self.arguments, "data": data, "failed": failed}
 
 
-def compare(
-    setting: Setting,
-    methods: Sequence[Contender],
-    *,
-    transformers: bool,
-    temperatures: Sequence[float],
-    batch: int,
-    batches: Sequence[int],
-    rounds: int,
-    answers: Sequence[int],
-    tell: Tell,
-) -> Results:
-    """Every method beside decoding without one: complete calls that write as many tokens as each of the `answers`,
-    decoding alone by category and temperature, and by rows together for `batches`.
+def compare(setup: BenchSetup, drafting: Sequence[BenchMethod], on_unit: OnUnit, options: Comparison) -> Results:
+    """Measures each method: complete calls, decoding by category and temperature, and fixed batches.
 
-    An answer for which the model's context has no room is named among what is not measured. Greedily, one that differs
-    from another in coupling alone is that one, and is not measured again.
+    Answer lengths that exceed the model's context are reported as not measured.  In greedy decoding, a method that
+    differs from another one only in coupling is not measured again.
     """
-    twins = greedy_twins(methods, [batch, *batches])
-    contenders = [Contender(ALONE), *([Contender(THEIRS)] if transformers else []), *methods]
-    room = {length: bool(requests(setting.tasks, length, setting.model)) for length in answers}
-    units = of_bench(
-        [one.label for one in contenders],
-        list(setting.tasks.prompts),
-        temperatures,
-        batch=batch,
-        batches=batches,
-        rounds=rounds,
-        answers=[length for length in answers if room[length]],
-        only_sampling=twins,
-    )
-    records, found = setting.run(units, contenders, tell)
-    found["failed"] += [
-        f"Answers of {counted(length, 'token')}: the model's context of {context_of(setting.model)} tokens has no room."
-        for length in answers
-        if not room[length]
+    duplicates = greedy_duplicates(drafting, [options.batch, *options.batches])
+    transformers = [BenchMethod(TRANSFORMERS)] if options.transformers else []
+    methods = [BenchMethod(AUTOREGRESSIVE), *transformers, *drafting]
+    too_long = [length for length in options.answers if not call_prompts(setup.tasks, length, setup.model)]
+    labels, categories = [method.label for method in methods], list(setup.tasks.prompts)
+    units = comparison_units(labels, categories, options, only_sampling=duplicates)
+    records, results = setup.run([unit for unit in units if unit.new_tokens not in too_long], methods, on_unit)
+    results["failed"] += [
+        f"Answers of {counted(length, 'token')}: they exceed the model's context of {context_length(setup.model)} "
+        "tokens."
+        for length in too_long
     ]
-    return found | {
-        "methods": figures.methods(contenders, setting.model, batch, twins),
+    return results | {
+        "methods": figures.methods(methods, setup.model, options.batch, duplicates),
         "calls": figures.calls(records),
         "speed": figures.speeds(records),
         "batches": figures.speeds(records, "together"),
@@ -112,50 +94,37 @@ def compare(
     }
 
 
-@dataclass(frozen=True)
-class Axes:
-    """What a sweep goes through; the base's own shape where an axis does not say otherwise."""
+def sweep(setup: BenchSetup, methods: Sequence[BenchMethod], on_unit: OnUnit, axes: Axes) -> Results:
+    """Measures the first method in many shapes, at many temperatures and batch sizes, and with flat beams.
 
-    widths: Sequence[int]
-    lengths: Sequence[int]
-    budgets: Sequence[int]
-    batches: Sequence[int]
-    temperatures: Sequence[float]
-
-
-def sweep(
-    setting: Setting, methods: Sequence[Contender], axes: Axes, *, temperature: float, rounds: int, tell: Tell
-) -> Results:
-    """The first method in many shapes, its own shape at many temperatures and batches, its beams folded and not; the
-    others beside it, each in its own shape.
-
-    Widths, lengths and budgets are measured one row at a time at one `temperature`.  Shapes that the method refuses are
-    named among what failed.
+    The other methods are measured in their own shapes.  Shapes that the first method does not support are reported as
+    not measured.
     """
     base = methods[0]
-    shaped, refused = _shapes(setting.model, base, axes)
+    shaped, refused = _shaped_methods(setup.model, base, axes)
     assert base.method is not None
-    blind = Contender(f"{base.label}, {NO_NOISE}", base.path, Variant(base.method, coupled=False))
-    contenders = [Contender(ALONE), *methods, blind, *(one.contender for one in shaped)]
-    plan = _plan([one.label for one in methods], blind.label, shaped, axes, temperature=temperature, rounds=rounds)
-    records, found = setting.run(plan, contenders, tell)
-    found["failed"] += refused
+    uncoupled = BenchMethod(f"{base.label}, {UNCOUPLED}", base.path, MethodVariant(base.method, coupled=False))
+    measured = [BenchMethod(AUTOREGRESSIVE), *methods, uncoupled, *(one.method for one in shaped)]
+    labels, batched = [one.label for one in shaped], [one.label for one in shaped if one.batched]
+    units = sweep_units([method.label for method in methods], uncoupled.label, labels, batched, axes)
+    records, results = setup.run(units, measured, on_unit)
+    results["failed"] += refused
 
-    unfolded = {one.folded.contender.label: one.contender.label for one in shaped if one.folded is not None}
-    speed = {(one["method"], one["temperature"]): one for one in figures.speeds(records, unfolded=unfolded)}
-    together = figures.speeds(records, "together", unfolded)
-    own = [speed[one.label, temperature] for one in methods if (one.label, temperature) in speed]
-    entries = [one.told(speed[key]) for one in shaped if (key := (one.contender.label, temperature)) in speed]
+    pairs = {one.prefix_tree: one.label for one in shaped if one.prefix_tree is not None}
+    speed = {(one["method"], one["temperature"]): one for one in figures.speeds(records, flat=pairs)}
+    batches = figures.speeds(records, "together", pairs)
+    own = [speed[key] for method in methods if (key := (method.label, axes.temperature)) in speed]
+    entries = [one.entry(speed[key]) for one in shaped if (key := (one.label, axes.temperature)) in speed]
     by_temperature = [
-        speed[one.label, kind] | {"coupled": one is base}
-        for kind in axes.temperatures
-        for one in (base, blind)
-        if (one.label, kind) in speed
+        speed[method.label, temperature] | {"coupled": method is base}
+        for temperature in axes.temperatures
+        for method in (base, uncoupled)
+        if (method.label, temperature) in speed
     ]
-    return found | {
-        "methods": figures.methods([Contender(ALONE), *methods], setting.model, 1),
+    return results | {
+        "methods": figures.methods([BenchMethod(AUTOREGRESSIVE), *methods], setup.model, 1),
         "speed": [],
-        "batches": [one for one in together if one["method"] in (ALONE, base.label)],
+        "batches": [one for one in batches if one["method"] in (AUTOREGRESSIVE, base.label)],
         "parts": figures.parts(records),
         "sweep": {
             "heads": own,
@@ -163,8 +132,8 @@ def sweep(
             "budgets": [one for one in entries if one["axis"] == "budgets"],
             "temperatures": by_temperature,
             "folding": {
-                "widths": [one for one in entries if one["method"] in {*unfolded, *unfolded.values()}],
-                "batches": [one.told(entry) for one in shaped for entry in together if one.is_of(entry)],
+                "widths": [one for one in entries if one["method"] in {*pairs, *pairs.values()}],
+                "batches": [one.entry(batch) for one in shaped for batch in batches if batch["method"] == one.label],
             },
             "all": own + entries,
         },
@@ -172,89 +141,68 @@ def sweep(
 
 
 @dataclass(frozen=True)
-class _Shaped:
-    """The base's method in a shape, folded as in decoding or not."""
+class _ShapedMethod:
+    """The swept method in one shape, with a prefix tree or with flat beams."""
 
-    contender: Contender
+    method: BenchMethod
     shape: DraftShape
     axis: str
     """`grid`, `budgets` or `folding`."""
-    together: bool = False
-    """Whether it is also measured by rows together."""
-    folded: _Shaped | None = None
-    """Where this one is not folded, what differs in that alone."""
+    batched: bool = False
+    """Whether it is also measured at the batch sizes."""
+    prefix_tree: str | None = None
+    """Of flat beams: the label of the method with the same beams in a prefix tree."""
 
-    def is_of(self, entry: Record) -> bool:
-        """Whether the entry is of this."""
-        return bool(entry["method"] == self.contender.label)
+    @property
+    def label(self) -> str:
+        return self.method.label
 
-    def told(self, entry: Record) -> Record:
-        """The entry with its shape.  Of what is not folded all nodes are verified, those too that are not accepted."""
-        width, length, budget = self.shape.beam_width, self.shape.beam_length, self.shape.node_budget
-        found = entry | {"axis": self.axis, "shape": {"width": width, "length": length, "budget": budget}}
-        found["folded"] = self.folded is None
-        return found if self.folded is None else found | {"nodes_per_draft": float(width * length)}
-
-
-def _plan(
-    methods: Sequence[str], blind: str, shaped: Sequence[_Shaped], axes: Axes, *, temperature: float, rounds: int
-) -> list[Unit]:
-    """The units of a sweep, in order; what is held against each other is measured in turn."""
-    base, names = methods[0], [*methods, *(one.contender.label for one in shaped)]
-    pair = [one.contender.label for one in shaped if one.together]
-    units: list[Unit] = []
-    for number in range(rounds):
-        units += [Unit("decode", name, ALL, temperature, 1, number) for name in turned([ALONE, *names], number)]
-        for one in axes.temperatures:
-            order = turned([ALONE, base, *([blind] if one else [])], number)
-            units += [Unit("decode", name, ALL, one, 1, number) for name in order]
-        for rows in axes.batches:
-            order = turned([ALONE, base, *pair], number)
-            units += [Unit("together", name, ALL, temperature, rows, number) for name in order]
-    units += [Unit("parts", name, ALL, temperature, 1, 0) for name in (ALONE, *methods)]
-    units += [Unit("texts", name, ALL, temperature, 1, 0) for name in names]
-    return list(dict.fromkeys(units))
+    def entry(self, figures: Record) -> Record:
+        """The figures with the shape.  Flat beams verify all nodes, including those that cannot be accepted."""
+        shape = self.shape
+        sides = {"width": shape.beam_width, "length": shape.beam_length, "budget": shape.node_budget}
+        entry = figures | {"axis": self.axis, "shape": sides, "folded": self.prefix_tree is None}
+        nodes = {"nodes_per_draft": float(shape.beam_width * shape.beam_length)}
+        return entry if self.prefix_tree is None else entry | nodes
 
 
-def _shapes(model: PreTrainedModel, base: Contender, axes: Axes) -> tuple[list[_Shaped], list[str]]:
-    """The base's method as whole beams of every width and length, in its own with every budget that cuts them, and its
-    own whole beams, at every width, folded and not.
-
-    Also sentences about what it refuses.
+def _shaped_methods(model: PreTrainedModel, base: BenchMethod, axes: Axes) -> tuple[list[_ShapedMethod], list[str]]:
+    """The swept method in all shapes: every width and length, its own shape with every budget that limits it, and its
+    own length at every width with flat beams.  Also sentences about the shapes that it does not support.
     """
     assert base.method is not None
-    target = Target(model, base.method.layers)
-    method = base.method.method if isinstance(base.method, Variant) else base.method
-    made = base.method.shape(0)
-    width, length = made.beam_width, made.beam_length
+    assert base.base is not None
+    target, method = Target(model, base.method.layers), base.base
+    default = base.method.shape(0)
+    width, length = default.beam_width, default.beam_length
 
     def shape(width: int, length: int, budget: int | None = None) -> DraftShape:
         return DraftShape(beam_width=width, beam_length=length, node_budget=budget)
 
-    wanted = [shape(*sides) for sides in itertools.product(axes.widths, axes.lengths)]
-    wanted += [shape(width, length, budget) for budget in axes.budgets if length < budget < made.num_candidates]
-    drafted, refused = draftable(method, target, wanted)
+    budgets = [budget for budget in axes.budgets if length < budget < default.num_candidates]
+    requested = [shape(*sides) for sides in itertools.product(axes.widths, axes.lengths)]
+    supported, refused = draftable(method, target, requested + [shape(width, length, budget) for budget in budgets])
     own = [shape(width, length)] if axes.batches else []
     beams = [one for one in dict.fromkeys([*own, *(shape(one, length) for one in axes.widths)]) if one.beam_width > 1]
-    chains, also = draftable(Variant(method, folded=False), target, draftable(method, target, beams)[0])
+    flat, not_flat = draftable(MethodVariant(method, flat=True), target, draftable(method, target, beams)[0])
     found = []
-    for one in dict.fromkeys([*drafted, *chains]):
+    for one in dict.fromkeys([*supported, *flat]):
         label = f"{base.label}, {one.description}"
-        axis = "folding" if one not in drafted else "budgets" if one.node_budget else "grid"
-        entry = _Shaped(Contender(label, base.path, Variant(method, one)), one, axis, one in chains and one in own)
-        found.append(entry)
-        if one in chains:
-            plain = Contender(f"{label}, {UNFOLDED}", base.path, Variant(method, one, folded=False))
-            found.append(_Shaped(plain, one, "folding", entry.together, folded=entry))
+        axis = "folding" if one not in supported else "budgets" if one.node_budget else "grid"
+        batched = one in flat and one in own
+        found.append(_ShapedMethod(BenchMethod(label, base.path, MethodVariant(method, one)), one, axis, batched))
+        if one in flat:
+            variant = BenchMethod(f"{label}, {FLAT}", base.path, MethodVariant(method, one, flat=True))
+            found.append(_ShapedMethod(variant, one, "folding", batched, prefix_tree=label))
     if not found and not axes.temperatures and not axes.batches:
-        raise RedrafterError(f"{base.label} can draft in none of these shapes: {next(iter(refused), 'none is told')}")
-    return found, refused + [f"{UNFOLDED}, {sentence}" for sentence in also]
+        raise RedrafterError(f"{base.label} supports none of these shapes: {next(iter(refused), 'none was given')}")
+    return found, refused + [f"{FLAT}, {sentence}" for sentence in not_flat]
 
 
-def stamp(path: str) -> str | None:
-    """Of a folder's files as they are now, so that other weights at the same place are noticed; None for a hub's id."""
+def folder_digest(path: str) -> str | None:
+    """Hash of the names, sizes and times of a folder's files, to detect changed weights; None for a hub id."""
     if not Path(path).is_dir():
         return None
-    files = sorted(one for one in Path(path).iterdir() if one.is_file())
-    told = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    files = sorted(file for file in Path(path).iterdir() if file.is_file())
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]

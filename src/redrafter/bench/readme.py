@@ -1,9 +1,10 @@
-"""Tables of results in a page of Markdown, each from what its marker names: a results.json, or several side by side.
+"""Inserts tables of results into a Markdown page.
 
     python -m redrafter.bench.readme README.md
 
-puts them between `<!-- results FILE -->`, FILE as seen from the page's folder, and `<!-- /results -->`.  Promises that
-nothing outside the markers is touched.
+replaces the text between `<!-- results FILE -->`, with the path of a results.json relative to the page, and
+`<!-- /results -->`.  A marker with several files gets one table that compares them.  Guarantees that nothing outside
+the markers changes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,19 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from redrafter.bench.contenders import ALONE
-from redrafter.bench.tables import Results, Table, equal, headline, law, overall, temperatures, times
+from redrafter.bench.methods import AUTOREGRESSIVE
+from redrafter.bench.results import Results
+from redrafter.bench.tables import (
+    COLUMNS,
+    Table,
+    equal_texts,
+    headline_calls,
+    median,
+    overall,
+    sampling_name,
+    spread,
+    temperatures,
+)
 from redrafter.core.shapes import counted
 from redrafter.errors import RedrafterError, reason
 
@@ -24,10 +36,7 @@ MARKED = re.compile(r"(<!-- results (\S+(?: \S+)*) -->\n).*?(<!-- /results -->)"
 
 
 def block(results: Results) -> str:
-    """A sentence and a table over all prompts, one line for each method and temperature.
-
-    Complete calls, where they were measured, come first: a column for each length of answer.
-    """
+    """A description and a table over all prompts: a row per method and temperature, complete calls first."""
     shapes = {one["method"]: one.get("shape", "") for one in results["methods"]}
     calls = {(one["method"], one["temperature"], one["new_tokens"]): one for one in results.get("calls", [])}
     lengths = sorted({new_tokens for _, _, new_tokens in calls})
@@ -35,88 +44,86 @@ def block(results: Results) -> str:
         [
             one["method"],
             shapes.get(one["method"], ""),
-            law(one["temperature"]),
-            *(times(calls.get((one["method"], one["temperature"], n), {}).get("speed_up")) for n in lengths),
-            f"{one['tokens_per_step']:.2f}" if "tokens_per_step" in one else "",
-            f"{one['tokens_per_second']['median']:,.0f}",
-            times(one.get("speed_up")),
-            equal(one),
+            sampling_name(one["temperature"]),
+            *(spread(calls.get((one["method"], one["temperature"], n), {}).get("speed_up")) for n in lengths),
+            COLUMNS["tokens per step"](one),
+            median(one["tokens_per_second"], ",.0f"),
+            spread(one.get("speed_up")),
+            equal_texts(one),
         ]
         for one in sorted(overall(results["speed"]), key=lambda one: one["temperature"])
-        if one["method"] != ALONE
+        if one["method"] != AUTOREGRESSIVE
     ]
-    alone = ["tokens per step", "tokens/s", "decoding alone" if lengths else "times as fast", "equal texts"]
-    head = ["method", "drafts", "decoding", *(f"end to end, {n} tokens" for n in lengths), *alone]
-    told = "\n".join([_measured_on(results), *([_end_to_end(results)] if lengths else [])])
-    return f"{told}\n\n{Table(head, rows, names=3).markdown}"
+    head = ["method", "drafts", "decoding", *(f"end to end, {n} tokens" for n in lengths), "tokens per step"]
+    head += ["tokens/s", "decoding speed-up" if lengths else "speed-up", "equal texts"]
+    note = [_end_to_end_note(results)] if lengths else []
+    return "\n".join([_conditions(results), *note, "", Table(head, rows, names=3).markdown])
 
 
-def _end_to_end(results: Results) -> str:
-    """What the columns of complete calls say."""
+def _end_to_end_note(results: Results) -> str:
     requests = max(one["requests"] for one in results["calls"])
-    told = (
-        f"End to end: complete calls of `generate` ({counted(requests, 'prompt')}, one a call, end tokens off so that "
-        "every answer has the length that is named), undrafted time over this method's; decoding alone leaves out the "
-        "prompt, and on CUDA the first steps."
+    text = (
+        "End to end: speed-up of complete calls of `generate` over undrafted calls "
+        f"({counted(requests, 'prompt')}, one per call; end tokens are disabled, so every answer has the given "
+        "length).  The decoding speed-up excludes the prompt and, on CUDA, the first steps."
     )
-    return textwrap.fill(told, 120)
+    return textwrap.fill(text, 120)
 
 
-def beside(many: Sequence[Results]) -> str:
-    """Sentences and one table over all prompts: how many times as fast each method is, and its tokens per step.
+def comparison(several: Sequence[Results]) -> str:
+    """Descriptions and one table over all prompts: speed-up and tokens per step of each method.
 
-    A column for each of the results and temperature, after one of complete calls where those were measured.
+    There is a column per file and temperature, after one of complete calls if those were measured.
     """
     cells: dict[tuple[str, str], str] = {}
     columns: list[str] = []
-    for number, found in enumerate(many, start=1):
-        for kind in temperatures(found["speed"]):
-            title = f"{number}: {law(kind)}"
-            calls = headline(found, kind)
+    for number, results in enumerate(several, start=1):
+        for temperature in temperatures(results["speed"]):
+            title = f"{number}: {sampling_name(temperature)}"
+            calls = headline_calls(results, temperature)
             if calls:
                 columns.append(f"{title}, end to end, {calls[0]['new_tokens']} tokens")
-                own = [one for one in calls if "speed_up" in one]
-                cells |= {(one["method"], columns[-1]): f"{one['speed_up']['median']:.2f}" for one in own}
-                title = f"{title}, decoding alone"
+                drafted = [one for one in calls if "speed_up" in one]
+                cells |= {(one["method"], columns[-1]): median(one["speed_up"], ".2f") for one in drafted}
+                title = f"{title}, decoding"
             columns.append(title)
-            for one in overall(found["speed"]):
-                if "speed_up" in one and one["temperature"] == kind:
+            for one in overall(results["speed"]):
+                if "speed_up" in one and one["temperature"] == temperature:
                     step = f" ({one['tokens_per_step']:.2f})" if "tokens_per_step" in one else ""
-                    cells[one["method"], title] = f"{one['speed_up']['median']:.2f}{step}"
-    names = list(dict.fromkeys(name for name, _ in cells))
-    rows = [[name, *(cells.get((name, title), "") for title in columns)] for name in names]
-    head = ["method", *columns]
-    told = [f"{number}. {_measured_on(found, '   ').lstrip()}" for number, found in enumerate(many, start=1)]
-    return "\n".join([*told, "", Table(head, rows).markdown])
+                    cells[one["method"], title] = median(one["speed_up"], ".2f") + step
+    methods = list(dict.fromkeys(method for method, _ in cells))
+    rows = [[method, *(cells.get((method, title), "") for title in columns)] for method in methods]
+    about = [f"{number}. {_conditions(results, '   ').lstrip()}" for number, results in enumerate(several, start=1)]
+    return "\n".join([*about, "", Table(["method", *columns], rows).markdown])
 
 
-def _measured_on(results: Results, margin: str = "") -> str:
-    about, data, asked = results["about"], results["data"], results["asked"]
+def _conditions(results: Results, indent: str = "") -> str:
+    about, data, arguments = results["about"], results["data"], results["asked"]
     prompts = sum(one["prompts"] for one in data["categories"].values())
     versions = about["versions"]
-    told = (
+    text = (
         f"{about['model']} ({about['parameters'] / 1e6:,.0f} M, {about['dtype']}) on {about['device']}, torch "
         f"{versions['torch']}, transformers {versions['transformers']}: {counted(prompts, 'prompt')} "
-        f"({', '.join(data['files'])}), up to {asked['max_new_tokens']} tokens each, medians of "
-        f"{counted(asked['rounds'], 'round')}."
+        f"({', '.join(data['files'])}), up to {arguments['max_new_tokens']} tokens each, medians of "
+        f"{counted(arguments['rounds'], 'round')}."
     )
-    return textwrap.fill(told, 120, initial_indent=margin, subsequent_indent=margin)
+    return textwrap.fill(text, 120, initial_indent=indent, subsequent_indent=indent)
 
 
-def put(page: str, folder: Path) -> str:
-    """The page, which lies in a folder, with a block between each pair of markers.
+def fill(page: str, folder: Path) -> str:
+    """The page with a table between each pair of markers; `folder` contains the page.
 
-    Raises RedrafterError where there is none, and where a file that one names cannot be read.
+    Raises RedrafterError if there are no markers or a file cannot be read.
     """
 
-    def block_of(found: re.Match[str]) -> str:
-        begin, names, end = found.groups()
-        many = [_read(folder, name) for name in names.split()]
-        return f"{begin}\n{block(*many) if len(many) == 1 else beside(many)}\n\n{end}"
+    def table(match: re.Match[str]) -> str:
+        begin, names, end = match.groups()
+        several = [_read(folder, name) for name in names.split()]
+        return f"{begin}\n{block(*several) if len(several) == 1 else comparison(several)}\n\n{end}"
 
-    new, count = MARKED.subn(block_of, page)
+    new, count = MARKED.subn(table, page)
     if not count:
-        raise RedrafterError("There is no <!-- results FILE --> with <!-- /results --> after it.")
+        raise RedrafterError("There is no <!-- results FILE --> followed by <!-- /results -->.")
     return new
 
 
@@ -127,14 +134,14 @@ def _read(folder: Path, name: str) -> Results:
         raise RedrafterError(f"{name} cannot be read: {reason(error)}.") from error
 
 
-def main(words: Sequence[str]) -> None:
-    """Fills the page that is named in place; exit status 2, with a sentence, where that cannot be."""
-    if len(words) != 1:
-        sentence = "name one page of Markdown, as README.md."
+def main(arguments: Sequence[str]) -> None:
+    """Fills the page in place; on an error, prints one sentence and exits with status 2."""
+    if len(arguments) != 1:
+        sentence = "Give one Markdown page, such as README.md."
     else:
-        page = Path(words[0])
+        page = Path(arguments[0])
         try:
-            page.write_text(put(page.read_text(encoding="utf-8"), page.parent), encoding="utf-8")
+            page.write_text(fill(page.read_text(encoding="utf-8"), page.parent), encoding="utf-8")
             return
         except RedrafterError as error:
             sentence = f"{page}: {error}"

@@ -1,349 +1,317 @@
-"""The report: one page of sentences, tables and pictures, as Markdown and as HTML that refers to nothing outside it.
+"""The report: one page of sentences, tables and plots, as Markdown and as HTML without external resources.
 
-Promises that a reader who does not know the package can tell what was measured on what, and what a figure means.
+Guarantees that the page explains what was measured, on what, and what each figure means.  Needs jinja2 and matplotlib.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 
-from redrafter.bench import plots, tables
-from redrafter.bench.contenders import ALONE, THEIRS
-from redrafter.bench.tables import Results, Table, law, overall, temperatures, times
-from redrafter.bench.variants import NO_NOISE
+from redrafter.bench import tables
+from redrafter.bench.methods import AUTOREGRESSIVE, TRANSFORMERS
+from redrafter.bench.results import Results
+from redrafter.bench.tables import Entry, Table, at, overall, sampling_name, spread, temperatures
+from redrafter.bench.units import FLAT, UNCOUPLED
 from redrafter.core.shapes import counted
+from redrafter.errors import RedrafterError
 from redrafter.utils import hub
 
 FILES = ("results.json", "report.md", "report.html")
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 68rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin-top: 2.2rem; } h3 { font-size: 1rem; }
-.lead { font-size: 1.08rem; background: #f3f6f9; border-left: 4px solid #0072b2; padding: .6rem 1rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0 1.2rem; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
-.name { text-align: left; white-space: normal; } figure { margin: 1rem 0; }
-img { max-width: 100%; height: auto; } figcaption, footer { color: #555; font-size: .88rem; }
-dt { font-weight: 600; } dd { margin: 0 0 .5rem 1.2rem; }
-"""
+
+def check_packages() -> None:
+    """Raises RedrafterError if a package of the extra `bench` is missing."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        message = f"The benchmark report needs {error.name or 'more packages'}: run pip install 'redrafter[bench]'."
+        raise RedrafterError(message) from None
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, sentences, a picture by its name with what it shows, tables, and terms with what they mean."""
+    """A heading with sentences, a plot by its name, tables, and terms with their meaning."""
 
     title: str
     sentences: Sequence[str] = ()
-    picture: tuple[str, str] | None = None
-    tables: Sequence[Table | None] = ()
+    plot: str = ""
+    caption: str = ""
+    tables: Sequence[Table] = ()
     terms: dict[str, str] = field(default_factory=dict)
 
 
 def title(results: Results) -> str:
-    """Of the page."""
-    model = results["about"]["model"] or "the model"
+    """The title of the page."""
+    model = results["about"]["model"] or "unnamed model"
     if "sweep" in results:
-        return f"Which drafts pay for {model}: shapes of {results['methods'][1]['method']}"
-    return f"How fast {model} writes, by way of drafting"
+        return f"Draft shape sweep: {results['methods'][1]['method']} on {model}"
+    return f"Drafting benchmark: {model}"
 
 
 def lead(results: Results) -> list[str]:
-    """What came of it, in sentences; complete calls first."""
+    """The main results in sentences, complete calls first."""
     found = [_fastest_call(results, one) for one in temperatures(results.get("calls", []))]
-    alone = " in decoding alone" if found else ""
+    scope = " in decoding only" if found else ""
     entries = results["sweep"]["all"] if "sweep" in results else overall(results["speed"])
     for temperature in temperatures(entries):
-        own = [one for one in entries if one["temperature"] == temperature and "speed_up" in one]
-        own = [one for one in own if one["method"] != THEIRS and one.get("folded", True)]
-        if not own:
-            continue
-        best = max(own, key=lambda one: one["speed_up"]["median"])
-        beside = best.get("speed_up_over_transformers")
-        found.append(
-            f"{_chosen(temperature)} {best['method']} is the fastest{alone}: "
-            f"{best['tokens_per_second']['median']:,.0f} tokens a second, "
-            f"{times(best['speed_up'])} times as fast as without a drafter"
-            + (f" and {times(beside)} times as fast as transformers' own generate" if beside else "")
-            + f"; a step writes {best['tokens_per_step']:.2f} tokens."
-        )
-    held = [one for one in entries if "texts" in one]
-    if held:
-        texts, same = (sum(one[name] for one in held) for name in ("texts", "texts_equal"))
-        odd = sum(one["texts_parted_without_reason"] for one in held)
+        own = [one for one in at(entries, temperature) if "speed_up" in one and one["method"] != TRANSFORMERS]
+        own = [one for one in own if one.get("folded", True)]
+        if own:
+            best = max(own, key=lambda one: one["speed_up"]["median"])
+            found.append(
+                f"{_setting(temperature)}, {best['method']} is the fastest method{scope}: "
+                f"{best['tokens_per_second']['median']:,.0f} tokens/s, {_speed_up(best)}, "
+                f"{best['tokens_per_step']:.2f} tokens per step."
+            )
+    compared = [one for one in entries if "texts" in one]
+    if compared:
+        texts, same = (sum(one[name] for one in compared) for name in ("texts", "texts_equal"))
+        unexplained = sum(one["texts_parted_without_reason"] for one in compared)
         rest = "."
         if texts > same:
-            rest = "; the others part where the two best logits are nearer than rounding reaches."
-        if odd:
-            rest = f"; {odd} part where rounding does not explain it, which is a fault of the drafting."
-        found.append(
-            f"{same:,} of {texts:,} drafted texts are, token for token, what is written without a drafter{rest}"
-        )
+            rest = "; the others diverge where the two best logits are closer than the rounding error."
+        if unexplained:
+            rest = f"; {unexplained} diverge beyond rounding, which is a bug."
+        found.append(f"{same:,} of {texts:,} drafted texts equal the text without a drafter token for token{rest}")
     if results["failed"]:
-        found.append("Not all that was asked for could be measured: under Not measured this page says what is missing.")
+        found.append('Some measurements are missing; see "Not measured".')
     return found
 
 
-def _chosen(temperature: float) -> str:
-    return "In greedy decoding" if not temperature else f"At temperature {temperature:g}"
+def _setting(temperature: float) -> str:
+    return f"At temperature {temperature:g}" if temperature else "In greedy decoding"
+
+
+def _speed_up(best: Entry) -> str:
+    beside = best.get("speed_up_over_transformers")
+    over = f" and {spread(beside)} over transformers' generate" if beside else ""
+    return f"a speed-up of {spread(best['speed_up'])} over autoregressive decoding{over}"
 
 
 def _fastest_call(results: Results, temperature: float) -> str:
-    """The fastest method's complete calls; why there is none where nothing was drafted."""
-    calls = tables.headline(results, temperature)
-    drafted = [one for one in calls if "speed_up" in one and one["method"] != THEIRS]
+    """The fastest method in complete calls."""
+    calls = tables.headline_calls(results, temperature)
+    drafted = [one for one in calls if "speed_up" in one and one["method"] != TRANSFORMERS]
     if not drafted:
-        return f"{_chosen(temperature)} no drafted calls could be compared end to end."
+        return f"{_setting(temperature)}, no drafted calls could be compared end to end."
     best = max(drafted, key=lambda one: one["speed_up"]["median"])
-    beside = best.get("speed_up_over_transformers")
     return (
-        f"{_chosen(temperature)} {best['method']} is the fastest end to end: a call that writes {best['new_tokens']} "
-        f"tokens takes {best['seconds']['median']:.3g} s, {times(best['speed_up'])} times as fast as without a drafter"
-        + (f" and {times(beside)} times as fast as transformers' own generate." if beside else ".")
+        f"{_setting(temperature)}, {best['method']} is the fastest method end to end: a call that generates "
+        f"{best['new_tokens']} tokens takes {best['seconds']['median']:.3g} s, {_speed_up(best)}."
     )
 
 
 def sections(results: Results) -> list[Section]:
-    """The page in order; what was not measured has no section."""
-    found = [_measured(results)]
+    """The sections of the page, in order.  Sections without figures are omitted."""
+    found = [_conditions(results)]
     if results.get("calls"):
         found.append(_calls(results))
     if "sweep" not in results:
-        found += _compared(results)
-    compared = tables.drafters(results)
-    if compared:
-        told = (
-            "What each method is and costs beside what it brings, over all prompts: a larger head, fewer tokens to "
-            "draft among and other training show here what they are worth. In the picture up and to the left is better."
+        found += _decoding(results)
+    drafters = tables.drafters(results)
+    if drafters:
+        text = (
+            "Cost and benefit of each method over all prompts: its weights, draft vocabulary, draft time and tokens "
+            "per step. In the plot, methods further up and to the left are better."
         )
-        several = len({one["method"] for one in compared}) > 1
-        picture = ("heads", "Tokens per step against milliseconds of a draft, by method, with its parameters.")
-        pages = [tables.heads(results, one) for one in temperatures(compared)]
-        found.append(Section("Drafters side by side", [told], picture if several else None, pages))
-    if results["parts"]:
-        told = (
-            f"A step of {counted(results['asked']['batch_size'], 'row')} at {results['parts'][0]['context']} tokens, "
-            "timed piece by piece: making the draft, the model's run over all its nodes, and the rest of the step, "
-            "which chooses and keeps tokens."
+        several = len({one["method"] for one in drafters}) > 1
+        plot = ("drafter_costs", "Tokens per step against draft time, with the number of parameters.")
+        pages = [tables.drafter_costs(results, one) for one in temperatures(drafters)]
+        found.append(Section("Drafters", [text], *(plot if several else ("", "")), pages))
+    if parts := tables.parts(results):
+        text = (
+            f"A step of {counted(results['asked']['batch_size'], 'row')} at {results['parts'][0]['context']} tokens of "
+            "context: drafting, the model's forward pass over all nodes, and the rest, which selects tokens and "
+            "updates the cache. Milliseconds."
         )
-        picture = ("parts", "Milliseconds of a step: draft, verify and the rest, by method.")
-        found.append(Section("Where the time of a step goes", [told], picture, [tables.parts(results)]))
+        caption = "Milliseconds of a step: draft, verification and the rest, by method."
+        found.append(Section("Time of a step", [text], "parts", caption, [parts]))
     if "sweep" in results:
-        found += _swept(results)
-    if results["batches"]:
-        told = (
-            "Each point is a number of rows decoded together, which stands beside it. No row ends before the others: "
-            "some write on where their text would have ended. To the left a row waits less for each of its tokens, "
-            "upwards more is written in all."
+        found += _sweep(results)
+    if batches := tables.batches(results):
+        text = (
+            "Each point is a batch size, shown next to it. No row finishes early: some texts continue beyond their "
+            "end. Points further left have a lower latency per token, points further up a higher total throughput."
         )
-        picture = ("batches", "Tokens a second of all rows against milliseconds that one row waits for a token.")
-        found.append(Section("Rows together", [told], picture, [tables.batches(results)]))
+        caption = "Tokens per second over all rows against milliseconds per token of one row."
+        found.append(Section("Batch size", [text], "batches", caption, [batches]))
     if results["failed"]:
         found.append(Section("Not measured", [f"{one.rstrip('.')}." for one in results["failed"]]))
     return [*found, _terms(results)]
 
 
-def _measured(results: Results) -> Section:
-    about, data, asked = results["about"], results["data"], results["asked"]
+def _conditions(results: Results) -> Section:
+    about, data, options = results["about"], results["data"], results["asked"]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    kinds = "; ".join(f"{name} {one['prompts']} of {one['of']}" for name, one in data["categories"].items())
-    whole = sum(one["prompts"] for one in data["categories"].values())
+    categories = "; ".join(f"{name} {one['prompts']} of {one['of']}" for name, one in data["categories"].items())
+    prompts = sum(one["prompts"] for one in data["categories"].values())
     sentences = [
-        f"Model: {about['model']}, {about['parameters'] / 1e6:,.1f} million parameters, in {about['dtype']}. Machine: "
+        f"Model: {about['model']}, {about['parameters'] / 1e6:,.1f} million parameters, {about['dtype']}. Machine: "
         f"{about['device']}, {about['system']}. Versions: {versions}. A step is {about['path']['a step']}; attention: "
         f"{about['path']['attention']}.",
-        f"Prompts: {whole} of {', '.join(data['files'])} ({kinds}; of a chat its first turn), to each of which up to "
-        f"{asked['max_new_tokens']} tokens are written, {counted(asked['batch_size'], 'prompt')} at a time, "
-        f"{', '.join(law(one) for one in asked['temperatures'])}. Measured in {counted(asked['rounds'], 'round')}, in "
-        "each of which all ways take their turn on the same prompts; figures are medians of the rounds, in brackets "
-        "the least and the most. Where tokens are drawn, a text is a function of its seed: the same with any drafter "
-        "or none.",
+        f"Prompts: {prompts} of {', '.join(data['files'])} ({categories}; of a chat, the first turn). Up to "
+        f"{options['max_new_tokens']} new tokens per prompt, batch size {options['batch_size']}, "
+        f"{', '.join(sampling_name(one) for one in options['temperatures'])}. In each of "
+        f"{counted(options['rounds'], 'round')}, all methods run on the same prompts one after the other; figures are "
+        "medians over the rounds, with the range in brackets. Sampled texts depend only on the seed: they are the same "
+        "with any drafter and without one.",
+        *results.get("notes", []),
     ]
-    sentences += results.get("notes", [])
     if data["too_long"]:
-        sentences.append(f"{data['too_long']} prompts were left out: the model has no room for them and an answer.")
+        sentences.append(f"{data['too_long']} prompts were excluded: they do not fit into the model's context.")
     rows = []
     for one in results["methods"]:
-        drafts = one.get("shape", "no drafts") + (f"; greedily as {one['greedily']}" if "greedily" in one else "")
+        drafts = one.get("shape", "no drafts") + (f"; greedy: as {one['greedily']}" if "greedily" in one else "")
         rows.append([one["method"], one.get("path", ""), drafts, tables.millions(one.get("parameters"))])
-    table = Table(["method", "from", "drafts", "parameters beside the model's"], rows, names=3)
-    return Section("What was measured", sentences, tables=[table])
+    table = Table(["method", "path", "drafts", "additional parameters"], rows, names=3)
+    return Section("Setup", sentences, tables=[table])
 
 
 def _calls(results: Results) -> Section:
     requests = max(one["requests"] for one in results["calls"])
     on_cuda = any(one["first_steps_ms"] for one in results["calls"])
-    told = [
-        f"What a user's clock shows: complete calls of generate, one prompt a call, {counted(requests, 'prompt')}. A "
-        "call's time includes the checks of its arguments, the prompt, "
+    sentences = [
+        f"Complete calls of generate with one prompt each ({counted(requests, 'prompt')}), as a user experiences them. "
+        "The time includes argument checks, the prompt, "
         + ("the first steps, in which a CUDA graph is captured, " if on_cuda else "")
-        + "decoding, and everything between them. Each figure is a round's mean over its calls.",
-        "Every answer has exactly the length that is named: end tokens are switched off for all methods, so some texts "
-        "run on where they would have ended. Calls before the first timed one build what is built on first use. "
-        "Decoding alone leaves out the prompt" + (" and the first steps." if on_cuda else "."),
+        + "decoding, and everything in between. Each figure is the mean of a round's calls.",
+        "Every answer has the given length: end tokens are disabled for all methods, so some texts continue beyond "
+        "their end. Calls before the first timed one build what is built on first use. Decoding figures exclude the "
+        "prompt" + (" and the first steps." if on_cuda else "."),
     ]
-    picture = ("calls", "Times as fast as without a drafter, end to end by length of answer, and decoding alone.")
     pages = [tables.calls(results, one) for one in temperatures(results["calls"])]
-    return Section("End to end", told, picture, pages)
+    caption = "Speed-up over autoregressive decoding, end to end by answer length, and in decoding only."
+    return Section("End to end", sentences, "calls", caption, pages)
 
 
-def _compared(results: Results) -> list[Section]:
-    told = (
-        "Speed-up is the ratio of two runs in one round. Bars are medians, lines on them reach from the least to the "
-        "most; the dashed line is decoding without a drafter, by the same engine."
+def _decoding(results: Results) -> list[Section]:
+    text = (
+        "The speed-up is the ratio of two runs of one round. Bars are medians, lines on them show the range; the "
+        "dashed line is decoding without a drafter by the same engine."
     )
-    picture = ("speed", "Times as fast as without a drafter, by category of prompts and method.")
     pages = [tables.speed(results, one) for one in temperatures(results["speed"])]
-    found = [Section("Speed by task", [told], picture, pages)]
-    table = tables.acceptance(results)
-    if table is not None:
-        told = (
-            "How often the first, second, … token of a draft, and all before it, is what the model writes itself, over "
-            "all prompts."
+    caption = "Speed-up over autoregressive decoding, by method and category of prompts."
+    found = [Section("Decoding speed by category", [text], "speed", caption, pages)]
+    if table := tables.acceptance(results):
+        text = (
+            "Acceptance rate by position: how often the model itself generates the first, second, … token of a draft "
+            "and all tokens before it, over all prompts."
         )
-        picture = ("acceptance", "Share of drafts accepted up to each position, by method.")
-        found.append(Section("Acceptance by position", [told], picture, [table]))
+        caption = "Acceptance rate up to each position, by method."
+        found.append(Section("Acceptance by position", [text], "acceptance", caption, [table]))
     return found
 
 
-def _swept(results: Results) -> list[Section]:
+def _sweep(results: Results) -> list[Section]:
     found, sweep = [], results["sweep"]
     if sweep["grid"]:
-        told = (
-            "Whole beams of every width and length. The largest figure of each map is in bold: the shape that is "
-            "accepted most is seldom the fastest, for wide and long drafts take time to make and to verify."
+        text = (
+            "Whole beams of each width and length. The largest figure of each map is bold. The shape with the most "
+            "tokens per step is seldom the fastest, because wide and long drafts take time to make and to verify."
         )
-        picture = ("grid", "Two heat maps of width by length: tokens a second, and tokens per step.")
+        caption = "Two heat maps by beam width and length: tokens per second, and tokens per step."
         pair = [("Tokens/s", "tokens_per_second", ",.0f"), ("Tokens per step", "tokens_per_step", ".2f")]
-        maps = [tables.grid(results, *one) for one in pair]
-        found.append(Section("Width and length", [told], picture, maps))
-        told = (
-            "Beams that begin alike are folded into one tree, so that fewer nodes are verified than width x length; "
-            "the curves say what share of them is left."
+        found.append(Section("Width and length", [text], "grid", caption, [tables.grid(results, *one) for one in pair]))
+        text = (
+            "Beams with a common prefix share nodes in a prefix tree, so fewer than width x length nodes are verified. "
+            "The curves show the remaining share."
         )
-        picture = (
-            "folding",
-            "Nodes after folding in per cent of width times length, by width, a line for each length.",
+        caption = "Nodes of the prefix tree in percent of width x length, by width, one line per length."
+        nodes = tables.grid(results, "Nodes per draft", "nodes_per_draft", ".1f")
+        found.append(Section("Nodes saved by shared prefixes", [text], "prefix_sharing", caption, [nodes]))
+    if pages := [table for axis in ("widths", "batches") if (table := tables.prefix_trees(results, axis))]:
+        sentences = [
+            "The same beams, verified as one prefix tree and as flat beams, which are separate chains below one root. "
+            "Accepted tokens and texts are the same. First by beam width at batch size 1, then by batch size with the "
+            "method's default beams.",
+            "On a CPU, a tree is trimmed to the nodes of the fullest row. On CUDA, a step has a fixed shape with room "
+            "for all nodes of the beams, so sharing prefixes saves no time by itself; a node budget does.",
+        ]
+        caption = f"Nodes and tokens per second of prefix trees and {FLAT}, by beam width and by batch size."
+        found.append(Section("Prefix tree and flat beams", sentences, "prefix_trees", caption, pages))
+    if table := tables.budgets(results):
+        text = "The most probable candidates of the search are verified, as many as the budget, including the root."
+        caption = "Speed-up and tokens per step by node budget."
+        found.append(Section("Node budget", [text], "budgets", caption, [table]))
+    if table := tables.by_temperature(results):
+        text = (
+            "Drafts are accepted less often if the model's distribution is wider. Coupled methods rank drafts with the "
+            f"noise that the model samples with; they are also shown {UNCOUPLED}. Other methods draft the same both "
+            "ways."
         )
-        nodes = tables.grid(results, "Nodes of a draft", "nodes_per_draft", ".1f")
-        wide = any(one["shape"]["width"] > 1 for one in sweep["grid"])
-        found.append(Section("What folding saves", [told], picture if wide else None, [nodes]))
-    pages = [tables.folding(results, axis) for axis in ("widths", "batches")]
-    if any(pages):
-        told = (
-            "The same beams, verified as one tree and as chains of their own below one root: what is accepted and "
-            "written is the same. First by beams, one row at a time; then by rows that are decoded together, with the "
-            "method's own beams."
-        )
-        device = (
-            "On a CPU a tree is cut to the nodes that the fullest row has. On CUDA, where a step has one shape, a tree "
-            "of whole beams has room for all their nodes, so folding saves no time by itself: a number of nodes does."
-        )
-        picture = ("unfolded", "Nodes and tokens a second, folded and unfolded, by beams and by rows together.")
-        found.append(Section("Folded and unfolded", [told, device], picture, pages))
-    if sweep["budgets"]:
-        told = "Of all nodes that the search weighed, the so many most probable are verified, the root counted."
-        picture = ("budgets", "Speed-up and tokens per step by the number of nodes.")
-        found.append(Section("Nodes", [told], picture, [tables.points(results, "budgets")]))
-    if sweep["temperatures"]:
-        told = (
-            "Drafts are accepted less often where the model's draws are spread wider. A method that ranks by the noise "
-            f"that the model is about to draw with is also shown {NO_NOISE}; others draft the same both ways."
-        )
-        picture = ("temperatures", "Speed-up and tokens per step by temperature.")
-        found.append(Section("Temperature", [told], picture, [tables.points(results, "temperatures")]))
+        caption = "Speed-up and tokens per step by temperature."
+        found.append(Section("Temperature", [text], "by_temperature", caption, [table]))
     return found
 
 
 def _terms(results: Results) -> Section:
     terms = {
-        ALONE: "Decoding without a drafter, one token a step, by the same engine: what speed-ups are measured against.",
-        "tokens/s": "Tokens written by decoding steps over the time of those steps. The prompts' own runs are "
-        "left out, and on CUDA the first steps of a call, in which a graph is captured.",
-        "tokens per step": "Also mean acceptance length: the drafted tokens that are kept and one that the model adds.",
-        "nodes a draft": "Drafted tokens that the model verifies in one step, without the root.",
-        "parameters": "Weights that drafting reads beside the model's own.",
-        "drafts among": "The draft vocabulary: how many of the model's tokens may be drafted.",
-        "step, ms": "All that decoding does from one step to the next.",
-        "first token, ms": "From a prompt's entry to its first token, the median.",
-        "equal texts": "Texts that are token for token those without a drafter. In low precision two right ways to "
-        "compute may round differently; a text that parts where that does not explain it is called unexplained.",
+        AUTOREGRESSIVE: "Decoding without a drafter, one token per step, by the same engine: the baseline of all "
+        "speed-ups.",
+        "tokens/s": "Tokens generated by decoding steps, divided by the time of those steps. Prompts and, on CUDA, the "
+        "first steps of a call, in which a graph is captured, are excluded.",
+        "tokens per step": "Mean acceptance length: accepted draft tokens plus the token that the model adds.",
+        "nodes per draft": "Draft tokens that the model verifies in one step, without the root.",
+        "parameters": "Weights that drafting reads in addition to the model's.",
+        "draft vocabulary": "Number of the model's tokens that can be drafted.",
+        "step, ms": "Time from one decoding step to the next.",
+        "first token, ms": "Median time from the start of a prompt to its first token.",
+        "equal texts": "Texts that equal those without a drafter token for token. In low precision, two correct "
+        "computations may round differently; a text that diverges for another reason is counted as unexplained.",
     }
-    if any(one["method"] == THEIRS for one in results["methods"]):
-        terms[THEIRS] = "transformers' own generate without a drafter, with a static cache and compiled steps on CUDA."
+    if any(one["method"] == TRANSFORMERS for one in results["methods"]):
+        terms[TRANSFORMERS] = (
+            "transformers' generate without a drafter; on CUDA with a static cache and compiled steps."
+        )
     if results.get("calls"):
-        terms["a call, s"] = "Seconds of a complete call of generate, as its caller measures them."
+        terms["call, s"] = "Seconds of a complete call of generate, measured by its caller."
         if any(one["first_steps_ms"] for one in results["calls"]):
             terms["first steps, ms"] = "The first three steps, in which a CUDA graph is captured or code is compiled."
     if any("peak_memory_bytes" in one for one in results["speed"]):
-        terms["peak memory"] = "Weights of the model and of the method, and the most that a run needed beside them."
-    return Section("What the words mean", terms=terms)
+        terms["peak memory"] = "Weights of the model and the method, plus the largest additional memory of a run."
+    return Section("Terms", terms=terms)
 
 
 def markdown(results: Results) -> str:
-    """The page without its pictures."""
-    lines = [f"# {title(results)}", "", *_lines(lead(results))]
-    for one in sections(results):
-        lines += [f"## {one.title}", "", *_lines(one.sentences)]
-        for table in one.tables:
-            if table is not None:
-                lines += [f"**{table.title}**", ""] if table.title else []
-                lines += [table.markdown, ""]
-        lines += [f"- **{name}**: {meaning}" for name, meaning in one.terms.items()]
-    return "\n".join(lines).rstrip() + "\n"
+    """The page as Markdown, without plots."""
+    blocks = [f"# {title(results)}", *lead(results)]
+    for section in sections(results):
+        blocks += [f"## {section.title}", *section.sentences]
+        for table in section.tables:
+            blocks += [f"**{table.title}**"] if table.title else []
+            blocks.append(table.markdown)
+        if section.terms:
+            blocks.append("\n".join(f"- **{name}**: {meaning}" for name, meaning in section.terms.items()))
+    return "\n\n".join(blocks) + "\n"
 
 
-def _lines(sentences: Sequence[str]) -> list[str]:
-    return [line for sentence in sentences for line in (sentence, "")]
+def html(results: Results) -> str:
+    """The page as HTML."""
+    import jinja2
 
+    from redrafter.bench import plots
 
-def page(results: Results) -> str:
-    """The whole page as HTML.  Raises RedrafterError where the pictures cannot be drawn."""
-    pictures = plots.drawn(results)
-    heading = html.escape(title(results))
-    lines = ['<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">', f"<title>{heading}</title>"]
-    lines += ['<meta name="viewport" content="width=device-width">', f"<style>{STYLE}</style>\n</head>\n<body>"]
-    lines += [f"<h1>{heading}</h1>", f'<p class="lead">{"<br>".join(map(html.escape, lead(results)))}</p>']
-    for one in sections(results):
-        lines.append(f"<h2>{html.escape(one.title)}</h2>")
-        lines += [f"<p>{html.escape(sentence)}</p>" for sentence in one.sentences]
-        if one.picture is not None and one.picture[0] in pictures:
-            name, shows = one.picture
-            data = base64.b64encode(pictures[name].encode()).decode()
-            image = f'<img alt="{html.escape(shows)}" src="data:image/svg+xml;base64,{data}">'
-            lines.append(f"<figure>{image}<figcaption>{html.escape(shows)}</figcaption></figure>")
-        lines += [_table(table) for table in one.tables if table is not None]
-        if one.terms:
-            terms = [f"<dt>{html.escape(n)}</dt><dd>{html.escape(meaning)}</dd>" for n, meaning in one.terms.items()]
-            lines.append(f"<dl>{''.join(terms)}</dl>")
-    told = html.escape(json.dumps(results["asked"], ensure_ascii=False))
-    lines.append(f"<footer><p>redrafter {results['about']['versions']['redrafter']}; asked for: {told}</p></footer>")
-    return "\n".join([*lines, "</body>\n</html>\n"])
-
-
-def _table(table: Table) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        told = [
-            f"<{tag}{' class=' + chr(34) + 'name' + chr(34) if place < table.names else ''}>{html.escape(cell)}</{tag}>"
-            for place, cell in enumerate(cells)
-        ]
-        return f"<tr>{''.join(told)}</tr>"
-
-    body = "".join(row(cells, "td") for cells in table.rows)
-    heading = f"<h3>{html.escape(table.title)}</h3>" if table.title else ""
-    return (
-        f'{heading}<div class="wide"><table><thead>{row(table.head, "th")}</thead><tbody>{body}</tbody></table></div>'
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["b64"] = lambda text: base64.b64encode(text.encode()).decode()
+    template = resources.files("redrafter.bench").joinpath("report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        title=title(results),
+        lead=lead(results),
+        sections=sections(results),
+        plots=plots.draw(results),
+        version=results["about"]["versions"]["redrafter"],
+        options=json.dumps(results["asked"], ensure_ascii=False),
     )
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Writes all three files, each whole or not at all.  Raises RedrafterError where that fails."""
-    texts = (json.dumps(results, indent=1, ensure_ascii=False) + "\n", markdown(results), page(results))
+    """Writes the three files atomically.  Raises RedrafterError if that fails."""
+    texts = (json.dumps(results, indent=1, ensure_ascii=False) + "\n", markdown(results), html(results))
     hub.write_files(folder, {name: text.encode() for name, text in zip(FILES, texts, strict=True)})
     return [folder / name for name in FILES]

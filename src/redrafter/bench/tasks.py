@@ -1,6 +1,6 @@
-"""Prompts by category, as rows of data files give them.
+"""Prompts by category, read from data files.
 
-Promises a sample that is the same each time.  Does not know what is measured on it.
+Guarantees that a sample is the same each time.  Does not know what is measured.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Tasks:
-    """Token ids of the prompts of every category, and what they were taken from."""
+    """Token ids of the prompts of each category."""
 
     prompts: Mapping[str, list[list[int]]]
     of: Mapping[str, int]
-    """Prompts of each category in the data."""
+    """Number of prompts of each category in the data, before sampling."""
     too_long: int
-    """Prompts left out, for the model has no room for them and for what is to be written."""
+    """Number of prompts that were excluded because they do not fit into the model's context."""
 
     @property
     def mixed(self) -> list[list[int]]:
-        """One of each category in turn."""
-        turns = chain.from_iterable(zip_longest(*self.prompts.values()))
-        return [prompt for prompt in turns if prompt is not None]
+        """All prompts, alternating between the categories."""
+        rounds = chain.from_iterable(zip_longest(*self.prompts.values()))
+        return [prompt for prompt in rounds if prompt is not None]
 
     def repeated(self, count: int) -> list[list[int]]:
-        """So many of those, again from the first where they are too few."""
+        """The first `count` of `mixed`, which is repeated if it is shorter."""
         return list(islice(cycle(self.mixed), count))
 
     @property
     def digest(self) -> str:
-        """Of all prompts and their order."""
+        """Hash of all prompts and their order."""
         return hashlib.sha256(json.dumps(dict(self.prompts)).encode()).hexdigest()[:16]
 
 
 def read(sources: Sequence[str | Path], key: str) -> list[tuple[str, dict[str, Any]]]:
-    """All rows with their places; where no row of a file has the `key`, its name is their category.
+    """All rows, each with its location; if no row of a file has `key`, the file's name is the category of its rows.
 
-    Raises RedrafterError where a file has no row.
+    Raises RedrafterError if a file has no rows.
     """
-    found = []
+    rows = []
     for source in sources:
-        own = read_prompts(source)
-        if not any(key in record for _, record in own):
+        rows_of_file = read_prompts(source)
+        if not any(key in record for _, record in rows_of_file):
             name = Path(source).name.split(".")[0]
-            own = [(where, record | {key: name}) for where, record in own]
-        found += own
-    return found
+            rows_of_file = [(where, record | {key: name}) for where, record in rows_of_file]
+        rows += rows_of_file
+    return rows
 
 
 def by_category(
@@ -69,43 +69,42 @@ def by_category(
     *,
     key: str = "category",
     count: int | None = None,
-    room: int | None = None,
+    max_tokens: int | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     vocab_size: int | None = None,
 ) -> Tasks:
-    """Prompts of rows by the value of their `key`; `count` of each at most, evenly spaced over the category's rows.
+    """Groups prompts by the value of `key`, at most `count` per category, evenly spaced over the category's rows.
 
-    `room`: tokens that a prompt may have; `template_kwargs` and `vocab_size` as in `prompts.prompt_ids`.  Raises
-    RedrafterError for a row that has no prompt or no such key, and where no row is left.
+    Prompts of more than `max_tokens` tokens are excluded; `template_kwargs` and `vocab_size` as in `prompt_ids`.
+    Raises RedrafterError for a row without a prompt or category, and if no prompt is left.
     """
-    found: dict[str, list[list[int]]] = {}
+    prompts: dict[str, list[list[int]]] = {}
     too_long = 0
     for where, record in records:
         if key not in record:
-            raise RedrafterError(f'{where}: the row has no "{key}", which others have.')
+            raise RedrafterError(f'{where}: the row has no "{key}", but other rows do.')
         name = str(record[key])
         if name == ALL:
-            raise RedrafterError(f'{where}: the {key} "{ALL}" stands for all of them together; name it otherwise.')
+            raise RedrafterError(f'{where}: the {key} "{ALL}" is reserved for all categories together; rename it.')
         ids = prompt_ids(record, tokenizer, where, template_kwargs=template_kwargs, vocab_size=vocab_size)
-        own = found.setdefault(name, [])
-        if room is not None and len(ids) > room:
+        category = prompts.setdefault(name, [])
+        if max_tokens is not None and len(ids) > max_tokens:
             too_long += 1
         else:
-            own.append(ids)
-    if not any(found.values()):
-        raise RedrafterError(f"All {too_long} prompts are too long for the model and for what is to be written.")
-    kept = {name: own for name, own in found.items() if own}
-    return Tasks(
-        {name: _spread(own, count) for name, own in kept.items()}, {n: len(p) for n, p in kept.items()}, too_long
-    )
+            category.append(ids)
+    kept = {name: category for name, category in prompts.items() if category}
+    if not kept:
+        raise RedrafterError(f"All {too_long} prompts are too long for the model's context and the new tokens.")
+    sizes = {name: len(category) for name, category in kept.items()}
+    return Tasks({name: _sample(category, count) for name, category in kept.items()}, sizes, too_long)
 
 
-def _spread(rows: list[list[int]], count: int | None) -> list[list[int]]:
+def _sample(rows: list[list[int]], count: int | None) -> list[list[int]]:
     if count is None or count >= len(rows):
         return rows
     return [rows[number * len(rows) // count] for number in range(count)]
 
 
 def file_names(sources: Iterable[str | Path]) -> list[str]:
-    """The names of data files without their folders, for a reader."""
-    return [Path(one).name for one in sources]
+    """The names of files without their folders."""
+    return [Path(source).name for source in sources]

@@ -1,6 +1,6 @@
-"""Methods as a bench measures them: in one shape, with the noise of the target's draws or not, or with beams unfolded.
+"""Drafting methods with one property changed: a fixed shape, with or without coupled drafts, or flat beams.
 
-Promises that what is compared differs in that alone, and that no text does.  Does not know what is measured.
+Guarantees that a variant differs from its method in that property only and never changes the generated text.
 """
 
 from __future__ import annotations
@@ -21,24 +21,22 @@ from redrafter.errors import RedrafterError
 from redrafter.proposers import Method, Proposer
 from redrafter.targets.target import Target
 
-NO_NOISE = "without the draws' noise"
-UNFOLDED = "unfolded"
-
 
 @dataclass(frozen=True)
-class Variant:
-    """A method that always drafts in one shape, ranks by the noise of the target's draws or not, or does not fold."""
+class MethodVariant:
+    """A method with a fixed shape, a fixed coupling, or flat beams."""
 
     method: Method
     fixed: DraftShape | None = None
+    """The shape of all drafts; None keeps the method's default."""
     coupled: bool | None = None
-    """Whether drafts are ranked by the noise that the target is about to draw with; by default as the method does."""
-    folded: bool = True
-    """Whether beams that begin alike share nodes, as in decoding; else the target runs each as a chain of its own."""
+    """Whether drafts are ranked with the noise that the target samples with; None keeps the method's default."""
+    flat: bool = False
+    """Whether the target verifies each beam as a separate chain instead of sharing common prefixes."""
 
     @property
     def layers(self) -> Sequence[int]:
-        """As the method's."""
+        """The target's layers that the method reads."""
         return self.method.layers
 
     def shape(self, batch: int) -> DraftShape:
@@ -46,41 +44,40 @@ class Variant:
         return self.fixed or self.method.shape(batch)
 
     def proposer(self, target: Target, shape: DraftShape) -> Proposer | None:
-        """The method's own, changed so.  Raises RedrafterError where there are no whole beams to unfold."""
-        found = self.method.proposer(target, shape)
-        if found is None:
+        """The method's proposer with the change.  Raises RedrafterError if flat beams are requested of a fixed tree."""
+        proposer = self.method.proposer(target, shape)
+        if proposer is None:
             return None
         if self.coupled is not None:
-            found = _Changed(found, draw=partial(_ranked, coupled=self.coupled))
-        if not self.folded:
-            # a beam search weighs more than its beams hold; a tree of a form of its own, as Medusa's, has no more
-            candidates = shape.num_candidates
-            complete = shape.node_budget is None and found.size == shape.max_nodes
-            full = shape.model_copy(update={"node_budget": candidates})
-            most = self.method.proposer(target, full) if complete else None
-            if most is None or most.size != candidates:
-                raise RedrafterError("the method does not draft whole beams that could be unfolded.")
-            found = _Changed(found, tree=partial(unfolded, width=shape.beam_width))
-        return found
+            proposer = _ChangedProposer(proposer, noise=partial(_with_coupling, coupled=self.coupled))
+        if self.flat:
+            # a beam search scores more candidates than its beams hold; a fixed tree, such as Medusa's, does not
+            complete = shape.node_budget is None and proposer.size == shape.max_nodes
+            all_candidates = shape.model_copy(update={"node_budget": shape.num_candidates})
+            largest = self.method.proposer(target, all_candidates) if complete else None
+            if largest is None or largest.size != shape.num_candidates:
+                raise RedrafterError("the method does not draft complete beams, so they cannot be flattened.")
+            proposer = _ChangedProposer(proposer, tree=partial(flat_beams, width=shape.beam_width))
+        return proposer
 
 
-class _Changed(Proposer):
-    """A proposer that is shown other draws, or whose trees are made others."""
+class _ChangedProposer(Proposer):
+    """A proposer whose sampling noise or trees are replaced."""
 
     def __init__(
         self,
         proposer: Proposer,
-        draw: Callable[[SamplingNoise], SamplingNoise] = lambda draw: draw,
+        noise: Callable[[SamplingNoise], SamplingNoise] = lambda noise: noise,
         tree: Callable[[DraftTree], DraftTree] = lambda tree: tree,
     ):
-        self._proposer, self._draw, self._tree = proposer, draw, tree
+        self._proposer, self._noise, self._tree = proposer, noise, tree
         self.length, self.size, self.positions = proposer.length, proposer.size, proposer.positions
         self.modules = proposer.modules
         self.memory, self.read = proposer.memory, proposer.read  # type: ignore[method-assign]
 
     def prepare(self) -> Proposer:
-        """As the proposer's."""
-        return _Changed(self._proposer.prepare(), self._draw, self._tree)
+        """A changed version of the prepared proposer."""
+        return _ChangedProposer(self._proposer.prepare(), self._noise, self._tree)
 
     def propose(
         self,
@@ -89,34 +86,31 @@ class _Changed(Proposer):
         context: Float[Tensor, "B positions state"],
         noise: SamplingNoise,
     ) -> DraftTree:
-        """The proposer's, changed."""
-        return self._tree(self._proposer.propose(memory, rows, context, self._draw(noise)))
+        """The proposer's trees with the change."""
+        return self._tree(self._proposer.propose(memory, rows, context, self._noise(noise)))
 
 
 @dataclass(frozen=True)
-class _Ranked(SamplingNoise):
-    """The draws of a step, by whose noise drafters rank or not, whatever they ask for."""
+class _FixedCoupling(SamplingNoise):
+    """Sampling noise that ranks drafts, or does not, whatever the drafter requests."""
 
-    by_noise: bool = True
+    ranks: bool = True
 
     def ranking(
         self, coupled: bool = True, names: Int[Tensor, " head"] | None = None
     ) -> Callable[[Tensor, int], Tensor] | None:
-        """As `SamplingNoise.ranking`."""
-        return super().ranking(self.by_noise, names)
+        """As in the base class, without regard to `coupled`."""
+        return super().ranking(self.ranks, names)
 
 
-def _ranked(draw: SamplingNoise, coupled: bool) -> SamplingNoise:
-    return _Ranked(draw.warpers, draw.gumbel, coupled)
+def _with_coupling(noise: SamplingNoise, coupled: bool) -> SamplingNoise:
+    return _FixedCoupling(noise.warpers, noise.gumbel, coupled)
 
 
-def unfolded(tree: DraftTree, width: int) -> DraftTree:
-    """Folded beams, each again in nodes of its own below the root: what is verified where nothing is folded.
-
-    `tree` holds `width` beams, no two of them alike (`tree.fold`).
-    """
+def flat_beams(tree: DraftTree, width: int) -> DraftTree:
+    """Splits a prefix tree of `width` distinct beams into one chain per beam below the root."""
     length = (tree.size - 1) // width
     levels = [tree.valid.sum(dim=1, keepdim=True) - width + torch.arange(width, device=tree.tokens.device)]
-    for _ in range(length - 1):  # from the beams' ends, which are the last nodes, up
+    for _ in range(length - 1):  # from the last tokens of the beams, which are the last nodes, towards the root
         levels.insert(0, tree.parents.gather(1, levels[0]))
     return parallel_chains(tree.tokens[:, 0], torch.stack([tree.tokens.gather(1, nodes) for nodes in levels], dim=2))

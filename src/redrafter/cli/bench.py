@@ -1,8 +1,8 @@
-"""`redrafter bench` and `redrafter sweep`: ways to draft side by side, and one of them in many shapes."""
+"""`redrafter bench`: compares drafting methods.  Also the parts that it shares with `redrafter sweep`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,343 +10,119 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from redrafter.cli import options as opt
+from redrafter.cli.app import command
 from redrafter.cli.demo import PROMPTS
-from redrafter.cli.loading import (
-    PROMPT_ROWS,
-    AnyTarget,
-    Compile,
-    Device,
-    Dtype,
-    NewTokens,
-    Sources,
-    TemplateKwargs,
-    claim,
-)
+from redrafter.cli.loading import config_value, demo_folder, load_model, load_tokenizer
+from redrafter.cli.parsing import numbers, template_variables, whole_numbers
 from redrafter.errors import RedrafterError
-from redrafter.utils.outputs import check_bench_folder
+from redrafter.utils.outputs import check_bench_folder, locked
 from redrafter.utils.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
-    from redrafter.bench.comparing import Setting, Tell
-    from redrafter.bench.contenders import Contender, Told
-    from redrafter.bench.tables import Results
-    from redrafter.bench.units import Unit
+    from redrafter.bench.comparing import BenchSetup, OnUnit
+    from redrafter.bench.methods import BenchMethod, MethodSpec
+    from redrafter.bench.results import Results
+    from redrafter.bench.tasks import Tasks
+    from redrafter.bench.units import Comparison, Unit
 
-TASKS = ("dialogue", "dialogue", "dialogue", "dialogue", "maths", "code", "code", "open question")
-"""Of the demo's prompts."""
+    Measure = Callable[[BenchSetup, Sequence[BenchMethod], OnUnit], Results]
+
+CATEGORIES = ("dialogue", "dialogue", "dialogue", "dialogue", "maths", "code", "code", "open question")
+"""Categories of the demo's prompts."""
 
 BUNDLED = {"recurrent": "drafter", "Medusa": "medusa", "EAGLE": "eagle", "two models": "draft"}
-"""Folders beside the demo's model, by what they are called in its report."""
+"""Folders of the bundled drafters by their labels."""
 
-Target = Annotated[
-    str | None, typer.Option("--model", help="The target: a folder or hub id of a Hugging Face causal language model.")
-]
-Prompts = Annotated[list[str] | None, typer.Option(metavar="FILE", help=f"{PROMPT_ROWS} {Sources}")]
-Output = Annotated[Path, typer.Option(help="A folder for measurements.jsonl, results.json, report.md and report.html.")]
-By = Annotated[
-    str, typer.Option(metavar="KEY", help="The rows' key that names their category; without it a file is one.")
-]
-Rounds = Annotated[int, typer.Option(min=1, help="Times that everything is measured, in turn; medians are shown.")]
-SeedOfAll = Annotated[int, typer.Option(min=0, help="Of all draws.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Throw away what the folder's measurements.jsonl holds, and begin anew.")
-]
-Minutes = Annotated[
-    float | None, typer.Option(min=0, help="After which nothing more is begun; the report is of what there is by then.")
-]
-ROUNDS = 3
-ANSWERS = "64,128,512"
-DEMO_ANSWERS, DEMO_ROUNDS, DEMO_REQUESTS = "64", 2, 3
-"""What `bench --demo` measures unless an option says otherwise, so that it takes less than two minutes on two cores."""
+DEMO_REQUESTS = 3
+"""Prompts of complete calls with `--demo`, so that it takes less than two minutes on two cores."""
 
-Demo = Annotated[bool, typer.Option("--demo", help="Measure all that is bundled on the demo's eight prompts.")]
-MethodHelp = (
-    "NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES: what to call it, where it lies, and perhaps how it drafts: "
-    "@10x4 is 10 whole beams of 4 tokens, @10x4:32 the 32 most probable nodes of what they weigh, @:32 the same with "
-    "the folder's own beams; @uncoupled or @10x4,coupled says whether drafts are ranked by the noise of the draws."
+METHOD = (
+    "NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES: a label, a folder or Hub id, and optionally a draft shape: @10x4 for "
+    "10 complete beams of 4 tokens, @10x4:32 for the 32 most probable candidates of that search, @:32 with the default "
+    "beams.  @uncoupled or @10x4,coupled sets whether drafts are ranked with the sampling noise."
 )
 
 
-def bench(
-    context: typer.Context,
-    output: Output,
-    model: Target = None,
+@dataclass(kw_only=True)
+class SharedOptions(opt.LoadingOptions):
+    """Options of `redrafter bench` and `redrafter sweep`."""
+
+    output: Annotated[Path, typer.Option(help="Folder for measurements.jsonl, results.json, report.md, report.html.")]
+    model: Annotated[str | None, typer.Option(help=opt.MODEL)] = None
     method: Annotated[
-        list[str] | None, typer.Option("--method", metavar="METHOD", help=f"Once or more: {MethodHelp}")
-    ] = None,
-    prompts: Prompts = None,
-    by: By = "category",
+        list[str] | None, typer.Option(metavar="METHOD", help=f"May be repeated; a sweep varies the first.  {METHOD}")
+    ] = None
+    prompts: Annotated[list[str] | None, typer.Option(metavar="FILE", help=opt.PROMPT_ROWS)] = None
+    by: Annotated[
+        str, typer.Option(metavar="KEY", help="Key of a row's category; a file without this key is one category.")
+    ] = "category"
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use N prompts of each category, evenly spaced.  \\[default: all]")
-    ] = None,
-    template_kwargs: TemplateKwargs = None,
-    max_new_tokens: NewTokens = 128,
-    temperatures: Annotated[str, typer.Option(help="0 is greedy decoding.")] = "0,1",
-    answers: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokens of complete calls, timed end to end, or none.  "
-            f"\\[default: {ANSWERS}; with --demo {DEMO_ANSWERS}]"
-        ),
-    ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Times that everything is measured; medians are shown.  "
-            f"\\[default: {ROUNDS}; with --demo {DEMO_ROUNDS}]",
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
-    batches: Annotated[
-        str | None, typer.Option(help="Also throughput against latency with so many rows together, as 1,2,4,8.")
-    ] = None,
-    transformers: Annotated[
-        bool, typer.Option(help="Also measure transformers' own generate, without a drafter.")
-    ] = True,
-    seed: SeedOfAll = 0,
-    compile: Compile = False,
-    overwrite: Overwrite = False,
-    minutes: Minutes = None,
-    demo: Demo = False,
-    any_target: AnyTarget = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-) -> None:
-    """Compare drafting methods: complete calls, decoding alone, acceptance and equality of texts, in one report.
-
-    Run again with the same arguments, it goes on where it was stopped.
-    """
-    from redrafter.bench import plots
-    from redrafter.bench.contenders import read_methods
-    from redrafter.bench.units import REQUESTS
-    from redrafter.cli.loading import numbers, template_variables, whole_numbers
-
-    kinds = numbers(temperatures, "--temperatures")
-    together = [] if batches is None else whole_numbers(batches, "--batches")
-    lengths = answers or (DEMO_ANSWERS if demo else ANSWERS)
-    calls = [] if lengths == "none" else whole_numbers(lengths, "--answers")
-    rounds = rounds or (DEMO_ROUNDS if demo else ROUNDS)
-    told = read_methods([*_demo_methods(demo, model), *(method or [])])
-    plots.required()
-    shared = Shared(
-        output=output,
-        model=model,
-        prompts=prompts,
-        by=by,
-        limit=limit,
-        template_kwargs=template_variables(template_kwargs),
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        compile=compile,
-        overwrite=overwrite,
-        minutes=minutes,
-        demo=demo,
-        any_target=any_target,
-        dtype=dtype,
-        device=device,
+        int | None, typer.Option(min=1, help="Use N prompts per category, evenly spaced.  \\[default: all]")
+    ] = None
+    template_kwargs: opt.TemplateKwargs = None
+    max_new_tokens: opt.NewTokens = 128
+    seed: Annotated[int, typer.Option(min=0, help="Seed for sampling.")] = 0
+    compile: opt.Compile = False
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the measurements in the output folder and start again.")
+    ] = False
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Start no further measurement after this time, and write the report.")
+    ] = None
+    demo: Annotated[bool, typer.Option("--demo", help="Measure all bundled drafters on the demo's eight prompts.")] = (
+        False
     )
-    setting, methods = shared.setting(
-        context,
-        told,
-        [batch_size, *together],
-        command="bench",
-        batch_size=batch_size,
-        batches=together,
-        transformers=transformers,
-        temperatures=kinds,
-        answers=calls,
-        requests=DEMO_REQUESTS if demo and answers is None else REQUESTS,
-        rounds=rounds,
-    )
-    from redrafter.bench.comparing import compare
 
-    with _telling() as tell:
-        found = compare(
-            setting,
-            methods,
-            transformers=transformers,
-            temperatures=kinds,
-            batch=batch_size,
-            batches=together,
-            rounds=rounds,
-            answers=calls,
-            tell=tell,
-        )
-    _written(found, output)
+    def methods(self) -> list[MethodSpec]:
+        """The methods to measure: with `--demo` first the bundled ones.  Raises RedrafterError."""
+        from redrafter.bench.methods import parse_methods
 
-
-def sweep(
-    context: typer.Context,
-    output: Output,
-    model: Target = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method",
-            metavar="METHOD",
-            help=f"The first goes through all axes, further ones are measured beside it as they are. {MethodHelp}",
-        ),
-    ] = None,
-    prompts: Prompts = None,
-    by: By = "category",
-    limit: Annotated[int, typer.Option(min=1, help="Use N prompts of each category, evenly spaced.")] = 2,
-    template_kwargs: TemplateKwargs = None,
-    max_new_tokens: NewTokens = 64,
-    widths: Annotated[str, typer.Option(help="Beams to draft.")] = "1,2,4,8,16,32,64",
-    lengths: Annotated[str, typer.Option(help="Tokens of a beam.")] = "1,2,3,4,5,6,7,8",
-    budgets: Annotated[str, typer.Option(help="Most probable nodes, of the method's own beams.")] = "4,8,16,32,64",
-    batches: Annotated[
-        str, typer.Option(help="Rows decoded together, in the method's own shape.")
-    ] = "1,2,4,8,16,32,64",
-    temperatures: Annotated[
-        str, typer.Option(help="Of the method's own shape, coupled to the draws' noise and not; 0 is greedy.")
-    ] = "0,0.3,0.7,1",
-    temperature: Annotated[float, typer.Option(min=0.0, help="At which all other axes are measured.")] = 0.0,
-    rounds: Rounds = 3,
-    seed: SeedOfAll = 0,
-    compile: Compile = False,
-    overwrite: Overwrite = False,
-    minutes: Minutes = None,
-    demo: Demo = False,
-    any_target: AnyTarget = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-) -> None:
-    """Measure one way to draft in many shapes, batches and temperatures, perhaps beside others: heat maps and curves.
-
-    Run again with the same arguments, it goes on where it was stopped.
-    """
-    from redrafter.bench import plots
-    from redrafter.bench.contenders import read_methods
-    from redrafter.cli.loading import numbers, template_variables, whole_numbers
-
-    lists = {"--widths": widths, "--lengths": lengths, "--budgets": budgets, "--batches": batches}
-    beams, depths, nodes, together = (whole_numbers(value, option) for option, value in lists.items())
-    kinds = numbers(temperatures, "--temperatures")
-    told = read_methods([*_demo_methods(demo, model), *(method or [])])
-    plots.required()
-    shared = Shared(
-        output=output,
-        model=model,
-        prompts=prompts,
-        by=by,
-        limit=limit,
-        template_kwargs=template_variables(template_kwargs),
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        compile=compile,
-        overwrite=overwrite,
-        minutes=minutes,
-        demo=demo,
-        any_target=any_target,
-        dtype=dtype,
-        device=device,
-    )
-    setting, methods = shared.setting(
-        context,
-        told,
-        [1, *together],
-        command="sweep",
-        batch_size=1,
-        axes={"widths": beams, "lengths": depths, "budgets": nodes, "batches": together},
-        temperature=temperature,
-        temperatures=kinds,
-        rounds=rounds,
-    )
-    from redrafter.bench.comparing import Axes
-    from redrafter.bench.comparing import sweep as measure
-
-    axes = Axes(beams, depths, nodes, together, kinds)
-    with _telling() as tell:
-        found = measure(setting, methods, axes, temperature=temperature, rounds=rounds, tell=tell)
-    _written(found, output)
-
-
-def _demo_methods(demo: bool, model: str | None) -> list[str]:
-    """Every bundled way to draft, the recurrent drafter first, and prompt lookup, which needs no folder."""
-    from redrafter.cli.loading import demo_folder
-
-    if demo and model is not None:
-        raise RedrafterError("--demo brings its own model: leave --model out.")
-    if not demo:
-        return []
-    bundled = (f"{name}={demo_folder() / folder}" for name, folder in BUNDLED.items())
-    return [*bundled, "prompt lookup=prompt-lookup"]
-
-
-def _is_bundled(one: Told) -> bool:
-    from redrafter.cli.loading import demo_folder
-
-    return Path(one.path).is_relative_to(demo_folder())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shared:
-    """The options that both commands have and that what they measure depends on."""
-
-    output: Path
-    model: str | None
-    prompts: list[str] | None
-    by: str
-    limit: int | None
-    template_kwargs: dict[str, Any]
-    max_new_tokens: int
-    seed: int
-    compile: bool
-    overwrite: bool
-    minutes: float | None
-    demo: bool
-    any_target: bool
-    dtype: str
-    device: str
-
-    def setting(
-        self, context: typer.Context, told: list[Told], sizes: list[int], **asked: Any
-    ) -> tuple[Setting, list[Contender]]:
-        """Everything loaded and checked, for `sizes` of rows together; nothing is measured or written yet.
-
-        `asked`: the command's own options, for the journal and the report.
-        """
+        if self.demo and self.model is not None:
+            raise RedrafterError("--demo uses its own model: omit --model.")
+        bundled = [f"{name}={demo_folder() / folder}" for name, folder in BUNDLED.items() if self.demo]
+        specs = parse_methods([*bundled, *(["prompt lookup=prompt-lookup"] if self.demo else []), *(self.method or [])])
         if self.model is None and not self.demo:
-            raise RedrafterError("Give a --model, or --demo for the bundled pair.")
-        if not told:
-            raise RedrafterError("Give a --method, as ours=drafter_folder.")
+            raise RedrafterError("Give a --model, or --demo for the bundled model and drafters.")
+        if not specs:
+            raise RedrafterError("Give a --method, such as ours=drafter_folder.")
         if not self.prompts and not self.demo:
-            raise RedrafterError("Give --prompts: a file of prompts.")
-        path = str(self.model)
-        if self.demo:
-            from redrafter.cli.loading import demo_folder
+            raise RedrafterError("Give --prompts: a file with prompts.")
+        return specs
 
-            path = str(demo_folder() / "redrafter-demo-12m")
-        check_model_path(path)
-        for one in told:
-            check_drafter_path(one.path)
-        check_bench_folder(self.output, inputs=[path, *(self.prompts or []), *(one.path for one in told)])
-        claim(context, self.output)
+    def model_path(self) -> str:
+        """Where the target is."""
+        return str(demo_folder() / "redrafter-demo-12m") if self.demo else str(self.model)
 
-        from redrafter.bench.comparing import Setting
-        from redrafter.bench.contenders import load
-        from redrafter.bench.tasks import by_category, file_names, read
-        from redrafter.bench.units import REQUESTS, Asked
-        from redrafter.cli.loading import config_value, load_model, load_tokenizer
+    def tasks(self) -> Tasks:
+        """The prompts.  Raises RedrafterError for bad rows."""
+        from redrafter.bench.tasks import by_category, read
 
-        records = read(self.prompts, self.by) if self.prompts else _demo_rows(self.by)
+        if self.prompts:
+            rows = read(self.prompts, self.by)
+        else:
+            chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+            rows = [("--demo", {"messages": one, self.by: name}) for one, name in zip(chats, CATEGORIES, strict=True)]
+        path, variables = self.model_path(), template_variables(self.template_kwargs)
         positions = config_value(path, "max_position_embeddings")
-        tasks = by_category(
-            records,
-            load_tokenizer(path, variables=self.template_kwargs),
+        return by_category(
+            rows,
+            load_tokenizer(path, variables=variables),
             key=self.by,
             count=self.limit,
-            room=None if positions is None else positions - self.max_new_tokens,
-            template_kwargs=self.template_kwargs,
+            max_tokens=None if positions is None else positions - self.max_new_tokens,
+            template_kwargs=variables,
             vocab_size=config_value(path, "vocab_size"),
         )
-        target, _ = load_model(path, self.dtype, self.device)
-        methods = load(told, target, sizes, any_target=self.any_target)
-        arguments = asked | {
-            "model": "the bundled pair's" if self.demo else path,
-            "methods": {one.label: "the bundled pair's" if _is_bundled(one) else one.shown for one in told},
+
+    def arguments(self, specs: Sequence[MethodSpec]) -> dict[str, Any]:
+        """The options that measurements depend on, for the journal and the report."""
+        from redrafter.bench.tasks import file_names
+
+        bundled, folder = "the bundled pair's", demo_folder()
+        return {
+            "model": bundled if self.demo else self.model,
+            "methods": {s.label: bundled if Path(s.path).is_relative_to(folder) else s.location for s in specs},
             "data": file_names(self.prompts) if self.prompts else ["the demo's prompts"],
             "by": self.by,
             "prompts": self.limit,
@@ -354,50 +130,136 @@ class Shared:
             "seed": self.seed,
             "compile": self.compile,
         }
-        common = Asked(self.max_new_tokens, self.seed, self.compile, asked.get("requests", REQUESTS))
-        return Setting(target, tasks, common, arguments, self.output, self.overwrite, self.minutes), methods
 
 
-def _demo_rows(by: str) -> list[tuple[str, dict[str, Any]]]:
-    """The demo's prompts as rows of a file."""
-    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
-    return [("--demo", {"messages": chat, by: task}) for chat, task in zip(chats, TASKS, strict=True)]
+@dataclass(kw_only=True)
+class BenchOptions(SharedOptions):
+    """Options of `redrafter bench`."""
+
+    temperatures: Annotated[str, typer.Option(help="Temperatures; 0 is greedy decoding.")] = "0,1"
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            help="Lengths of complete calls in tokens, or none.  \\[default: 64,128,512; with --demo 64]",
+        ),
+    ] = None
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Rounds in which everything is measured; medians are reported.  \\[default: 3; with --demo 2]"
+        ),
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of prompts decoded together.")] = 1
+    batches: Annotated[
+        str | None, typer.Option(help="Also measure throughput and latency at these batch sizes, such as 1,2,4,8.")
+    ] = None
+    transformers: Annotated[bool, typer.Option(help="Also measure transformers' generate without a drafter.")] = True
+
+    def comparison(self) -> Comparison:
+        """What to measure.  Raises RedrafterError for a bad list."""
+        from redrafter.bench.units import Comparison
+
+        lengths = self.answers or ("64" if self.demo else "64,128,512")
+        return Comparison(
+            temperatures=numbers(self.temperatures, "--temperatures"),
+            batch=self.batch_size,
+            batches=[] if self.batches is None else whole_numbers(self.batches, "--batches"),
+            rounds=self.rounds or (2 if self.demo else 3),
+            answers=[] if lengths == "none" else whole_numbers(lengths, "--answers"),
+            transformers=self.transformers,
+        )
+
+
+@command("Measure")
+def bench(options: BenchOptions) -> None:
+    """Compare drafting methods: complete calls, decoding, acceptance and equality of texts, in one report.
+
+    Run the same command again to resume an interrupted benchmark.
+    """
+    from redrafter.bench.report import check_packages
+    from redrafter.bench.runner import MAX_REQUESTS
+
+    check_packages()
+    comparison = options.comparison()
+    requests = DEMO_REQUESTS if options.demo and options.answers is None else MAX_REQUESTS
+    arguments = {
+        "command": "bench",
+        "batch_size": comparison.batch,
+        "batches": comparison.batches,
+        "transformers": comparison.transformers,
+        "temperatures": comparison.temperatures,
+        "answers": comparison.answers,
+        "requests": requests,
+        "rounds": comparison.rounds,
+    }
+    from redrafter.bench.comparing import compare
+
+    batches = [comparison.batch, *comparison.batches]
+    run(options, batches, arguments, lambda *parts: compare(*parts, options=comparison))
+
+
+def run(options: SharedOptions, batches: list[int], arguments: dict[str, Any], measure: Measure) -> None:
+    """Loads everything, measures, and writes the report.  Raises RedrafterError for bad input before it measures.
+
+    `batches` are the batch sizes that each method must support; `arguments` are the command's own options.
+    """
+    specs = options.methods()
+    path = options.model_path()
+    check_model_path(path)
+    for spec in specs:
+        check_drafter_path(spec.path)
+    check_bench_folder(options.output, inputs=[path, *(options.prompts or []), *(spec.path for spec in specs)])
+    with locked(options.output):
+        from redrafter.bench.comparing import BenchSetup
+        from redrafter.bench.methods import load_methods
+        from redrafter.bench.runner import MAX_REQUESTS, RunOptions
+
+        tasks = options.tasks()
+        model, _ = load_model(path, options.dtype, options.device)
+        methods = load_methods(specs, model, batches, any_target=options.any_target)
+        run = RunOptions(options.max_new_tokens, options.seed, options.compile, arguments.get("requests", MAX_REQUESTS))
+        arguments |= options.arguments(specs)
+        setup = BenchSetup(model, tasks, run, arguments, options.output, options.overwrite, options.minutes)
+        with _progress() as on_unit:
+            results = measure(setup, methods, on_unit)
+        _write(results, options.output)
 
 
 @contextmanager
-def _telling() -> Iterator[Tell]:
-    """Progress on stderr that says what is being measured."""
-    from redrafter.bench.tables import law
+def _progress() -> Iterator[OnUnit]:
+    """Shows on stderr what is being measured."""
+    from redrafter.bench.tables import sampling_name
     from redrafter.utils.progress import Progress
 
-    current = [""]
-    with ExitStack() as until:
-        progress = Progress("measurements", 0, details=lambda: current[0])
+    current = ""
+    with ExitStack() as stack:
+        progress = Progress("measurements", 0, details=lambda: current)
 
-        def tell(unit: Unit, number: int, of: int) -> None:
+        def on_unit(unit: Unit, number: int, total: int) -> None:
+            nonlocal current
             rows = f", {unit.batch} rows" if unit.batch > 1 else ""
             rows += f", calls of {unit.new_tokens} tokens" if unit.new_tokens else ""
-            current[0] = f"{unit.method}: {unit.category}, {law(unit.temperature)}{rows}"
-            progress.update(number, of)
-            if not number:  # whatever is refused is refused before
-                until.enter_context(progress)
+            current = f"{unit.method}: {unit.category}, {sampling_name(unit.temperature)}{rows}"
+            progress.update(number, total)
+            if not number:  # errors in the input were raised before
+                stack.enter_context(progress)
 
-        yield tell
-        current[0] = ""
+        yield on_unit
+        current = ""
         progress.update(progress.total)
 
 
-def _written(found: Results, output: Path) -> None:
-    """Writes the report and says what came of it, and what failed; the times of complete calls last."""
+def _write(results: Results, output: Path) -> None:
+    """Writes the report and prints its summary, what is missing, and last the table of complete calls."""
     from redrafter.bench.report import lead, write
     from redrafter.bench.tables import calls, temperatures
 
-    files = write(found, output)
-    for sentence in lead(found):
+    files = write(results, output)
+    for sentence in lead(results):
         typer.echo(sentence)
-    for sentence in found["failed"]:
+    for sentence in results["failed"]:
         typer.echo(f"not measured: {sentence}", err=True)
-    typer.echo(f"Wrote {', '.join(str(one) for one in files)}.")
-    for temperature in temperatures(found.get("calls", [])):
-        table = calls(found, temperature)
+    typer.echo(f"Wrote {', '.join(str(file) for file in files)}.")
+    for temperature in temperatures(results.get("calls", [])):
+        table = calls(results, temperature)
         typer.echo(f"\n{table.title}, end to end:\n{table.markdown}")

@@ -1,95 +1,65 @@
-"""`redrafter check`: proves that drafting changes no text."""
+"""`redrafter check`: compares drafted with undrafted text on this machine."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
 
 import typer
 
-from redrafter.cli.loading import (
-    AnyTarget,
-    Budget,
-    Device,
-    DoSample,
-    DrafterOrModel,
-    Dtype,
-    Length,
-    Limit,
-    MinP,
-    Model,
-    NewTokens,
-    Prompts,
-    Seed,
-    Set,
-    Temperature,
-    TemplateKwargs,
-    TopK,
-    TopP,
-    Width,
-)
+from redrafter.cli import options as opt
+from redrafter.cli.app import command
 from redrafter.utils.paths import check_drafter_path, check_model_path
 
 
-def check(
-    model: Model,
-    drafter: Annotated[str, typer.Option(help=DrafterOrModel)],
-    prompts: Prompts,
-    limit: Limit = None,
-    template_kwargs: TemplateKwargs = None,
-    max_new_tokens: NewTokens = 128,
-    beam_width: Width = None,
-    beam_length: Length = None,
-    node_budget: Budget = None,
-    do_sample: DoSample = False,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    more: Set = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
-    any_target: AnyTarget = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-) -> None:
-    """Decode with and without the drafter; exit status 1 if texts part where rounding does not explain it."""
-    check_model_path(model)
-    check_drafter_path(drafter)
-    from redrafter.cli.loading import load_drafter, load_model, read_settings, tokenized_prompts
+@dataclass(kw_only=True)
+class CheckOptions(opt.ShapeOptions, opt.SamplingOptions, opt.LoadingOptions):
+    """Options of `redrafter check`."""
+
+    model: opt.Model
+    drafter: opt.Drafter
+    prompts: opt.Prompts
+    limit: opt.Limit = None
+    template_kwargs: opt.TemplateKwargs = None
+    max_new_tokens: opt.NewTokens = 128
+    batch_size: opt.BatchSize = 8
+    settings: opt.Set = None
+
+
+@command("Measure")
+def check(options: CheckOptions) -> None:
+    """Generate with and without the drafter and compare the texts.
+
+    Exit status 1 if texts differ and rounding does not explain it.
+    """
+    check_model_path(options.model)
+    check_drafter_path(options.drafter)
+    from redrafter.cli.loading import load_drafter, load_model, tokenized_prompts
+    from redrafter.cli.parsing import read_settings
     from redrafter.data.prompts import read_prompts
     from redrafter.decoding.settings import with_stop_strings
     from redrafter.evaluation.checking import compare
     from redrafter.utils.progress import Progress
 
-    settings = read_settings(
-        more,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        beam_width=beam_width,
-        beam_length=beam_length,
-        node_budget=node_budget,
-    )
-    ids = tokenized_prompts(read_prompts(*prompts, limit=limit), model, template_kwargs)
-    target, tokenizer = load_model(model, dtype, device)
-    head = load_drafter(drafter, target, any_target=any_target)
+    values = opt.values_of(options, opt.ShapeOptions, opt.SamplingOptions)
+    sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+    settings = read_settings(options.settings, **values, **sizes)
+    records = read_prompts(*options.prompts, limit=options.limit)
+    ids = tokenized_prompts(records, options.model, options.template_kwargs)
+    target, tokenizer = load_model(options.model, options.dtype, options.device)
+    drafter = load_drafter(options.drafter, target, any_target=options.any_target)
+    settings = with_stop_strings(target, settings, tokenizer)
     with Progress("texts", 2 * len(ids)) as progress:
-        report = compare(target, head, ids, on_row=progress.advance, **with_stop_strings(target, settings, tokenizer))
-    for parting in report.divergences:
-        verdict = "within rounding" if parting.explained else "NOT explained by rounding"
+        report = compare(target, drafter, ids, on_row=progress.advance, **settings)
+    for one in report.divergences:
+        verdict = "within rounding" if one.explained else "NOT explained by rounding"
         typer.echo(
-            f"prompt {parting.row + 1} parts at new token {parting.position + 1}: the two best logits are "
-            f"{parting.margin:.3g} apart, rounding reaches {parting.rounding:.3g}: {verdict}"
+            f"prompt {one.row + 1}: the texts differ from new token {one.position + 1} on; the two largest logits are "
+            f"{one.margin:.3g} apart, rounding explains {one.rounding:.3g}: {verdict}"
         )
-    unexplained = sum(not p.explained for p in report.divergences)
+    unexplained = sum(not one.explained for one in report.divergences)
     verdict = "drafting changes nothing"
     if report.divergences:
-        verdict = f"{unexplained} part without excuse" if unexplained else "the others part within rounding"
+        verdict = f"{unexplained} differ beyond rounding" if unexplained else "the others differ within rounding"
     typer.echo(
         f"{len(ids) - len(report.divergences)} of {len(ids)} texts equal, {report.tokens} tokens, "
         f"{report.tokens_per_step:.2f} per step: {verdict}."

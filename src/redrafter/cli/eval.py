@@ -1,27 +1,15 @@
-"""`redrafter eval`: how far a drafter's drafts are accepted, greedy and sampled."""
+"""`redrafter eval`: how many drafted tokens are accepted, greedy and sampled."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redrafter.cli.loading import (
-    PROMPT_ROWS,
-    AnyTarget,
-    Budget,
-    Device,
-    DrafterOrModel,
-    Dtype,
-    Length,
-    Limit,
-    Model,
-    NewTokens,
-    Sources,
-    TemplateKwargs,
-    Width,
-)
+from redrafter.cli import options as opt
+from redrafter.cli.app import command
 from redrafter.errors import RedrafterError
 from redrafter.utils.paths import check_drafter_path, check_model_path
 
@@ -31,84 +19,72 @@ if TYPE_CHECKING:
 FIGURES = ("decoding", "walked", "teacher_forced")
 
 
-def evaluate(
-    model: Model,
-    drafter: Annotated[str, typer.Option(help=DrafterOrModel)],
-    prompts: Annotated[list[str], typer.Option("--prompts", "--data", metavar="FILE", help=f"{PROMPT_ROWS} {Sources}")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="More of the same.")] = None,
-    template_kwargs: TemplateKwargs = None,
-    max_new_tokens: NewTokens = 128,
-    beam_width: Width = None,
-    beam_length: Length = None,
-    node_budget: Budget = None,
-    temperature: Annotated[float, typer.Option(help="Of the law, where sampled.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
-    limit: Limit = None,
-    by: Annotated[str | None, typer.Option(metavar="KEY", help="Also by the rows' values of this key.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    any_target: AnyTarget = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-) -> None:
-    """Count how far drafts are accepted: in decoding, the same walked over the texts, and at every place of them."""
-    check_model_path(model)
-    check_drafter_path(drafter)
+@dataclass(kw_only=True)
+class EvalOptions(opt.ShapeOptions, opt.LoadingOptions):
+    """Options of `redrafter eval`."""
+
+    model: opt.Model
+    drafter: opt.Drafter
+    prompts: Annotated[list[str], typer.Option("--prompts", "--data", metavar="FILE", help=opt.PROMPT_ROWS)]
+    more: Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="Further files of prompts.")] = None
+    template_kwargs: opt.TemplateKwargs = None
+    max_new_tokens: opt.NewTokens = 128
+    temperature: Annotated[float, typer.Option(help="Temperature of the sampled texts.")] = 1.0
+    seed: Annotated[int, typer.Option(help="Seed of the sampled texts.")] = 0
+    batch_size: opt.BatchSize = 8
+    limit: opt.Limit = None
+    by: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Also report separately for every value of this key of the rows.")
+    ] = None
+    as_json: opt.AsJson = False
+
+
+@command("Measure", "eval")
+def evaluate(options: EvalOptions) -> None:
+    """Measure how many drafted tokens the target accepts, greedy and sampled.
+
+    `decoding`: counted while generating; `walked`: recomputed from the texts, as a check; `teacher-forced`: with a
+    draft at every position of the texts.
+    """
+    check_model_path(options.model)
+    check_drafter_path(options.drafter)
     from redrafter.cli.loading import load_drafter, load_model, tokenized_prompts
     from redrafter.data.prompts import read_prompts
-    from redrafter.evaluation.acceptance import Measured
     from redrafter.evaluation.acceptance import evaluate as measure
     from redrafter.utils.progress import Progress
 
-    records = read_prompts(*prompts, *(more or []), limit=limit)
-    groups = {} if by is None else _grouped(records, by)
-    ids = tokenized_prompts(records, model, template_kwargs)
-    target, tokenizer = load_model(model, dtype, device)
-    head = load_drafter(drafter, target, any_target=any_target)
+    records = read_prompts(*options.prompts, *(options.more or []), limit=options.limit)
+    groups = {} if options.by is None else _grouped(records, options.by)
+    ids = tokenized_prompts(records, options.model, options.template_kwargs)
+    target, tokenizer = load_model(options.model, options.dtype, options.device)
+    drafter = load_drafter(options.drafter, target, any_target=options.any_target)
     with Progress("texts", 2 * len(ids)) as progress:
-        found = measure(
+        results = measure(
             target,
-            head,
+            drafter,
             ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            batch_size=batch_size,
-            beam_width=beam_width,
-            beam_length=beam_length,
-            node_budget=node_budget,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            **opt.values_of(options, opt.ShapeOptions),
             tokenizer=tokenizer,
             on_row=progress.advance,
         )
-    otherwise = {way: sum(one.walked != one.decoding for one in texts) for way, texts in found.items()}
-    whole = {way: Measured.total(texts) for way, texts in found.items()}
-    parts = {
-        name: {way: Measured.total([texts[row] for row in rows]) for way, texts in found.items()}
-        for name, rows in groups.items()
-    }
-    if as_json:
-        record = {"prompts": len(records), "temperature": temperature, "seed": seed, **_plain(whole)}
-        record |= {"walked_otherwise": otherwise}
-        if by is not None:
-            record["by"] = {by: {name: {"prompts": len(groups[name]), **_plain(part)} for name, part in parts.items()}}
-        typer.echo(json.dumps(record, ensure_ascii=False))
-    else:
-        for name, part in parts.items():
-            _table(f"{by} {name}: {len(groups[name])} prompts", part)
-        _table(f"{len(records)} prompts", whole)
-    precise = str(target.dtype).removeprefix("torch.")
-    for way, count in otherwise.items():
+    _report(options, results, groups)
+    rounding = "only almost equal scores explain" if target.dtype.itemsize == 4 else "rounding may explain"
+    dtype = str(target.dtype).removeprefix("torch.")
+    for mode, count in _num_differences(results).items():
         if count:
-            reason = "only scores that are all but equal explain" if precise == "float32" else "rounding may explain"
             typer.echo(
-                f"{way}: {count} of {len(records)} texts walk otherwise than they were decoded; in {precise} {reason} "
-                "that.",
-                err=as_json,
+                f"{mode}: for {count} of {len(ids)} texts the recomputed counts differ from those of decoding; in "
+                f"{dtype} {rounding} that.",
+                err=options.as_json,
             )
 
 
 def _grouped(records: list[tuple[str, dict[str, Any]]], by: str) -> dict[str, list[int]]:
-    """The rows that hold each value of a key."""
+    """Row numbers by their value of a key."""
     groups: dict[str, list[int]] = {}
     for row, (where, record) in enumerate(records):
         if by not in record:
@@ -117,9 +93,36 @@ def _grouped(records: list[tuple[str, dict[str, Any]]], by: str) -> dict[str, li
     return groups
 
 
-def _plain(measured: dict[str, Measured]) -> dict[str, Any]:
-    """For JSON."""
+def _num_differences(results: dict[str, list[Measured]]) -> dict[str, int]:
+    """Number of texts whose recomputed counts differ from those of decoding, by mode."""
+    return {mode: sum(text.walked != text.decoding for text in texts) for mode, texts in results.items()}
 
+
+def _report(options: EvalOptions, results: dict[str, list[Measured]], groups: dict[str, list[int]]) -> None:
+    """Prints the totals of all rows and of each group, as tables or as JSON."""
+    from redrafter.evaluation.acceptance import Measured
+
+    count = len(next(iter(results.values())))
+    totals = {mode: Measured.total(texts) for mode, texts in results.items()}
+    parts = {
+        name: {mode: Measured.total([texts[row] for row in rows]) for mode, texts in results.items()}
+        for name, rows in groups.items()
+    }
+    if not options.as_json:
+        for name, part in parts.items():
+            _print_table(f"{options.by} {name}: {len(groups[name])} prompts", part)
+        _print_table(f"{count} prompts", totals)
+        return
+    record = {"prompts": count, "temperature": options.temperature, "seed": options.seed, **_as_dict(totals)}
+    record["walked_otherwise"] = _num_differences(results)
+    if options.by is not None:
+        record["by"] = {
+            options.by: {name: {"prompts": len(groups[name]), **_as_dict(part)} for name, part in parts.items()}
+        }
+    typer.echo(json.dumps(record, ensure_ascii=False))
+
+
+def _as_dict(measured: dict[str, Measured]) -> dict[str, Any]:
     def counts(one: Acceptance) -> dict[str, Any]:
         return {
             "drafts": one.drafts,
@@ -131,44 +134,25 @@ def _plain(measured: dict[str, Measured]) -> dict[str, Any]:
         }
 
     return {
-        way: {"tokens": one.tokens} | {name: counts(getattr(one, name)) for name in FIGURES}
-        for way, one in measured.items()
+        mode: {"tokens": one.tokens} | {name: counts(getattr(one, name)) for name in FIGURES}
+        for mode, one in measured.items()
     }
 
 
-def _table(title: str, measured: dict[str, Measured]) -> None:
-    """Each way of choosing tokens with its three figures."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _print_table(title: str, measured: dict[str, Measured]) -> None:
+    """Three rows for greedy decoding and three for sampling."""
+    from redrafter.cli.tables import print_figures
 
     positions = len(next(iter(measured.values())).decoding.by_position)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("")
-    table.add_column("")
-    for name in (
-        "drafts",
-        "draft\ntokens",
-        "accepted\ntokens",
-        "acceptance\nlength",
-        *map(str, range(1, positions + 1)),
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    for way, one in measured.items():
+    columns = ["mode", "counted", "drafts", "draft\ntokens", "accepted\ntokens", "acceptance\nlength"]
+    rows: list[list[str]] = []
+    for mode, one in measured.items():
         for name in FIGURES:
-            found: Acceptance = getattr(one, name)
-            table.add_row(
-                way if name == FIGURES[0] else "",
-                name.replace("_", "-"),
-                f"{found.drafts:,}",
-                f"{found.draft_tokens:,}",
-                f"{found.accepted:,}",
-                f"{found.mean_acceptance_length:.2f}",
-                *(f"{rate:.0%}" for rate in found.rates),
-                end_section=name == FIGURES[-1],
-            )
-    console = Console(highlight=False)
-    console.width = max(console.width, 64 + 6 * positions)  # a narrow terminal wraps lines rather than loses digits
-    console.print(Text(f"\n{title}", style="bold"))
-    console.print(table)
+            figures: Acceptance = getattr(one, name)
+            counts = (figures.drafts, figures.draft_tokens, figures.accepted)
+            rates = [f"{figures.mean_acceptance_length:.2f}", *(f"{rate:.0%}" for rate in figures.rates)]
+            first = mode if name == FIGURES[0] else ""
+            rows.append([first, name.replace("_", "-"), *(f"{count:,}" for count in counts), *rates])
+        rows.append([])
+    typer.echo(f"\n{title}")
+    print_figures([*columns, *map(str, range(1, positions + 1))], rows, left=columns[:2])

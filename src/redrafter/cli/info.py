@@ -1,12 +1,14 @@
-"""`redrafter info`: what a drafter folder is."""
+"""`redrafter info`: describes a drafter folder, and how a model runs on this machine."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from redrafter.cli.loading import AnyTarget, Device, Dtype
+from redrafter.cli import options as opt
+from redrafter.cli.app import command
 from redrafter.errors import RedrafterError
 from redrafter.utils.paths import check_drafter_path, check_model_path
 
@@ -14,63 +16,63 @@ if TYPE_CHECKING:
     from redrafter.heads.base import Head
 
 
-def info(
-    path: Annotated[str | None, typer.Argument(help="A drafter's folder or hub id.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model: how its steps would be decoded on this machine.")] = None,
-    any_target: AnyTarget = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-) -> None:
-    """Say what a drafter folder is, its size and its target; with --model, which path a model takes.
+@dataclass(kw_only=True)
+class InfoOptions(opt.LoadingOptions):
+    """Options of `redrafter info`."""
 
-    Given both, exit status 2 where the drafter is another model's.
+    path: Annotated[str | None, typer.Argument(help="Drafter: folder or Hub id.")] = None
+    model: Annotated[
+        str | None, typer.Option(help="Target model: shows which optimizations it runs with, and why not others.")
+    ] = None
+
+
+@command("Drafter folders")
+def info(options: InfoOptions) -> None:
+    """Describe a drafter, a model, or both: sizes, defaults, and which optimizations run on this machine.
+
+    With both, exit status 2 if the drafter was trained for another model.
     """
-    if path is None and model is None:
-        raise RedrafterError("Name a drafter, or a model by --model.")
-    if any_target and (path is None or model is None):
-        raise RedrafterError("--any-target is for a drafter and a --model.")
-    check_model_path(model)
-    check_drafter_path(path)
+    if options.path is None and options.model is None:
+        raise RedrafterError("Give a drafter, a --model or both.")
+    if options.any_target and (options.path is None or options.model is None):
+        raise RedrafterError("--any-target needs a drafter and a --model.")
+    check_model_path(options.model)
+    check_drafter_path(options.path)
+
+    from rich.console import Console
 
     from redrafter.cli.loading import load_model
+    from redrafter.cli.tables import description
     from redrafter.engine.generate import describe_backend
     from redrafter.proposers.loading import load_head
     from redrafter.targets.target import Target
 
-    drafter = None if path is None else load_head(path)
-    loaded = None if model is None else load_model(model, dtype, device)[0]
-    if drafter is not None:
-        _show(_drafter(str(path), drafter))
-    if loaded is not None:
-        _show({"model": f"{model} ({type(loaded).__name__})", **describe_backend(loaded)})
-    if drafter is not None and loaded is not None:
-        drafter.any_target = any_target
-        drafter.check_target(Target(loaded))
+    head = None if options.path is None else load_head(options.path)
+    model = None if options.model is None else load_model(options.model, options.dtype, options.device)[0]
+    console = Console()
+    if head is not None:
+        console.print(description(_describe(str(options.path), head)))
+    if model is not None:
+        lines = {"model": f"{options.model} ({type(model).__name__})", **describe_backend(model)}
+        console.print(description(lines))
+    if head is not None and model is not None:
+        head.any_target = options.any_target
+        head.check_target(Target(model))
 
 
-def _show(lines: dict[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for name, value in lines.items():
-        table.add_row(name, value)
-    Console().print(table)
-
-
-def _drafter(path: str, drafter: Head) -> dict[str, str]:
+def _describe(path: str, head: Head) -> dict[str, str]:
     from redrafter.utils import hub
 
-    config = drafter.config
+    config = head.config
     return {
         "drafter": path,
-        "target": f"{config.target or 'not named'}, revision {config.target_revision or 'not named'}",
+        "target": f"{config.target or 'unknown'}, revision {config.target_revision or 'unknown'}",
         "target's shape": f"vocabulary {config.vocab_size:,}, hidden size {config.hidden_size:,}",
         "head": config.head_description,
         "context": config.context_description,
-        "drafts by default": config.shape_description,
+        "default drafts": config.shape_description,
         **{f"from batch {shape.batch} on": shape.description for shape in config.shapes},
         **({"tuned on": config.tuned_on} if config.tuned_on else {}),
-        "parameters": f"{hub.count_parameters(drafter):,} in {str(drafter.dtype).removeprefix('torch.')}",
+        "parameters": f"{hub.count_parameters(head):,} in {str(head.dtype).removeprefix('torch.')}",
         "on disk": f"{hub.size_on_disk(hub.fetch(path)) / 1e6:.1f} MB",
     }

@@ -1,200 +1,210 @@
-"""`redrafter tune`: the fastest drafts for each batch size, measured here and kept in the drafter's folder."""
+"""`redrafter tune`: measures the fastest draft shape for each batch size and stores it in the drafter's folder."""
 
 from __future__ import annotations
 
 import statistics
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redrafter.cli.loading import (
-    AnyTarget,
-    Compile,
-    Device,
-    DoSample,
-    DrafterOrModel,
-    Dtype,
-    MinP,
-    Model,
-    NewTokens,
-    Prompts,
-    Seed,
-    Temperature,
-    TemplateKwargs,
-    TopK,
-    TopP,
-)
+from redrafter.cli import options as opt
+from redrafter.cli.app import command
 from redrafter.errors import RedrafterError
-from redrafter.utils.outputs import check_drafter_folder
+from redrafter.utils.outputs import check_drafter_folder, locked
 from redrafter.utils.paths import check_drafter_path, check_model_path, may_be_on_the_hub
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from redrafter.core.shapes import DraftShape
     from redrafter.evaluation.tuning import Tuned
+    from redrafter.proposers import Drafter
 
 
-def tune(
-    ctx: typer.Context,
-    model: Model,
-    drafter: Annotated[str, typer.Option(help=f"{DrafterOrModel} The last two with --dry-run.")],
-    prompts: Prompts,
-    output: Annotated[Path | None, typer.Option(help="Write a copy of the drafter here, instead of into it.")] = None,
-    batch_sizes: Annotated[str, typer.Option(help="Rows decoded together.")] = "1,2,4,8",
-    widths: Annotated[str, typer.Option(help="Beams to try.")] = "1,2,4,10",
-    lengths: Annotated[str, typer.Option(help="Tokens of a beam to try.")] = "2,3,4,5,6",
-    budgets: Annotated[str, typer.Option(help="Budgets of nodes to try, beside whole beams.")] = "8,16,32,64",
-    limit: Annotated[int, typer.Option(min=1, help="Measure acceptance on the first N prompts.")] = 32,
-    template_kwargs: TemplateKwargs = None,
-    max_new_tokens: NewTokens = 128,
+@dataclass(kw_only=True)
+class TuneOptions(opt.SamplingOptions, opt.LoadingOptions):
+    """Options of `redrafter tune`."""
+
+    model: opt.Model
+    drafter: Annotated[str, typer.Option(help=f"{opt.DRAFTER}  These two need --dry-run.")]
+    prompts: opt.Prompts
+    output: Annotated[
+        Path | None, typer.Option(help="Write a tuned copy of the drafter here, instead of changing its folder.")
+    ] = None
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes to tune for.")] = "1,2,4,8"
+    widths: Annotated[str, typer.Option(help="Beam widths to try.")] = "1,2,4,10"
+    lengths: Annotated[str, typer.Option(help="Beam lengths to try.")] = "2,3,4,5,6"
+    budgets: Annotated[str, typer.Option(help="Node budgets to try, besides complete beams.")] = "8,16,32,64"
+    limit: Annotated[int, typer.Option(min=1, help="Measure acceptance on the first N prompts.")] = 32
+    template_kwargs: opt.TemplateKwargs = None
+    max_new_tokens: opt.NewTokens = 128
     context: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens in the cache while parts of a step are timed.  \\[default: as long as the texts are]"
+            min=1, help="Tokens in the KV cache while parts of a step are timed.  \\[default: the texts' length]"
         ),
-    ] = None,
-    do_sample: DoSample = False,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Times to measure each part of a step; the median counts.")] = 20,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is fastest, and write nothing.")] = False,
-    any_target: AnyTarget = False,
-    compile: Compile = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-) -> None:
-    """Find the fastest drafts for each batch size; `generate` then uses them, unless it is given a shape.
+    ] = None
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements per part of a step; the median is used.")] = 20
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the results and write nothing.")] = False
+    compile: opt.Compile = False
 
-    Complete calls of `generate` decide, drafted and undrafted in turn: drafting is switched on only where its gain
-    exceeds their spread.
+    def shapes(self) -> tuple[list[int], list[DraftShape]]:
+        """The batch sizes and the shapes to try.  Raises RedrafterError for a bad list."""
+        from redrafter.cli.parsing import whole_numbers
+
+        batches, widths, lengths, budgets = (
+            whole_numbers(getattr(self, name), f"--{name.replace('_', '-')}")
+            for name in ("batch_sizes", "widths", "lengths", "budgets")
+        )
+        self.check()
+        from redrafter.evaluation import tuning
+
+        return batches, tuning.shapes(widths, lengths, budgets)
+
+    def check(self) -> None:
+        """Raises RedrafterError for paths that cannot be read or written."""
+        check_model_path(self.model)
+        check_drafter_path(self.drafter)
+        if not self.dry_run and self.output is None and may_be_on_the_hub(self.drafter):
+            raise RedrafterError(f"{self.drafter} is not a local folder: give an --output for the tuned drafter.")
+        if self.output is not None:
+            check_drafter_folder(self.output, overwrite=False, inputs=[self.model, self.drafter, *self.prompts])
+
+
+@command("Measure")
+def tune(options: TuneOptions) -> None:
+    """Find the fastest draft shape for each batch size and store it as the drafter's default.
+
+    The decision rests on complete calls of `generate` with and without the drafter, alternating.  Drafting is turned on
+    only if its gain exceeds the variation between calls.
     """
-    from redrafter.cli.loading import (
-        check_context,
-        claim,
-        load_drafter,
-        load_model,
-        read_settings,
-        tokenized_prompts,
-        whole_numbers,
-    )
-
-    batches, beams = whole_numbers(batch_sizes, "--batch-sizes"), whole_numbers(widths, "--widths")
-    depths, sizes = whole_numbers(lengths, "--lengths"), whole_numbers(budgets, "--budgets")
-
-    check_model_path(model)
-    check_drafter_path(drafter)
-    if not dry_run and output is None and may_be_on_the_hub(drafter):
-        raise RedrafterError(f"{drafter} is not a folder to write into: give an --output for the tuned drafter.")
-    if output is not None:
-        check_drafter_folder(output, overwrite=False, inputs=[model, drafter, *prompts])
+    batches, shapes = options.shapes()
+    from redrafter.cli.loading import check_context, load_drafter, load_model, tokenized_prompts
     from redrafter.data.prompts import read_prompts
+    from redrafter.evaluation import tuning
+    from redrafter.proposers.loading import kind_of
+    from redrafter.utils import hub
+
+    folder = options.output or Path(options.drafter)
+    if not options.dry_run:
+        if kind_of(options.drafter) is None:
+            raise RedrafterError(f"{options.drafter} has no drafter config to store shapes in: add --dry-run.")
+        check_drafter_folder(folder, inputs=[options.model])
+    with nullcontext() if options.dry_run else locked(folder):
+        records = read_prompts(*options.prompts, limit=options.limit)
+        ids = tokenized_prompts(records, options.model, options.template_kwargs)
+        model, tokenizer = load_model(options.model, options.dtype, options.device)
+        check_context(options.context, model)
+        drafter = load_drafter(options.drafter, model, any_target=options.any_target)
+        tuned = _measure(options, model, tokenizer, drafter, ids, batches, shapes)
+        _print_table(tuned)
+        about = _conditions(options, model)
+        if options.dry_run:
+            typer.echo(f"Measured on {about}; nothing is written.")
+            return
+        folder = tuning.record(hub.fetch(options.drafter), [one.shape for one in tuned], about, options.output)
+        typer.echo(f"Wrote the shapes to {folder}: {about}.")
+
+
+def _measure(
+    options: TuneOptions,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    drafter: Drafter,
+    ids: list[list[int]],
+    batches: list[int],
+    shapes: list[DraftShape],
+) -> list[Tuned]:
+    """The fastest shape for each batch size that fits into memory.  Raises RedrafterError if none does."""
+    from redrafter.cli.parsing import read_settings
     from redrafter.decoding.settings import with_stop_strings
     from redrafter.evaluation import tuning
-    from redrafter.evaluation.profiling import StepProfiler, device_name
+    from redrafter.evaluation.profiling import StepProfiler
     from redrafter.proposers import method_of
     from redrafter.proposers.base import draftable
-    from redrafter.proposers.loading import kind_of
     from redrafter.targets.target import Target
-    from redrafter.utils import hub
     from redrafter.utils.progress import Progress, track
 
-    if not dry_run and kind_of(drafter) is None:
-        raise RedrafterError(f"{drafter} has no config that shapes could be kept in: add --dry-run.")
-    if not dry_run:
-        check_drafter_folder(output or Path(drafter), inputs=[model])
-        claim(ctx, output or Path(drafter))
-    ids = tokenized_prompts(read_prompts(*prompts, limit=limit), model, template_kwargs)
-    target, tokenizer = load_model(model, dtype, device)
-    check_context(context, target)
-    method = method_of(load_drafter(drafter, target, any_target=any_target))
-    candidates, refused = draftable(method, Target(target, method.layers), tuning.shapes(beams, depths, sizes))
+    method = method_of(drafter)
+    candidates, rejected = draftable(method, Target(model, method.layers), shapes)
     if not candidates:
-        raise RedrafterError(f"None of the shapes can be drafted: {refused[0]}")
-    for sentence in refused:
-        typer.echo(f"not tried: {sentence}", err=True)
-    law = read_settings(
-        None, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
-    )
-    law = with_stop_strings(target, law, tokenizer)
-    _say_how_long(tuning.estimate(target, ids, batches, max_new_tokens=max_new_tokens, compile=compile, **law))
+        raise RedrafterError(f"The drafter supports none of the shapes: {rejected[0]}")
+    for message in rejected:
+        typer.echo(f"not tried: {message}", err=True)
+    settings = read_settings(None, **opt.values_of(options, opt.SamplingOptions))
+    settings = with_stop_strings(model, settings, tokenizer) | {"max_new_tokens": options.max_new_tokens}
+    _print_estimate(tuning.estimate(model, ids, batches, compile=options.compile, **settings))
     with Progress("texts", len(ids)) as progress:
-        texts = tuning.Texts.written(target, method, ids, on_row=progress.advance, max_new_tokens=max_new_tokens, **law)
-    length, nodes = context or texts.length, max(shape.max_nodes for shape in candidates)
-    writes = {shape: texts.tokens_per_step(shape) for shape in track(candidates, "shapes measured")}
-    found: list[Tuned] = []
-    unfit: dict[int, RedrafterError] = {}
+        texts = tuning.Texts.written(model, drafter, ids, on_row=progress.advance, **settings)
+    length, nodes = options.context or texts.length, max(shape.max_nodes for shape in candidates)
+    tokens_per_step = {shape: texts.tokens_per_step(shape) for shape in track(candidates, "shapes measured")}
+    tuned: list[Tuned] = []
+    failed: dict[int, RedrafterError] = {}
     for batch in track(batches, "batch sizes timed"):
         try:
             rows = texts.again(batch, length)
-            profiler = StepProfiler(rows, method, nodes=nodes, repeats=repeats, compile=compile)
-            finalists = tuning.promising(profiler, writes)
-            del profiler  # its cache
-            speed = partial(texts.tokens_per_second, batch=batch, compile=compile)
-            found.append(tuning.tune(finalists, writes, speed))
-        except RedrafterError as error:  # what fits is still wanted
-            unfit[batch] = error
-    if not found:
-        raise unfit[batches[0]]
-    for batch, reason in unfit.items():
+            profiler = StepProfiler(rows, method, nodes=nodes, repeats=options.repeats, compile=options.compile)
+            finalists = tuning.promising(profiler, tokens_per_step)
+            del profiler  # frees its cache
+            speed = partial(texts.tokens_per_second, batch=batch, compile=options.compile)
+            tuned.append(tuning.tune(finalists, tokens_per_step, speed))
+        except RedrafterError as error:  # the other batch sizes may fit
+            failed[batch] = error
+    if not tuned:
+        raise failed[batches[0]]
+    for batch, reason in failed.items():
         typer.echo(f"not measured: batches of {batch}: {reason}", err=True)
-    _table(found)
-    kind = str(target.dtype).removeprefix("torch.")
-    way = "sampled" if do_sample else "greedy"
-    tuned_on = f"{device_name(target.device)}, {kind}, {way}, complete calls of up to {max_new_tokens} tokens"
-    tuned_on += ", compiled layers" if compile and Target(target).tree_kernels else ""
-    if dry_run:
-        typer.echo(f"Measured on {tuned_on}; nothing is written.")
-        return
-    folder = tuning.record(hub.fetch(drafter), [one.shape for one in found], tuned_on, output)
-    typer.echo(f"Wrote the shapes into {folder}: {tuned_on}.")
+    return tuned
 
 
-def _say_how_long(seconds: float) -> None:
-    """Before anything is measured."""
+def _conditions(options: TuneOptions, model: PreTrainedModel) -> str:
+    """What the measurements depend on, for the drafter's config."""
+    from redrafter.evaluation.profiling import device_name
+    from redrafter.targets.target import Target
+
+    dtype, mode = str(model.dtype).removeprefix("torch."), "sampled" if options.do_sample else "greedy"
+    calls = f"complete calls of up to {options.max_new_tokens} tokens"
+    compiled = ", compiled layers" if options.compile and Target(model).tree_kernels else ""
+    return f"{device_name(model.device)}, {dtype}, {mode}, {calls}{compiled}"
+
+
+def _print_estimate(seconds: float) -> None:
     from redrafter.core.shapes import counted
 
     minutes = seconds >= 90
     about = counted(round(seconds / 60), "minute") if minutes else counted(max(1, round(seconds)), "second")
     typer.echo(
-        f"This takes about {about} at most: less with fewer --batch-sizes or --max-new-tokens, or a smaller --limit.",
+        f"This takes at most about {about}.  To shorten it, give fewer --batch-sizes, fewer --max-new-tokens or a "
+        "smaller --limit.",
         err=True,
     )
 
 
-def _table(found: list[Tuned]) -> None:
-    """The fastest shape of every batch size, and whether it is kept."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
+def _print_table(tuned: list[Tuned]) -> None:
+    """The fastest shape of every batch size, its speed-up, and whether drafting is turned on."""
+    from redrafter.cli.tables import print_figures
     from redrafter.evaluation.tuning import CONFIDENCE, PAIRS
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("batch", justify="right")
-    table.add_column("fastest drafts", no_wrap=True)
-    for name in ("tokens/step", "tokens/s", "undrafted", "speed-up", "interval"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("drafting")
-    for one in found:
-        low, high = one.interval
-        table.add_row(
+    columns = ("batch", "fastest drafts", "tokens/step", "tokens/s", "undrafted", "speed-up", "interval", "drafting")
+    rows = [
+        (
             str(one.candidate.batch),
             one.candidate.description,
             f"{one.tokens_per_step:.2f}",
             f"{statistics.median(one.drafted):,.0f}",
             f"{statistics.median(one.undrafted):,.0f}",
             f"{one.speed_up:.2f}",
-            f"{low:.2f} to {high:.2f}",
+            "{:.2f} to {:.2f}".format(*one.interval),
             "on" if one.pays else "off",
         )
-    console = Console(highlight=False)
-    console.width = max(console.width, 140)  # a narrow terminal wraps lines rather than loses figures
-    console.print(table)
-    console.print(
+        for one in tuned
+    ]
+    print_figures(columns, rows, left=("fastest drafts", "drafting"))
+    typer.echo(
         f"tokens/s: complete calls, prompts included; speed-up: median of {PAIRS} pairs of a drafted and an undrafted "
-        f"call, with its {CONFIDENCE:.0%} interval",
-        soft_wrap=True,
+        f"call, with its {CONFIDENCE:.0%} interval"
     )

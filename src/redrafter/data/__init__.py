@@ -1,1 +1,1 @@
-"""Files of prompts, chats and texts, read as token rows."""
+"""Reads prompts, chats and texts from files and converts them to token ids."""

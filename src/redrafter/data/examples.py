@@ -1,7 +1,7 @@
-"""Training rows: data files to token ids and a mask of the tokens to learn, alone or packed.
+"""Training rows: token ids with a mask of the tokens to learn, read from data files and collated to batches.
 
-Promises that a bad row is named by file and place, and that rows packed together do not meet.  Does not know the
-target's weights or the drafter.
+Errors name the file and position of a bad row.  Packed rows stay separate segments.  Does not know the target's weights
+or the drafter.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from redrafter.errors import RedrafterError
 
 @dataclass(frozen=True)
 class Row:
-    """One training sequence; `trained[i]` says whether token i is to be learnt.
+    """One training sequence; `trained[i]` tells whether token i is learned.
 
-    `continuations[i]`, where there are some, is what the target itself writes after token i, greedily (the paper's
-    local distillation), -1 after its end: the drafter then learns those instead of the tokens that follow.
+    `continuations[i]`, if present, are the tokens that the target generates greedily after token i (the paper's local
+    distillation), padded with -1.  The drafter then learns those instead of the tokens that follow in the row.
     """
 
     input_ids: list[int]
@@ -44,17 +44,17 @@ class Row:
 
     @property
     def learnt(self) -> int:
-        """Tokens to learn that have a context: the first of a row has none."""
+        """Number of tokens to learn, without the first token of the row, which has no context."""
         return sum(self.trained[1:])
 
     def before_learnt(self, reach: int) -> list[bool]:
-        """Whether one of the `reach` tokens after each one is to be learnt."""
-        found = [False] * len(self.trained)
-        distance = reach + 1  # to the next one that is learnt
+        """For each token, whether one of the `reach` tokens after it is learned."""
+        flags = [False] * len(self.trained)
+        distance = reach + 1  # to the next token that is learned
         for i in reversed(range(len(self.trained))):
-            found[i] = distance <= reach
+            flags[i] = distance <= reach
             distance = 1 if self.trained[i] else distance + 1
-        return found
+        return flags
 
 
 def read_rows(
@@ -67,13 +67,12 @@ def read_rows(
     vocab_size: int | None = None,
     skip: Skip | None = None,
 ) -> list[Row]:
-    """The training rows of the first `limit` rows of the sources (`files.read_records`), cut to `max_length` tokens.
+    """Training rows from the first `limit` rows of the sources (`files.read_records`), cut to `max_length` tokens.
 
-    A row holds `input_ids` and `loss_mask` (and perhaps `continuations`), as `redrafter distill` writes them; or a
-    chat, of which the assistant's answers are learned; or a plain prompt and its completion, of which the latter is
-    learned; or `text` alone, of which all is (`rows.parse_row`).  `template_kwargs` as there; `vocab_size` is that of
-    the model.  A row that cannot be read is reported to `skip`, or without it raises RedrafterError, as do sources of
-    which not one row has a token to learn.
+    A row holds one of: `input_ids`, `loss_mask` and optional `continuations`, as `redrafter distill` writes them; a
+    chat, whose assistant messages are learned; a plain prompt and its completion, which is learned; `text`, which is
+    learned completely (`rows.parse_row`).  `template_kwargs` as there; `vocab_size` is the model's.  A bad row is
+    reported to `skip`; without `skip` it raises RedrafterError.  Also raises it if no row has a token to learn.
     """
     rows: list[Row] = []
     for where, record in islice(read_records(sources, skip), limit):
@@ -90,24 +89,6 @@ def read_rows(
     return rows
 
 
-def tokenized(
-    record: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    where: str,
-    *,
-    template_kwargs: Mapping[str, Any] | None = None,
-    vocab_size: int | None = None,
-) -> Row:
-    """The only training row of a row of data.  Raises RedrafterError where there are several (`tokenized_rows`)."""
-    rows = tokenized_rows(record, tokenizer, where, template_kwargs=template_kwargs, vocab_size=vocab_size)
-    if len(rows) > 1:
-        raise RedrafterError(
-            f"{where}: the chat template renders earlier turns in another way once others follow, so this row becomes "
-            f"{len(rows)} training rows."
-        )
-    return rows[0]
-
-
 def tokenized_rows(
     record: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
@@ -116,28 +97,28 @@ def tokenized_rows(
     template_kwargs: Mapping[str, Any] | None = None,
     vocab_size: int | None = None,
 ) -> list[Row]:
-    """The training rows of a row of data, of the formats that `read_rows` takes.
+    """The training rows of one row of data, in a format of `read_rows`.
 
-    A chat becomes several where the chat template changes earlier turns (`conversations.tokenize_chat`).  `vocab_size`
-    is the model's, by default the tokenizer's.  Raises RedrafterError.
+    A chat becomes several rows if the chat template changes earlier messages (`conversations.tokenize_chat`).
+    `vocab_size` is the model's, by default the tokenizer's.  Raises RedrafterError.
     """
     vocab_size = vocab_size or len(tokenizer)
     if "input_ids" in record:
-        return [_as_told(record, vocab_size, where)]
+        return [_token_row(record, vocab_size, where)]
     row = parse_row(record, where, template_kwargs=template_kwargs)
     if isinstance(row, Chat) and row.only_user:
-        raise RedrafterError(f'{where}: "turns" hold no answers to learn; distill writes them.')
+        raise RedrafterError(f'{where}: "turns" holds no answers to learn: generate them with distill.')
     if isinstance(row, Chat):
         rows = [Row(ids, learned) for ids, learned in tokenize_chat(row, tokenizer, where)]
     else:
-        rows = [_plain(row, tokenizer, where)]
+        rows = [_text_row(row, tokenizer, where)]
     for one in rows:
         check_ids(one.input_ids, vocab_size, where)
     return rows
 
 
-def _plain(row: Text, tokenizer: PreTrainedTokenizerBase, where: str) -> Row:
-    """Plain text, of which what follows the prompt is learned."""
+def _text_row(row: Text, tokenizer: PreTrainedTokenizerBase, where: str) -> Row:
+    """Plain text; what follows the prompt is learned."""
     if row.completion is None:
         raise RedrafterError(f'{where}: the row has a "prompt" and no "completion" or "text" to learn.')
     prompt = row.prompt or ""
@@ -150,47 +131,49 @@ def _plain(row: Text, tokenizer: PreTrainedTokenizerBase, where: str) -> Row:
 
 
 def split(rows: list[Row], held_out: int, *, seed: int) -> tuple[list[Row], list[Row]]:
-    """The rows to train on, in their order, and `held_out` others, chosen by the seed; all of them teach something.
+    """Splits rows into those to train on, in order, and `held_out` random others.
 
-    A row without a token to learn, of which nothing but the prompt is left, say, would count in a batch for nothing.
-    Raises RedrafterError where none would be left to train on.
+    Drops rows without a token to learn, such as a row that was cut inside its prompt.  Raises RedrafterError if no row
+    is left to train on.
     """
     rows = [row for row in rows if row.learnt]
     chosen = set(random.Random(seed).sample(range(len(rows)), min(held_out, len(rows))))
     kept = [row for number, row in enumerate(rows) if number not in chosen]
     if not kept:
-        raise RedrafterError(f"With {held_out} rows held out, none of the {len(rows)} with a token to learn is left.")
+        raise RedrafterError(
+            f"With {held_out} rows held out, none of the {len(rows)} with a token to learn is left to train on."
+        )
     return kept, [rows[number] for number in sorted(chosen)]
 
 
 def pack(rows: Iterable[Row], length: int) -> list[list[Row]]:
-    """Rows put together, none divided, into groups of at most `length` tokens: best fit, longest first.
+    """Packs complete rows into groups of at most `length` tokens: best fit, longest first.
 
-    A row longer than that is a group of its own.
+    A longer row gets a group to itself.
     """
     groups: list[list[Row]] = []
-    room: list[list[int]] = [[] for _ in range(length + 1)]  # groups by the tokens that they can still take
+    room: list[list[int]] = [[] for _ in range(length + 1)]  # groups by the number of tokens that still fit
     most = 0
     for row in sorted(rows, key=lambda row: -len(row.input_ids)):
         size = len(row.input_ids)
         left = next((left for left in range(size, most + 1) if room[left]), None)
         if left is None:
             groups.append([])
-            place, left = len(groups) - 1, max(length, size)
+            index, left = len(groups) - 1, max(length, size)
         else:
-            place = room[left].pop()
-        groups[place].append(row)
-        room[left - size].append(place)
+            index = room[left].pop()
+        groups[index].append(row)
+        room[left - size].append(index)
         most = max(most, left - size)
     return groups
 
 
 def collate(groups: Sequence[Row | list[Row]], *, states: Callable[[Row], Tensor] | None = None) -> dict[str, Tensor]:
-    """A batch padded right, each entry a row or several that share one: [B, P] each.
+    """Collates rows, or groups of packed rows, to a right-padded batch of B entries and P positions.
 
-    `input_ids`, `segments` (long: 1, 2, … for the rows of an entry in turn, 0 for padding), `trained` (bool; never the
-    first token of a row, which has no context), and where rows have them `continuations` (long) [B, P, depth], -1 where
-    there are none.  With `states`, which gives those of a row [tokens, F], `hidden` [B, P, F] holds them.
+    `input_ids` (long) [B, P]; `segments` (long) [B, P]: 1, 2, … for the rows of an entry, 0 for padding; `trained`
+    (bool) [B, P]: never the first token of a row, which has no context; if rows have them, `continuations` (long)
+    [B, P, depth], padded with -1.  With `states`, which returns a row's hidden states [tokens, F], `hidden` [B, P, F].
     """
     entries = [[group] if isinstance(group, Row) else group for group in groups]
     size = max(sum(len(row.input_ids) for row in rows) for rows in entries)
@@ -202,14 +185,14 @@ def collate(groups: Sequence[Row | list[Row]], *, states: Callable[[Row], Tensor
     for entry, rows in enumerate(entries):
         begin = 0
         for number, row in enumerate(rows, start=1):
-            place = slice(begin, begin + len(row.input_ids))
-            ids[entry, place] = torch.tensor(row.input_ids)
-            segments[entry, place] = number
-            trained[entry, place] = torch.tensor(row.trained)
+            span = slice(begin, begin + len(row.input_ids))
+            ids[entry, span] = torch.tensor(row.input_ids)
+            segments[entry, span] = number
+            trained[entry, span] = torch.tensor(row.trained)
             trained[entry, begin] = False
             if row.continuations:
-                continuations[entry, place] = torch.tensor(row.continuations)
-            begin = place.stop
+                continuations[entry, span] = torch.tensor(row.continuations)
+            begin = span.stop
     batch = {"input_ids": ids, "segments": segments, "trained": trained}
     if states is not None:
         batch["hidden"] = pad_sequence([torch.cat([states(row) for row in rows]) for rows in entries], batch_first=True)
@@ -217,50 +200,52 @@ def collate(groups: Sequence[Row | list[Row]], *, states: Callable[[Row], Tensor
 
 
 def most_frequent(rows: list[Row], count: int) -> Tensor:
-    """The `count` ids that are learnt most often, as a draft vocabulary [count]; ties go to the smaller id.
+    """The draft vocabulary [count]: the tokens that are learned most often; ties go to the smaller id.
 
-    Raises RedrafterError where the rows have fewer kinds of tokens to learn.
+    Raises RedrafterError if the rows have fewer different tokens to learn.
     """
     counts = _counts(rows)
-    kinds = int((counts > 0).sum())
-    if kinds < count:
+    different = int((counts > 0).sum())
+    if different < count:
         raise RedrafterError(
-            f"The data has {kinds} kinds of tokens to learn, fewer than a draft vocabulary of {count}."
+            f"The data has {different} different tokens to learn, fewer than a draft vocabulary of {count}: choose a "
+            "smaller one."
         )
     return counts.argsort(descending=True, stable=True)[:count]
 
 
 def kinds_for(rows: list[Row], share: float) -> int:
-    """How many of the most frequent tokens make up this share of the tokens to learn."""
+    """The size of the smallest draft vocabulary that covers this share of the tokens to learn."""
     counts = _counts(rows).sort(descending=True).values
     return int((counts.cumsum(0) < share * counts.sum()).sum()) + 1
 
 
 def coverage(rows: list[Row], vocabulary: Tensor) -> float:
-    """The share of the tokens to learn that a draft vocabulary [count] holds."""
+    """The share of the tokens to learn that a draft vocabulary [count] contains."""
     counts = _counts(rows)
     known = vocabulary.cpu()
     return float(counts[known[known < len(counts)]].sum() / counts.sum().clamp(min=1))
 
 
 def _counts(rows: list[Row]) -> Tensor:
-    """How often each id is to be learnt, [largest id + 1]."""
-    learnt = [i for row in rows for i, trained in zip(row.input_ids, row.trained, strict=True) if trained]
-    return torch.tensor(learnt).bincount()
+    """How often each token is learned, [largest id + 1]."""
+    learned = [i for row in rows for i, trained in zip(row.input_ids, row.trained, strict=True) if trained]
+    return torch.tensor(learned).bincount()
 
 
-def _as_told(record: dict[str, Any], vocabulary: int, where: str) -> Row:
+def _token_row(record: dict[str, Any], vocabulary: int, where: str) -> Row:
+    """A row that `distill` wrote."""
     ids, mask, more = record["input_ids"], record.get("loss_mask"), record.get("continuations")
     if not _are_ids(ids, vocabulary):
         raise RedrafterError(f'{where}: "input_ids" must be whole numbers from 0 to {vocabulary - 1}.')
     if not isinstance(mask, list) or len(mask) != len(ids) or not all(m in (0, 1) for m in mask):
-        raise RedrafterError(f'{where}: "input_ids" needs a "loss_mask" of 0 and 1, one for each.')
+        raise RedrafterError(f'{where}: "input_ids" needs a "loss_mask" of the same length that holds 0 and 1.')
     if more is not None and not (
         isinstance(more, list)
         and len(more) == len(ids)
         and all(_are_ids(m, vocabulary, least=-1) and len(m) == len(more[0]) > 1 for m in more)
     ):
-        raise RedrafterError(f'{where}: "continuations" must be lists of two ids or more, as long as each other.')
+        raise RedrafterError(f'{where}: "continuations" must be lists of at least two ids, all of the same length.')
     return Row(ids, [bool(m) for m in mask], more)
 
 

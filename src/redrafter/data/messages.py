@@ -1,4 +1,4 @@
-"""Messages of a conversation, in the form that transformers' chat templates take."""
+"""Reads the messages of a conversation into the form that transformers' chat templates expect."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ ROLES = {
     "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant",
     "tool": "tool",
 }  # fmt: skip
-"""Roles by the names that data sets give them, in lower case."""
+"""Roles by their names in datasets, in lower case."""
 
 SHAREGPT = {**ROLES, "observation": "tool"}
-"""Values of ShareGPT's `from`.  As a `role`, "observation" is kept, since some chat templates have it."""
+"""Values of ShareGPT's `from`.  As a `role`, "observation" stays as it is, since some chat templates use it."""
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def read_messages(value: Any, name: str, where: str) -> list[Message]:
-    """The messages of a column: a list of objects, perhaps as JSON text.
+    """The messages of a column `name`, which holds a list of objects or the same as JSON text.
 
-    A message has `role` and `content`, or ShareGPT's `from` and `value`.  A role of another name that the chat template
-    may know is kept.  Raises RedrafterError.
+    A message has `role` and `content`, or ShareGPT's `from` and `value`.  Unknown roles are kept, since the chat
+    template may support them.  Raises RedrafterError for anything else.
     """
     if isinstance(value, str):
         try:
@@ -41,7 +41,7 @@ def read_messages(value: Any, name: str, where: str) -> list[Message]:
 
 
 def text_of(message: Message) -> str:
-    """The text of a message's content, its parts joined."""
+    """The text of a message; the parts of a list are joined."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
@@ -62,7 +62,7 @@ def _message(value: Any, where: str) -> Message:
 
 
 def _sharegpt(message: Message, where: str) -> Message:
-    """A message of `from` and `value`.  A `function_call` becomes the tool calls of an assistant's message."""
+    """Converts a message with `from` and `value`.  A `function_call` becomes an assistant message with tool calls."""
     speaker = message["from"]
     if "role" in message or "content" in message or not isinstance(speaker, str):
         raise RedrafterError(f'{where} needs either "role" and "content", or "from" and "value".')
@@ -73,12 +73,12 @@ def _sharegpt(message: Message, where: str) -> Message:
     role = SHAREGPT.get(speaker.lower())
     if role is None:
         known = ", ".join([*SHAREGPT, "function_call"])
-        raise RedrafterError(f"{where} is from {speaker!r}, which is none of {known}.")
+        raise RedrafterError(f"{where} is from {speaker!r}, which is not one of {known}.")
     return {"role": role, **rest, "content": value}
 
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """ShareGPT's function call, one or a list of them as JSON text, as transformers' `tool_calls`."""
+    """Converts ShareGPT's function call, or a list of calls as JSON text, to transformers' `tool_calls`."""
     try:
         calls = json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -96,7 +96,7 @@ def _check_content(message: Message, where: str) -> None:
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise RedrafterError(f'{where}: "tool_calls" must be a list of objects.')
     if any(message.get(name) for name in _MEDIA):
-        raise RedrafterError(f"{where} has an image, audio or video, and only text is supported.")
+        raise RedrafterError(f"{where} has an image, audio or video; only text is supported.")
     if content is None:
         if not (calls and message["role"] == "assistant"):
             raise RedrafterError(f'{where} needs a "content".')
@@ -105,7 +105,7 @@ def _check_content(message: Message, where: str) -> None:
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "text" or not isinstance(part.get("text"), str):
-                raise RedrafterError(f"{where} has a part that is not text, and only text is supported.")
+                raise RedrafterError(f"{where} has a part that is not text; only text is supported.")
         if not content:
             raise RedrafterError(f'{where} needs a "content".')
     elif not isinstance(content, str):
@@ -113,9 +113,9 @@ def _check_content(message: Message, where: str) -> None:
 
 
 def _check_weight(message: Message, where: str) -> None:
-    """`weight` (OpenAI) and `train` (axolotl) say whether a turn is learned."""
+    """`weight` (OpenAI) and `train` (axolotl) control whether a message is learned."""
     for name in ("weight", "train"):
         if name in message and message[name] not in (0, 1):
             raise RedrafterError(f'{where}: "{name}" must be 0 or 1 (false or true).')
         if message.get(name) and message["role"] != "assistant":
-            raise RedrafterError(f'{where}: "{name}" is set, and only the assistant\'s turns are learned.')
+            raise RedrafterError(f'{where}: "{name}" is set, but only the assistant\'s messages are learned.')

@@ -1,6 +1,6 @@
-"""Prompts as files, rows and chats, to token ids.
+"""Converts rows to the token ids of their prompts.
 
-Errors name the file and line of a bad row.  Does not know models.
+Errors name the file and line of the row.  Does not know models.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from redrafter.errors import RedrafterError, reason
 def read_prompts(
     *sources: str | Path, skip: Skip | None = None, limit: int | None = None
 ) -> list[tuple[str, dict[str, Any]]]:
-    """The first `limit` rows of prompt files with their places (`files.read_records`).
+    """The first `limit` rows of prompt files, with their locations (`files.read_records`).
 
-    Raises RedrafterError where there is no row.
+    Raises RedrafterError if there is no row.
     """
     records = list(islice(read_records(sources, skip), limit))
     if not records:
@@ -41,16 +41,16 @@ def prompt_ids(
     template_kwargs: Mapping[str, Any] | None = None,
     vocab_size: int | None = None,
 ) -> list[int]:
-    """Token ids of the prompt of a row: plain text, or a chat up to an answer by the tokenizer's template.
+    """Token ids of a row's prompt: plain text, or a chat up to the message to generate, by the chat template.
 
-    `chat` and `template_kwargs` as in `rows.parse_row`; `vocab_size` is that of the model.  Raises RedrafterError where
-    the row has no prompt, where it is empty, where there is no template for it, or where an id is not the model's.
+    `chat` and `template_kwargs` as in `rows.parse_row`.  Raises RedrafterError if the row has no prompt, if the prompt
+    is empty, if the tokenizer has no chat template, or if an id is not below `vocab_size`.
     """
     row = parse_row(record, where, chat=chat, template_kwargs=template_kwargs)
     if isinstance(row, Text):
         ids = _text_ids(row, tokenizer, where)
     else:
-        ids = encode(render(asked(row, where), tokenizer, where), tokenizer)
+        ids = encode(render(up_to_answer(row, where), tokenizer, where), tokenizer)
     if not ids:
         raise RedrafterError(f"{where}: the prompt is empty.")
     check_ids(ids, vocab_size, where)
@@ -58,46 +58,46 @@ def prompt_ids(
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of text that names all its special tokens itself, as a rendered chat does."""
+    """Token ids of text that already contains all special tokens, such as a rendered chat."""
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int | None, where: str) -> None:
-    """Raises RedrafterError where an id is outside the model's vocabulary."""
+    """Raises RedrafterError if an id is outside the model's vocabulary."""
     largest = max(ids, default=0)
     if vocab_size is not None and largest >= vocab_size:
         raise RedrafterError(
-            f"{where}: the tokenizer gives token {largest}, outside the model's vocabulary of {vocab_size}: use the "
+            f"{where}: the tokenizer produces token {largest}, outside the model's vocabulary of {vocab_size}: use the "
             "model's own tokenizer, or resize the model's embeddings."
         )
 
 
-def asked(chat: Chat, where: str) -> Chat:
-    """A chat up to the turn to answer: without a last answer, and of user turns alone the first one.
+def up_to_answer(chat: Chat, where: str) -> Chat:
+    """A chat without its final answer; of a chat with only user messages, the first of them.
 
-    Raises RedrafterError where there is no turn to answer, or where it is empty.
+    Raises RedrafterError if there is no message to answer, or if it is empty.
     """
     messages = chat.messages
     if chat.only_user:
         messages = messages[: 1 + next(i for i, one in enumerate(messages) if one["role"] == "user")]
     elif messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    check_asked(messages, where)
+    check_has_question(messages, where)
     return replace(chat, messages=messages)
 
 
-def check_asked(messages: Sequence[Message], where: str) -> None:
-    """Raises RedrafterError where nobody but the system and the assistant speaks, or where a user's turn is empty."""
+def check_has_question(messages: Sequence[Message], where: str) -> None:
+    """Raises RedrafterError if all messages are the system's or the assistant's, or if a user message is empty."""
     if all(one["role"] in ("system", "developer", "assistant") for one in messages):
-        raise RedrafterError(f"{where}: there is no turn to answer.")
+        raise RedrafterError(f"{where}: there is no message to answer.")
     if any(one["role"] == "user" and not text_of(one) for one in messages):
         raise RedrafterError(f"{where}: the prompt is empty.")
 
 
 def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str, *, prompt: bool = True) -> str:
-    """A chat as text by the tokenizer's template, with the generation prompt unless `prompt` is false.
+    """A chat as text by the tokenizer's chat template; `prompt` adds the generation prompt.
 
-    Raises RedrafterError where there is no template, or where it refuses the chat.
+    Raises RedrafterError if there is no template, or if it rejects the chat.
     """
     if any(isinstance(one.get("content"), list) for one in chat.messages):
         return _render_parts(chat, tokenizer, where, prompt=prompt)
@@ -105,25 +105,25 @@ def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str, *, prompt
 
 
 def apply_template(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str, **options: Any) -> Any:
-    """What the tokenizer's `apply_chat_template` gives for a whole chat.  Raises RedrafterError."""
+    """Calls the tokenizer's `apply_chat_template`.  Raises RedrafterError."""
     if not getattr(tokenizer, "chat_template", None):
         raise RedrafterError(
-            f"{where}: the tokenizer has no chat template; give one, where there is --template, or rows of plain text "
-            '("prompt", or "text" to train on).'
+            f"{where}: the tokenizer has no chat template; give one, if the command has --template, or rows of plain "
+            'text ("prompt", or "text" to train on).'
         )
     try:
         return tokenizer.apply_chat_template(
             chat.messages, tools=chat.tools, documents=chat.documents, **options, **chat.template_kwargs
         )
-    except Exception as error:  # jinja raises its own kinds, and the template any of them
-        raise RedrafterError(f"{where}: the chat template refuses the messages ({reason(error)}).") from None
+    except Exception as error:  # jinja has its own exceptions, and a template may raise any other
+        raise RedrafterError(f"{where}: the chat template rejects the messages ({reason(error)}).") from None
 
 
 def _render_parts(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str, *, prompt: bool) -> str:
-    """A chat of which some contents are lists of text parts.
+    """Renders a chat in which some contents are lists of text parts.
 
-    Many templates take text alone and would print the list.  A list of one part is the same as its text.  Several parts
-    are left to a template that reads lists, which it shows by treating one part as it does text.
+    Many templates only support text and would print the list.  So a list of one part is replaced by its text.  Lists of
+    several parts are passed to the template only if it renders a list of one part like its text.
     """
 
     def rendered(messages: list[Message]) -> str:
@@ -143,7 +143,7 @@ def _render_parts(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str, *,
         reads_parts = False
     if not reads_parts:
         raise RedrafterError(
-            f"{where}: a message has several text parts, and the chat template takes text alone: join the parts."
+            f"{where}: a message has several text parts, and the chat template only supports text: join the parts."
         )
     return str(apply_template(chat, tokenizer, where, **options))
 
@@ -152,4 +152,4 @@ def _text_ids(row: Text, tokenizer: PreTrainedTokenizerBase, where: str) -> list
     if row.prompt is None:
         raise RedrafterError(f'{where}: the row has "text" and no "prompt" to continue.')
     ids = list(tokenizer(row.prompt).input_ids)
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers add an end token

@@ -1,7 +1,7 @@
-"""Rows of data files: one reader for every command.
+"""Interprets rows of data files; every command uses this reader.
 
-`parse_row` turns a row, a JSON object, into a `Chat` (messages for the chat template) or a `Text` (plain text).  It
-raises RedrafterError for a row that has no known format or that can be read in two ways.  Does not know tokenizers.
+`parse_row` converts a row, a JSON object, to a `Chat` (messages for the chat template) or a `Text` (plain text).  It
+raises RedrafterError for a row of an unknown format and for a row that is ambiguous.  Does not know tokenizers.
 """
 
 from __future__ import annotations
@@ -33,31 +33,33 @@ _RESERVED = {
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation and all other inputs of its chat template."""
+    """A conversation and the other inputs of its chat template.
+
+    `given`: number of messages that belong to the prompt; assistant messages among them are not learned.
+    `only_user`: the row has only user messages (`turns`), each of which needs an answer.
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     given: int = 0
-    """Messages of the prompt; the assistant's turns among them are not learned."""
     only_user: bool = False
-    """Whether the row holds user turns alone (`turns`), each of which is to be answered."""
 
     def first(self, count: int) -> Chat:
-        """The same chat up to its first `count` messages."""
+        """The chat up to its first `count` messages."""
         return replace(self, messages=self.messages[:count])
 
     @property
     def answers(self) -> list[int]:
-        """Indices of the assistant's turns that answer somebody.  An assistant's greeting is not one of them."""
+        """Indices of assistant messages that answer somebody.  A greeting by the assistant is not an answer."""
         others = [i for i, one in enumerate(self.messages) if one["role"] not in ("system", "developer", "assistant")]
         begin = others[0] if others else len(self.messages)
         return [i for i, one in enumerate(self.messages) if one["role"] == "assistant" and i > begin]
 
     @property
     def learned(self) -> list[int]:
-        """The answers to train on: those after the prompt whose `weight` is not 0 and whose `train` is not false."""
+        """Indices of the answers to train on: after the prompt, with a `weight` and a `train` that are not 0."""
         return [
             i
             for i in self.answers
@@ -65,7 +67,7 @@ class Chat:
         ]
 
     def columns(self, messages: list[Message]) -> dict[str, Any]:
-        """A row with these messages and this chat's template inputs."""
+        """A row with these messages and this chat's inputs of the template."""
         row: dict[str, Any] = {"messages": messages}
         for name, value in (("tools", self.tools), ("documents", self.documents)):
             if value is not None:
@@ -75,7 +77,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text: a prompt, a completion, or both.  Where `ends`, the tokenizer's end token follows the completion."""
+    """Plain text: a prompt, a completion, or both.  `ends`: the completion is followed by the end token."""
 
     prompt: str | None
     completion: str | None
@@ -85,46 +87,46 @@ class Text:
 def parse_row(
     record: Mapping[str, Any], where: str, *, chat: bool = False, template_kwargs: Mapping[str, Any] | None = None
 ) -> Chat | Text:
-    """The content of a row.  `where` names its file and line in errors.
+    """The content of a row.  `where` is its location, for errors.
 
-    `chat`: a plain `prompt` is the user's turn of a chat.  `template_kwargs`: variables of the chat template, which a
-    row's own `chat_template_kwargs` override.  Raises RedrafterError.
+    `chat`: a plain `prompt` is the user's message in a chat.  `template_kwargs`: variables of the chat template; a
+    row's own `chat_template_kwargs` override them.  Raises RedrafterError.
     """
     row = {name: value for name, value in record.items() if value is not None}
-    _refuse_unreadable(row, where)
-    found = _chat(row, where, chat=chat)
+    _check_supported(row, where)
+    parsed = _chat(row, where, plain_prompt_is_chat=chat)
     system = _system(row, where)
     inputs = _template_inputs(row, where, template_kwargs or {})
-    if found is None:
+    if parsed is None:
         text = _text(row, where)
         for name, value in {"system": system, **inputs}.items():
             if value:
                 name = "chat_template_kwargs (or --template-kwargs)" if name == "template_kwargs" else name
                 raise RedrafterError(
-                    f'{where}: {name} needs a chat, and the row is plain text: give "messages" (or --chat, where there '
-                    "is such an option)."
+                    f'{where}: {name} needs a chat, but the row is plain text: give "messages" (or --chat, if the '
+                    "command has it)."
                 )
         return text
-    messages = found.messages
-    _refuse_conflicts(row, messages, where)
+    messages = parsed.messages
+    _check_consistent(row, messages, where)
     if system:
         first = text_of(messages[0]) if messages[0]["role"] == "system" else None
         if first not in (None, system):
             raise RedrafterError(f'{where}: the row has a "system" column and another system message: remove one.')
         if first is None:
             messages = [{"role": "system", "content": system}, *messages]
-            found = replace(found, given=found.given + bool(found.given))
-    return replace(found, messages=messages, **inputs)
+            parsed = replace(parsed, given=parsed.given + bool(parsed.given))
+    return replace(parsed, messages=messages, **inputs)
 
 
 def metadata(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a row that a new answer does not replace: what is not text, and the questions as they were."""
+    """The columns to keep when a new answer replaces the text: all others, and `turns`."""
     replaced = {*_TEXT, *_TOKENS, *(("input", "output", "history") if "instruction" in record else ())} - {"turns"}
     return {name: value for name, value in record.items() if name not in replaced}
 
 
 def read_template_kwargs(value: Any, name: str) -> dict[str, Any]:
-    """Variables for a chat template, as an object or as JSON text.  Raises RedrafterError."""
+    """Variables for a chat template, given as an object or as JSON text.  Raises RedrafterError."""
     value = _decoded(value, name)
     if not isinstance(value, dict):
         raise RedrafterError(f'{name} must be a JSON object, such as {{"enable_thinking": false}}.')
@@ -134,47 +136,45 @@ def read_template_kwargs(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
-def _refuse_unreadable(row: dict[str, Any], where: str) -> None:
-    """Raises RedrafterError for strings that are no text and for columns that no format here can use."""
+def _check_supported(row: dict[str, Any], where: str) -> None:
+    """Raises RedrafterError for strings that are not valid Unicode and for columns that no format supports."""
     try:
         json.dumps(row, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
-        raise RedrafterError(f"{where}: the row holds half a character (a lone surrogate), which is no text.") from None
+        raise RedrafterError(f"{where}: the row holds half a character (a lone surrogate): remove it.") from None
     for name in _MEDIA:
         if row.get(name):
-            raise RedrafterError(f'{where}: the row has "{name}", and only text is supported.')
+            raise RedrafterError(f'{where}: the row has "{name}"; only text is supported.')
     if row.get("functions") or row.get("function_call"):
         raise RedrafterError(f'{where}: "functions" and "function_call" are not supported: give "tools".')
 
 
-def _chat(row: dict[str, Any], where: str, *, chat: bool) -> Chat | None:
-    """The conversation of a row without its system column; None if it is plain text."""
-    found: dict[str, list[Message]] = {}
-    for name in (*_CHATS, *(name for name in ("prompt", *_ANSWERS) if isinstance(row.get(name), list))):
-        if name in row:
-            found[name] = read_messages(row[name], name, where)
-    prompt, answers = found.pop("prompt", None), [found.pop(name) for name in _ANSWERS if name in found]
+def _chat(row: dict[str, Any], where: str, *, plain_prompt_is_chat: bool) -> Chat | None:
+    """The conversation of a row without its system column; None for plain text."""
+    columns = (*_CHATS, *(name for name in ("prompt", *_ANSWERS) if isinstance(row.get(name), list)))
+    lists = {name: read_messages(row[name], name, where) for name in columns if name in row}
+    prompt, answers = lists.pop("prompt", None), [lists.pop(name) for name in _ANSWERS if name in lists]
     if prompt is not None:
         if any(name in row and not isinstance(row[name], list) for name in _ANSWERS):
             raise RedrafterError(f"{where}: a prompt of messages needs an answer of messages, not of text.")
-        whole = [one if one[: len(prompt)] == prompt else prompt + one for one in answers]
-        found |= {f"prompt {number}": one for number, one in enumerate(whole)}
-    elif answers and "completion" in row and isinstance(row["completion"], list):
+        answers = [one if one[: len(prompt)] == prompt else prompt + one for one in answers]
+    elif isinstance(row.get("completion"), list):
         raise RedrafterError(f'{where}: a "completion" of messages needs a "prompt" of messages.')
-    else:
-        found |= {f"answer {number}": one for number, one in enumerate(answers)}
-    chats = list(found.values()) or ([prompt] if prompt else [])
+    chats = [*lists.values(), *answers] or ([prompt] if prompt else [])
     if any(one != chats[0] for one in chats) or (prompt and chats[0][: len(prompt)] != prompt):
         raise RedrafterError(f"{where}: the row holds two different conversations: remove one.")
     turns = _turns(row, where)
     if chats:
-        asked = [text_of(one) for one in chats[0] if one["role"] == "user"]
-        if turns is not None and asked != turns[: len(asked)]:
-            raise RedrafterError(f'{where}: "turns" and the messages hold different user turns: remove one.')
+        questions = [text_of(one) for one in chats[0] if one["role"] == "user"]
+        if turns is not None and questions != turns[: len(questions)]:
+            raise RedrafterError(f'{where}: "turns" and the messages hold different user messages: remove one.')
         return Chat(chats[0], given=len(prompt or ()))
     if turns is not None:
         return Chat([{"role": "user", "content": turn} for turn in turns], only_user=True)
-    return _instruction(row, where) if "instruction" in row else _asked(row, where) if chat else None
+    if "instruction" in row:
+        return _instruction(row, where)
+    question = _string(row, "prompt", where) if plain_prompt_is_chat else None
+    return None if question is None else _question_and_answer(question, _answer(row, where))
 
 
 def _turns(row: dict[str, Any], where: str) -> list[str] | None:
@@ -182,33 +182,28 @@ def _turns(row: dict[str, Any], where: str) -> list[str] | None:
     if turns is None:
         return None
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-        raise RedrafterError(f'{where}: "turns" must be a list of the user\'s turns as text.')
+        raise RedrafterError(f'{where}: "turns" must be a list of the user\'s messages as text.')
     return turns
 
 
 def _instruction(row: dict[str, Any], where: str) -> Chat:
-    """Alpaca's columns: the instruction and, on the next lines, its input are the user's turn, the output an answer."""
+    """Alpaca's columns: instruction and input form the user's message, output is the answer."""
     for name in ("history", "context"):
         if row.get(name):
             raise RedrafterError(f'{where}: "{name}" beside "instruction" is not supported: give "messages".')
-    asked = "\n".join(part for part in (_string(row, "instruction", where), _string(row, "input", where)) if part)
-    messages = [{"role": "user", "content": asked}]
-    answer = _answer({**row, "completion": row["output"]} if "output" in row else row, where)
-    return Chat(messages + ([] if answer is None else [{"role": "assistant", "content": answer}]))
+    question = "\n".join(part for part in (_string(row, "instruction", where), _string(row, "input", where)) if part)
+    return _question_and_answer(
+        question, _answer({**row, "completion": row["output"]} if "output" in row else row, where)
+    )
 
 
-def _asked(row: dict[str, Any], where: str) -> Chat | None:
-    """A plain prompt as the user's turn of a chat."""
-    prompt = _string(row, "prompt", where)
-    if prompt is None:
-        return None
-    answer = _answer(row, where)
-    messages = [{"role": "user", "content": prompt}]
+def _question_and_answer(question: str, answer: str | None) -> Chat:
+    messages = [{"role": "user", "content": question}]
     return Chat(messages + ([] if answer is None else [{"role": "assistant", "content": answer}]))
 
 
 def _answer(row: dict[str, Any], where: str) -> str | None:
-    """The one answer that a row's columns hold as text."""
+    """The answer in a row's text columns."""
     answers = {_string(row, name, where) for name in _ANSWERS if name in row}
     if len(answers) > 1:
         raise RedrafterError(f"{where}: the row holds several answers: keep one of {', '.join(_ANSWERS)}.")
@@ -226,10 +221,11 @@ def _text(row: dict[str, Any], where: str) -> Text:
         if text not in (None, answer, f"{prompt}{answer}"):
             raise RedrafterError(f'{where}: "text" and the answer differ: remove one.')
         return Text(prompt, answer)
-    ours = "finish_reason" in row or "finish_reasons" in row
+    ours = "finish_reason" in row or "finish_reasons" in row  # written by generate or distill
     if prompt and text and text.startswith(prompt) and not ours:
         raise RedrafterError(
-            f'{where}: "text" begins with "prompt", so it may or may not hold it: give the answer as "completion".'
+            f'{where}: "text" begins with "prompt", so it is unclear whether it contains it: give the answer as '
+            '"completion".'
         )
     return Text(prompt, text, ends=prompt is None or text is None)
 
@@ -248,16 +244,16 @@ def _system(row: dict[str, Any], where: str) -> str | None:
     return texts.pop() if texts else None
 
 
-def _refuse_conflicts(row: dict[str, Any], messages: list[Message], where: str) -> None:
-    """Raises RedrafterError where columns of text beside a chat say something else than the chat."""
-    asked = {text_of(one).strip() for one in messages if one["role"] == "user"}
+def _check_consistent(row: dict[str, Any], messages: list[Message], where: str) -> None:
+    """Raises RedrafterError if a text column beside a chat holds text that the chat does not contain."""
+    questions = {text_of(one).strip() for one in messages if one["role"] == "user"}
     answer = text_of(messages[-1]).strip() if messages[-1]["role"] == "assistant" else None
     for name in ("prompt", "instruction", *_ANSWERS, "text"):
         value = row.get(name)
         if isinstance(value, list) or (name == "instruction" and not any(n in row for n in (*_CHATS, "turns"))):
             continue
         text = (_string(row, name, where) or "").strip()
-        agrees = text in asked if name in ("prompt", "instruction") else text == answer
+        agrees = text in questions if name in ("prompt", "instruction") else text == answer
         if text and not agrees:
             raise RedrafterError(f'{where}: the row is a chat, and "{name}" holds other text: remove one of them.')
 
@@ -276,7 +272,7 @@ def _template_inputs(row: dict[str, Any], where: str, defaults: Mapping[str, Any
 
 
 def _decoded(value: Any, name: str) -> Any:
-    """A value that some data sets keep as JSON text; an empty text is none."""
+    """Decodes a value that some datasets store as JSON text; None for empty text."""
     if not isinstance(value, str):
         return value
     try:

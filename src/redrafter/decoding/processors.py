@@ -1,6 +1,6 @@
-"""Processors of logits that transformers lacks, or has only in a slower form.
+"""Logits processors that transformers lacks, or has only in a slower form.
 
-Promises transformers' protocol: token ids [R, T] and scores [R, V] in, scores out.  Does not know who calls them.
+They follow transformers' protocol: token ids [R, T] and scores [R, V] in, scores out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, TopPLogitsWarper
 
 
 class OccurrencePenalty(LogitsProcessor):  # type: ignore[misc]
-    """OpenAI's presence and frequency penalties, which transformers lacks: of the tokens written, not of the prompt.
+    """OpenAI's presence and frequency penalties, of the new tokens only, which transformers lacks.
 
     `score -= presence * (count > 0) + frequency * count`
     (https://platform.openai.com/docs/api-reference/chat/create).
@@ -22,7 +22,7 @@ class OccurrencePenalty(LogitsProcessor):  # type: ignore[misc]
         self.prompt_length, self.presence, self.frequency = prompt_length, presence, frequency
 
     def __call__(self, input_ids: Int[Tensor, "R T"], scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
-        """Scores of rows, lowered for what each wrote."""
+        """Lowers the scores of tokens that a row has written."""
         new = input_ids[:, self.prompt_length :]
         count = torch.zeros_like(scores).scatter_add_(1, new, torch.ones_like(new, dtype=scores.dtype))
         return scores - self.presence * (count > 0) - self.frequency * count
@@ -31,29 +31,29 @@ class OccurrencePenalty(LogitsProcessor):  # type: ignore[misc]
 class Nucleus(TopPLogitsWarper):  # type: ignore[misc]
     """Top-p that keeps exactly the tokens that transformers keeps, without sorting the vocabulary on a CPU.
 
-    transformers sorts the scores of a row from the lowest to the highest, adds up their probabilities in float32 and
-    drops tokens while the sum is at most `1 - top_p`.  Here the last token to keep is looked for among the `size`
-    largest scores.  A row is left to transformers where the last token to keep is not among those, where its score
-    equals that of the next one (torch's sort is not stable, so only the sort itself tells which is kept), where the sum
-    comes so close to `1 - top_p` that rounding decides, and where the scores hold NaN.  No row's result depends on
-    another row.  The look-up reads the device, so on a GPU, where sorting is cheap, transformers does every row.
+    transformers sorts the scores of a row in ascending order, adds up their probabilities in float32 and drops tokens
+    while the sum is at most `1 - top_p`.  This class searches the last token to keep among the `size` largest scores.
+    transformers processes a row if that token is not among them, if its score equals the next one (torch's sort is not
+    stable, so only the sort itself determines which one is kept), if the sum is so close to `1 - top_p` that rounding
+    decides, or if the scores contain NaN.  Rows are independent.  The search synchronizes with the device; on a GPU,
+    where sorting is cheap, transformers processes all rows.
     """
 
-    looks = (128, 2048)
-    """The sizes, tried one after the other."""
+    sizes = (128, 2048)
+    """Tried in this order."""
 
     @classmethod
     def like(cls, other: TopPLogitsWarper) -> Nucleus:
-        """The same setting."""
+        """A processor with the same settings."""
         return cls(other.top_p, other.filter_value, other.min_tokens_to_keep)
 
     def __call__(self, input_ids: Int[Tensor, "R T"] | None, scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
-        """The scores with `filter_value` in place of those that are dropped."""
+        """The scores with `filter_value` for dropped tokens."""
         if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
             return super().__call__(input_ids, scores)  # type: ignore[no-any-return]
         out = torch.empty_like(scores)
-        rows = torch.arange(len(scores))  # those that are still to do
-        for size in self.looks:
+        rows = torch.arange(len(scores))  # not processed yet
+        for size in self.sizes:
             if not len(rows) or not self.min_tokens_to_keep < size < scores.shape[-1]:
                 break
             found, kept = self._kept(scores[rows], size)
@@ -64,12 +64,12 @@ class Nucleus(TopPLogitsWarper):  # type: ignore[misc]
         return out
 
     def _kept(self, scores: Float[Tensor, "R V"], size: int) -> tuple[Bool[Tensor, " R"], Bool[Tensor, "found V"]]:
-        """Which rows are decided by their `size` largest scores, and the tokens that those rows keep."""
+        """The rows that their `size` largest scores decide, and the tokens that these rows keep."""
         limit, vocabulary = 1 - self.top_p, scores.shape[-1]
         total = scores.logsumexp(dim=-1, keepdim=True).double()
         top = scores.topk(size, dim=-1).values
         chances = (top.double() - total).exp()
-        mass = 1 - (chances.cumsum(dim=-1) - chances)  # of a token and all below it
+        mass = 1 - (chances.cumsum(dim=-1) - chances)  # of a token and all smaller ones
         # Bounds of the rounding, in units of float32: of the sum that transformers' softmax divides by, whose tail
         # holds `limit`; and of `total`.
         rounding = 2**-24 * (limit * (limit * vocabulary / 4 + 4 * size) + total.abs() + 256)

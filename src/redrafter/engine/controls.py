@@ -21,6 +21,7 @@ from transformers import (
 
 from redrafter.decoding.processors import Nucleus, OccurrencePenalty
 from redrafter.decoding.sampling import Sampler
+from redrafter.decoding.settings import check_numbers, plain
 from redrafter.decoding.step import Row
 from redrafter.engine.inputs import end_tokens
 from redrafter.errors import RedrafterError
@@ -36,6 +37,13 @@ class Controls:
     """`prefix_allowed_tokens_fn`."""
     presence_penalty: float
     frequency_penalty: float
+
+    @classmethod
+    def of(cls, processors: list[LogitsProcessor], allowed_tokens: Any, presence: Any, frequency: Any) -> Controls:
+        """Raises RedrafterError for penalties that are not numbers."""
+        penalties = {"presence_penalty": plain(presence), "frequency_penalty": plain(frequency)}
+        check_numbers(penalties)
+        return cls(processors, allowed_tokens, **{name: value or 0.0 for name, value in penalties.items()})
 
 
 def make_sampler(target: Target, config: GenerationConfig, rows: list[Row], controls: Controls) -> Sampler:
@@ -73,7 +81,9 @@ def _processors(target: Target, config: GenerationConfig, row: Row, controls: Co
 def make_criteria(
     config: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None, extra: list[StoppingCriteria]
 ) -> list[StoppingCriteria]:
-    """The stopping criteria of a config, then those of the caller."""
+    """The stopping criteria of a config, then those of the caller.  Raises RedrafterError for invalid ones."""
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):
+        raise RedrafterError(f"tokenizer must be a tokenizer of transformers, not {tokenizer!r}.")
     criteria: list[StoppingCriteria] = []
     if config.max_time is not None:
         criteria.append(MaxTimeCriteria(max_time=config.max_time))

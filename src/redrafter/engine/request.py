@@ -22,7 +22,7 @@ from redrafter.engine.controls import Controls, callables, check_token_settings,
 from redrafter.engine.inputs import end_tokens, padding_token, read_prompts
 from redrafter.errors import RedrafterError
 from redrafter.kernels import kernels_enabled
-from redrafter.proposers import Drafter, method_of
+from redrafter.proposers import Drafter, Method, method_of
 from redrafter.proposers.base import resolved_shape
 from redrafter.proposers.loading import cached_drafter
 from redrafter.targets.structure import unwrapped
@@ -97,19 +97,13 @@ def request(
 
     Raises RedrafterError.
     """
+    sizes = _integers(batch_size=batch_size, beam_width=beam_width, beam_length=beam_length, node_budget=node_budget)
+    batch_size = sizes.pop("batch_size")
+    processors = callables("logits_processor", logits_processor)
+    controls = Controls.of(processors, prefix_allowed_tokens_fn, presence_penalty, frequency_penalty)
     if isinstance(drafter, str | Path):
         drafter = cached_drafter(drafter, unwrapped(model))
     method = None if drafter is None else method_of(drafter)
-    numbers = {"batch_size": batch_size, "beam_width": beam_width, "beam_length": beam_length}
-    sizes = {name: plain(value) for name, value in {**numbers, "node_budget": node_budget}.items()}
-    check_numbers(sizes, whole=True)
-    penalties = {"presence_penalty": plain(presence_penalty), "frequency_penalty": plain(frequency_penalty)}
-    check_numbers(penalties)
-    batch_size = sizes.pop("batch_size")
-    if batch_size is not None and batch_size < 1:
-        raise RedrafterError(f"batch_size must be at least 1, not {batch_size}.")
-    if tokenizer is not None and not hasattr(tokenizer, "decode"):
-        raise RedrafterError(f"tokenizer must be a tokenizer of transformers, not {tokenizer!r}.")
     with kernels_enabled(fast):
         target = Target(model, () if method is None else method.layers)
     config = resolve(target.model, generation_config, settings)
@@ -118,19 +112,10 @@ def request(
     check_token_settings(config, target.vocab_size)
     rows = _rows(target, config, read_prompts(target, config, input_ids, attention_mask), plain(seed))
     batch = min(batch_size or len(rows), len(rows))
-    controls = Controls(
-        callables("logits_processor", logits_processor),
-        prefix_allowed_tokens_fn,
-        **{name: value or 0.0 for name, value in penalties.items()},
-    )
     proposer = None
     if method is not None:
-        overrides = ShapeOverrides(**sizes)
-        if shape is not None and overrides:
-            raise RedrafterError("Pass either shape, or beam_width, beam_length and node_budget.")
-        shape = shape or resolved_shape(method, batch, overrides)
         with kernels_enabled(fast):
-            proposer = method.proposer(target, shape)
+            proposer = method.proposer(target, _shape(method, batch, ShapeOverrides(**sizes), shape))
     return Request(
         Decoder(target, proposer, _sampler(target, config, rows, controls)),
         _within_context(target, rows),
@@ -144,6 +129,24 @@ def request(
         fast=fast,
         compile=compile,
     )
+
+
+def _integers(**values: Any) -> dict[str, Any]:
+    """Python integers, or None.  Raises RedrafterError for other values."""
+    integers = {name: plain(value) for name, value in values.items()}
+    check_numbers(integers, whole=True)
+    if integers["batch_size"] is not None and integers["batch_size"] < 1:
+        raise RedrafterError(f"batch_size must be at least 1, not {integers['batch_size']}.")
+    return integers
+
+
+def _shape(method: Method, batch: int, overrides: ShapeOverrides, shape: DraftShape | None) -> DraftShape:
+    """The draft shape of a call."""
+    if shape is None:
+        return resolved_shape(method, batch, overrides)
+    if overrides:
+        raise RedrafterError("Pass either shape, or beam_width, beam_length and node_budget.")
+    return shape
 
 
 def _rows(target: Target, config: GenerationConfig, prompts: list[list[int]], seed: Any) -> list[Row]:

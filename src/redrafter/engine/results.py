@@ -1,6 +1,6 @@
-"""What decoding gives back: events as they come, rows as they end, counts in the field's words.
+"""The results of decoding: events, finished rows and counts.
 
-Does not know how any of it came about.
+Does not know how they are computed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 FinishReason = Literal["eos", "stop", "length"]
-"""An end token; a stop string or another criterion; no token left to write."""
+"""An end token; a stop string or another criterion; the maximum length."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Tokens of one row from one step: `accepted` drafted ones, then at most one that the target wrote alone.
+    """Tokens of one row from one step: `accepted` drafted tokens, then at most one token of the target.
 
-    `text` is what they add to the row's text, where a tokenizer was given; `scores` and `logits` [tokens, V] where they
-    were asked for.
+    `text` is the text that they add, if a tokenizer was given; `scores` and `logits` [tokens, V] are set if requested.
     """
 
     row: int
@@ -38,11 +37,12 @@ class Event:
 
 @dataclass
 class Stats:
-    """Counts of a generation, in vLLM's words; `rows` holds the same for every row.
+    """Counts of a generation; `rows` holds the same for every row.
 
-    `steps`: runs of the target that wrote tokens, the prompt's own run counted as one, so that without a drafter
-    `tokens == steps`.  `drafted`: tokens proposed, `accepted`: those kept, `accepted_by_position[i]`: steps that kept a
-    drafted token at depth i + 1.  `seconds`: wall time, prompt included; for a row, until it ended.
+    `steps`: forward passes of the target that wrote tokens; a prompt counts as one, so without a drafter
+    `tokens == steps`.  `drafted`: proposed tokens.  `accepted`: proposed tokens that were kept.
+    `accepted_by_position[i]`: steps that accepted a token at depth i + 1.  `seconds`: wall time including the prompt;
+    for a row, until it finished.
     """
 
     steps: int = 0
@@ -55,11 +55,11 @@ class Stats:
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens written for each run of the target; 1 without a drafter."""
+        """Mean number of tokens per forward pass of the target (acceptance length); 1 without a drafter."""
         return self.tokens / max(1, self.steps)
 
     def count(self, event: Event) -> None:
-        """Adds one event of a row."""
+        """Adds an event."""
         self.steps += 1
         self.tokens += len(event.tokens)
         self.drafted += event.drafted
@@ -69,7 +69,7 @@ class Stats:
 
     @classmethod
     def total(cls, rows: list[Stats], *, seconds: float) -> Stats:
-        """The sum over rows that were decoded together in `seconds`."""
+        """The sum over rows that were decoded together in `seconds` seconds."""
         return cls(
             steps=sum(row.steps for row in rows),
             tokens=sum(row.tokens for row in rows),
@@ -83,10 +83,10 @@ class Stats:
 
 @dataclass(frozen=True)
 class Generation:
-    """`sequences` [B, longest]: prompt and new tokens of every row, padded right; `new_tokens`: the new ones alone.
+    """`sequences` [B, longest]: prompt and new tokens of every row, padded on the right.
 
-    `texts`: those as text, where a tokenizer was given.  `scores` and `logits` [new, V] of every row, where asked for:
-    what each token was chosen from, after the processors and before them.
+    `new_tokens`: new tokens of every row, and `texts` their text, if a tokenizer was given.  `scores` and `logits`
+    [new, V]: what each token was chosen from, after and before the processors, if requested.
     """
 
     sequences: Int[Tensor, "B T"]
@@ -100,7 +100,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Finished:
-    """A row that has ended, with all that it wrote."""
+    """A finished row."""
 
     row: int
     new_tokens: list[int]
@@ -112,11 +112,11 @@ class Finished:
 
 
 def finished(events: Iterable[Event], *, rows: int, positions: int) -> Iterator[Finished]:
-    """The rows of a stream, each as it ends; `positions` is the drafted tokens of a step."""
+    """The rows of a stream, each when it finishes.  `positions` is the largest number of drafted tokens per path."""
     begin = time.perf_counter()
-    written: list[list[Event]] = [[] for _ in range(rows)]
+    by_row: list[list[Event]] = [[] for _ in range(rows)]
     for event in events:
-        own = written[event.row]
+        own = by_row[event.row]
         own.append(event)
         if event.finish_reason is None:
             continue
@@ -130,12 +130,12 @@ def finished(events: Iterable[Event], *, rows: int, positions: int) -> Iterator[
             event.finish_reason,
             stats,
             text="".join(one.text or "" for one in own),
-            scores=_stacked([one.scores for one in own]),
-            logits=_stacked([one.logits for one in own]),
+            scores=_concatenated([one.scores for one in own]),
+            logits=_concatenated([one.logits for one in own]),
         )
         own.clear()
 
 
-def _stacked(parts: list[Tensor | None]) -> Tensor:
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if there else torch.zeros((0, 0))
+def _concatenated(parts: list[Tensor | None]) -> Tensor:
+    tensors = [part for part in parts if part is not None]
+    return torch.cat(tensors) if tensors else torch.zeros((0, 0))

@@ -121,7 +121,8 @@ class Runner:
             stack.enter_context(self._lock)
             stack.enter_context(torch.inference_mode())
             stack.enter_context(kernels_enabled(self._fast))
-            stack.enter_context(compiled(self._layers))
+            if self._layers:
+                stack.enter_context(compiled(self._layers))
             yield
 
     def admit(self, slots: list[int], rows: list[Row], owners: Owners) -> StepResult:

@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece."""
+"""Incremental detokenization."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from redrafter.engine.results import Event
 
 
 class Detokenizer:
-    """Turns a growing list of tokens into text that only ever grows, and ends as `tokenizer.decode` of all of them.
+    """Converts a growing list of tokens to text that only grows, and finally equals `tokenizer.decode` of all tokens.
 
-    A token that ends inside a character is held back until the character is complete.  Of a tokenizer that cleans up
-    spaces (" ." becomes "."), a word is held back until what follows can no longer change it.
+    A token that ends inside a character is held back until the character is complete.  If the tokenizer cleans up
+    spaces (" ." becomes "."), a word is held back until later text can no longer change it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.shown = 0  # tokens whose text has been taken
-        self.base = 0  # from where to decode, so that a word's leading space is seen
+        self.shown = 0  # tokens whose text was returned
+        self.base = 0  # where decoding starts, so that the leading space of a word is kept
         self._cleans = _cleans_up(tokenizer)
-        self._raw = ""  # text that is not cleaned up yet
+        self._raw = ""  # text before clean-up
         self._given: list[str] = []
 
     def push(self, token: int) -> str:
-        """The text that `token` adds, which may be none yet."""
+        """The text that `token` adds, which may be empty."""
         self.ids.append(token)
         before, after = self._decode(self.base, self.shown), self._decode(self.base, len(self.ids))
         if len(after) <= len(before) or after.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -36,15 +36,15 @@ class Detokenizer:
         return self._give(after[len(before) :])
 
     def rest(self) -> str:
-        """What was held back, once no token follows."""
+        """The text that was held back, after the last token."""
         if self._cleans:
-            given, whole = "".join(self._given), str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-            return whole[len(given) :]
+            given, complete = "".join(self._given), str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+            return complete[len(given) :]
         before = self._decode(self.base, self.shown)
         return self._decode(self.base, len(self.ids))[len(before) :]
 
     def _give(self, text: str) -> str:
-        """The text, or with clean-up as much of all that is held back as can no longer change."""
+        """The text; with clean-up, the part of the held-back text that can no longer change."""
         if not self._cleans:
             return text
         self._raw += text
@@ -59,7 +59,7 @@ class Detokenizer:
 
 
 def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether `decode` cleans up spaces; transformers does not for byte-pair encoding, unless forced to."""
+    """Whether `decode` cleans up spaces.  transformers does not for byte-pair encoding, unless forced."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
@@ -68,17 +68,17 @@ def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _is_usual(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the clean-up is that of transformers, so that it is known what it looks at."""
+    """Whether the clean-up is transformers' own, whose rules are known."""
     own = getattr(tokenizer.clean_up_tokenization, "__func__", None)
     return own is PreTrainedTokenizerBase.clean_up_tokenization
 
 
 def _settled(text: str) -> int:
-    """Length of the longest beginning of `text` that clean-up treats alike whatever follows.
+    """Length of the longest prefix of `text` whose clean-up does not depend on what follows.
 
-    Clean-up removes the space of " .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're" and both of " ' ".  None
-    of these goes on across a place that follows a character of none of them, nor across one before a space that follows
-    neither a space nor "'" nor "n".
+    Clean-up removes the space of " .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're" and both spaces of " ' ".
+    None of these patterns spans a position after a character that is in none of them, or a position before a space
+    that follows neither a space nor "'" nor "n".
     """
     for end in range(len(text), 0, -1):
         before = text[end - 1]
@@ -88,7 +88,7 @@ def _settled(text: str) -> int:
 
 
 def with_text(events: Iterable[Event], tokenizer: PreTrainedTokenizerBase) -> Iterator[Event]:
-    """The same events with the text that each adds; a row's pieces add up to its text."""
+    """The same events with the text that each adds."""
     rows: dict[int, Detokenizer] = {}
     for event in events:
         pieces = rows.setdefault(event.row, Detokenizer(tokenizer))

@@ -1,1 +1,1 @@
-"""Other libraries: `generate` of transformers, and the drafter format of Apple."""
+"""Other libraries: `model.generate` of transformers, and Apple's drafter format."""

@@ -1,9 +1,9 @@
-"""What identifies a model: digests of a sample of its weights, whatever its folder is called.
+"""Identifies a model by digests of a sample of its weights, independent of its name.
 
-The sample is a few numbers of every parameter, so that it is cheap for a large model, and a fine-tuned variant has
-another digest.  Digests are kept for each dtype that the weights can be rounded to, so that one model loaded in
-float32, bfloat16 or float16 is recognised.  A part that cannot be read (offloaded, sharded or quantised weights) has no
-digest and is not compared.
+The sample contains a few elements of every parameter: it is cheap for large models, and a fine-tuned variant has
+another digest.  There is one digest for each dtype that the weights can be rounded to, so that a model is recognised in
+float32, bfloat16 and float16.  Parts that cannot be read (offloaded, sharded or quantised weights) have no digest and
+are not compared.
 """
 
 from __future__ import annotations
@@ -18,41 +18,38 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 DTYPES = ("float32", "float16", "bfloat16")
-"""In which weights are compared, finest first."""
+"""Dtypes in which weights are compared, in order of precision."""
 
 
 class Fingerprint(BaseModel):
-    """Digests of a model's weights, by the dtypes that they were rounded to (`redrafter.targets.fingerprint`).
-
-    Empty for what could not be read.
-    """
+    """Digests of a model's weights by the dtypes that they were rounded to; empty for weights that cannot be read."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     embedding: dict[str, str] = {}
     layers: dict[str, str] = {}
-    """Of all other parameters."""
+    """Digests of all other parameters."""
     structure: str = ""
-    """Of the names and shapes of those; digests of `layers` are compared only where it is the same."""
+    """Digest of the names and shapes of these; `layers` are compared only if it is equal."""
 
     def __bool__(self) -> bool:
         """Whether there is any digest."""
         return bool(self.embedding or self.layers)
 
     def matches(self, other: Fingerprint) -> bool | None:
-        """Whether both are of one model; None if that cannot be known."""
-        found = [_equal(self.embedding, other.embedding)]
+        """Whether both identify the same model; None if unknown."""
+        results = [_equal(self.embedding, other.embedding)]
         if self.structure == other.structure:
-            found.append(_equal(self.layers, other.layers))
-        if False in found:
+            results.append(_equal(self.layers, other.layers))
+        if False in results:
             return False
-        return True if True in found else None
+        return True if True in results else None
 
 
 def _equal(one: dict[str, str], other: dict[str, str]) -> bool | None:
-    """Whether digests are equal in the finest dtype that both have; None if they have none, or if that proves nothing.
+    """Whether digests are equal in the most precise common dtype; None if there is none or it is inconclusive.
 
-    Weights of float32 that were rounded to bfloat16 on one side and to float16 on the other may differ in bfloat16.
+    float32 weights that were rounded to bfloat16 in one model and to float16 in the other may differ in bfloat16.
     """
     shared = [kind for kind in DTYPES if kind in one and kind in other]
     if not shared:
@@ -67,7 +64,7 @@ ROWS = 256
 """Rows of the token embedding that are sampled."""
 
 VALUES = 64
-"""Numbers that are sampled of a row of the embedding, and of every other parameter."""
+"""Elements that are sampled from each row of the embedding and from every other parameter."""
 
 SMALLEST = 2.0**-14
 """Smaller numbers count as zero: float16 holds them less precisely than bfloat16."""
@@ -77,12 +74,12 @@ _ROUNDED = {
     torch.float16: (torch.float16, torch.bfloat16),
     torch.bfloat16: (torch.bfloat16,),
 }
-"""The dtypes that weights of a dtype are compared in, finest first."""
+"""The dtypes in which weights of a dtype are compared, in order of precision."""
 
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, embedding: nn.Module, vocab_size: int) -> Fingerprint:
-    """Of a model of transformers, without adapters around it.  `embedding` is its token embedding's module."""
+    """The fingerprint of a transformers model without its adapters.  `embedding` is its token embedding."""
     rows = _samples([_inner(embedding).weight], ROWS, VALUES, vocab_size)  # type: ignore[list-item]
     left_out = {id(_inner(embedding).weight)} | _adapters(model)
     rest = {
@@ -98,9 +95,9 @@ def fingerprint(model: nn.Module, embedding: nn.Module, vocab_size: int) -> Fing
 
 
 def _samples(parameters: Iterable[Any], rows: int, values: int, limit: int | None = None) -> list[Tensor] | None:
-    """Numbers of each parameter at places that depend on its shape alone; None if any of them cannot be read.
+    """Elements of each parameter at indices that depend on its shape only; None if one of them cannot be read.
 
-    `limit`: rows that count, for a table may be padded.
+    `limit`: number of rows that count, because a table may be padded.
     """
     found = []
     for one in parameters:
@@ -112,8 +109,8 @@ def _samples(parameters: Iterable[Any], rows: int, values: int, limit: int | Non
             shape[0] = min(shape[0], limit)
         size = torch.Size(shape).numel()
         count = min(size, rows * values)
-        places = torch.arange(count) * size // count  # evenly spread, in whole numbers
-        index = torch.unravel_index(places.to(data.device), shape) if shape else ()
+        indices = torch.arange(count) * size // count  # evenly spaced
+        index = torch.unravel_index(indices.to(data.device), shape) if shape else ()
         found.append(data[index].reshape(-1).cpu())
     return found
 

@@ -1,10 +1,10 @@
 """A copy of a model's modules for our own forward passes, so that the caller's model is never changed.
 
-Promises: the copy shares every weight with the original and gives its results in evaluation mode.  Whatever is set on
-the copy (classes, forward methods, hooks, buffers, training flags, configs) does not show in the original, so other
-threads may run or train the original at the same time.  A weight that is changed in place, or assigned anew to a module
-of the original, shows in the copy.  Does not know modules that are added to the original or replaced in it afterwards,
-nor what a module's own code writes outside of its attributes.
+Guarantees that the copy shares every weight with the original and computes its results in evaluation mode.  Changes to
+the copy (classes, forward methods, hooks, buffers, training flags, configs) do not affect the original, so other
+threads may run or train the original at the same time.  Weights that are changed in place, or assigned to a module of
+the original, change in the copy too.  Does not see modules that are added or replaced later, nor state that a module
+keeps outside of its attributes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from redrafter.errors import RedrafterError
 
 M = TypeVar("M", bound=nn.Module)
 _ORIGINAL = "_isolated_from"
-"""The attribute of a copy that refers to its original, weakly."""
+"""Attribute of a copy: a weak reference to the original."""
 
 
 def isolated(model: M) -> M:
-    """The copy, in evaluation mode; takes no memory for weights, and some microseconds for each module.
+    """A copy in evaluation mode.  It needs no memory for weights, and some microseconds per module.
 
-    Raises RedrafterError where a module in training mode runs a function that cannot be bound to its copy.
+    Raises RedrafterError if a module in training mode runs a function that cannot be bound to its copy.
     """
     copied = _Copies(model.modules()).of(model)
     vars(copied)[_ORIGINAL] = weakref.ref(original(model))
@@ -37,7 +37,7 @@ def isolated(model: M) -> M:
 
 
 def original(model: nn.Module) -> nn.Module:
-    """The module that a copy was made of; any other module itself."""
+    """The original of a copy; any other module unchanged."""
     reference = vars(model).get(_ORIGINAL)
     return model if reference is None else reference() or model
 
@@ -47,7 +47,7 @@ class _Copies:
 
     def __init__(self, modules: Iterable[nn.Module]):
         originals = list(modules)
-        # not __new__ of the class: that of FSDP makes a module without FSDP
+        # not __new__ of the class: FSDP's returns a module without FSDP
         self._copies = {id(module): object.__new__(type(module)) for module in originals}
         self._configs: dict[int, Any] = {}
         for module in originals:
@@ -56,20 +56,20 @@ class _Copies:
             self._check_forward(module)
 
     def of(self, module: nn.Module) -> nn.Module:
-        """The copy of a module; a module that was not copied stands for itself."""
+        """The copy of a module, or the module itself if it was not copied."""
         return self._copies.get(id(module), module)
 
     def _value(self, name: str, value: Any) -> Any:
         """The copy's value of an attribute."""
         if name == "_parameters":
-            return value  # shared, so that weights assigned later show in the copy, as offloading hooks do
+            return value  # shared, because offloading hooks assign weights later
         if name == "_compiled_call_impl":
-            return None  # runs the original
+            return None  # it would run the original
         return self._mapped(value)
 
     def _mapped(self, value: Any) -> Any:
         """A value with the modules and configs that it refers to replaced by their copies; containers are copied."""
-        if value is None or type(value) in (bool, int, float, str):  # most are: a copy must not take long
+        if value is None or type(value) in (bool, int, float, str):  # the common case, for speed
             return value
         if isinstance(value, dict):
             found = value.copy()
@@ -101,6 +101,6 @@ class _Copies:
         bound = forward is None or isinstance(forward, types.MethodType | functools.partial)
         if not bound and any(part.training for part in module.modules()):
             raise RedrafterError(
-                f"The forward of a {type(module).__name__} was replaced by a function that refers to the model itself, "
-                "which is in training mode: call model.eval() first."
+                f"The forward of a {type(module).__name__} was replaced by a function that refers to the "
+                "original model, which is in training mode: call model.eval() first."
             )

@@ -1,1 +1,1 @@
-"""Helpers that know nothing about language models: folders, locks, memory, progress, signals."""
+"""Files, output folders, the Hub, memory, progress and interrupts: code without models."""

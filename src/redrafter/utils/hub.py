@@ -1,7 +1,6 @@
-"""Drafter folders on disk and on the hub: `config.json`, `model.safetensors`, `README.md`, `custom_generate/`.
+"""Drafter folders on disk and on the Hub: `config.json`, `model.safetensors`, `README.md`, `custom_generate/`.
 
-Promises that a file is replaced whole or not at all: everything is written beside its place first, then renamed.
-Does not know what the tensors mean.
+Files are replaced atomically.  Does not know what the tensors mean.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from redrafter.errors import RedrafterError, reason
+from redrafter.utils.atomic import write_all_atomically
 from redrafter.utils.outputs import CARD as CARD
 from redrafter.utils.outputs import CONFIG as CONFIG
 from redrafter.utils.outputs import CUSTOM_GENERATE as CUSTOM_GENERATE
@@ -27,11 +27,11 @@ from redrafter.utils.outputs import check_places
 from redrafter.utils.paths import check_drafter_path, may_be_on_the_hub
 
 TIMEOUT = 5.0
-"""Seconds in which the hub must answer."""
+"""Seconds to wait for the Hub's answer."""
 
 
 def fetch(path: str | Path, *, revision: str | None = None) -> Path:
-    """The local folder of a drafter; a hub id is downloaded first.  Raises RedrafterError where there is none."""
+    """The local folder of a drafter, downloaded first for a Hub id.  Raises RedrafterError if there is none."""
     folder = _folder(path, [CONFIG, WEIGHTS, CARD], revision)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -40,19 +40,19 @@ def fetch(path: str | Path, *, revision: str | None = None) -> Path:
 
 
 def config_of(path: str | Path) -> dict[str, Any]:
-    """What `config.json` says, in a folder or on the hub; nothing where it is missing or no JSON object.
+    """The content of `config.json` in a folder or on the Hub; empty if the file is missing or is not a JSON object.
 
-    Raises RedrafterError where there is neither folder nor repository.
+    Raises RedrafterError if there is neither a folder nor a repository.
     """
     try:
-        told = json.loads((_folder(path, [CONFIG]) / CONFIG).read_bytes())
+        config = json.loads((_folder(path, [CONFIG]) / CONFIG).read_bytes())
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _folder(path: str | Path, files: list[str], revision: str | None = None) -> Path:
-    """The local folder; of a hub repository the named files are downloaded first."""
+    """The local folder; for a Hub repository, after downloading the named files."""
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -64,31 +64,29 @@ def _folder(path: str | Path, files: list[str], revision: str | None = None) -> 
         with reading(path):
             return Path(snapshot_download(str(path), revision=revision, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = type(error).__name__
-        raise RedrafterError(f"{path} is neither a folder nor a hub repository within reach ({reason}).") from error
+        kind = type(error).__name__
+        raise RedrafterError(f"{path} is neither a folder nor a reachable Hub repository ({kind}).") from error
 
 
 @cache
 def is_reachable() -> bool:
-    """Whether the hub answers, asked once in a process and without retries.
+    """Whether the Hub answers; checked once per process, without retries.
 
-    If not, only its cache is read: the hub's own libraries would try each file again for half a minute.
+    If it does not, only the cache is read: the Hub's libraries would retry each file for half a minute.
     """
     from huggingface_hub import constants, get_session
 
     timeout = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else TIMEOUT
     try:
         get_session().head(constants.ENDPOINT, timeout=timeout)
-    except Exception:  # offline mode, or an error of whichever library asks the network
+    except Exception:  # offline mode, or an error of any network library
         return False
     return True
 
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Keeps the hub's libraries off the network, as by HF_HUB_OFFLINE, while they read `path`, if it is a hub id and
-    the hub is out of reach.
-    """
+    """Sets the Hub's libraries to offline mode inside the block if `path` is a Hub id and the Hub is unreachable."""
     if not may_be_on_the_hub(path) or is_reachable():
         yield
         return
@@ -103,23 +101,23 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
-    """Fills `module` from the folder's weights, and takes their dtype.
+    """Loads the folder's weights into `module` and converts it to their dtype.
 
-    Raises RedrafterError where the file is damaged, does not hold just the tensors that the config calls for, or holds
-    NaN or infinity.
+    Raises RedrafterError if the file is damaged, if its tensors are not those of `module`, or if one holds NaN or
+    infinity.
     """
     file = folder / WEIGHTS
     try:
         tensors = load_file(file)
     except SafetensorError as error:
         raise RedrafterError(f"{file} is damaged or truncated: {error}.") from None
-    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
             raise RedrafterError(
                 f"{file} does not fit {CONFIG} beside it: tensor {name} should be "
-                f"{expected.get(name, 'absent')} and is {found.get(name, 'absent')}."
+                f"{expected.get(name, 'absent')} but is {actual.get(name, 'absent')}."
             )
     check_finite(tensors, file)
     module.to(next(t.dtype for t in tensors.values() if t.is_floating_point()))
@@ -127,7 +125,7 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor], file: Path, detail: str = "") -> None:
-    """Raises RedrafterError, naming the tensor, if one holds NaN or infinity."""
+    """Raises RedrafterError with the name of the tensor if one holds NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise RedrafterError(f"Tensor {name} of {file} holds NaN or infinity{detail}, so it cannot be used.")
@@ -149,79 +147,66 @@ def weights(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Writes files of a folder, each beside its place first and renamed when all are complete.
+    """Writes files of a folder atomically.
 
-    Raises RedrafterError where that fails; what the folder held before is then still there.
+    Raises RedrafterError if that fails; the folder's previous files are then unchanged.
     """
-    written: list[tuple[Path, Path]] = []
     check_places(folder, contents)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            place = folder / name
-            place.parent.mkdir(exist_ok=True)
-            beside = place.with_name(f".{place.name}.{os.getpid()}.part")
-            written.append((beside, place))
-            with beside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for beside, place in written:
-            os.replace(beside, place)
+        for name in contents:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_all_atomically({folder / name: content for name, content in contents.items()})
     except OSError as error:
         raise RedrafterError(f"{folder} could not be written: {error.strerror}.") from error
-    finally:
-        for beside, _ in written:
-            beside.unlink(missing_ok=True)
 
 
 def check_login(name: str) -> None:
-    """Checks that uploads to the hub repository `name` are allowed, as far as that can be known.  Creates nothing.
+    """Checks, as far as possible, that the login may upload to the Hub repository `name`.  Creates nothing.
 
-    Raises RedrafterError if there is no login, if it may not write, if it belongs to neither the repository's owner nor
-    a member of that organisation, or if the hub is out of reach.
+    Raises RedrafterError if there is no login, if its token is read-only, if it belongs neither to the repository's
+    owner nor to a member of that organisation, or if the Hub is unreachable.
     """
     from huggingface_hub import HfApi
 
-    with _asked(f"Nothing could be uploaded to {name}"):
-        found = HfApi().whoami()
-    user, organisations = found.get("name"), {one.get("name") for one in found.get("orgs") or ()}
+    with _explained(f"Nothing could be uploaded to {name}"):
+        login = HfApi().whoami()
+    user, organisations = login.get("name"), {one.get("name") for one in login.get("orgs") or ()}
     owner = name.partition("/")[0] if "/" in name else user
     if owner not in {user, *organisations}:
-        raise RedrafterError(f"Nothing could be uploaded to {name}: the login is {user}'s, who is not in {owner}.")
-    if ((found.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-        raise RedrafterError(f"Nothing could be uploaded to {name}: the login's token may only read.")
+        raise RedrafterError(f"Nothing could be uploaded to {name}: the login {user} is not a member of {owner}.")
+    if ((login.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise RedrafterError(f"Nothing could be uploaded to {name}: the login's token is read-only.")
 
 
 def push(folder: Path, name: str, *, public: bool = False) -> str:
-    """Uploads a drafter folder to the hub repository `OWNER/NAME` and returns its address.
+    """Uploads a drafter folder to the Hub repository `OWNER/NAME` and returns its URL.
 
-    A repository that does not exist is created, private unless `public`; one that exists stays as visible as it is.
-    Raises RedrafterError if the hub refuses or is out of reach.
+    Creates a missing repository, private unless `public`; does not change the visibility of an existing one.  Raises
+    RedrafterError if the Hub rejects the upload or is unreachable.
     """
     from huggingface_hub import HfApi
 
     files = [WEIGHTS, CONFIG, CARD, *CUSTOM_GENERATE]
-    with _asked(f"{folder} could not be uploaded to {name}"):
-        made = HfApi().create_repo(name, private=not public, exist_ok=True)
-        HfApi().upload_folder(repo_id=made.repo_id, folder_path=folder, allow_patterns=files)
-    return str(made)
+    with _explained(f"{folder} could not be uploaded to {name}"):
+        repository = HfApi().create_repo(name, private=not public, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository.repo_id, folder_path=folder, allow_patterns=files)
+    return str(repository)
 
 
 @contextmanager
-def _asked(refused: str) -> Iterator[None]:
-    """Raises RedrafterError, with what the hub says, where it refuses or is out of reach."""
+def _explained(failure: str) -> Iterator[None]:
+    """Raises RedrafterError with the failure and the Hub's reason for it."""
     try:
         yield
-    except Exception as error:  # the hub's own, or of whichever library asks the network
-        raise RedrafterError(f"{refused}: {reason(error)}.") from error
+    except Exception as error:  # an error of the Hub or of any network library
+        raise RedrafterError(f"{failure}: {reason(error)}.") from error
 
 
 def size_on_disk(folder: Path) -> int:
-    """Bytes of the folder's own files."""
+    """Size of config, weights and card in bytes."""
     return sum((folder / name).stat().st_size for name in (CONFIG, WEIGHTS, CARD) if (folder / name).exists())
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of trained weights."""
+    """Number of parameters."""
     return sum(p.numel() for p in module.parameters())

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: work is saved, then the process exits with the conventional status.
+"""Ctrl-C and SIGTERM: commands save their work, then exit with the conventional status.
 
-Signals are process-wide, so this state is too.  Handlers are installed by the commands that save, in the main thread
-only; without them Python's own behaviour remains.
+Signals are process-wide, and so is the state here.  Only commands that save install the handlers, in the main thread;
+otherwise Python's default behaviour applies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from redrafter.errors import RedrafterError
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal arrived.  `forced` if it is the second one, which does not wait for a consistent state."""
+    """A signal arrived.  `forced`: it is the second one, which does not wait for a consistent state."""
 
     def __init__(self, number: int, *, forced: bool = False):
         super().__init__()
@@ -25,10 +25,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StoppedRun(RedrafterError):
-    """A run that a signal stopped; `status` is the exit status: 130 for SIGINT, 143 for SIGTERM."""
+    """A signal stopped a run; `status` is the exit status: 130 for SIGINT, 143 for SIGTERM."""
 
-    def __init__(self, sentence: str, error: KeyboardInterrupt):
-        super().__init__(sentence)
+    def __init__(self, message: str, error: KeyboardInterrupt):
+        super().__init__(message)
         self.status = 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
 
 
@@ -47,7 +47,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted in this block, which runs in the main thread."""
+    """SIGINT and SIGTERM raise Interrupted in this block.  Has no effect outside the main thread."""
     _State.deferrals, _State.pending = 0, None
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -61,25 +61,25 @@ def interruptible() -> Iterator[None]:
 
 
 def pending() -> int | None:
-    """The signal that waits for the end of a deferred block."""
+    """The signal that waits for the end of a deferred block, if any."""
     return _State.pending
 
 
 def stop(number: int) -> NoReturn:
-    """Raises Interrupted for a signal, which then no longer waits: the state is consistent here."""
+    """Raises Interrupted for a signal that waited; call it only if the state is consistent."""
     _State.pending = None
     raise Interrupted(number)
 
 
 def check() -> None:
-    """Does so if a signal waits."""
+    """Calls `stop` if a signal waits."""
     if _State.pending is not None:
         stop(_State.pending)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """A signal raises Interrupted at the end of this block or in `check`; a second one raises it at once."""
+    """Delays Interrupted to the end of this block or to `check`; a second signal raises it immediately."""
     _State.deferrals += 1
     try:
         yield
@@ -91,7 +91,7 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Inside a deferred block: signals raise Interrupted at once, since the state is consistent throughout."""
+    """Inside a deferred block: signals raise Interrupted immediately, as the state is consistent throughout."""
     before, _State.deferrals = _State.deferrals, 0
     try:
         check()

@@ -1,7 +1,4 @@
-"""The memory of a device: what is left of it, and one sentence where it runs out.
-
-Does not know what it is needed for.
-"""
+"""Free memory of a device, and errors with advice if it runs out.  Does not know what the memory is for."""
 
 from __future__ import annotations
 
@@ -15,19 +12,19 @@ from redrafter.errors import RedrafterError
 
 
 def memory_left(device: torch.device) -> int | None:
-    """Bytes that torch could still give out; None where that is not known."""
+    """Bytes that torch can still allocate; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type in ("cpu", "mps"):  # a Mac's GPU has the memory of its CPU
+    if device.type in ("cpu", "mps"):  # on a Mac the GPU shares the memory of the CPU
         return int(psutil.virtual_memory().available)
     return None
 
 
 def check_left(device: torch.device, needed: int, what: str, remedy: str, *, arithmetic: str = "") -> None:
-    """Raises RedrafterError, with the remedy, where the device has not so many bytes left for what takes them.
+    """Raises RedrafterError with the `remedy` if `what` takes more bytes than the device has left.
 
-    `arithmetic`: how the number comes about, after a comma.
+    `arithmetic`: explains the number in the message; begins with a comma.
     """
     left = memory_left(device)
     if left is not None and needed > left:
@@ -37,7 +34,7 @@ def check_left(device: torch.device, needed: int, what: str, remedy: str, *, ari
 
 @contextmanager
 def within_memory(device: torch.device, remedy: str) -> Iterator[None]:
-    """Raises RedrafterError, with the remedy, where the device's memory runs out meanwhile."""
+    """Raises RedrafterError with the `remedy` if the device runs out of memory inside the block."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,7 +1,8 @@
-"""Where commands may write, and locks on what they write.
+"""Rules for output paths, and locks on them.
 
-All commands and `save_pretrained` share these rules.  A command writes only into a new or empty place, or over what it
-wrote there before.  It never writes into a model, a folder of its inputs, or the hub's cache.  Imports nothing heavy.
+All commands and `save_pretrained` follow them.  A command writes only into a new or empty folder, or over its own
+earlier output.  It never writes into a model's folder, a folder of its inputs, or the Hub's cache.  Imports nothing
+heavy.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ CUSTOM_GENERATE = {
     ),
     "custom_generate/requirements.txt": "redrafter>=0.1\n",
 }
-"""Files of a drafter folder that let transformers decode with it."""
+"""Files of a drafter folder for `model.generate(custom_generate=FOLDER)`."""
 
 DRAFTER_FILES = (CONFIG, WEIGHTS, CARD, *CUSTOM_GENERATE)
-"""Everything that a drafter folder holds, except checkpoints."""
+"""All files of a drafter folder, without checkpoints."""
 
 CHECKPOINTS = "checkpoints"
-"""The folder of an unfinished run's checkpoints."""
+"""Name of the folder with the checkpoints of an unfinished run."""
 
 ORDER = "order.json"
-"""What a run that is resumed must have in common with its beginning; marks the checkpoints' folder as ours."""
+"""Settings that a resumed run must share with its beginning; marks a folder of this package's checkpoints."""
 
 COMPLETE = "complete"
-"""Empty file that marks a checkpoint as whole; it is written after all else."""
+"""Empty file that marks a complete checkpoint; it is written last."""
 
 RESULTS = ("results.json", "report.md", "report.html")
-"""Files of a benchmark's report, beside its measurements."""
+"""Files of a benchmark's report."""
 
 MEASUREMENTS = "measurements.jsonl"
 STATES_INDEX = "states.json"
@@ -48,7 +49,7 @@ NOTE_SUFFIX = ".state"
 LOCK = ".redrafter.lock"
 
 _TYPES = {"recurrent_drafting_drafter", "medusa_heads", "redrafter_eagle"}
-"""The `model_type` of every head (`redrafter.heads`); a test compares them."""
+"""The `model_type` of every head in `redrafter.heads`; a test compares the two."""
 _TEMPORARY = re.compile(r"\..+\.\d+\.part")
 _CACHE = ("models--", "datasets--", "spaces--")
 
@@ -60,25 +61,23 @@ def check_drafter_folder(
 ) -> None:
     """Raises RedrafterError if a drafter may not be written to `folder`.
 
-    `overwrite`: whether a drafter that is there may be replaced.  Only its own files are replaced; other files in the
-    folder are left alone.  `inputs`: files and folders that the command reads.  `own`: folders that the command itself
-    keeps inside `folder`.  `advice`: what to do instead of overwriting.
+    `overwrite`: an existing drafter may be replaced; other files in its folder are left alone.  `inputs`: files and
+    folders that the command reads.  `own`: folders that the command itself keeps inside `folder`.  `advice`: what to do
+    instead of overwriting.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RedrafterError(f"{folder} is a file: give a folder as --output.")
-    _check_place(folder, inputs, DRAFTER_FILES)
+    _check_folder(folder, inputs, DRAFTER_FILES)
     _check_checkpoints(folder / CHECKPOINTS)
     entries = _entries(folder)
     if CONFIG in entries:
         if not is_drafter(folder):
-            raise RedrafterError(f"{folder / CONFIG} is not a drafter's: choose another folder.")
+            raise RedrafterError(f"{folder / CONFIG} is not the config of a drafter: choose another folder.")
         if not overwrite:
             raise RedrafterError(f"{folder} already holds a drafter: {advice or 'give another --output'}.")
         return
     unfinished = {CHECKPOINTS} if _is_checkpoints(folder / CHECKPOINTS) else set()
     kept = {one.name for one in own if one is not None and _same(one.parent, folder)}
     foreign = entries - unfinished - kept
-    if unfinished:  # loggers and users may have put other files beside an unfinished run's checkpoints
+    if unfinished:  # loggers and users may have added other files beside an unfinished run's checkpoints
         foreign &= {Path(name).parts[0] for name in DRAFTER_FILES}
     if foreign:
         raise RedrafterError(f"{folder} is not empty and holds no drafter ({min(foreign)}): choose another folder.")
@@ -86,81 +85,79 @@ def check_drafter_folder(
 
 def check_bench_folder(folder: Path, *, inputs: Inputs = ()) -> None:
     """Raises RedrafterError if measurements and reports may not be written to `folder`."""
-    if folder.exists() and not folder.is_dir():
-        raise RedrafterError(f"{folder} is a file: give a folder as --output.")
-    _check_place(folder, inputs, (MEASUREMENTS, MEASUREMENTS + NOTE_SUFFIX, *RESULTS))
+    _check_folder(folder, inputs, (MEASUREMENTS, MEASUREMENTS + NOTE_SUFFIX, *RESULTS))
     ours = _is_note(folder / (MEASUREMENTS + NOTE_SUFFIX)) or _holds(folder / RESULTS[0], "about", "asked")
     if not ours and (entries := _entries(folder)):
         raise RedrafterError(f"{folder} is not empty and holds no benchmark ({min(entries)}): choose another folder.")
 
 
 def check_states_folder(folder: Path, *, inputs: Inputs = ()) -> None:
-    """Raises RedrafterError if a target's hidden states may not be kept in `folder`."""
-    if folder.exists() and not folder.is_dir():
-        raise RedrafterError(f"{folder} is a file: give a folder as --cache-states.")
-    _check_place(folder, inputs, (STATES_INDEX,))
+    """Raises RedrafterError if a target's hidden states may not be stored in `folder`."""
+    _check_folder(folder, inputs, (STATES_INDEX,), option="--cache-states")
     if not (folder / STATES_INDEX).exists() and (entries := _entries(folder)):
         raise RedrafterError(f"{folder} is not empty and holds no states ({min(entries)}): choose another folder.")
 
 
 def check_rows_file(file: Path, *, inputs: Inputs = ()) -> None:
-    """Raises RedrafterError if rows may not be written to `file`: it is an input, or was not written by this package.
+    """Raises RedrafterError if `distill` may not write rows to `file`.
 
-    A file of ours has a note beside it, `FILE.state`.
+    It may continue a file that it wrote before, which has a file `FILE.state` beside it.
     """
     note = file.with_name(file.name + NOTE_SUFFIX)
     if file.is_dir():
-        raise RedrafterError(f"{file} is a folder; name a file.")
+        raise RedrafterError(f"{file} is a folder: give a file as --output.")
     inputs = list(inputs)
     for one in (file, note):
         if any(given is not None and _same(Path(given), one) for given in inputs):
-            raise RedrafterError(f"{one} is one of the files to read; name another --output.")
-    _check_place(file, inputs, ())
+            raise RedrafterError(f"{one} is one of the files to read: give another --output.")
+    _check_path(file, inputs, ())
     if note.exists() and not _is_note(note):
-        raise RedrafterError(f"{note} is not a note of this command: name another file.")
+        raise RedrafterError(f"{note} was not written by this command: give another file.")
     if file.exists() and file.stat().st_size and not note.exists():
-        raise RedrafterError(f"{file} exists and has no {note.name} beside it, so it is not ours: name another file.")
+        raise RedrafterError(
+            f"{file} exists without {note.name} beside it, so it is not an output of distill: give another file."
+        )
 
 
 def is_drafter(folder: Path) -> bool:
-    """Whether the folder's `config.json` is that of a drafter, written by this package or by Apple's code."""
+    """Whether the folder's `config.json` is a drafter's, of this package or of Apple's code."""
     config = _json(folder / CONFIG)
     return config.get("model_type") in _TYPES and config.get("architectures", ["Drafter"]) == ["Drafter"]
 
 
 def check_places(folder: Path, names: Iterable[str]) -> None:
-    """Raises RedrafterError if a file of the folder would be written elsewhere, through a link, or over a folder."""
+    """Raises RedrafterError if a file of the folder would be written through a link to elsewhere, or over a folder."""
     for name in names:
-        place = folder / name
-        if place.parent.exists() and not place.parent.is_dir():
-            raise RedrafterError(f"{place.parent} is a file: choose another folder.")
-        if place.parent.resolve() != folder.resolve() / Path(name).parent:
-            raise RedrafterError(f"{place.parent} is a link to another folder: choose another folder.")
-        if place.is_dir():
-            raise RedrafterError(f"{place} is a folder: choose another folder.")
+        file = folder / name
+        if file.parent.exists() and not file.parent.is_dir():
+            raise RedrafterError(f"{file.parent} is a file: choose another folder.")
+        if file.parent.resolve() != folder.resolve() / Path(name).parent:
+            raise RedrafterError(f"{file.parent} is a link to another folder: choose another folder.")
+        if file.is_dir():
+            raise RedrafterError(f"{file} is a folder: choose another folder.")
 
 
 @contextmanager
 def locked(output: Path, *, is_file: bool = False) -> Iterator[None]:
-    """Locks an output folder, or file, until the block ends.  Missing folders are created.
+    """Locks an output folder or file until the block ends; creates missing folders.
 
-    Raises RedrafterError if another process holds the lock, or if the folder cannot be written.  The operating system
-    releases the lock of a process that is killed.
+    Raises RedrafterError if another process holds the lock, or if the folder is not writable.  The operating system
+    releases the lock of a killed process.
     """
     from filelock import FileLock, Timeout
 
-    whole = output.resolve()
-    lock = whole.with_name(f".{whole.name}.lock") if is_file else whole / LOCK
-    made = [one for one in (lock.parent, *lock.parent.parents) if not one.exists()]
+    path = output.resolve()
+    lock = path.with_name(f".{path.name}.lock") if is_file else path / LOCK
+    created = [one for one in (lock.parent, *lock.parent.parents) if not one.exists()]
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(lock, timeout=0)
         held.acquire()
-        while not lock.exists():  # the process that held it before removed the file in between
+        while not lock.exists():  # the previous holder removed the file in the meantime
             held.release()
             held.acquire()
     except Timeout:
-        raise RedrafterError(f"Another process is writing {output}: wait for it, or name another --output.") from None
+        raise RedrafterError(f"Another process is writing {output}: wait for it, or give another --output.") from None
     except OSError as error:
         raise RedrafterError(f"{output} cannot be written: {error.strerror or error}.") from error
     try:
@@ -170,63 +167,69 @@ def locked(output: Path, *, is_file: bool = False) -> Iterator[None]:
             lock.unlink()
         held.release()
         with suppress(OSError):
-            for one in made:
+            for one in created:
                 one.rmdir()
 
 
-def _check_place(place: Path, inputs: Inputs, names: Iterable[str]) -> None:
-    """Raises RedrafterError if `place` is, contains or lies inside what must stay as it is, or cannot be made."""
-    whole = place.resolve()
-    if any(part.startswith(_CACHE) for part in whole.parts):
-        raise RedrafterError(f"{place} lies in the hub's cache: choose another place.")
-    for above in (whole, *whole.parents):
-        if _is_model(above):
-            where = "is" if above == whole else f"lies in {above},"
-            raise RedrafterError(f"{place} {where} a model's folder, which is never written to: choose another place.")
-    above = next(one for one in (whole, *whole.parents) if one.exists())
-    if above != whole and not above.is_dir():
-        raise RedrafterError(f"{above} is a file, so {place} cannot be made.")
+def _check_folder(folder: Path, inputs: Inputs, names: Iterable[str], option: str = "--output") -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RedrafterError(f"{folder} is a file: give a folder as {option}.")
+    _check_path(folder, inputs, names)
+
+
+def _check_path(output: Path, inputs: Inputs, names: Iterable[str]) -> None:
+    """Raises RedrafterError if `output` is, contains or lies inside something to keep, or cannot be created."""
+    path = output.resolve()
+    if any(part.startswith(_CACHE) for part in path.parts):
+        raise RedrafterError(f"{output} is in the Hub's cache: choose another path.")
+    for parent in (path, *path.parents):
+        if _is_model(parent):
+            where = "is" if parent == path else f"is in {parent},"
+            raise RedrafterError(f"{output} {where} a model's folder, which is never written to: choose another path.")
+    parent = next(one for one in (path, *path.parents) if one.exists())
+    if parent != path and not parent.is_dir():
+        raise RedrafterError(f"{parent} is a file, so {output} cannot be created: choose another path.")
     for given in inputs:
         if given is None or not Path(given).exists():
             continue
-        path = Path(given).resolve()
-        if path.is_dir() and any(_same(path, one) for one in (whole, *whole.parents)):
-            raise RedrafterError(f"{place} is {given}, which is read, or lies in it: choose another place.")
-        if path.is_dir() and any(_same(one, whole) for one in path.parents):
-            raise RedrafterError(f"{place} contains {given}, which is read: choose another place.")
-        if any(_same(path, whole / name) for name in names):
-            raise RedrafterError(f"{given} is read and would be replaced: choose another place.")
-    check_places(place, names)
+        source = Path(given).resolve()
+        if source.is_dir() and any(_same(source, one) for one in (path, *path.parents)):
+            raise RedrafterError(f"{output} is the input {given} or is inside it: choose another path.")
+        if source.is_dir() and any(_same(one, path) for one in source.parents):
+            raise RedrafterError(f"{output} contains the input {given}: choose another path.")
+        if any(_same(source, path / name) for name in names):
+            raise RedrafterError(f"The input {given} would be replaced: choose another path.")
+    check_places(output, names)
 
 
 def _check_checkpoints(folder: Path) -> None:
-    """Raises RedrafterError if the folder holds checkpoints of other software, which a run would remove in the end."""
+    """Raises RedrafterError if the folder holds checkpoints of other software, which a run would finally remove."""
     if folder.exists() and not folder.is_dir():
         raise RedrafterError(f"{folder} is a file: choose another folder.")
     if _holds(folder / ORDER, "--batch-size"):
         return
     if (folder / ORDER).exists():
-        raise RedrafterError(f"{folder / ORDER} is not a run's of this package: choose another folder.")
+        raise RedrafterError(f"{folder / ORDER} was not written by this package: choose another folder.")
     for one in folder.glob("checkpoint-*"):
         if not (one / COMPLETE).exists():
             raise RedrafterError(f"{one} is not a checkpoint of this package: choose another folder.")
 
 
 def _is_checkpoints(folder: Path) -> bool:
-    """Whether an unfinished run of ours has its checkpoints here."""
+    """Whether an unfinished run of this package has its checkpoints here, or the folder is empty."""
     marks = (_holds(folder / ORDER, "--batch-size"), any(folder.glob(f"checkpoint-*/{COMPLETE}")))
     return any(marks) or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether transformers would load a model, or PEFT an adapter, from the folder."""
+    """Whether the folder holds a model of transformers or an adapter of PEFT."""
     if (folder / "adapter_config.json").is_file():
         return True
     return "architectures" in _json(folder / CONFIG) and not is_drafter(folder)
 
 
 def _is_note(path: Path) -> bool:
-    return _holds(path, "told", "done", "bytes")
+    return any(_holds(path, name, "done", "bytes") for name in ("options", "told"))  # "told" in older notes
 
 
 def _holds(path: Path, *keys: str) -> bool:
@@ -235,23 +238,23 @@ def _holds(path: Path, *keys: str) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The file's JSON object; empty if there is no such file or it holds something else."""
+    """The file's JSON object; empty if there is no such file or it holds anything else."""
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _entries(folder: Path) -> set[str]:
-    """Names in the folder, without our lock and the remains of killed processes."""
+    """Names in the folder, without the lock and temporary files of killed processes."""
     if not folder.is_dir():
         return set()
     return {one for one in os.listdir(folder) if one != LOCK and not _TEMPORARY.fullmatch(one)}
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to the same file or folder, by whatever links."""
+    """Whether two paths, links resolved, are the same file or folder."""
     try:
         return one.samefile(other)
     except OSError:

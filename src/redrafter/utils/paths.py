@@ -1,6 +1,6 @@
-"""Names of models and drafters: which are local paths and which may be repositories on the hub.
+"""Tells local paths of models and drafters from possible Hub ids.
 
-Imports nothing heavy, so that commands can report a missing folder at once.
+Imports nothing heavy, so that commands report a missing folder at once.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from pathlib import Path
 from redrafter.errors import RedrafterError
 
 PROMPT_LOOKUP = "prompt-lookup"
-"""Stands for a drafter that needs no folder."""
+"""The name to give instead of a drafter folder, for prompt lookup."""
 
 _REPO_ID = re.compile(r"(?=.{1,96}$)[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
-"""The form of a hub id, with or without a namespace (as `huggingface_hub.utils.validate_repo_id` has it)."""
+"""Hub ids with or without a namespace, as in `huggingface_hub.utils.validate_repo_id`."""
 
 
 def may_be_on_the_hub(path: str | Path) -> bool:
-    """Whether there is no such path and it has the form of a hub id: `OWNER/NAME`, or `NAME` as in `distilgpt2`."""
+    """Whether `path` does not exist locally and has the form of a Hub id: `OWNER/NAME` or `NAME`."""
     name = str(path)
     if name == PROMPT_LOOKUP:
         return False
@@ -27,7 +27,7 @@ def may_be_on_the_hub(path: str | Path) -> bool:
 
 
 def check_model_path(path: str | Path | None) -> None:
-    """Raises RedrafterError if `path` is neither a folder nor a possible hub id.  None is accepted."""
+    """Raises RedrafterError if `path` is neither None, a folder nor a possible Hub id."""
     if path is None or Path(path).is_dir() or may_be_on_the_hub(path):
         return
     if Path(path).exists():
@@ -36,7 +36,7 @@ def check_model_path(path: str | Path | None) -> None:
 
 
 def check_drafter_path(path: str | Path | None) -> None:
-    """Raises RedrafterError if `path` is neither a folder, a possible hub id nor prompt lookup.  None is accepted."""
+    """Raises RedrafterError if `path` is neither None, a folder, a possible Hub id nor prompt lookup."""
     if path is None or str(path) == PROMPT_LOOKUP or Path(path).is_dir() or may_be_on_the_hub(path):
         return
     raise RedrafterError(f"There is no drafter folder at {path}.")

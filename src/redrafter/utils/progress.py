@@ -1,7 +1,4 @@
-"""Progress of a long command on stderr: a bar on a terminal, elsewhere a line every ten seconds.
-
-Does not know what the work is.
-"""
+"""Progress of long work on stderr: a bar on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -18,22 +15,22 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 INTERVAL = 10.0
-"""Seconds between two lines where stderr is not a terminal."""
+"""Seconds between two lines if stderr is not a terminal."""
 
 FIRST = 5.0
-"""Seconds to the first line: work that is refused at once shows nothing but the reason."""
+"""Seconds before the first line, so that a quick error is printed without progress."""
 
 T = TypeVar("T")
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Shows how much of `total` is done, the rate, and the time left.
+    """Shows how much of `total` is done, the rate, and the remaining time.
 
-    `unit` names what is counted, in the plural.  `total` and `done` may be fractions; they are shown rounded down.
-    `details` is called at each refresh and gives more of the line.  With `rate=False` no rate is shown, as where
-    seconds are counted.  Lines are printed by a thread of its own, so they appear even if nothing has finished since
-    the last one: the first after `FIRST` seconds, then every `INTERVAL`, and one at the end unless an exception ends
-    the work.  Work that is done before the first line shows nothing, or with `always` the line at the end.
+    `unit`: what is counted, in the plural.  `total` and `done` may be fractions; they are shown rounded down.
+    `details`: called at each refresh; its text is added to the line.  `rate`: whether to show a rate; pass False if
+    seconds are counted.  A thread prints the lines, so they appear even if nothing was finished since the last one: the
+    first after `FIRST` seconds, then one every `INTERVAL` seconds, and one at the end unless an exception was raised.
+    Work that ends before the first line shows nothing, or with `always` only the last line.
     """
 
     def __init__(
@@ -47,11 +44,11 @@ class Progress(AbstractContextManager["Progress"]):
         always: bool = False,
         console: Console | None = None,
     ):
-        """Nothing is shown before the `with` block is entered."""
+        """Shows nothing before the `with` block is entered."""
         self.unit, self.total, self.done, self.details, self.rate = unit, total, done, details, rate
         self.always = always
         self.console = console or Console(stderr=True)
-        self._first = done  # what was done before does not count for the rate
+        self._first = done  # earlier work does not count for the rate
         self._began = time.monotonic()
         self._bar: Bar | None = None
         self._ended = threading.Event()
@@ -81,21 +78,21 @@ class Progress(AbstractContextManager["Progress"]):
                 self.print(str(self))
 
     def update(self, done: float, total: float | None = None) -> None:
-        """Sets how much is done, and the new total if it has changed."""
+        """Sets how much is done, and the total if it has changed."""
         self.done, self.total = done, self.total if total is None else total
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.done, total=self.total)
 
     def advance(self, _: object = None) -> None:
-        """One more is done; takes an argument, so that it can be used as a callback."""
+        """Counts one more; ignores its argument, so that it can be used as a callback."""
         self.update(self.done + 1)
 
     def print(self, line: str) -> None:
-        """Prints a line; on a terminal above the bar."""
+        """Prints a line, on a terminal above the bar."""
         self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def __str__(self) -> str:
-        """Done, details, rate and time left in one line."""
+        """The line: done, details, rate and remaining time."""
         took = time.monotonic() - self._began
         rate = (self.done - self._first) / took if took > 0 else 0.0
         parts = [f"{int(self.done):,} of {int(self.total):,} {self.unit}", *filter(None, [self.details()])]
@@ -116,7 +113,7 @@ class Progress(AbstractContextManager["Progress"]):
 
 
 class _Line(ProgressColumn):
-    """The text beside the bar; computed at each refresh."""
+    """The text beside the bar, computed at each refresh."""
 
     max_refresh = 0.5
 
@@ -129,7 +126,7 @@ class _Line(ProgressColumn):
 
 
 def track(items: Sequence[T], unit: str, *, name: Callable[[T], str] = lambda _: "") -> Iterator[T]:
-    """The items one after another, with their progress; `name` gives the details while an item is worked on."""
+    """Yields the items with a progress display; `name` returns the details for an item in progress."""
     current = [""]
     with Progress(unit, len(items), details=lambda: current[0]) as progress:
         for number, item in enumerate(items):

@@ -1,7 +1,7 @@
-"""Tree attention in Triton: keys split among programs, partial results merged.
+"""Tree attention: keys are split among programs, and partial results are merged.
 
-Promises what `redrafter.core.tree_attention.reference` gives, up to rounding, whatever lies in slots that no node sees.
-Imports triton, so it is imported on first use.  Does not know trees, only their packed mask.
+Guarantees the results of `redrafter.core.tree_attention.reference`, up to rounding, for any content of slots that no
+node sees.  Imported on first use, because it needs triton.  Does not know trees, only their bit mask.
 
 Flash attention over split keys as in arXiv 2205.14135 and Flash-Decoding; logits are kept in base 2.
 """
@@ -15,17 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS_PER_PROCESSOR = 3  # that the keys of a few queries are cut for; of many one, whose partial results are large
-RESIDENT = 2  # programs whose blocks fit a processor's shared memory
-MAX_SPLITS, LEAST_KEYS = 32, 128  # parts of the keys; keys of a part
-KEYS = 32  # of a block that the tree's slots reach into: its part of the mask is then in two words
-STAGES = 3  # blocks in flight, of few queries; of many one more
-ROWS = 128  # queries of a block, at most
-SHARED_MEMORY = 96 << 10  # bytes of a processor where it does not tell
+PROGRAMS_PER_PROCESSOR = 3  # for few queries; one for many, whose partial results are large
+RESIDENT = 2  # programs that share a processor's shared memory
+MAX_SPLITS, LEAST_KEYS = 32, 128  # splits of the keys; keys per split
+KEYS = 32  # per block that contains tree slots: its part of the mask is in two words
+STAGES = 3  # blocks in flight for few queries; one more for many
+ROWS = 128  # limit on the queries of a block
+SHARED_MEMORY = 96 << 10  # bytes per processor, if it is unknown
 
 
 class Tiling(NamedTuple):
-    """How a program goes about its work; `rows`, and `keys` of a block of committed slots, are powers of two to 128."""
+    """Block sizes of a program.  `rows`, and `keys` per block of committed slots, are powers of two up to 128."""
 
     rows: int
     keys: int
@@ -40,7 +40,7 @@ def _block(
     TREE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, from slot `start`; with TREE it may hold the tree's slots, or such as nobody wrote."""
+    """One block of keys from slot `start`.  With TREE it may contain tree slots and unwritten slots."""
     slot = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
@@ -53,7 +53,7 @@ def _block(
         k = tl.load(k_ptr) if D == BLOCK_D else tl.load(k_ptr, mask=(d < D)[None, :], other=0.0)
         v = tl.load(v_ptr) if DV == BLOCK_DV else tl.load(v_ptr, mask=(dv < DV)[None, :], other=0.0)
     logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if SOFTCAP:  # tanh; what overflows ends at 1
+    if SOFTCAP:  # tanh; overflow gives 1
         logit = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(logit)))
 
     if TREE:
@@ -73,7 +73,7 @@ def _block(
         if WINDOW > 0:
             logit = tl.where(depth[:, None] - (slot - length)[None, :] < WINDOW, logit, float("-inf"))
 
-    higher = tl.maximum(top, tl.max(logit, 1))  # finite from the first, so that a row that sees nothing keeps 0
+    higher = tl.maximum(top, tl.max(logit, 1))  # always finite, so that a row that sees nothing keeps 0
     weight = tl.exp2(logit - higher[:, None])
     shrink = tl.exp2(top - higher)
     total = total * shrink + tl.sum(weight, 1)
@@ -90,12 +90,12 @@ def _attend(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one head of keys, row = node * GROUP + head in group, over a part of its keys, or all (WHOLE).
+    """The queries of one key head, row = node * GROUP + head in group, over a split of its keys, or all (WHOLE).
 
-    Parts are cut into blocks of BLOCK_C committed keys; what the tree's slots reach into, into some of BLOCK_N.
+    Splits consist of blocks of BLOCK_C committed keys, and of BLOCK_N keys where tree slots begin.
     """
     split = tl.program_id(0)
-    pair = tl.program_id(1)  # of row and head of keys
+    pair = tl.program_id(1)  # of row and key head
     b = (pair // HEADS).to(tl.int64)
     h = pair % HEADS
     rows = nodes * GROUP
@@ -116,7 +116,7 @@ def _attend(
     depth = tl.load(mask_row + 1).to(tl.int32)
     length = tl.minimum(tl.load(mask_base).to(tl.int32), slots)
 
-    first = length * 0  # slots that the window has left behind are not read
+    first = length * 0  # slots before the window are not read
     if WINDOW > 0:
         first = tl.maximum(length - (WINDOW - 1), 0)
     end = tl.minimum(length + nodes, slots)
@@ -154,7 +154,7 @@ def _attend(
         place = (pair.to(tl.int64) * rows + row) * splits + split
         tl.store(tops + place, top, mask=inside)
         tl.store(totals + place, total, mask=inside)
-        if begin < stop:  # the merger reads no sums of an empty part
+        if begin < stop:  # the merge does not read the sums of an empty split
             tl.store(part + place[:, None] * DV + dv[None, :], acc, mask=inside[:, None] & (dv < DV)[None, :])
 
 
@@ -164,7 +164,7 @@ def _merge(
     SINKS: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the parts of BLOCK_R rows."""
+    """Merges the splits of BLOCK_R rows."""
     pair = tl.program_id(1)
     rows = nodes * GROUP
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -195,38 +195,40 @@ def _merge(
 
 
 def splits_for(programs: int, slots: int, processors: int, rows: int) -> int:
-    """Parts that the keys are cut into, where `programs` of so many rows run anyway: enough for all processors."""
+    """Number of splits of the keys that keeps all processors busy if `programs` of that many rows run anyway."""
     each = PROGRAMS_PER_PROCESSOR if rows <= 16 else 1
     return max(1, min(each * processors // programs, slots // LEAST_KEYS, MAX_SPLITS))
 
 
 def tiling_for(rows: int, sizes: int, bytes_each: int, shared_memory: int = SHARED_MEMORY) -> Tiling:
-    """Block sizes for that many queries of a head of keys, and `sizes` numbers in a key and a value together.
+    """Block sizes for `rows` queries per key head; `sizes` is the size of a key plus that of a value.
 
-    So chosen that RESIDENT of them fit a processor's shared memory.
+    RESIDENT programs fit a processor's shared memory.
     """
-    most = (ROWS if sizes <= 256 else ROWS // 2) if bytes_each < 4 else 16  # without tensor cores, registers run short
+    most = (
+        (ROWS if sizes <= 256 else ROWS // 2) if bytes_each < 4 else 16
+    )  # without tensor cores, registers are the limit
     height = max(16, min(most, triton.next_power_of_2(rows)))
     tile = Tiling(height, KEYS if bytes_each < 4 else KEYS // 2, 4, STAGES + (height >= 64))
     if tile.rows * sizes > 64 * 256:
         tile = tile._replace(warps=8)
 
-    def too_much(tile: Tiling) -> bool:
-        blocks = tile.stages + (tile.rows >= 64)  # one more is kept where Hopper's products run on their own
+    def exceeds(tile: Tiling) -> bool:
+        blocks = tile.stages + (tile.rows >= 64)  # asynchronous products on Hopper keep one more
         return RESIDENT * (tile.rows // 2 + blocks * tile.keys) * sizes * bytes_each > shared_memory
 
-    while too_much(tile) and (tile.stages > 2 or tile.keys > 16):
+    while exceeds(tile) and (tile.stages > 2 or tile.keys > 16):
         tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(keys=tile.keys // 2)
     return tile
 
 
 @lru_cache
 def _device(index: int | None) -> tuple[int, int]:
-    """Processors of a GPU, and the bytes of shared memory of each; under the interpreter some numbers."""
+    """Number of processors of a GPU and bytes of shared memory of each; placeholders under the interpreter."""
     if index is None:
         return 8, SHARED_MEMORY
-    told = torch.cuda.get_device_properties(index)
-    return told.multi_processor_count, getattr(told, "shared_memory_per_multiprocessor", SHARED_MEMORY)
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, getattr(properties, "shared_memory_per_multiprocessor", SHARED_MEMORY)
 
 
 def launch(
@@ -241,8 +243,10 @@ def launch(
     tiling: Tiling | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """As `redrafter.core.tree_attention.tree_attention`, on the current device; `tiling` and `splits` are for
-    trials."""
+    """See `redrafter.core.tree_attention.tree_attention`; runs on the current device.
+
+    `tiling` and `splits` are for experiments.
+    """
     batch, heads, nodes, size = query.shape
     kv_heads, slots, value_size = value.shape[1:]
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -257,12 +261,12 @@ def launch(
     splits = splits or splits_for(batch * kv_heads * tiles, reach, processors, tile.rows)
 
     out = query.new_empty((batch, nodes, heads, value_size))
-    part, tops, totals = out, out, out  # not touched
+    part, tops, totals = out, out, out  # unused
     if splits > 1:
         part = torch.empty((batch, kv_heads, rows, splits, value_size), dtype=torch.float32, device=query.device)
         tops, totals = torch.empty((2, batch, kv_heads, rows, splits), dtype=torch.float32, device=query.device)
     scale, cap = scaling * math.log2(math.e), 0.0
-    if softcap is not None:  # exp2 of twice the tanh's argument
+    if softcap is not None:  # exp2 of twice the argument of tanh
         scale, cap = 2 * scale / softcap, softcap * math.log2(math.e)
     _attend[(splits, batch * kv_heads, tiles)](
         query, key, value, mask, sinks if sinks is not None else out, out, part, tops, totals,

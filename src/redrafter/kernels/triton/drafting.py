@@ -1,12 +1,13 @@
-"""Kernels of drafting in Triton: the best scores, a step of the beam search, trees, and the drafter's activations.
+"""Kernels for drafting: top-k, beam search, trees and the drafter's activations.
 
-Promises what the plain counterparts give, up to rounding: `redrafter.kernels.topk.plain_topk`,
-`redrafter.proposers.beam_search.plain_extend_beams`, `redrafter.core.tree.plain_prefix_tree` and `plain_most_probable`,
-`redrafter.kernels.product.activated`, and `plain_moved` of `redrafter.proposers.fused_drafter`.  Imports triton, so it
-is imported on first use.  Everything works on the current device and asks it nothing.
+Guarantees the results of the PyTorch references, up to rounding: `plain_topk` (`redrafter.kernels.topk`),
+`plain_extend_beams` (`redrafter.proposers.beam_search`), `plain_prefix_tree` and `plain_most_probable`
+(`redrafter.core.tree`), `silu_add` (`redrafter.kernels.activation`) and `plain_moved`
+(`redrafter.proposers.fused_drafter`).  Imported on first use, because it needs triton.  Runs on the current device and
+does not synchronize with it.
 
-What is ranked is packed into one number of 64 bits: the score's bits in an order that integers have, then the place,
-the smaller the better.  So ties are decided, and one bitonic sort carries both.
+Candidates are ranked by one 64-bit integer: the bits of the score in an order that integers preserve, then the index,
+so that ties are decided and one bitonic sort moves both.
 """
 
 import torch
@@ -14,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 1024  # columns of a program, at least
-CANDIDATES = 4096  # of a row, at most, that its chunks hand on; more columns make larger chunks
-LOWEST = tl.constexpr(-(1 << 63))  # ranks below every score
-ELEMENTS = 1024  # of a program
-OWN, OTHERS = 32, 256  # entries of a beam search that a program ranks, and that it compares with at once
+CHUNK = 1024  # least columns per program
+CANDIDATES = 4096  # limit per row on what its chunks pass on; more columns use larger chunks
+LOWEST = tl.constexpr(-(1 << 63))  # below the rank of every score
+ELEMENTS = 1024  # per program
+OWN, OTHERS = 32, 256  # entries that a program ranks, and that it compares with at once
 
 
 def _power(number: int) -> int:
@@ -26,13 +27,13 @@ def _power(number: int) -> int:
 
 
 def _warps(elements: int) -> int:
-    """Warps to sort that many numbers with."""
+    """Warps to sort that many elements."""
     return max(1, min(8, elements // 256)) if elements < 8192 else 16
 
 
 @triton.jit
 def _ranked(score, place):
-    """The packed score and place; NaN ranks as minus infinity, both zeros as one."""
+    """The rank of a score at an index.  NaN ranks as minus infinity, -0.0 as 0.0."""
     score = tl.where(score == score, score, float("-inf"))
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -54,7 +55,7 @@ def _place_of(rank):
 def _best_of_chunk(
     scores, ranks, tops, totals, stride, columns, chunks, CHUNK: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
-    """The K best of a chunk of a row, its highest score and the sum of the exponentials below that."""
+    """The K best scores of a chunk of a row, the largest one and the sum of exponentials relative to it."""
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     column = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -74,7 +75,7 @@ def _best_of_row(
     ranks, tops, totals, values, ids, logsumexp, chunks, width,
     CANDIDATES: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """The best of what a row's chunks hand on."""
+    """The best scores of all chunks of a row."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, CHUNKS)
     highest = tl.load(tops + row * chunks + c, mask=c < chunks, other=-1e30)
@@ -89,7 +90,7 @@ def _best_of_row(
 
 
 def topk(scores: Tensor, width: int, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, ids and log-sum-exp as of `redrafter.kernels.topk.top`, in two launches; `chunk` is for trials."""
+    """Values, ids and log-sum-exp of `redrafter.kernels.topk.topk`, in two launches.  `chunk` is for experiments."""
     rows, columns = scores.shape
     if width > columns:
         raise ValueError(f"width {width} exceeds the {columns} columns")
@@ -116,11 +117,11 @@ def topk(scores: Tensor, width: int, chunk: int | None = None) -> tuple[Tensor, 
 
 @triton.jit
 def _path_score(values, logsumexp, scores, row, entry, entries, beams_above, width):
-    """Of an entry: its beam's score and what its token adds."""
+    """The score of an entry: the score of its beam plus that of its token."""
     there = entry < entries
     beam = row * beams_above + tl.where(there, entry // width, 0)
     gain = tl.load(values + row * entries + entry, mask=there, other=0.0) - tl.load(logsumexp + beam)
-    return tl.load(scores + beam) + tl.where(gain > 0, 0.0, gain)  # never above the parent, not by rounding either
+    return tl.load(scores + beam) + tl.where(gain > 0, 0.0, gain)  # rounding must not lift a child above its parent
 
 
 @triton.jit(do_not_specialize=["beams_above", "width", "position"])
@@ -130,7 +131,7 @@ def _extend_beams(
     beams_above, width, position,
     NAMED: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """OWN entries of a row, which grow its beams: each that fewer than `width` others surpass is a beam from now on."""
+    """Ranks OWN entries of a row; those that fewer than `width` others surpass become beams."""
     row = tl.program_id(1).to(tl.int64)
     entries = beams_above * width
     entry = tl.program_id(0) * OWN + tl.arange(0, OWN)
@@ -173,9 +174,9 @@ def extend_beams(
     scores: Tensor,
     above: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The level's tokens, parents and scores; the new beams, their scores, entries, and parents, in one launch.
+    """The level's tokens, parents and scores, and the new beams, their scores, entries and parents, in one launch.
 
-    As `redrafter.proposers.beam_search.plain_extend_beams`; at most 64 beams.
+    See `redrafter.proposers.beam_search.extend_beams`; at most 64 beams.
     """
     batch, beams_above, position = beams.shape
     width = values.shape[1]
@@ -197,7 +198,7 @@ def extend_beams(
 
 
 def _blank_tree(batch: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Tokens, parents, depth, valid and ancestors of trees without nodes: one piece of memory, cleared at once."""
+    """Tokens, parents, depth, valid and ancestors of trees without nodes, in one zeroed allocation."""
     numbers, flags = 3 * batch * size, batch * size * (size + 1)
     memory = torch.zeros(8 * numbers + flags, dtype=torch.uint8, device=device)
     tokens, parents, depth = memory[: 8 * numbers].view(torch.int64).view(3, batch, size)
@@ -207,7 +208,7 @@ def _blank_tree(batch: int, size: int, device: torch.device) -> tuple[Tensor, ..
 
 @triton.jit
 def _own_and_root(ancestors, row, size, NODES: tl.constexpr):
-    """Every node, padding too, sees itself and the root."""
+    """Marks the root and the node itself as ancestors of every node, including padding."""
     n = tl.arange(0, NODES)
     tl.store(ancestors + (row * size + n) * size, 1, mask=n < size)
     tl.store(ancestors + (row * size + n) * size + n, 1, mask=n < size)
@@ -218,16 +219,16 @@ def _prefix_tree(
     root, beams, tokens, parents, depth, valid, ancestors, width,
     LENGTH: tl.constexpr, W: tl.constexpr, L: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
-    """A row's beams as a prefix tree; the outputs are cleared before."""
+    """Merges the beams of a row into a prefix tree.  The outputs are zero before."""
     row = tl.program_id(0).to(tl.int64)
     size = 1 + width * LENGTH
     w = tl.arange(0, W)
     step = tl.arange(0, L)
     there = w < width
     both = there[:, None] & there[None, :]
-    same = both  # prefixes agree
-    node = tl.zeros([W], tl.int32)  # of every beam at this depth
-    path = tl.zeros([W, L], tl.int32)  # and at every depth so far
+    same = both  # equal prefixes
+    node = tl.zeros([W], tl.int32)  # of each beam at this depth
+    path = tl.zeros([W, L], tl.int32)  # of each beam at all depths so far
     count = tl.sum(node, 0)
     first = row * size
     tl.store(tokens + first, tl.load(root + row))
@@ -236,7 +237,7 @@ def _prefix_tree(
     for at in tl.static_range(LENGTH):
         token = tl.load(beams + (row * width + w) * LENGTH + at, mask=there, other=0)
         same = same & (token[:, None] == token[None, :])
-        owner = tl.min(tl.where(same, w[None, :], W), 1)  # the smallest beam with this prefix
+        owner = tl.min(tl.where(same, w[None, :], W), 1)  # the first beam with this prefix
         owns = there & (owner == w)
         number = count + tl.cumsum(owns.to(tl.int32), 0)  # in order of depth, then beam
         count += tl.sum(owns.to(tl.int32), 0)
@@ -252,8 +253,7 @@ def _prefix_tree(
 
 
 def prefix_tree(root: Tensor, beams: Tensor) -> tuple[Tensor, ...]:
-    """Tokens, parents, depth, valid and ancestors as of `redrafter.core.tree.plain_prefix_tree`, in one launch after a
-    clearing."""
+    """Tokens, parents, depth, valid and ancestors, as of `redrafter.core.tree.prefix_tree`."""
     batch, width, length = beams.shape
     tree = _blank_tree(batch, 1 + width * length, beams.device)
     tokens, parents, depth, valid, ancestors = tree
@@ -272,7 +272,7 @@ def _most_probable(
     first, each, entries, size,
     DEPTHS: tl.constexpr, ENTRIES: tl.constexpr, K: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
-    """The best `size - 1` of a row's candidates as a tree; the outputs are cleared before."""
+    """Builds the tree of the best `size - 1` candidates of a row.  The outputs are zero before."""
     row = tl.program_id(0).to(tl.int64)
     entry = tl.arange(0, ENTRIES)
     there = entry < entries
@@ -280,12 +280,12 @@ def _most_probable(
     score = tl.load(level_scores + read, mask=there, other=float("-inf"))
     rank = tl.where(there, _ranked(score, entry), LOWEST)
     k = tl.arange(0, K)
-    last = tl.max(tl.where(k == size - 2, tl.topk(rank, K), LOWEST), 0)  # the rank of the last that there is room for
+    last = tl.max(tl.where(k == size - 2, tl.topk(rank, K), LOWEST), 0)  # the rank of the last candidate in the tree
     kept = there & (rank >= last) & (score > float("-inf"))
     number = tl.cumsum(kept.to(tl.int32), 0)  # in order of depth, then entry
     tl.store(numbers + read, number, mask=there)
     below = tl.where(entry < first, 1, 2 + (entry - first) // each)
-    start = tl.where(below > 2, first + (below - 3) * each, 0)  # of the level above
+    start = tl.where(below > 2, first + (below - 3) * each, 0)  # start of the level above
     parent = tl.load(level_parents + read, mask=kept & (below > 1), other=0).to(tl.int32) + start
     node = row * size + number
     tl.store(tokens + row * size, tl.load(root + row))
@@ -308,10 +308,10 @@ def _most_probable(
 def most_probable(
     root: Tensor, levels: tuple[Tensor, Tensor, Tensor], first: int, each: int, depths: int, size: int
 ) -> tuple[Tensor, ...]:
-    """As `redrafter.core.tree.plain_most_probable`; the levels of `first`, then `each` candidates follow one another.
+    """Tokens, parents, depth, valid and ancestors, as of `redrafter.core.tree.most_probable`.
 
-    Takes their tokens, parents and scores, gives tokens, parents, depth, valid and ancestors of `size` nodes: two at
-    least, and no more than the candidates and the root.
+    `levels` holds the concatenated tokens, parents and scores of a level of `first` candidates and levels of `each`
+    candidates.  `size` is at least 2 and at most 1 plus the number of candidates.
     """
     batch, entries = levels[0].shape
     tree = _blank_tree(batch, size, root.device)
@@ -328,34 +328,34 @@ def most_probable(
 @triton.jit
 def _silu_add(
     x, more, residual, out, columns, stride_x, stride_m, stride_o,
-    MORE: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr,
+    MORE: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # of which there may be more than the 65,535 of the other axes
+    row = tl.program_id(0).to(tl.int64)  # the other axes are limited to 65,535 programs
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < columns
     value = tl.load(x + row * stride_x + at, mask=there, other=0.0).to(tl.float32)
     if MORE:
         value += tl.load(more + row * stride_m + at, mask=there, other=0.0).to(tl.float32)
     value = value / (1.0 + tl.exp(-value))
-    if ONTO:
+    if RESIDUAL:
         value += tl.load(residual + row * stride_o + at, mask=there, other=0.0).to(tl.float32)
     tl.store(out + row * columns + at, value, mask=there)
 
 
 def silu_add(x: Tensor, more: Tensor | None, residual: Tensor | None) -> Tensor:
-    """`residual + SiLU(x + more)` of equal shapes, in one launch."""
+    """`residual + SiLU(x + more)` for equal shapes, in one launch."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = [as_rows(x if one is None else one) for one in (x, more, residual)]
     count, columns = rows[0].shape
     _silu_add[(count, triton.cdiv(columns, ELEMENTS))](
         *rows, out, columns, *(one.stride(0) for one in rows),
-        MORE=more is not None, ONTO=residual is not None, BLOCK=ELEMENTS, num_warps=4,
+        MORE=more is not None, RESIDUAL=residual is not None, BLOCK=ELEMENTS, num_warps=4,
     )  # fmt: skip
     return out
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """As rows of numbers that lie one after another; copied only where they do not."""
+    """A 2-D view with a dense last dimension, or a copy if there is none."""
     rows = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -366,7 +366,7 @@ def _moved(
     beams, columns, first, stride_tb, stride_tw, stride_b, stride, stride_c,
     NAMED: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of a beam's state; BESIDE: of `first` numbers of context and the state."""
+    """A block of a beam's state; with BESIDE, of `first` context elements followed by the state."""
     beam = tl.program_id(1)
     b, w = (beam // beams).to(tl.int64), beam % beams
     to = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -393,8 +393,7 @@ def moved(
     carried: Tensor,
     context: Tensor | None = None,
 ) -> Tensor:
-    """The state of `redrafter.proposers.fused_drafter.Joined.plain_moved`, after the `context` if it is given, in one
-    launch."""
+    """The state of `redrafter.proposers.fused_drafter.FusedDrafter.moved`, behind the `context` if given."""
     batch, beams = tokens.shape
     columns, first = carried.shape[2], 0 if context is None else context.shape[2]
     carried = carried if carried.stride(2) == 1 else carried.contiguous()

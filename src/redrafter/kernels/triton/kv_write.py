@@ -1,15 +1,15 @@
-"""The kernel behind `redrafter.kernels.kv_write`.  Imports triton, so it is imported on first use."""
+"""The kernel of `redrafter.kernels.kv_write`.  Imported on first use, because it needs triton."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 ROWS = 8
-"""Positions that one program writes."""
+"""Positions per program."""
 
 
 @triton.jit
-def _store(
+def _kv_write(
     keys, values, slots, key, value,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     from_kb, from_kh, from_kq, from_kd, from_vb, from_vh, from_vq, from_vd,
@@ -31,10 +31,10 @@ def _store(
 
 
 def launch(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
-    """As `redrafter.kernels.kv_write.store`, on the current device; the last dimension of the buffers is dense."""
+    """See `redrafter.kernels.kv_write`; runs on the current device.  The last dimension of the buffers is dense."""
     batch, heads, positions, size = key.shape
     block = triton.next_power_of_2(max(size, value.shape[-1]))
-    _store[(batch * heads, triton.cdiv(positions, ROWS))](
+    _kv_write[(batch * heads, triton.cdiv(positions, ROWS))](
         keys, values, slots.contiguous(), key, value,
         *keys.stride()[:3], *values.stride()[:3], *key.stride(), *value.stride(),
         heads, positions, K=size, V=value.shape[-1], BLOCK=block, ROWS=ROWS,

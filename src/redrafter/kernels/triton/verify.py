@@ -1,5 +1,5 @@
-"""The kernel behind `redrafter.decoding.verify.walk`: one program per row.  Imports triton, so it is imported on first
-use."""
+"""The kernel of `redrafter.decoding.verify.walk`: one program per row.  Imported on first use, because it needs
+triton."""
 
 import torch
 import triton
@@ -34,10 +34,10 @@ def _walk(
     its = tl.load(ancestors + parent[:, None] * size + other[None, :], mask=both, other=0) != 0
     expected = (other[None, :] == node[:, None]) | (
         (node > 0)[:, None] & (its | (other[None, :] == parent[:, None]))
-    )  # of the root itself alone
+    )  # for the root only the root itself
     differs = tl.sum(((own != expected) & both).to(tl.int32), 1)
     matches = matches & (differs == 0)
-    # along the other axis, to hold every node's ancestors against it
+    # transposed, to compare with every node's ancestors
     across = tl.sum(tl.where(node[:, None] == other[None, :], matches.to(tl.int32)[:, None], 0), 0)
     missing = tl.sum((own & (across == 0)[None, :]).to(tl.int32), 1)
     kept = matches & (missing == 0)
@@ -55,7 +55,7 @@ def _walk(
 def walk(
     tokens: Tensor, parents: Tensor, depth: Tensor, valid: Tensor, ancestors: Tensor, choice: Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
-    """As `redrafter.decoding.verify.plain_walk`, on the current device."""
+    """See `redrafter.decoding.verify.walk`; runs on the current device."""
     batch, size = tokens.shape
     path = choice.new_empty((batch, length + 1))
     accepted = choice.new_empty(batch)
