@@ -115,19 +115,19 @@ class Runner:
         )
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, *, compile: bool = True) -> Iterator[None]:
         """The context of every use of the models: exclusive, in inference mode, with the backend's optimisations."""
         with ExitStack() as stack:
             stack.enter_context(self._lock)
             stack.enter_context(torch.inference_mode())
             stack.enter_context(kernels_enabled(self._fast))
-            if self._layers:
+            if compile and self._layers:
                 stack.enter_context(compiled(self._layers))
             yield
 
     def admit(self, slots: list[int], rows: list[Row], owners: Owners) -> StepResult:
         """Rows enter free slots.  Pending steps keep their owners."""
-        with self.running():
+        with self.running(compile=False):  # prompts of every length would be compiled anew
             emitted = self.decoder.admit(self.state, slots, rows)
         return PendingStep(owners, emitted, emitted.report).result()
 
