@@ -213,7 +213,7 @@ MUTATIONS = {
         "State.insert_rows", "self.memory.insert_rows(S, O)", "None", "test_eagle_drafts.py::test_every_draft"
     ),
     "memory: attention does not reach the beams": Mutation(
-        "State.set_visible", "S + self.memory.slots - self.cache.slots", "S", "test_a_path_is_a_drafter"
+        "State.set_visible", "S + self.memory.slots - self.cache.slots", "S", "test_two_model.py::test_every_draft"
     ),
     "draft: beams see their neighbours": Mutation("parallel_chains", "A % W == 0", "A % W >= 0", "test_tree.py"),
     "draft: the root is found at its own position": Mutation(
