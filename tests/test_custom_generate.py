@@ -59,8 +59,8 @@ def test_the_sequences_are_those_of_transformers(options):
 
 def test_a_drafter_given_by_name_is_loaded_once_per_model(model_folder, drafter_folder, monkeypatch):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
-    load, loaded = loading.load_method, []
-    monkeypatch.setattr(loading, "load_method", lambda *options: loaded.append(load(*options)) or loaded[-1])
+    load, loaded = loading.load_drafter, []
+    monkeypatch.setattr(loading, "load_drafter", lambda *options: loaded.append(load(*options)) or loaded[-1])
     options = {"inputs": torch.tensor([[5, 9, 12]]), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     ours = {"custom_generate": redrafter.custom_generate, "drafter": drafter_folder}
     for kind in (torch.float32, torch.float32, torch.float64):
@@ -412,7 +412,7 @@ def test_adapters_per_row_raise_an_error_and_leave_the_model_unchanged():
 def test_a_drafter_is_read_again_when_its_folder_changes(model_folder, drafter_folder, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     folder = shutil.copytree(drafter_folder, tmp_path / "drafter")
-    first = loading.named(folder, model)
-    assert loading.named(str(folder), model) is first
+    first = loading.cached_drafter(folder, model)
+    assert loading.cached_drafter(str(folder), model) is first
     RecurrentDrafter.for_target(model, beam_length=2, beam_width=2).save_pretrained(folder)
-    assert loading.named(folder, model).config.beam_length == 2
+    assert loading.cached_drafter(folder, model).config.beam_length == 2

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.models import OptionInfo
 
 from redrafter import __version__
+
+CONTEXT = "typer_context"
+"""Name of the parameter for typer's context, which is not an option."""
 
 PANELS = ("Generate text", "Train a drafter", "Measure", "Drafter folders")
 """Groups of commands in `redrafter --help`, in order."""
@@ -55,15 +59,16 @@ def command(panel: str, name: str | None = None) -> Callable[[Callable[..., None
         hints = get_type_hints(function)
         groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
         parameters = {one.name: one for kind in groups.values() for one in _parameters(kind)}
-        if "context" in hints:
-            parameters["context"] = _parameter("context", MISSING, hints["context"])
+        contexts = [name for name, kind in hints.items() if kind is typer.Context]
+        if contexts:  # named differently from all options, since some commands have an option --context
+            parameters[CONTEXT] = _parameter(CONTEXT, MISSING, typer.Context)
 
         def run(**values: Any) -> None:
             options: dict[str, Any] = {
                 name: kind(**{field.name: values[field.name] for field in fields(kind)})
                 for name, kind in groups.items()
             }
-            function(**options, **({"context": values["context"]} if "context" in values else {}))
+            function(**options, **{name: values[CONTEXT] for name in contexts})
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
@@ -80,18 +85,16 @@ def _parameters(options: Any) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(options, include_extras=True)
     for owner in options.__mro__[:-1]:
         for name in inspect.get_annotations(owner):
-            if name in defaults:
-                for info in get_args(hints[name]):
-                    if isinstance(info, OptionInfo) and "PANEL" in vars(owner):
-                        info.rich_help_panel = vars(owner)["PANEL"]
-                yield _parameter(name, defaults.pop(name), hints[name])
+            if name not in defaults:
+                continue
+            kind, *metadata = get_args(hints[name])
+            metadata = [copy(info) for info in metadata]  # several commands share an option
+            for info in metadata:
+                if isinstance(info, OptionInfo) and "PANEL" in vars(owner):
+                    info.rich_help_panel = vars(owner)["PANEL"]
+            yield _parameter(name, defaults.pop(name), Annotated[(kind, *metadata)])
 
 
 def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     default = inspect.Parameter.empty if default is MISSING else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def register_plain(panel: str, function: Callable[..., Any]) -> None:
-    """Registers a function whose parameters are the options."""
-    app.command(rich_help_panel=panel)(function)
