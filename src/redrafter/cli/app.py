@@ -92,7 +92,7 @@ def _parameters(options: Any) -> Iterator[inspect.Parameter]:
             for info in metadata:
                 if isinstance(info, OptionInfo) and "PANEL" in vars(owner):
                     info.rich_help_panel = vars(owner)["PANEL"]
-            yield _parameter(name, defaults.pop(name), Annotated[(kind, *metadata)])
+            yield _parameter(name, defaults.pop(name), Annotated[(kind, *metadata)])  # type: ignore[valid-type]
 
 
 def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
