@@ -12,7 +12,7 @@ from redrafter.data.examples import tokenized_rows
 from redrafter.data.messages import text_of
 from redrafter.data.prompts import prompt_ids
 from redrafter.data.rows import metadata, parse_row
-from redrafter.training.answers import plan
+from redrafter.training.dialogues import plan_answers
 
 TEMPLATE = (
     "{% if tools %}<s>t:{{ tools | tojson }}</s>{% endif %}"
@@ -95,8 +95,8 @@ def test_every_chat_is_rendered_as_transformers_renders_it(tokenizer, row, messa
     assert prompt_ids(row, tokenizer, "here") == prompt
     if "style" not in inputs:  # the template writes the style after the last message
         assert tokenized_rows(row, tokenizer, "here")[0].input_ids == whole
-    planned = plan(row, "here")
-    assert [text_of(m) for stretch in planned.stretches for m in stretch] == [text_of(m) for m in messages[:-1]]
+    planned = plan_answers(row, "here")
+    assert [text_of(m) for stretch in planned.given for m in stretch] == [text_of(m) for m in messages[:-1]]
     assert planned.chat.tools == inputs.get("tools")
 
 
@@ -187,7 +187,7 @@ BAD = [
 
 @pytest.mark.parametrize("row", BAD, ids=[ascii(row)[:60] for row in BAD])
 def test_ambiguous_rows_raise_an_error_with_their_location(tokenizer, row):
-    for read in (prompt_ids, tokenized_rows, lambda row, tokenizer, where: plan(row, where)):
+    for read in (prompt_ids, tokenized_rows, lambda row, tokenizer, where: plan_answers(row, where)):
         with pytest.raises(RedrafterError, match=r"^F line 3: .*\.$"):
             read(row, tokenizer, "F line 3")
 

@@ -20,6 +20,8 @@ from redrafter.bench.methods import (
 from redrafter.bench.variants import MethodVariant
 from redrafter.core.shapes import DraftShape
 from redrafter.heads.medusa import MedusaHeads
+from redrafter.proposers import method_of
+from redrafter.proposers.methods import HeadMethod
 from redrafter.targets.target import Target
 
 MODEL = tiny_model()
@@ -32,6 +34,10 @@ def shape_of(width: int, length: int, budget: int | None = None) -> DraftShape:
 def drafter(**fields) -> RecurrentDrafter:
     torch.manual_seed(0)
     return RecurrentDrafter.for_target(MODEL, **({"beam_length": 3, "beam_width": 4} | fields))
+
+
+def method(**fields) -> HeadMethod:
+    return method_of(drafter(**fields))
 
 
 @pytest.mark.parametrize(
@@ -74,36 +80,36 @@ def test_labels_must_be_unique(texts):
     ("text", "shape"),
     [
         ("a=b", (4, 3, 9)),
-        ("a=b@2x5", (2, 5, None)),  # whole beams, despite the folder's node budget
+        ("a=b@2x5", (2, 5, None)),  # complete beams, despite the folder's node budget
         ("a=b@6", (6, 3, None)),
         ("a=b@6:7", (6, 3, 7)),
         ("a=b@:5", (4, 3, 5)),
     ],
 )
-def test_a_shape_without_a_node_budget_drafts_whole_beams(text, shape):
-    one = BenchMethod("a", "b", MethodSpec.parse(text).apply(drafter(node_budget=9)))
+def test_a_shape_without_a_node_budget_drafts_complete_beams(text, shape):
+    one = BenchMethod("a", "b", MethodSpec.parse(text).apply(method(node_budget=9)))
     found = one.shape(1)
     assert (found.beam_width, found.beam_length, found.node_budget) == shape
     proposer = one.proposer(Target(MODEL), 1)
-    assert (proposer.width, proposer.length, proposer.budget) == shape
+    assert (proposer.size, proposer.length) == (found.max_nodes, found.beam_length)
 
 
 def test_coupling_can_be_set_without_a_shape():
-    spec, method = MethodSpec.parse("a=b@uncoupled"), drafter(node_budget=9)
-    assert spec.apply(method) == MethodVariant(method, None, coupled=False)
-    assert BenchMethod("a", "b", spec.apply(method)).shape(1) == BenchMethod("a", "b", method).shape(1)
+    spec, plain = MethodSpec.parse("a=b@uncoupled"), method(node_budget=9)
+    assert spec.apply(plain) == MethodVariant(plain, None, coupled=False)
+    assert BenchMethod("a", "b", spec.apply(plain)).shape(1) == BenchMethod("a", "b", plain).shape(1)
 
 
 def test_methods_that_differ_only_in_coupling_are_equal_in_greedy_decoding():
-    method = drafter()
+    head = drafter()
 
     def made(text: str) -> BenchMethod:
         spec = MethodSpec.parse(text)
-        return BenchMethod(spec.label, spec.path, spec.apply(method))
+        return BenchMethod(spec.label, spec.path, spec.apply(method_of(head)))
 
     found = [made(text) for text in ("a=x", "b=x@uncoupled", "c=x@2x2", "d=x@2x2,uncoupled", "e=x", "f=y@uncoupled")]
     assert greedy_duplicates([BenchMethod(AUTOREGRESSIVE), *found], [1]) == {"b": "a", "d": "c"}
-    method.config = method.config.model_copy(
+    head.config = head.config.model_copy(
         update={"shapes": (DraftShape(batch=2, beam_width=2, beam_length=2, node_budget=None),)}
     )
     assert greedy_duplicates([made("a=x"), made("b=x@4x3,uncoupled")], [1]) == {"b": "a"}
@@ -114,12 +120,12 @@ def test_a_method_that_tuning_switched_off_is_measured_in_its_default_shape():
     tuned = drafter()
     off = (DraftShape(batch=2, beam_width=1, beam_length=0),)
     tuned.config = tuned.config.model_copy(update={"shapes": off})
-    assert tuned.drafting(2)[1] == 0
-    assert BenchMethod("a", "b", tuned).shape(2).beam_length == 3
+    assert method_of(tuned).shape(2).beam_length == 0
+    assert BenchMethod("a", "b", method_of(tuned)).shape(2).beam_length == 3
 
 
 def test_a_method_that_cannot_draft_is_an_error_before_anything_runs(monkeypatch):
-    monkeypatch.setattr("redrafter.bench.methods.load_method", lambda path, model, **_: drafter())
+    monkeypatch.setattr("redrafter.bench.methods.load_drafter", lambda path, model, **_: drafter())
     found = load_methods(parse_methods(["a=x", "b=x@2x2"]), MODEL, [1, 4])
     assert [one.label for one in found] == ["a", "b"]
     assert found[0].method is found[1].method.method, "one folder is loaded once"
@@ -129,7 +135,7 @@ def test_a_method_that_cannot_draft_is_an_error_before_anything_runs(monkeypatch
 
 def test_weights_exclude_those_of_the_model():
     head = drafter()
-    one, target = BenchMethod("a", "b", head), Target(MODEL)
+    one, target = BenchMethod("a", "b", method_of(head)), Target(MODEL)
     assert one.num_parameters(target) == sum(p.numel() for p in head.parameters())
     assert one.num_bytes(target) == 4 * one.num_parameters(target)
     assert BenchMethod(AUTOREGRESSIVE).num_parameters(target) == 0
@@ -137,9 +143,9 @@ def test_weights_exclude_those_of_the_model():
 
 def test_weights_are_described():
     target = Target(MODEL)
-    small = RecurrentDrafter.for_target(MODEL, draft_vocabulary=torch.arange(3, 23))
-    for method in (small, MethodVariant(small, shape_of(2, 2))):
-        assert BenchMethod("a", "b", method).weights_description(target) == (
+    small = method_of(RecurrentDrafter.for_target(MODEL, draft_vocabulary=torch.arange(3, 23)))
+    for one in (small, MethodVariant(small, shape_of(2, 2))):
+        assert BenchMethod("a", "b", one).weights_description(target) == (
             "one recurrent step, 2 blocks of width 64",
             "20 of 61 tokens",
         )
@@ -157,13 +163,13 @@ def test_weights_are_described():
 def test_drafts_are_described():
     target = Target(MODEL)
     drafts = [
-        BenchMethod("a", "b", MethodVariant(drafter(), shape)).drafts_description(target, 1)
+        BenchMethod("a", "b", MethodVariant(method(), shape)).drafts_description(target, 1)
         for shape in (shape_of(1, 2), shape_of(4, 3, 9))
     ]
     assert drafts == ["one beam of 2 tokens", "4 beams of 3 tokens, the 9 most probable nodes"]
-    fitted = MedusaHeads.fresh(MODEL, heads=3, nodes=20)
-    alike = MedusaHeads.fresh(MODEL, heads=3, nodes=20, beam_width=20, node_budget=20)
-    assert alike.drafting(1) == (20, 3, 20), "as many nodes as beams would have"
+    fitted = method_of(MedusaHeads.fresh(MODEL, heads=3, nodes=20))
+    alike = method_of(MedusaHeads.fresh(MODEL, heads=3, nodes=20, beam_width=20, node_budget=20))
+    assert alike.shape(1).max_nodes == 20, "as many nodes as beams would have"
     for medusa in (fitted, alike, MethodVariant(alike, None, False)):
         assert BenchMethod("a", "b", medusa).drafts_description(target, 1) == "a tree of 20 nodes, 3 deep"
     assert BenchMethod(AUTOREGRESSIVE).drafts_description(target, 1) == ""

@@ -14,6 +14,9 @@ from redrafter.bench.methods import AUTOREGRESSIVE, TRANSFORMERS, BenchMethod
 from redrafter.bench.runner import Runner, RunOptions, call_prompts
 from redrafter.bench.tasks import ALL, Tasks
 from redrafter.bench.units import Comparison, Unit, comparison_units, rotated, run
+from redrafter.core.shapes import DraftShape
+from redrafter.core.tree import chain
+from redrafter.proposers import Proposer, method_of
 from redrafter.training.journal import Journal
 
 MODEL = tiny_model()
@@ -38,7 +41,7 @@ def make_runner(drafter=None, **options) -> Runner:
         drafter = RecurrentDrafter.for_target(MODEL, beam_length=3, beam_width=4)
     methods = {
         AUTOREGRESSIVE: BenchMethod(AUTOREGRESSIVE),
-        "ours": BenchMethod("ours", "x", drafter),
+        "ours": BenchMethod("ours", "x", method_of(drafter)),
         TRANSFORMERS: BenchMethod(TRANSFORMERS),
     }
     return Runner(MODEL, methods, TASKS, RunOptions(**({"max_new_tokens": 12, "seed": 3} | options)))
@@ -182,35 +185,30 @@ def test_parts_are_timed_at_the_average_text_length(monkeypatch):
     assert all(one > 0 for one in (undrafted["step_ms"], ours["step_ms"], ours["draft_ms"], ours["verify_ms"]))
 
 
-class Remembering:
+class Remembering(Proposer):
     """A method with a memory: it drafts the root's token again, one node deep."""
 
-    layers, length, size, positions, modules = (), 1, 2, 1, ()
+    layers, length, size = (), 1, 2
 
     def __init__(self):
         self.seen = []
 
-    def drafting(self, batch, width=None, length=None, budget=None):
-        return 1, 1, None
+    def shape(self, batch):
+        return DraftShape(beam_width=1, beam_length=1)
 
-    def proposer(self, target, width, length, budget):
+    def proposer(self, target, shape):
         self.target = target
-        return self
-
-    def prepare(self):
         return self
 
     def memory(self, *, batch, slots):
         return self.target.new_cache(batch=batch, slots=slots + 5)
 
-    def read(self, memory, place, states, start):
+    def read(self, memory, rows, states, start):
         assert memory is not None
 
-    def propose(self, memory, place, context, draw):
-        from redrafter.core.tree import chain
-
+    def propose(self, memory, rows, context, noise):
         self.seen.append((memory.slots, memory.visible))
-        return chain(torch.stack((place.root, place.root), dim=1))
+        return chain(torch.stack((rows.root, rows.root), dim=1))
 
 
 def test_a_method_with_a_memory_is_measured_and_timed(monkeypatch):

@@ -15,6 +15,7 @@ from redrafter.core.tree import prefix_tree
 from redrafter.decoding.verify import walk
 from redrafter.heads.eagle import EagleHead
 from redrafter.heads.medusa import MedusaHeads
+from redrafter.proposers import method_of
 from redrafter.targets.target import Target
 from test_tree import path_of
 
@@ -25,13 +26,13 @@ def shape_of(width: int, length: int, budget: int | None = None) -> DraftShape:
     return DraftShape(beam_width=width, beam_length=length, node_budget=budget)
 
 
-def drafter(**fields) -> RecurrentDrafter:
+def drafter():
     torch.manual_seed(0)
-    return RecurrentDrafter.for_target(MODEL, **({"beam_length": 3, "beam_width": 4} | fields))
+    return method_of(RecurrentDrafter.for_target(MODEL, beam_length=3, beam_width=4))
 
 
 def test_uncoupled_drafts_differ_and_the_text_does_not():
-    head, settings = drafter(), {"do_sample": True, "seed": 3, "max_new_tokens": 40}
+    head, settings = drafter(), {"do_sample": True, "seed": 3, "max_new_tokens": 20}
     coupled, uncoupled = (
         generate(MODEL, MethodVariant(head, shape_of(4, 3), coupled=value), [[5, 9]], **settings)
         for value in (True, False)
@@ -48,11 +49,12 @@ def test_uncoupled_drafts_differ_and_the_text_does_not():
 
 def test_coupling_can_be_set_for_each_method():
     """For an untrained head, the noise decides most of the tokens."""
-    sampling = {"do_sample": True, "seed": 3, "max_new_tokens": 40}
+    sampling = {"do_sample": True, "seed": 3, "max_new_tokens": 20}
     plain = generate(MODEL, None, [[5, 9]], **sampling).new_tokens
-    eagle = EagleHead.fresh(MODEL, beam_width=4, beam_length=3)
-    uncoupled = EagleHead(eagle.config.model_copy(update={"coupled": False}))
-    couples = {drafter(): True, MedusaHeads.fresh(MODEL): True, eagle: True, uncoupled: False, TwoModel(MODEL): True}
+    head = EagleHead.fresh(MODEL, beam_width=4, beam_length=3)
+    eagle, uncoupled = method_of(head), method_of(EagleHead(head.config.model_copy(update={"coupled": False})))
+    medusa = method_of(MedusaHeads.fresh(MODEL))
+    couples = {drafter(): True, medusa: True, eagle: True, uncoupled: False, TwoModel(MODEL): True}
     for method, by_default in (couples | {TwoModel(MODEL, coupled=False): False}).items():
         found = {}
         for coupled in (None, True, False):
@@ -103,9 +105,13 @@ def chosen(tree, beam: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["recurrent", "two models", "eagle"])
 def test_flat_beams_have_the_same_text_and_acceptance(kind, sampling):
     torch.manual_seed(0)
-    method = {"recurrent": drafter, "two models": lambda: TwoModel(MODEL), "eagle": lambda: EagleHead.fresh(MODEL)}
+    method = {
+        "recurrent": drafter,
+        "two models": lambda: TwoModel(MODEL),
+        "eagle": lambda: method_of(EagleHead.fresh(MODEL)),
+    }
     head, prompts = method[kind](), [[5, 9, 12], [7], [30, 31]]
-    settings = {"max_new_tokens": 24, **sampling}
+    settings = {"max_new_tokens": 16, **sampling}
     shape = shape_of({"recurrent": 12, "two models": 4, "eagle": 30}[kind], 3)
     shared, chains = (
         generate(MODEL, MethodVariant(head, shape, flat=flat), prompts, **settings) for flat in (False, True)
@@ -115,16 +121,17 @@ def test_flat_beams_have_the_same_text_and_acceptance(kind, sampling):
     assert shared.stats.accepted > 0, "otherwise the test checks nothing"
 
 
-def test_only_whole_beams_can_be_flattened():
+def test_only_complete_beams_can_be_flattened():
     target = Target(MODEL)
     heads = MedusaHeads.fresh(MODEL, heads=3, nodes=20)
     heads.config = heads.config.model_copy(update={"tree": heads.config.tree[:12]})
-    assert heads.proposer(target, 3, 3, None).size == 1 + 3 * 3, "as many nodes as three beams, by coincidence"
-    for method, width, budget in ((drafter(), 4, 9), (heads, 3, None), (heads, 4, None)):
-        with pytest.raises(RedrafterError, match="whole beams"):
-            MethodVariant(method, flat=True).proposer(target, width, 3, budget)
-    assert MethodVariant(drafter(), flat=True).proposer(target, 4, 3, None).size == 13
-    assert MethodVariant(PromptLookup(), flat=True).proposer(target, 1, 0, None) is None
+    medusa = method_of(heads)
+    assert medusa.proposer(target, shape_of(3, 3)).size == 1 + 3 * 3, "as many nodes as three beams, by coincidence"
+    for method, shape in ((drafter(), shape_of(4, 3, 9)), (medusa, shape_of(3, 3)), (medusa, shape_of(4, 3))):
+        with pytest.raises(RedrafterError, match="complete beams"):
+            MethodVariant(method, flat=True).proposer(target, shape)
+    assert MethodVariant(drafter(), flat=True).proposer(target, shape_of(4, 3)).size == 13
+    assert MethodVariant(PromptLookup(), flat=True).proposer(target, shape_of(1, 0)) is None
 
 
 def test_all_nodes_of_flat_beams_are_run(monkeypatch):
@@ -142,7 +149,7 @@ def test_all_nodes_of_flat_beams_are_run(monkeypatch):
 def test_on_a_gpu_a_step_of_flat_beams_is_one_graph(captured, sampling):
     model = tiny_model().cuda()
     torch.manual_seed(0)
-    head, settings = RecurrentDrafter.for_target(model), {"max_new_tokens": 40, **sampling}
+    head, settings = method_of(RecurrentDrafter.for_target(model)), {"max_new_tokens": 40, **sampling}
     prompts = [[5, 9, 12], [7], [30, 31]]
     chains = generate(model, MethodVariant(head, shape_of(12, 3), flat=True), prompts, **settings)
     assert captured[-1].refused is None

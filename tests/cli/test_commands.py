@@ -215,14 +215,16 @@ def test_a_text_that_differs_beyond_rounding_fails_the_check(say, model_folder, 
 
 
 def test_an_interrupt_says_how_to_resume(say, model_folder, tmp_path, monkeypatch):
-    def stop(self, *args, **kwargs):
+    from redrafter.training.callbacks import SaveSchedule
+
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     data, output = tmp_path / "data.jsonl", tmp_path / "drafter"
     data.write_text('{"text": "once upon a time there was"}\n' * 4)
     train = ["train", "--model", model_folder, "--data", data, "--output", output, "--max-steps", 4, "--save-steps", 2]
     with monkeypatch.context() as patched:
-        patched.setattr(transformers.TrainerCallback, "on_save", stop)
+        patched.setattr(SaveSchedule, "on_save", stop)
         status, _, err = say(*train)
     assert status == 130
     assert "--resume" in err

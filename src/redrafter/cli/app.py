@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.models import OptionInfo
@@ -84,18 +85,16 @@ def _parameters(options: Any) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(options, include_extras=True)
     for owner in options.__mro__[:-1]:
         for name in inspect.get_annotations(owner):
-            if name in defaults:
-                for info in get_args(hints[name]):
-                    if isinstance(info, OptionInfo) and "PANEL" in vars(owner):
-                        info.rich_help_panel = vars(owner)["PANEL"]
-                yield _parameter(name, defaults.pop(name), hints[name])
+            if name not in defaults:
+                continue
+            kind, *metadata = get_args(hints[name])
+            metadata = [copy(info) for info in metadata]  # several commands share an option
+            for info in metadata:
+                if isinstance(info, OptionInfo) and "PANEL" in vars(owner):
+                    info.rich_help_panel = vars(owner)["PANEL"]
+            yield _parameter(name, defaults.pop(name), Annotated[(kind, *metadata)])
 
 
 def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     default = inspect.Parameter.empty if default is MISSING else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def register_plain(panel: str, function: Callable[..., Any]) -> None:
-    """Registers a function whose parameters are the options."""
-    app.command(rich_help_panel=panel)(function)
