@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from redrafter.core.tree import DraftTree, ancestors_of, tree_mask
-from redrafter.core.tree_attention import packed, reference
+from redrafter.core.tree_attention import bit_mask, reference
 
 HEADS = {"7b": (32, 32), "8b": (32, 8)}
 SIZE = 128
@@ -52,7 +52,7 @@ class Case:
         depth = ancestors.sum(dim=-1) - 1
         tree = DraftTree(*(x.to(DEVICE) for x in (parents, parents, depth, depth >= 0, ancestors)))
         lengths = torch.tensor([length], device=DEVICE)
-        self.mask = packed(tree, lengths)
+        self.mask = bit_mask(tree, lengths)
         visible = tree_mask(tree, lengths, slots=slots)[:, None]
         self.dense = torch.zeros(visible.shape, **told).masked_fill_(~visible, torch.finfo(torch.bfloat16).min)
 

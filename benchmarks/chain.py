@@ -18,10 +18,11 @@ import argparse
 import contextlib
 import itertools
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,17 +30,17 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from products import median
 from redrafter.core.tree import DraftTree, ancestors_of
-from redrafter.core.tree_attention import packed
-from redrafter.evaluation.profiling import bandwidth, milliseconds
+from redrafter.core.tree_attention import bit_mask
+from redrafter.engine.runner import milliseconds
+from redrafter.evaluation.profiling import bandwidth
 from redrafter.kernels.triton import attention
-from redrafter.kernels.triton.product import FEW, Tiling
 
 DEVICE = "cuda"
 SHAPES = {"7b": (32, 32, 11_008), "8b": (32, 8, 14_336)}  # heads of queries and of keys, width of the MLP
 HIDDEN, SIZE, LAYERS = 4096, 128, 32
 LENGTH, SLOTS = 1_850, 2_048
+FEW = 16  # smallest number of rows of a tensor core instruction
 LINE = tl.constexpr(64)  # numbers of 16 bits in a line of the second cache
 FAR = 0.02  # of a result in bfloat16, that a product may be away from torch's
 
@@ -50,6 +51,35 @@ ONE += [(8, 1024, 3, 8), (8, 1024, 1, 8)]
 SOME = [(16, 256, 4, 4), (32, 256, 3, 4), (32, 128, 4, 4), (32, 256, 4, 4), (64, 128, 4, 4), (16, 512, 3, 4)]
 SOME += [(64, 256, 3, 8)]
 MANY = [(32, 128, 4, 4), (64, 128, 3, 4), (64, 64, 5, 4), (16, 256, 3, 4), (32, 64, 6, 4)]
+
+
+class Tiling(NamedTuple):
+    """Block sizes of a product: powers of two; pipeline stages and warps."""
+
+    rows: int
+    columns: int
+    inner: int
+    stages: int
+    warps: int
+
+
+def median(calls: list[Callable[[], object]], replays: int) -> float:
+    """Median microseconds per call, of replays of a CUDA graph that contains all calls."""
+    for _ in range(2):
+        calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(start.elapsed_time(end) for start, end in events) / len(calls)
 
 
 @triton.jit
@@ -201,7 +231,7 @@ class Step:
         ancestors = ancestors_of(parents, max_depth=nodes)
         depth = ancestors.sum(dim=-1) - 1
         tree = DraftTree(*(part.to(DEVICE) for part in (parents, parents, depth, depth >= 0, ancestors)))
-        self.mask = packed(tree, torch.tensor([LENGTH], device=DEVICE))
+        self.mask = bit_mask(tree, torch.tensor([LENGTH], device=DEVICE))
         self.side = torch.cuda.Stream()
         cached = 2 * LAYERS * kv_heads * (LENGTH + nodes) * SIZE * 2
         self.bytes = sum(weight.nbytes for layer in self.layers for weight in layer) + cached

@@ -77,7 +77,7 @@ def train_head(way: Way, model: PreTrainedModel, rows: list[Row], folder: Path, 
     head.to(torch.bfloat16).save_pretrained(folder)
     record = {
         "kind": head.config.kind,
-        "head": head.config.head_in_words,
+        "head": head.config.head_description,
         "parameters": sum(one.numel() for one in head.parameters()),
         "seconds": round(ended.seconds, 1),
         "steps": ended.steps,

@@ -30,7 +30,7 @@ from recipes.target.variants import Variant, variants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from redrafter import EagleHead, MedusaHeads, RecurrentDrafter
-from redrafter.bench.tables import Table, equal, law, overall, temperatures, times
+from redrafter.bench.tables import Table, equal_texts, overall, sampling_name, spread, temperatures
 from redrafter.data.examples import Row
 
 NOT_DISTILLED = "recurrent-text"
@@ -344,11 +344,11 @@ def page(output: Path) -> str:
 
 
 def _measured(found: Record) -> Table:
-    """A row for each method over all categories: tokens a step, times as fast, and the time of a draft."""
+    """A row per method over all categories: tokens per step, speed-up and draft time."""
     speed = {(one["method"], one["temperature"]): one for one in overall(found["speed"])}
     drafts = {one["method"]: one["draft_ms"] for one in reversed(found["parts"])}
     kinds = temperatures(found["speed"])
-    titles = ("tokens per step", "times as fast", "of transformers'", "texts equal")
+    titles = ("tokens per step", "speed-up", "speed-up over transformers", "equal texts")
     rows = []
     for one in found["methods"]:
         name = one["method"]
@@ -361,11 +361,11 @@ def _measured(found: Record) -> Table:
         for kind in kinds:
             cell = speed.get((name, kind), {})
             row += [f"{cell['tokens_per_step']:.2f}" if "tokens_per_step" in cell else ""]
-            row += [times(cell.get(key)) for key in ("speed_up", "speed_up_over_transformers")]
-            row += [equal(cell)]
+            row += [spread(cell.get(key)) for key in ("speed_up", "speed_up_over_transformers")]
+            row += [equal_texts(cell)]
         rows.append(row)
-    laws = [f"{title}, {law(kind)}" for kind in kinds for title in titles]
-    return Table(["method", "drafts", "parameters", "ms a draft", *laws], rows)
+    columns = [f"{title}, {sampling_name(kind)}" for kind in kinds for title in titles]
+    return Table(["method", "drafts", "parameters", "draft, ms", *columns], rows)
 
 
 if __name__ == "__main__":

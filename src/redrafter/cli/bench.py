@@ -195,7 +195,7 @@ def bench(options: BenchOptions) -> None:
     from redrafter.bench.comparing import compare
 
     batches = [comparison.batch, *comparison.batches]
-    run(options, batches, arguments, lambda *parts: compare(*parts, options=comparison))
+    run(options, batches, arguments, lambda *parts: compare(*parts, comparison))
 
 
 def run(options: SharedOptions, batches: list[int], arguments: dict[str, Any], measure: Measure) -> None:

@@ -65,4 +65,4 @@ def sweep(options: SweepOptions) -> None:
     }
     from redrafter.bench import comparing
 
-    run(options, [1, *axes.batches], arguments, lambda *parts: comparing.sweep(*parts, axes=axes))
+    run(options, [1, *axes.batches], arguments, lambda *parts: comparing.sweep(*parts, axes))
