@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from redrafter import RecurrentDrafter
 from redrafter.targets.target import Target
-from redrafter.training.loss import Objective
+from redrafter.training.objective import Objective
 from redrafter.training.unrolled import Unrolled
 
 SHAPES = {  # hidden, intermediate, layers, heads, key and value heads, vocabulary

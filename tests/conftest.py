@@ -12,11 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import sys
 import warnings
 
+import checked_imports
+
 with warnings.catch_warnings():  # third parties' own warnings at import are not ours to mend
     warnings.simplefilter("ignore")
     gc.disable()
     import transformers
-    from jaxtyping import install_import_hook
 
     with contextlib.suppress(ImportError):
         import torchao.quantization  # noqa: F401
@@ -35,37 +36,14 @@ with warnings.catch_warnings():  # third parties' own warnings at import are not
         "targets",
         "training",
     )
-    install_import_hook([f"redrafter.{name}" for name in checked_modules], "conftest.checked")
+    checked_imports.install([f"redrafter.{name}" for name in checked_modules])
 
 from pathlib import Path
-from typing import Any
 
-import beartype
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from torch.utils._python_dispatch import TorchDispatchMode
-
-CHECKED: dict[tuple[Any, ...], Any] = {}
-"""Checked nested functions, by module, name, code and annotations."""
-
-
-def checked(function):
-    """Type checker for jaxtyping: checks the arguments and results of one function.
-
-    Nested functions are defined at every call, some at every forward pass of a model.  Their checkers are cached, as
-    building one takes longer than running a tiny model.
-    """
-    if "<locals>" not in function.__qualname__:
-        try:
-            return beartype.beartype(function)
-        except beartype.roar.BeartypeDecorHintPep673Exception:  # methods that return Self cannot be checked alone
-            return function
-    key = (function.__module__, function.__qualname__, function.__code__, *function.__annotations__.values())
-    if key not in CHECKED:
-        CHECKED[key] = beartype.beartype(function)
-    return CHECKED[key]
-
 
 settings.register_profile(
     "redrafter",

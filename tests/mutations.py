@@ -2,11 +2,11 @@
 
     python tests/mutations.py [WORD ...]
 
-Each mutation names a function and changes one expression of its syntax tree. The tests are imported and collected once;
-each mutation runs in a forked process, which replaces the code of that function and runs tests until one fails. That
-test must then pass in a fork without the mutation. Exit status 1 if a mutation makes no test fail.
+Each mutation names a module, class or function and changes one expression in its syntax tree. The tests are imported
+and collected once; each mutation runs in a forked process, which replaces the code of the function and runs tests until
+one fails. That test must then pass in a fork without the mutation. Exit status 1 if a mutation makes no test fail.
 
-A mutation does not depend on the file in which its function is, on formatting, or on local names.
+A mutation does not depend on formatting, on local names, or on the file that its class or function is in.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -44,169 +45,200 @@ class MutationError(Exception):
 
 @dataclass(frozen=True)
 class Mutation:
-    """One change of one function, in patterns of Python expressions.
+    """One change of one expression, in patterns of Python expressions.
 
     A single capital letter in a pattern matches any expression, and the same expression if it occurs again. `before`
-    must match exactly one expression of the function; `after` replaces it.
+    must match exactly one expression of the functions in `scope`; `after` replaces it.
     """
 
-    function: str
-    """Qualified name of the function or method; unique in the package, or `module:name`."""
+    scope: str
+    """A module, class or function: consecutive parts of its dotted name, as `step` or `Decoder.step`."""
     before: str
     after: str
     tests: str
-    """The tests that run first; the others follow if none of them fails."""
+    """A part of the names of the tests that run first; the others follow if none of them fails."""
 
-    def locate(self) -> tuple[Path, ast.Module, ast.AST]:
-        """The file, its syntax tree and the function in it."""
-        module, _, name = self.function.rpartition(":")
-        found = [one for one in functions() if one[0] == name and one[1].with_suffix("").as_posix().endswith(module)]
-        if len(found) != 1:
-            files = ", ".join(str(file.relative_to(SOURCES)) for _, file, *_ in found) or "no file"
-            raise MutationError(f"expected one function {self.function} in src/redrafter, found it in {files}")
-        _, file, tree, node = found[0]
-        return file, tree, node
-
-    def code(self) -> tuple[Path, types.CodeType]:
-        """The file of the function and its code after the mutation."""
-        file, tree, node = self.locate()
-        mutated = copy.deepcopy(node)
-        before, after = expression(self.before), expression(self.after)
-        matches = [(one, bound) for one in ast.walk(mutated) if (bound := match(before, one)) is not None]
+    def code(self) -> tuple[Function, types.CodeType]:
+        """The function and its code after the mutation.  Raises MutationError if it does not apply."""
+        pattern = expression(self.before)
+        scope = [one for one in functions() if f".{self.scope}." in f".{one.module}.{one.name}."]
+        matches = [
+            (function, node, bound)
+            for function in scope
+            for node in ast.walk(function.node)
+            if (bound := match(pattern, node)) is not None
+        ]
         if len(matches) != 1:
+            where = ", ".join(f"{one.module}.{one.name}" for one, *_ in matches) or f"{len(scope)} functions"
             raise MutationError(
-                f"expected one match of `{self.before}` in {self.function} ({file.relative_to(ROOT)}), "
-                f"found {len(matches)}: adapt the pattern to the function's new text"
+                f"expected one match of `{self.before}` in {self.scope}, found {len(matches)} in {where}; "
+                "adapt scope and pattern to the sources"
             )
-        place, bound = matches[0]
-        mutated = Replace(place, substitute(after, bound)).visit(mutated)
-        module = ast.fix_missing_locations(Replace(node, mutated).visit(copy_around(tree, node)))
-        name = self.function.rpartition(":")[2]
-        return file, next(one for one in codes(compile(module, str(file), "exec")) if one.co_qualname == name)
+        function, node, bound = matches[0]
+        tree = Replace(node, substitute(expression(self.after), bound)).visit(copy_around(function.tree, node))
+        compiled = compile(ast.fix_missing_locations(tree), str(function.file), "exec")
+        return function, next(code for code in codes(compiled) if code.co_qualname == function.name)
 
     def apply(self) -> None:
         """Replaces the code of the function in this process."""
-        file, code = self.code()
-        module = ".".join(file.relative_to(SOURCES.parent).with_suffix("").parts)
-        found: Any = importlib.import_module(module)
-        for part in self.function.rpartition(":")[2].split("."):
+        function, code = self.code()
+        found: Any = importlib.import_module(function.module)
+        for part in function.name.split("."):
             found = inspect.getattr_static(found, part)
         while not isinstance(found, types.FunctionType) or hasattr(found, "__wrapped__"):
             found = next(
                 getattr(found, name) for name in ("fget", "__wrapped__", "__func__", "func") if hasattr(found, name)
             )
-        if (found.__code__.co_qualname, found.__code__.co_filename) != (code.co_qualname, str(file)):
-            raise MutationError(f"{self.function} is {found.__code__}, not the function of {file}")
+        if (found.__code__.co_qualname, found.__code__.co_filename) != (code.co_qualname, str(function.file)):
+            raise MutationError(f"{function.name} is {found.__code__}, not the function of {function.file}")
         found.__code__ = code
 
 
 MUTATIONS = {
     "walk: a node is compared with the choice after itself": Mutation(
-        "plain_walk", "T.tokens == C.gather(1, P)", "T.tokens == C", "verify"
+        "verify", "T.tokens == C.gather(1, P)", "T.tokens == C", "test_verify.py"
     ),
     "walk: a node is kept without its ancestors": Mutation(
-        "plain_walk", "(M[:, None] | ~T.ancestors).all(dim=2) & M", "M", "verify"
+        "verify", "(M[:, None] | ~T.ancestors).all(dim=2) & M", "M", "test_verify.py"
     ),
-    "walk: padding is kept": Mutation("DraftTree.consistent", "A & self.valid", "A", "verify"),
+    "walk: padding is kept": Mutation("consistent", "A & self.valid", "A", "test_verify.py"),
     "walk: the last drafted token is not counted": Mutation(
-        "plain_walk", "torch.where(A[:, 0], D[:, 0], -1)", "torch.where(A[:, 0], D[:, 0] // 2, -1)", "verify"
+        "verify", "torch.where(A[:, 0], D[:, 0], -1)", "torch.where(A[:, 0], D[:, 0] // 2, -1)", "test_verify.py"
     ),
     "walk: nodes of another depth or other ancestors are kept": Mutation(
-        "plain_walk", "T.consistent()", "T.valid", "verify"
+        "verify", "T.consistent()", "T.valid", "test_verify.py"
     ),
     "walk: equal siblings are counted twice": Mutation(
-        "plain_walk", "torch.where(A[:, 0], D[:, 0], -1)", "A.sum(dim=1) - 1", "verify"
+        "verify", "torch.where(A[:, 0], D[:, 0], -1)", "A.sum(dim=1) - 1", "test_verify.py"
     ),
     "noise: by the node's number, not its depth": Mutation(
-        "Sampler._everywhere",
-        "D.noise[R, T.depth]",
-        "D.noise[R, torch.arange(T.size) % D.noise.shape[1]]",
         "sampling",
+        "N[R, T.depth]",
+        "N[R, torch.arange(T.size) % N.shape[1]]",
+        "test_sampling.py",
     ),
     "noise: drafts use that of the position before": Mutation(
-        "SamplingNoise.coupled", "self.noise[:, P]", "self.noise[:, P - 1]", "sampling"
+        "SamplingNoise", "self.gumbel[:, D]", "self.gumbel[:, D - 1]", "test_a_head_that_knows_the_target"
     ),
     "noise: depends on the row's index in the batch": Mutation(
-        "Sampler.draw", "gumbel(S, P, V)", "gumbel(S + torch.arange(len(S)), P, V)", "sampling"
+        "sampling",
+        "gumbel(S, P, V)",
+        "gumbel(S + torch.arange(len(S)), P, V)",
+        "test_eagle_drafts.py::test_every_draft",
     ),
     "noise: the same at every position": Mutation(
-        "noise:_keys", "_splitmix(S)[:, None] + P", "_splitmix(S)[:, None] + 0 * P", "noise"
+        "noise", "_splitmix(S)[:, None] + P", "_splitmix(S)[:, None] + 0 * P", "test_noise.py"
     ),
     "noise: the same for every seed": Mutation(
-        "noise:_keys", "_splitmix(S)[:, None] + P", "_splitmix(0 * S)[:, None] + P", "noise"
+        "noise", "_splitmix(S)[:, None] + P", "_splitmix(0 * S)[:, None] + P", "test_noise.py"
     ),
     "noise: one position late after a step": Mutation(
-        "Sampler.draw", "torch.arange(D, device=V)", "(D > 1) + torch.arange(D, device=V)", "decoding"
+        "sampling",
+        "R.length[:, None] + 1 + torch.arange(D, device=V)",
+        "R.length[:, None] + 1 + (D > 1) + torch.arange(D, device=V)",
+        "test_any_tree_gives_the_same_text",
     ),
     "ahead: a finished row continues": Mutation(
-        "generate:_events", "T.get(O.slot) is not O", "O.slot not in T", "decoding"
+        "scheduler", "T.get(O.slot) is not O", "O.slot not in T", "test_a_step_launched_before"
     ),
     "ahead: tokens that are not read yet are not visible": Mutation(
-        "generate:_events", "len(F) * (L + 1)", "0 * len(F) * (L + 1)", "decoding"
+        "runner", "len(F) * (L + 1)", "0 * len(F) * (L + 1)", "test_a_step_launched_before"
     ),
-    "mask: nodes see their siblings": Mutation("tree_mask", "A.gather(2, N) & I[:, None]", "I[:, None]", "tree"),
-    "mask: nodes do not see the slot before the root": Mutation("tree_mask", "I < 0", "I < -1", "tree"),
-    "mask: the window is one slot longer": Mutation("tree_mask", "A - B[:, None] < W", "A - B[:, None] <= W", "tree"),
+    "mask: nodes see their siblings": Mutation(
+        "tree_mask", "A.gather(2, N) & I[:, None]", "I[:, None]", "test_tree.py"
+    ),
+    "mask: nodes do not see the slot before the root": Mutation("tree_mask", "I < 0", "I < -1", "test_tree.py"),
+    "mask: the window is one slot longer": Mutation(
+        "tree_mask", "A - B[:, None] < W", "A - B[:, None] <= W", "test_tree.py"
+    ),
     "mask: positions by the node's number, not its depth": Mutation(
-        "Target.forward", "L[:, None] + T.depth", "L[:, None] + torch.arange(T.size, device=L.device)", "target"
+        "Target.forward", "L[:, None] + T.depth", "L[:, None] + torch.arange(T.size, device=L.device)", "test_target.py"
     ),
-    "tree: a node's parent is not its ancestor": Mutation("ancestors_of", "range(D)", "range(D - 1)", "tree"),
+    "tree: a node's parent is not its ancestor": Mutation("ancestors_of", "range(D)", "range(D - 1)", "test_tree.py"),
     "eagle: a feature is paired with its own token, not the next one": Mutation(
-        "EagleProposer._take_in", "(I + 1).minimum(E)", "I.minimum(E)", "test_eagle_drafts"
+        "proposers.eagle", "(I + 1).minimum(E)", "I.minimum(E)", "test_a_head_that_knows_the_target"
     ),
     "eagle: the last token of the last step is not read": Mutation(
-        "EagleProposer._take_in", "F.clamp(min=0)", "(F + 1).clamp(min=0)", "test_eagle_drafts"
+        "proposers.eagle", "F.clamp(min=0)", "(F + 1).clamp(min=0)", "test_eagle_drafts.py::test_every_draft"
     ),
     "eagle: beams keep the features of other beams": Mutation(
-        "EagleProposer.propose", "P[..., None, None]", "(0 * P)[..., None, None]", "test_eagle_drafts"
+        "proposers.eagle",
+        "P[..., None, None]",
+        "(0 * P)[..., None, None]",
+        "test_eagle_drafts.py::test_every_draft",
     ),
-    "cache: nothing is moved": Mutation("step:step", "S.cache.keep(P, L)", "None", "decoding"),
+    "cache: nothing is moved": Mutation(
+        "Decoder.step", "S.cache.keep(P, L)", "None", "test_any_tree_gives_the_same_text"
+    ),
     "cache: moved one slot too far": Mutation(
         "SlotCache.keep",
         "L[:, None] + torch.arange(P, device=D)",
         "1 + L[:, None] + torch.arange(P, device=D)",
-        "cache",
+        "test_cache.py",
     ),
-    "cache: keys are moved, values are not": Mutation("SlotCache.keep", "self.pools", "self.pools[::2]", "cache"),
+    "cache: keys are moved, values are not": Mutation(
+        "SlotCache.keep", "self.pools", "self.pools[::2]", "test_cache.py"
+    ),
     "cache: all rows move what the first row moves": Mutation(
-        "SlotCache.keep", "L[:, None] + path", "L[:, None] + path[:1]", "cache"
+        "SlotCache.keep", "L[:, None] + path", "L[:, None] + path[:1]", "test_cache.py"
     ),
-    "keep: a finished row continues": Mutation("step:step", "R.alive * (A + 1)", "A + 1", "decoding"),
+    "keep: a finished row continues": Mutation(
+        "Decoder.step", "R.alive * (A + 1)", "A + 1", "test_a_row_that_ended_stays"
+    ),
     "keep: the drafter receives the root's state, not the last node's": Mutation(
-        "step:step", "_latest(C, H, A)", "_latest(C, H, 0 * A)", "decoding"
+        "Decoder.step", "_latest(C, H, A)", "_latest(C, H, 0 * A)", "test_counts_of_a_perfect_drafter"
     ),
     "keep: the drafter receives positions with one missing": Mutation(
-        "step:_latest",
+        "step",
         "E[:, None] + 1 + torch.arange(N, device=D)",
         "E[:, None] + torch.arange(N, device=D)",
-        "decoding",
+        "test_a_malformed_root_is_an_error",
     ),
     "memory: the tokens of the last step are not read": Mutation(
-        "TwoModelProposer._take_in", "(R.length - self.length).clamp(min=0)", "R.length", "test_two_model"
+        "two_model",
+        "(R.length - self.length).clamp(min=0)",
+        "R.length",
+        "test_a_target_that_drafts_for_itself",
     ),
     "memory: the first token of the last step is not read": Mutation(
-        "TwoModelProposer._take_in", "R.length - self.length", "R.length - self.length + 1", "test_two_model"
+        "two_model",
+        "R.length - self.length",
+        "R.length - self.length + 1",
+        "test_two_model.py::test_every_draft",
     ),
-    "memory: prompts are not read": Mutation("step:prefill", "P.read(M, R, H, S)", "None", "proposers"),
+    "memory: prompts are not read": Mutation(
+        "step", "P.read(M, R, H, S)", "None", "test_eagle_drafts.py::test_every_draft"
+    ),
     "memory: a row that enters brings none": Mutation(
-        "State.insert_rows", "self.memory.insert_rows(S, O)", "None", "proposers"
+        "State.insert_rows", "self.memory.insert_rows(S, O)", "None", "test_eagle_drafts.py::test_every_draft"
     ),
     "memory: attention does not reach the beams": Mutation(
-        "State.set_visible", "S + self.memory.slots - self.cache.slots", "S", "proposers"
+        "State.set_visible", "S + self.memory.slots - self.cache.slots", "S", "test_a_path_is_a_drafter"
     ),
-    "draft: beams see their neighbours": Mutation("parallel_chains", "A % W == 0", "A % W >= 0", "tree"),
+    "draft: beams see their neighbours": Mutation("parallel_chains", "A % W == 0", "A % W >= 0", "test_tree.py"),
     "draft: the root is found at its own position": Mutation(
-        "PromptLookupProposer._found", "P < E", "P <= E", "test_prompt_lookup"
+        "prompt_lookup", "(P < E).expand_as(T)", "(P <= E).expand_as(T)", "test_prompt_lookup"
     ),
     "draft: what follows the text is drafted": Mutation(
-        "PromptLookupProposer.propose", "(A > 0) & (I <= E)", "(A > 0) & (I <= E + 1)", "test_prompt_lookup"
+        "prompt_lookup", "(A > 0) & (I <= E)", "(A > 0) & (I <= E + 1)", "test_prompt_lookup"
     ),
 }
 
 
+@dataclass(frozen=True)
+class Function:
+    """A function of the package: its module, qualified name, file, and syntax trees of the file and of itself."""
+
+    module: str
+    name: str
+    file: Path
+    tree: ast.Module
+    node: ast.AST
+
+
 @functools.cache
-def functions() -> list[tuple[str, Path, ast.Module, ast.AST]]:
-    """Every function of the package: qualified name, file, syntax tree of the file and of the function."""
+def functions() -> list[Function]:
+    """All functions and methods, without Triton kernels."""
 
     def inside(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST]]:
         for child in ast.iter_child_nodes(node):
@@ -219,7 +251,8 @@ def functions() -> list[tuple[str, Path, ast.Module, ast.AST]]:
     for file in sorted(SOURCES.rglob("*.py")):
         if "triton" not in file.parts and "assets" not in file.parts:
             tree = ast.parse(file.read_text())
-            found += [(name, file, tree, node) for name, node in inside(tree, "")]
+            module = ".".join(file.relative_to(SOURCES.parent).with_suffix("").parts).removesuffix(".__init__")
+            found += [Function(module, name, file, tree, node) for name, node in inside(tree, "")]
     return found
 
 
@@ -306,13 +339,13 @@ class Runner:
             for name in self.names
         }
         killers = forked(jobs)
-        tests = {test for test in killers.values() if test}
+        tests = {test for test, _ in killers.values() if test}
         passing = forked({test: functools.partial(self.first_failure, [by_id(items)[test]], None) for test in tests})
-        for name, test in killers.items():
-            detected = bool(test) and passing[test] == ""
+        for name, (test, seconds) in killers.items():
+            detected = bool(test) and passing[test][0] == ""
             self.undetected += [] if detected else [name]
             note = test if detected or not test else f"{test} fails without the mutation too"
-            print(f"{'detected' if detected else 'MISSED':8s}  {name:66s} {note}")
+            print(f"{'detected' if detected else 'MISSED':8s}  {name:66s} {seconds:5.1f} s  {note}")
         print(f"{len(killers) - len(self.undetected)} of {len(killers)} mutations make a test fail")
         return True
 
@@ -339,14 +372,14 @@ def ordered(items: list[pytest.Item], mutation: Mutation) -> list[pytest.Item]:
     """The tests that are likely to detect a mutation first, then those of the other files as in `TESTS`."""
 
     def rank(item: pytest.Item) -> tuple[bool, int]:
-        parts = (*item.path.parent.parts, item.path.stem, item.path.stem.removeprefix("test_"))
-        return mutation.tests not in parts, next((i for i, one in enumerate(TESTS) if one in parts), len(TESTS))
+        parts = (item.path.parent.name, item.path.stem.removeprefix("test_"))
+        return mutation.tests not in item.nodeid, next(i for i, one in enumerate(TESTS) if one in parts)
 
     return sorted(items, key=rank)
 
 
-def forked(jobs: dict[str, Callable[[], str]]) -> dict[str, str]:
-    """The result of each job, each in a process of its own, as many at a time as there are cores."""
+def forked(jobs: dict[str, Callable[[], str]]) -> dict[str, tuple[str, float]]:
+    """Each job's result and seconds; each runs in its own process, as many at a time as there are cores."""
     with tempfile.TemporaryDirectory() as folder:
         running: dict[int, str] = {}
         waiting = list(enumerate(jobs))
@@ -379,7 +412,8 @@ def run_and_exit(job: Callable[[], str], result: Path) -> None:
         log = os.open(f"{result}.log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        result.write_text(json.dumps(job()))
+        began = time.perf_counter()
+        result.write_text(json.dumps((job(), time.perf_counter() - began)))
         status = 0
     except BaseException as error:
         os.write(2, repr(error).encode())

@@ -1,4 +1,4 @@
-"""Behind `model.generate`, with and without redrafter's loop: the same sequences."""
+"""`model.generate` returns the same sequences with `custom_generate` as without."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_the_sequences_are_those_of_transformers(options):
 
 def test_a_drafter_given_by_name_is_loaded_once_per_model(model_folder, drafter_folder, monkeypatch):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
-    load, loaded = loading.load_method, []
-    monkeypatch.setattr(loading, "load_method", lambda *options: loaded.append(load(*options)) or loaded[-1])
+    load, loaded = loading.load_drafter, []
+    monkeypatch.setattr(loading, "load_drafter", lambda *options: loaded.append(load(*options)) or loaded[-1])
     options = {"inputs": torch.tensor([[5, 9, 12]]), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     ours = {"custom_generate": redrafter.custom_generate, "drafter": drafter_folder}
     for kind in (torch.float32, torch.float32, torch.float64):
@@ -97,7 +97,7 @@ def test_a_users_processor_stop_string_and_allowed_tokens_reach_the_rows(model_f
     ],
 )
 def test_a_users_object_replaces_that_of_transformers(options):
-    """Which it would have made of the settings."""
+    """An object that transformers would also create from the settings."""
     common = {"input_ids": torch.tensor([[5, 9, 12]]), "do_sample": False, "max_new_tokens": 12}
     expected = MODEL.generate(**common, **options).tolist()
     assert (
@@ -135,13 +135,13 @@ def test_min_new_tokens_does_not_count_padding():
 
 @pytest.mark.parametrize("penalty", [1.3, 0.7])
 def test_padding_is_not_penalised(penalty):
-    """Some versions of transformers penalise padding; a row gets here what it gets alone."""
+    """Some versions of transformers penalise padding; here a row is independent of the batch."""
     options = {"max_new_tokens": 12, "repetition_penalty": penalty, "do_sample": False}
     ours = MODEL.generate(**INPUTS, custom_generate=redrafter.custom_generate, drafter=head(), **options)
     for row, mask in enumerate(INPUTS["attention_mask"].bool()):
-        alone = IDS[row][mask][None]
-        expected = MODEL.generate(input_ids=alone, attention_mask=torch.ones_like(alone), **options)
-        assert ours[row, 5:].tolist() == expected[0, alone.shape[1] :].tolist()
+        row_ids = IDS[row][mask][None]
+        expected = MODEL.generate(input_ids=row_ids, attention_mask=torch.ones_like(row_ids), **options)
+        assert ours[row, 5:].tolist() == expected[0, row_ids.shape[1] :].tolist()
 
 
 def test_sampling_uses_the_seed_and_the_models_defaults():
@@ -166,7 +166,7 @@ def test_sampling_uses_the_seed_and_the_models_defaults():
 )
 @pytest.mark.parametrize("count", [1, 2])
 def test_processors_of_transformers_are_not_mistaken_for_the_users(options, count):
-    """Those that it prepared for the batch."""
+    """Processors that transformers prepared for the batch."""
     sampled = {**INPUTS, **options, "do_sample": True, "seed": 3, "max_new_tokens": 10, "num_return_sequences": count}
     ours = MODEL.generate(**sampled, custom_generate=redrafter.custom_generate, drafter=head())
     expected = redrafter.generate(MODEL, None, **sampled, top_k=50).new_tokens
@@ -284,7 +284,7 @@ def test_stop_strings_reach_a_drafter_through_partial_and_through_a_pipeline(mod
 
 
 class Listener(transformers.generation.streamers.BaseStreamer):
-    """Notes what it is given."""
+    """Records its input."""
 
     def __init__(self):
         self.heard = []
@@ -412,7 +412,7 @@ def test_adapters_per_row_raise_an_error_and_leave_the_model_unchanged():
 def test_a_drafter_is_read_again_when_its_folder_changes(model_folder, drafter_folder, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     folder = shutil.copytree(drafter_folder, tmp_path / "drafter")
-    first = loading.named(folder, model)
-    assert loading.named(str(folder), model) is first
+    first = loading.cached_drafter(folder, model)
+    assert loading.cached_drafter(str(folder), model) is first
     RecurrentDrafter.for_target(model, beam_length=2, beam_width=2).save_pretrained(folder)
-    assert loading.named(folder, model).config.beam_length == 2
+    assert loading.cached_drafter(folder, model).config.beam_length == 2

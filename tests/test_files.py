@@ -1,4 +1,4 @@
-"""Every kind of data file, whole and damaged."""
+"""Data files of every format, intact and damaged."""
 
 from __future__ import annotations
 
@@ -78,9 +78,12 @@ def test_a_dataset_on_the_hub(monkeypatch):
 def test_bad_rows_are_reported_and_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n[1]\n{\n{"a": 2}')
-    told: list[str] = []
-    assert [row["a"] for _, row in read_records([path], told.append)] == [1, 2]
-    assert told == [f"{path} line 2 is not a JSON object.", f"{path} line 3 is not JSON: {told[1].split(': ', 1)[1]}"]
+    messages: list[str] = []
+    assert [row["a"] for _, row in read_records([path], messages.append)] == [1, 2]
+    assert messages == [
+        f"{path} line 2 is not a JSON object.",
+        f"{path} line 3 is not JSON: {messages[1].split(': ', 1)[1]}",
+    ]
     with pytest.raises(RedrafterError, match="line 2 is not a JSON object"):
         list(read_records([path]))
 

@@ -1,4 +1,4 @@
-"""Folders are read whole and written whole."""
+"""Drafter folders on disk and on the Hub."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_an_unreachable_hub_id_is_named():
 
 
 @pytest.mark.parametrize("kept", [0, 5, 40, -1])
-def test_truncated_weights_are_refused(folder, kept):
+def test_truncated_weights_raise_an_error(folder, kept):
     weights = (folder / hub.WEIGHTS).read_bytes()
     (folder / hub.WEIGHTS).write_bytes(weights[:kept])
     with pytest.raises(RedrafterError, match=r"model\.safetensors is damaged or truncated"):
@@ -109,7 +109,7 @@ def test_an_upload_sends_only_the_drafter(drafter_folder, tmp_path, monkeypatch)
     sent = []
 
     class ConnectError(Exception):
-        """As of a library that asks the network."""
+        """An error of a network library."""
 
     class Api:
         def create_repo(self, name, *, private, exist_ok):
@@ -133,7 +133,7 @@ def test_an_upload_sends_only_the_drafter(drafter_folder, tmp_path, monkeypatch)
 
 
 def login(monkeypatch, answer):
-    """A hub that answers who is logged in, and can do nothing else."""
+    """A Hub that only reports the login."""
 
     class Api:
         def whoami(self):
@@ -159,14 +159,14 @@ def test_a_login_is_checked_and_nothing_created(monkeypatch, name):
         ({"name": "they", "auth": {"accessToken": {"role": "read"}}}, "read-only"),
     ],
 )
-def test_a_login_that_cannot_upload_is_refused(monkeypatch, answer, reason):
+def test_a_login_that_cannot_upload_raises_an_error(monkeypatch, answer, reason):
     login(monkeypatch, answer)
     with pytest.raises(RedrafterError, match=f"they/drafter: .*{reason}"):
         hub.check_login("they/drafter")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_refused_by_name(folder, value):
+def test_nonfinite_weights_raise_an_error(folder, value):
     weight = torch.zeros(2, 3)
     weight[1, 2] = value
     save_file({"weight": weight, "bias": torch.zeros(2)}, folder / hub.WEIGHTS)

@@ -1,4 +1,4 @@
-"""What a device has left, and the sentence where that runs out."""
+"""Free memory of a device, and the error if it runs out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from redrafter import RedrafterError
 from redrafter.utils.memory import memory_left, within_memory
 
 
-def test_what_is_left_is_what_the_machine_has():
+def test_memory_left_on_the_cpu():
     everything = psutil.virtual_memory().total
     for device in ("cpu", "mps"):
         assert 2**20 < memory_left(torch.device(device)) < everything
@@ -18,7 +18,7 @@ def test_what_is_left_is_what_the_machine_has():
 
 
 @pytest.mark.gpu
-def test_what_torch_keeps_for_later_is_left():
+def test_memory_reserved_by_torch_counts_as_left():
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.empty_cache()
     kept = torch.empty(2**30, dtype=torch.int8, device=device)
@@ -27,7 +27,7 @@ def test_what_torch_keeps_for_later_is_left():
     assert 0.9 * 2**30 < memory_left(device) - before < 1.1 * 2**30
 
 
-def test_what_runs_out_is_told_with_the_remedy():
+def test_the_error_contains_the_remedy():
     with (
         pytest.raises(RedrafterError, match=r"^The memory of cpu is full: write less\.$"),
         within_memory(torch.device("cpu"), "write less"),

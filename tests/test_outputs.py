@@ -23,11 +23,11 @@ from redrafter.utils.outputs import (
 )
 
 
-def digest(*places, but=()) -> dict[str, str]:
-    """Hashes of all files, links and folders in `places`, except below those in `but`."""
+def digest(*paths, but=()) -> dict[str, str]:
+    """Hashes of all files, links and folders in `paths`, except below those in `but`."""
     found = {}
-    for place in places:
-        for one in [place, *sorted(place.rglob("*"))]:
+    for path in paths:
+        for one in [path, *sorted(path.rglob("*"))]:
             if any(one == left or left in one.parents for left in but):
                 continue
             content = os.readlink(one) if one.is_symlink() else one.read_bytes() if one.is_file() else b""
@@ -77,11 +77,11 @@ def commands(disk, output):
     yield "tune", *model, *drafter, "--prompts", disk / "prompts.jsonl", "--output", output
 
 
-@pytest.mark.parametrize("place", FOREIGN)
-def test_no_command_writes_a_drafter_into_a_foreign_folder(say, disk, place, monkeypatch):
+@pytest.mark.parametrize("path", FOREIGN)
+def test_no_command_writes_a_drafter_into_a_foreign_folder(say, disk, path, monkeypatch):
     monkeypatch.chdir(disk)
     before = digest(disk)
-    for output in (f"{disk}/{place}", place):
+    for output in (f"{disk}/{path}", path):
         for words in commands(disk, output):
             refusal(say(*words))
             assert digest(disk) == before, words
@@ -102,34 +102,34 @@ def test_no_command_writes_a_drafter_into_a_foreign_folder(say, disk, place, mon
         assert digest(disk) == before, "save_pretrained"
 
 
-@pytest.mark.parametrize("place", ["model", "link", "model/rows.jsonl", "link/new/rows", "drafter/rows.jsonl"])
+@pytest.mark.parametrize("path", ["model", "link", "model/rows.jsonl", "link/new/rows", "drafter/rows.jsonl"])
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-def test_distill_does_not_write_into_folders_that_it_reads(say, disk, place, overwrite):
-    refused_rows(say, disk, place, overwrite)
+def test_distill_does_not_write_into_folders_that_it_reads(say, disk, path, overwrite):
+    assert_rows_rejected(say, disk, path, overwrite)
 
 
-@pytest.mark.parametrize("place", ["prompts.jsonl", "alias.jsonl", "hard.jsonl", "rows.jsonl", "file", "noted.jsonl"])
+@pytest.mark.parametrize("path", ["prompts.jsonl", "alias.jsonl", "hard.jsonl", "rows.jsonl", "file", "noted.jsonl"])
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-def test_distill_does_not_overwrite_foreign_files(say, disk, place, overwrite):
+def test_distill_does_not_overwrite_foreign_files(say, disk, path, overwrite):
     (disk / "alias.jsonl").symlink_to(disk / "prompts.jsonl")
     os.link(disk / "prompts.jsonl", disk / "hard.jsonl")
     (disk / "noted.jsonl.state").write_text('{"a": "file of somebody else"}')
-    refused_rows(say, disk, place, overwrite)
+    assert_rows_rejected(say, disk, path, overwrite)
 
 
-def refused_rows(say, disk, place, overwrite):
+def assert_rows_rejected(say, disk, path, overwrite):
     before = digest(disk)
     words = ("--model", disk / "model", "--drafter", disk / "drafter", "--prompts", disk / "prompts.jsonl")
-    refusal(say("distill", *words, "--output", disk / place, *overwrite))
+    refusal(say("distill", *words, "--output", disk / path, *overwrite))
     assert digest(disk) == before
 
 
-@pytest.mark.parametrize("place", ["model", "link", "papers", "drafter", "file", "out", "cached"])
-def test_states_are_not_written_into_a_foreign_folder(say, disk, place):
+@pytest.mark.parametrize("path", ["model", "link", "papers", "drafter", "file", "out", "cached"])
+def test_states_are_not_written_into_a_foreign_folder(say, disk, path):
     before = digest(disk)
     words = ("train", "--model", disk / "model", "--data", disk / "rows.jsonl", "--output", disk / "out")
     (disk / "out").mkdir()
-    refusal(say(*words, "--cache-states", disk / place))
+    refusal(say(*words, "--cache-states", disk / path))
     (disk / "out").rmdir()
     assert digest(disk) == before
 
@@ -165,8 +165,8 @@ def test_a_new_or_empty_folder_is_written_and_nothing_else(say, disk):
         before = digest(disk)
         if name == "empty":
             (disk / "empty").mkdir()
-        told = ("--model", disk / "model", "--data", disk / "rows.jsonl", "--output", f"{disk}/{name}/")
-        assert say("train", *told, "--max-steps", 1, "--exit-dim", 8, *words)[0] == 0
+        options = ("--model", disk / "model", "--data", disk / "rows.jsonl", "--output", f"{disk}/{name}/")
+        assert say("train", *options, "--max-steps", 1, "--exit-dim", 8, *words)[0] == 0
         assert digest(disk, but=[disk / name]) == before
 
 
@@ -215,7 +215,7 @@ def test_rows_continue_in_their_own_file(tmp_path):
     (tmp_path / "rows.jsonl").touch()
     check_rows_file(tmp_path / "rows.jsonl")
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    with pytest.raises(RedrafterError, match=r"has no rows\.jsonl\.state beside it, so it is not an output of distill"):
+    with pytest.raises(RedrafterError, match=r"is not an output of distill"):
         check_rows_file(tmp_path / "rows.jsonl")
     (tmp_path / "rows.jsonl.state").write_text('{"told": {}, "done": 1, "bytes": 3}')
     check_rows_file(tmp_path / "rows.jsonl")
@@ -258,7 +258,7 @@ def test_a_lock_leaves_no_files(tmp_path):
 
 def test_a_second_command_with_the_same_output_raises_an_error(say, disk):
     model, rows = ("--model", disk / "model"), disk / "rows.jsonl"
-    told = ("--drafter", disk / "drafter", "--prompts", disk / "prompts.jsonl")
+    options = ("--drafter", disk / "drafter", "--prompts", disk / "prompts.jsonl")
     bench = ("--method", disk / "drafter", "--prompts", disk / "prompts.jsonl", "--output", disk / "new")
     before = digest(disk)
     with locked(disk / "new"), locked(disk / "new.jsonl", is_file=True), locked(disk / "drafter"):
@@ -266,8 +266,8 @@ def test_a_second_command_with_the_same_output_raises_an_error(say, disk):
             ("train", *model, "--data", rows, "--output", disk / "new"),
             ("train", *model, "--data", rows, "--output", disk / "drafter", "--overwrite"),
             ("distill", *model, "--prompts", disk / "prompts.jsonl", "--output", disk / "new.jsonl"),
-            ("tune", *model, *told),
-            ("tune", *model, *told, "--output", disk / "new"),
+            ("tune", *model, *options),
+            ("tune", *model, *options, "--output", disk / "new"),
             ("export", disk / "linked", "--output", disk / "new"),
             ("bench", *model, *bench),
             ("sweep", *model, *bench),

@@ -8,14 +8,16 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import beartype
 import jaxtyping
 import pytest
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 import redrafter
-from conftest import tiny_model
+from checked_imports import checked
 from redrafter.core.tree import prefix_tree
-from redrafter.targets.target import Target
 
 
 def test_every_public_name_is_there():
@@ -41,10 +43,18 @@ def test_neither_the_package_nor_the_command_line_loads_torch_before_it_is_neede
     assert done.stdout.strip() == "[]"
 
 
-def test_the_tests_check_shapes_and_the_functions_inside_functions_at_every_call():
-    with pytest.raises(jaxtyping.TypeCheckError, match="prefix_tree"):
+def test_the_tests_check_shapes_at_every_call():
+    violation = (jaxtyping.TypeCheckError, beartype.roar.BeartypeCallHintViolation)
+    with pytest.raises(violation, match="prefix_tree"):
         prefix_tree(torch.zeros(2, dtype=torch.long), torch.zeros((3, 4, 2), dtype=torch.long))
-    target = Target(tiny_model())  # which made masks already
-    target._window = "wide"
-    with pytest.raises(jaxtyping.TypeCheckError, match="additive"):
-        target._masks(lambda window: torch.ones((1, 2, 2), dtype=torch.bool))
+    with pytest.raises(violation, match="prefix_tree"):
+        prefix_tree(torch.zeros(2), torch.zeros((2, 4, 2), dtype=torch.long))
+    with pytest.raises(violation, match="nested"):
+        nested(torch.zeros(2))
+
+
+def nested(argument):
+    @checked
+    def inner(matrix: Float[Tensor, "rows columns"]) -> None: ...
+
+    inner(argument)

@@ -1,4 +1,4 @@
-"""Progress of long commands: a bar on a terminal, lines elsewhere."""
+"""Progress of long commands: a bar on a terminal, otherwise lines."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_lines_come_even_if_nothing_finishes(monkeypatch):
     assert re.search(r"[\d.]+ (rows/s|s each), \d:\d\d:\d\d left", out.getvalue())
 
 
-def test_work_that_is_refused_shows_no_progress():
+def test_work_that_fails_at_once_shows_no_progress():
     out = io.StringIO()
     with pytest.raises(ValueError, match="no"), Progress("rows", 8, console=Console(file=out)):
         raise ValueError("no")
@@ -81,7 +81,7 @@ def test_items_are_tracked(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("always", [False, True])
-def test_work_that_is_done_at_once_shows_nothing_or_its_end(always):
+def test_work_that_ends_at_once_shows_nothing_or_the_last_line(always):
     out = io.StringIO()
     with Progress("rows", 8, done=3, always=always, console=Console(file=out)) as progress:
         progress.update(8)
@@ -90,7 +90,7 @@ def test_work_that_is_done_at_once_shows_nothing_or_its_end(always):
 
 
 @pytest.mark.parametrize("command", ["eval", "check", "tune"])
-def test_commands_tell_progress_on_stderr(say, monkeypatch, model_folder, drafter_folder, tmp_path, command):
+def test_commands_show_progress_on_stderr(say, monkeypatch, model_folder, drafter_folder, tmp_path, command):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Once"}\n{"prompt": "upon"}\n')
     words = [command, "--model", model_folder, "--drafter", drafter_folder, "--max-new-tokens", 4]

@@ -1,4 +1,4 @@
-"""Rows of prompts, good and bad."""
+"""Rows with prompts, valid and invalid."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_an_end_token_that_a_tokenizer_adds_does_not_end_the_prompt(tokenizer):
         ({"messages": ["hi"]}, 'message 1 of messages must be an object with a "role"'),
     ],
 )
-def test_a_row_without_a_prompt_is_refused(tokenizer, record, sentence):
+def test_a_row_without_a_prompt_raises_an_error(tokenizer, record, sentence):
     with pytest.raises(RedrafterError, match=sentence):
         prompt_ids(record, tokenizer, "here")
 

@@ -1,4 +1,4 @@
-"""Rows of every format: each is what transformers renders of the whole row, or is refused."""
+"""Rows of every format are rendered as by transformers, or raise an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from redrafter.data.examples import tokenized_rows
 from redrafter.data.messages import text_of
 from redrafter.data.prompts import prompt_ids
 from redrafter.data.rows import metadata, parse_row
-from redrafter.training.answers import plan
+from redrafter.training.dialogues import plan_answers
 
 TEMPLATE = (
     "{% if tools %}<s>t:{{ tools | tojson }}</s>{% endif %}"
@@ -95,9 +95,9 @@ def test_every_chat_is_rendered_as_transformers_renders_it(tokenizer, row, messa
     assert prompt_ids(row, tokenizer, "here") == prompt
     if "style" not in inputs:  # the template writes the style after the last message
         assert tokenized_rows(row, tokenizer, "here")[0].input_ids == whole
-    found = plan(row, "here")
-    assert [text_of(m) for stretch in found.stretches for m in stretch] == [text_of(m) for m in messages[:-1]]
-    assert found.chat.tools == inputs.get("tools")
+    planned = plan_answers(row, "here")
+    assert [text_of(m) for stretch in planned.given for m in stretch] == [text_of(m) for m in messages[:-1]]
+    assert planned.chat.tools == inputs.get("tools")
 
 
 def test_template_variables_of_a_row_override_those_of_the_command(tokenizer):
@@ -187,7 +187,7 @@ BAD = [
 
 @pytest.mark.parametrize("row", BAD, ids=[ascii(row)[:60] for row in BAD])
 def test_ambiguous_rows_raise_an_error_with_their_location(tokenizer, row):
-    for read in (prompt_ids, tokenized_rows, lambda row, tokenizer, where: plan(row, where)):
+    for read in (prompt_ids, tokenized_rows, lambda row, tokenizer, where: plan_answers(row, where)):
         with pytest.raises(RedrafterError, match=r"^F line 3: .*\.$"):
             read(row, tokenizer, "F line 3")
 

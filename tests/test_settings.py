@@ -36,7 +36,7 @@ def drafter(**shape) -> RecurrentDrafter:
     return RecurrentDrafter.for_target(MODEL, beam_width=4, beam_length=3, **shape)
 
 
-def test_the_table_knows_every_field_of_the_installed_transformers():
+def test_the_table_contains_every_field_of_the_installed_transformers():
     assert {name for name in vars(GenerationConfig()) if not name.startswith("_")} == set(FIELDS)
 
 
@@ -181,7 +181,7 @@ def test_top_h_samples_the_same_with_a_drafter():
 
 
 class Forbid(LogitsProcessor):
-    """Forbids the token two positions before, if the text is long enough; notes what it is shown."""
+    """Forbids the token two positions before, if the text is long enough; records its input."""
 
     def __init__(self):
         self.shown: list[list[int]] = []

@@ -19,12 +19,11 @@ import torch
 from recipes.common import pretrain
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from redrafter.cli.train import FEATURES
 from redrafter.data.examples import Row, collate, pack
 from redrafter.errors import RedrafterError
 from redrafter.heads.base import Head
 from redrafter.targets.target import Target
-from redrafter.training.loss import Objective
+from redrafter.training.objective import FEATURE_WEIGHT, Objective
 from redrafter.training.recipe import Recipe
 from redrafter.training.trainer import run
 
@@ -56,7 +55,7 @@ class Way:
 
 KL = Objective(0.0, kl=1.0, decay=0.8)
 COUPLED = Objective(0.0, kl=0.5, coupled=1.0, decay=0.8)
-EAGLE = Objective(0.0, kl=1.0, features=FEATURES)
+EAGLE = Objective(0.0, kl=1.0, features=FEATURE_WEIGHT)
 """As published: the target's whole distribution, and the distance from its features."""
 
 

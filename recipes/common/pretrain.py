@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from redrafter.training.recipe import share_of_rate
+from redrafter.training.recipe import rate_factor
 
 WARM_UP, WEIGHT_DECAY = 0.02, 0.1
 DROPOUT = 0.1  # what every layer adds; the chat files are seen several times and would be learnt by heart
@@ -85,7 +85,7 @@ def fit(
     begin, step = time.perf_counter(), 0
     while (progress := (time.perf_counter() - begin) / seconds) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = peak_rate * share_of_rate(progress, WARM_UP)
+            group["lr"] = peak_rate * rate_factor(progress, WARM_UP)
         found = loss()
         found.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redrafter import RecurrentDrafter, generate
 from redrafter.data.examples import Row
-from redrafter.training.loss import Objective
+from redrafter.training.objective import Objective
 from redrafter.training.recipe import Recipe
 from redrafter.training.trainer import run
 

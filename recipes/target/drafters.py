@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from redrafter import RecurrentDrafter
 from redrafter.data.examples import Row
 from redrafter.targets.target import Target
-from redrafter.training.distillation import continued
+from redrafter.training.continuations import continued
 from redrafter.training.recipe import Recipe
 from redrafter.training.trainer import run
 

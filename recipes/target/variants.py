@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from redrafter.data.examples import Row
-from redrafter.training.loss import Objective
+from redrafter.training.objective import Objective
 
 
 @dataclass(frozen=True)

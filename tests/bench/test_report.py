@@ -406,7 +406,7 @@ def test_errors_of_the_command_are_one_sentence(tmp_path, monkeypatch, capsys, a
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/comparison.md"])
+@pytest.mark.parametrize("name", ["docs/results.md", "docs/comparison.md"])
 def test_pages_show_the_committed_results(name):
     page = ROOT / name
     text = page.read_text(encoding="utf-8")

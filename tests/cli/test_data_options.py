@@ -1,4 +1,4 @@
-"""Every command reads rows in the same way, and names its options in the same way."""
+"""All commands read rows alike and use the same option names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def data(tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_rows_and_variables_are_refused_before_any_work(say, command, model_folder, drafter_folder, data, tmp_path):
+def test_bad_rows_and_variables_raise_an_error_at_once(say, command, model_folder, drafter_folder, data, tmp_path):
     ok = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 
     def answer(path, *more):
@@ -60,7 +60,7 @@ def small_model(model_folder):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_tokens_outside_the_models_vocabulary_are_refused(say, command, small_model, drafter_folder, data, tmp_path):
+def test_tokens_outside_the_models_vocabulary_raise_an_error(say, command, small_model, drafter_folder, data, tmp_path):
     path = data({"prompt": "A", "completion": "B"}, {"prompt": "zzzz", "completion": "zz"})
     sentence = refusal(say(*words(command, small_model, drafter_folder, path, tmp_path / "out.jsonl")))
     assert "rows.jsonl line 2: " in sentence
@@ -73,8 +73,8 @@ def test_rows_of_a_model_with_more_tokens_than_its_tokenizer_can_be_trained_on(s
     tiny_model(vocab_size=len(tokenizer) + 61).save_pretrained(padded)
     tokenizer.save_pretrained(padded)
     path, own = data(*[{"prompt": text} for text in ("Once", "Twice", "Never", "Ever")]), tmp_path / "own.jsonl"
-    law = ["--temperature", 1.5, "--seed", 1, "--max-new-tokens", 30, "--limit", 3]
-    assert say("distill", "--model", padded, "--prompts", path, "--output", own, *law)[0] == 0
+    sampling = ["--temperature", 1.5, "--seed", 1, "--max-new-tokens", 30, "--limit", 3]
+    assert say("distill", "--model", padded, "--prompts", path, "--output", own, *sampling)[0] == 0
     rows = [json.loads(line) for line in own.read_text().splitlines()]
     assert len(rows) == 3
     assert max(token for row in rows for token in row["input_ids"]) >= len(tokenizer)
@@ -84,7 +84,7 @@ def test_rows_of_a_model_with_more_tokens_than_its_tokenizer_can_be_trained_on(s
     assert say("data", own, "--model", padded)[0] == 0
 
 
-def test_what_generate_writes_can_be_read_again(say, model_folder, drafter_folder, data, tmp_path):
+def test_the_output_of_generate_can_be_read_again(say, model_folder, drafter_folder, data, tmp_path):
     rows = [
         {"instruction": "Add", "input": "1 2", "output": "3", "system": "Be brief.", "id": 1},
         {"turns": ["a", "b"], "id": 2},

@@ -41,7 +41,7 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_what_it_writes_can_be_trained_on(say, words, model_folder, drafter_folder, tmp_path):
+def test_distilled_rows_can_be_trained_on(say, words, model_folder, drafter_folder, tmp_path):
     status, out, err = say(*words, "--max-new-tokens", 9, "--temperature", 0, "--temperature", 0.9, "--seed", 3)
     assert (status, out) == (0, "")
     own = tmp_path / "own.jsonl"
@@ -51,7 +51,7 @@ def test_what_it_writes_can_be_trained_on(say, words, model_folder, drafter_fold
     assert sum(map(sum, (row["loss_mask"] for row in rows))) == 9 * 8
     assert "3 of 3 rows, 72 tokens" in err
     assert "tokens/s, 1.00 per step" in err
-    assert f"6 rows, 72 tokens, 1.00 per step; 8 of 8 answers were cut short. Wrote {own}." in err
+    assert f"6 rows, 72 tokens, 1.00 per step; 8 of 8 answers were cut at the limit. Wrote {own}." in err
     status, _, err = say("data", own, "--model", model_folder)
     assert status == 0
     train = ["train", "--model", model_folder, "--data", own, "--output", tmp_path / "d", "--max-steps", 1]
@@ -63,18 +63,16 @@ def test_what_it_writes_can_be_trained_on(say, words, model_folder, drafter_fold
     assert status == 0
     assert "Nothing is left to do" in err
     before = own.read_bytes()
-    assert "begun with other options (temperatures [0.0, 0.9], now [0.0]; seed 3, now null" in refusal(
-        say(*words, "--max-new-tokens", 9)
-    )
+    assert "temperatures [0.0, 0.9], now [0.0]; seed 3, now null" in refusal(say(*words, "--max-new-tokens", 9))
     assert own.read_bytes() == before
     drafted = [*words, "--drafter", drafter_folder, "--beam-length", 2, "--overwrite", "--max-new-tokens", 9]
     status, _, err = say(*drafted, "--temperature", 0, "--temperature", 0.9, "--seed", 3, "--batch-size", 2)
     assert status == 0
-    assert own.read_bytes() == before, "a drafter and a batch change no text"
+    assert own.read_bytes() == before, "drafter and batch size do not change the text"
     assert " 1.00 per step" not in err
 
 
-def test_true_text_with_continuations_can_be_trained_on(say, model_folder, tmp_path):
+def test_continuations_can_be_trained_on(say, model_folder, tmp_path):
     text, own = tmp_path / "text.jsonl", tmp_path / "own.jsonl"
     text.write_text('{"text": "one, two, three"}\n{"prompt": "q", "completion": " and so on"}\n')
     words = ["distill", "--model", model_folder, "--prompts", text, "--output", own, "--continuations", 5]
@@ -85,33 +83,35 @@ def test_true_text_with_continuations_can_be_trained_on(say, model_folder, tmp_p
     assert all(len(more) == 5 for row in rows for more in row["continuations"])
     train = ["train", "--model", model_folder, "--data", own, "--output", tmp_path / "d", "--max-steps", 1]
     assert say(*train, "--exit-dim", 16)[0] == 0
-    assert "--temperature means nothing with --continuations" in refusal(say(*words, "--temperature", 1))
+    assert "--temperature has no effect with --continuations" in refusal(say(*words, "--temperature", 1))
     text.write_text('{"text": 3}\n')
     assert 'text.jsonl line 1: "text" must be text' in refusal(say(*words, "--overwrite"))
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "message"),
     [
         (["--endpoint", "http://x"], "Give either --model or --endpoint"),
-        (["--endpoint-model", "m"], "--endpoint and --endpoint-model go together"),
+        (["--endpoint-model", "m"], "--endpoint-model"),
         (["--temperature", -1], "temperature must be 0"),
         (["--top-k", 3], "--top-k has no effect in greedy"),
-        (["--beam-width", 3], "--beam-width means nothing without --drafter"),
-        (["--set", "num_return_sequences=2"], "use --temperature"),
+        (["--beam-width", 3], "--beam-width has no effect without --drafter"),
+        (["--set", "num_return_sequences=2"], "--temperature"),
         (["--set", "temperature=2"], "--set temperature: use --temperature"),
-        (["--set", "nonsense=3"], "nonsense is no setting"),
+        (["--set", "nonsense=3"], "nonsense"),
         (["--limit", 0], "limit"),
-        (["--bad-rows", "heal"], "not one of stop, skip"),
-        (["--max-length", 4], "line 1: the prompt has 4 tokens, which leaves no room in 4"),
+        (["--bad-rows", "heal"], "not one of"),
+        (["--insecure-endpoint"], "--insecure-endpoint has no effect without --endpoint"),
+        (["--any-target"], "--any-target has no effect without --drafter"),
+        (["--max-length", 4], "line 1: the prompt has 4 tokens"),
         (["--template", "/none/such"], "cannot be read"),
     ],
 )
-def test_bad_options(say, words, tmp_path, options, sentence):
+def test_bad_options(say, words, tmp_path, options, message):
     status, out, err = say(*words, *options)
     assert status == 2
     assert out == ""
-    assert sentence in err
+    assert message in err
     assert not (tmp_path / "own.jsonl").exists() or not (tmp_path / "own.jsonl").read_bytes()
 
 
@@ -120,14 +120,14 @@ def test_bad_rows_are_named_or_skipped(say, words, prompts, tmp_path):
     assert "line 2: the prompt is empty" in refusal(say(*words))
     status, _, err = say(*words, "--bad-rows", "skip", "--max-new-tokens", 3)
     assert status == 0
-    assert "4 bad rows were skipped" in err
-    assert "line 3: the prompt has 200 tokens, which leaves no room in 128" in err
+    assert "4 bad rows" in err
+    assert "line 3: the prompt has 200 tokens" in err
     assert [row["row"] for row in rows_of(tmp_path / "own.jsonl")] == [1]
     prompts.write_text("")
     assert "holds no row to work on" in refusal(say(*words, "--overwrite"))
 
 
-def test_what_is_read_is_not_written_over(say, words, prompts, tmp_path):
+def test_inputs_are_not_overwritten(say, words, prompts, tmp_path):
     words[-1] = tmp_path / "." / "prompts.jsonl"
     assert "is one of the files to read" in refusal(say(*words, "--overwrite"))
     words[4:] = [tmp_path / "*.jsonl", *words[5:]]
@@ -148,12 +148,12 @@ def test_a_tokenizer_without_a_template(say, words, model_folder, prompts, tmp_p
     row = rows_of(tmp_path / "own.jsonl")[0]
     assert tokenizer.decode(row["input_ids"][:6]) == "[Once]"
     assert row["messages"][0] == {"role": "user", "content": "Once"}
-    assert "begun with other options (chat_template" in refusal(say(*own, "--chat"))
+    assert "other options (chat_template" in refusal(say(*own, "--chat"))
 
 
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_what_is_finished(say, words, prompts, tmp_path, sign, status):
-    """Although the next checkpoint is far away; all rows are in one chunk, and some have a second turn."""
+def test_a_signal_saves_finished_answers(say, words, prompts, tmp_path, sign, status):
+    """Although no checkpoint is due; all rows are in one chunk, and some have a second turn."""
     lines = [{"turns": [f"a {n}", "and"]} if n % 3 == 1 else {"prompt": f"b {n}"} for n in range(24)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = ["--max-new-tokens", 20, "--batch-size", 3, "--save-seconds", 1000, "--device", "cpu"]
@@ -170,7 +170,7 @@ def test_a_signal_saves_what_is_finished(say, words, prompts, tmp_path, sign, st
     assert 1 <= saved < 24
     result, _, err = say(*words, *options)
     assert result == 0
-    assert f"Going on after {saved} of 24 rows." in err
+    assert f"Continuing after {saved} of 24 rows." in err
     own = tmp_path / "own.jsonl"
     words[-1] = tmp_path / "whole.jsonl"
     assert say(*words, *options)[0] == 0
@@ -184,18 +184,18 @@ def test_an_interrupt_before_any_answer(say, words, tmp_path, monkeypatch):
     monkeypatch.setattr("redrafter.training.distillation.survey", stop)
     status, out, err = say(*words)
     assert (status, out) == (130, "")
-    assert err.endswith("redrafter: Interrupted; 0 finished rows are saved: run the same command again to continue.\n")
+    assert "Interrupted; 0 finished rows are saved" in err
     assert not (tmp_path / "own.jsonl").exists()
 
 
-def test_an_endpoint_is_asked_with_the_key_of_the_environment(say, words, tmp_path, monkeypatch):
+def test_an_endpoint_receives_the_key_of_the_environment(say, words, tmp_path, monkeypatch):
     from redrafter.training.endpoint import Endpoint
 
-    asked = []
+    calls = []
 
     def answer(self, prompt, settings):
-        asked.append((self.url, self.model, self.key, self.timeout))
-        return "said", "stop", 2
+        calls.append((self.url, self.model, self.key, self.timeout))
+        return "an answer", "stop", 2
 
     monkeypatch.setattr(Endpoint, "answer", answer)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
@@ -203,18 +203,18 @@ def test_an_endpoint_is_asked_with_the_key_of_the_environment(say, words, tmp_pa
     words = ["distill", *words[3:], *served, "--timeout", 5]
     status, _, err = say(*words)
     assert status == 0, err
-    assert asked[0] == ("http://localhost:8000/v1", "m", "secret", 5.0)
+    assert calls[0] == ("http://localhost:8000/v1", "m", "secret", 5.0)
     assert "3 rows, 8 tokens. Wrote" in err
     assert "secret" not in err + (tmp_path / "own.jsonl.state").read_text()
     rows = rows_of(tmp_path / "own.jsonl")
-    assert rows[0]["completion"] == "said"
+    assert rows[0]["completion"] == "an answer"
     assert len(rows[2]["messages"]) == 4
-    assert "--max-length means nothing with --endpoint" in refusal(say(*words, "--max-length", 9))
-    assert "must be a URL" in refusal(say(*words, "--endpoint", "localhost"))
+    assert "--max-length has no effect with --endpoint" in refusal(say(*words, "--max-length", 9))
+    assert "URL" in refusal(say(*words, "--endpoint", "localhost"))
 
 
-def test_a_killed_run_goes_on_to_the_same_file(say, words, prompts, tmp_path):
-    """Killed for good, by SIGKILL: before any row is finished, and at two later moments."""
+def test_a_killed_run_resumes_to_the_same_file(say, words, prompts, tmp_path):
+    """Killed with SIGKILL: before any row is finished, and at two later moments."""
     prompts.write_text("".join(json.dumps({"turns": [f"a {n}", "and"]}) + "\n" for n in range(24)))
     options = ["--save-seconds", 0, "--max-new-tokens", 9, "--temperature", 0, "--temperature", 1, "--batch-size", 3]
     options += ["--device", "cpu"]
@@ -231,15 +231,15 @@ def test_a_killed_run_goes_on_to_the_same_file(say, words, prompts, tmp_path):
     while answers() < 3 and killed.poll() is None:
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL, "it was to be killed before its end"
-    assert answers() >= 3, "although no row is finished, its answers are there"
+    assert killed.wait() == -signal.SIGKILL, "it should be killed before its end"
+    assert answers() >= 3, "answers are saved before their row is finished"
     for moment, wait in ((2, 0.05), (6, 0.0)):
         killed = subprocess.Popen(command(*words, *options), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
         while done() < moment and killed.poll() is None:
             time.sleep(0.002)
         time.sleep(wait)
         killed.send_signal(signal.SIGKILL)
-        assert killed.wait() == -signal.SIGKILL, "it was to be killed before its end"
+        assert killed.wait() == -signal.SIGKILL, "it should be killed before its end"
         assert moment <= done() < 24
         known = json.loads(note.read_text())
         assert own.read_bytes()[: known["bytes"]].count(b"\n") == known["counts"]["rows"] >= 2 * done()

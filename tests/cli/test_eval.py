@@ -1,4 +1,4 @@
-"""`redrafter eval` as a user types it."""
+"""`redrafter eval` on its command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`redrafter profile` as a user types it."""
+"""`redrafter profile` on its command line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import transformers
 
 from conftest import refusal
 from redrafter.core.shapes import DraftShape
+from redrafter.engine import runner
 from redrafter.evaluation import profiling, tuning
 from redrafter.heads.eagle import EagleHead
 from redrafter.heads.medusa import MedusaHeads
@@ -30,7 +31,8 @@ def timed(monkeypatch):
         count += 1
         return count / 2
 
-    monkeypatch.setattr(profiling, "milliseconds", run)
+    for module in (profiling, runner):
+        monkeypatch.setattr(module, "milliseconds", run)
 
 
 def profile(say, *words) -> tuple[list[str], dict]:
@@ -86,7 +88,7 @@ def test_a_model_and_its_drafter(say, timed, model_folder, drafter_folder, tmp_p
         assert record["shape"]["beam_width"] == width
 
 
-def test_other_methods_of_drafting(say, timed, model_folder, tmp_path):
+def test_other_drafting_methods(say, timed, model_folder, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     MedusaHeads.fresh(model, heads=2, nodes=9).save_pretrained(tmp_path / "medusa")
     EagleHead.fresh(model).save_pretrained(tmp_path / "eagle")

@@ -1,4 +1,4 @@
-"""What commands print reaches every stream, and what they cannot do is said before they load anything."""
+"""Output reaches streams of every encoding, and errors about paths come before heavy imports."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ cli.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8", "utf-16", "shift-jis", "cp1252:strict"])
-def test_no_text_is_lost_to_a_streams_encoding(encoding):
+def test_characters_that_a_stream_cannot_encode_are_escaped(encoding):
     text = "caf\u00e9 \u6f22 \N{GRINNING FACE} \ud800"
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     command = [sys.executable, "-c", SCRIPT, "words", json.dumps(text)]
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    if encoding != "ascii":  # where typer writes UTF-8 instead
+    if encoding != "ascii":  # for which typer writes UTF-8
         line = done.stdout.decode(encoding.partition(":")[0]).splitlines()[0]
         assert json.loads(line) == {"text": text}
 
@@ -87,9 +87,9 @@ finally:
     ],
 )
 def test_a_missing_folder_is_reported_before_anything_is_loaded(tmp_path, words):
-    told = words.replace("MODEL", str(tmp_path / "none")).replace("DRAFTER", str(tmp_path / "none")).split()
+    arguments = words.replace("MODEL", str(tmp_path / "none")).replace("DRAFTER", str(tmp_path / "none")).split()
     (tmp_path / "here").mkdir()
-    command = [sys.executable, "-c", HEAVY, *told]
+    command = [sys.executable, "-c", HEAVY, *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     kind = "model" if "MODEL" in words else "drafter"
     assert done.returncode == 2

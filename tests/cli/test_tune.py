@@ -1,4 +1,4 @@
-"""`redrafter tune` as a user types it, with times of our own making."""
+"""`redrafter tune` on its command line, with made-up times."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from conftest import refusal
 from redrafter import RecurrentDrafter, RedrafterError, generate
 from redrafter.data.prompts import prompt_ids
 from redrafter.engine.request import request
-from redrafter.evaluation.profiling import Bench
+from redrafter.evaluation.profiling import StepProfiler
 from redrafter.evaluation.tuning import Texts
 from redrafter.heads.eagle import EagleHead
 from redrafter.heads.medusa import MedusaHeads
+from redrafter.proposers import method_of
 from redrafter.targets.target import Target
 
 
@@ -41,24 +42,24 @@ def command(model_folder, folder, prompts):
 
 @pytest.fixture
 def times(monkeypatch):
-    """Times by formula: to verify costs by node and row, so that a large batch does not pay.
+    """Times by formula: verification costs grow with nodes and rows, so that drafting does not pay in large batches.
 
     Both the parts of a step and complete calls, whose texts are as the drafters' acceptance makes them.
     """
 
-    def verify(bench, nodes):
-        return 0.001 * nodes * bench.batch**8
+    def verify(profiler, nodes):
+        return 0.001 * nodes * profiler.batch**8
 
     def speed(texts, shape, number, *, batch, compile):
         if shape is None:
             return 1e3 * batch / (10 + 0.001 * batch**8)
-        proposer = texts.drafter.proposer(texts.asked.target, shape.beam_width, shape.beam_length, shape.node_budget)
+        proposer = method_of(texts.drafter).proposer(texts.request.target, shape)
         tokens = texts.tokens_per_step(shape.model_copy(update={"batch": 1}))
         return 1e3 * batch * tokens / (10 + 0.001 * proposer.size * batch**8)
 
-    monkeypatch.setattr(Bench, "verify_ms", verify)
-    monkeypatch.setattr(Bench, "draft_ms", lambda bench, shape: 10.0)
-    monkeypatch.setattr(Bench, "rest_ms", lambda bench, shape: 0.0)
+    monkeypatch.setattr(StepProfiler, "verify_ms", verify)
+    monkeypatch.setattr(StepProfiler, "draft_ms", lambda profiler, shape: 10.0)
+    monkeypatch.setattr(StepProfiler, "rest_ms", lambda profiler, shape: 0.0)
     monkeypatch.setattr(Texts, "tokens_per_second", speed)
 
 
@@ -84,17 +85,17 @@ def test_the_fastest_shapes_are_printed_stored_and_used(say, command, times, fol
     assert stats.accepted > 0
     tokens = 1 + stats.accepted / (stats.steps - 3)
     rows = [line.split() for line in out.splitlines()]
-    ms = 10 + 0.001 * request(model, drafter, ids[:1]).size
+    ms = 10 + 0.001 * request(model, drafter, ids[:1]).decoder.size
     up = f"{tokens / ms * 10.001:.2f}"
     assert [
-        "1", *one.in_words.split(), f"{tokens:.2f}", f"{1e3 * tokens / ms:,.0f}", "100", up, up, "to", up, "on",
+        "1", *one.description.split(), f"{tokens:.2f}", f"{1e3 * tokens / ms:,.0f}", "100", up, up, "to", up, "on",
     ] in rows  # fmt: skip
     (off,) = (row for row in rows if row[:1] == ["4"])
     assert off[-1] == "off"
     assert float(off[-5]) < 1, "what it would be is said"
-    assert request(model, drafter, ids * 2).proposer is None
+    assert request(model, drafter, ids * 2).decoder.proposer is None
     _, out, _ = say("info", folder)
-    for words in ("from batch 1 on", one.in_words, "from batch 4 on", "without"):
+    for words in ("from batch 1 on", one.description, "from batch 4 on", "without"):
         assert words in out
     assert "tuned on" in out
     status, _, _ = say("generate", "--model", model_folder, "--drafter", folder, "--prompt", "Once", "--json")
@@ -136,11 +137,11 @@ def test_a_copy_can_be_tuned_instead(say, command, times, folder, tmp_path):
     (tmp_path / "file").touch()
     assert "give a folder as --output" in refusal(say(*command, "--output", tmp_path / "file"))
     status, _, _ = say("export", tmp_path / "copy", "--output", tmp_path / "theirs", "--format", "apple")
-    assert status == 0  # their format has no place for shapes, and needs none
+    assert status == 0  # Apple's format does not store shapes
     assert not RecurrentDrafter.from_pretrained(tmp_path / "theirs").config.shapes
 
 
-def test_times_of_this_machine_are_enough_for_a_choice(say, command, folder):
+def test_real_times_lead_to_a_choice(say, command, folder):
     status, out, _ = say(*command, "--context", 9)
     assert status == 0
     assert [one.batch for one in RecurrentDrafter.from_pretrained(folder).config.shapes] == [1, 4]
@@ -174,9 +175,9 @@ def test_other_heads_are_tuned_with_the_shapes_that_they_support(say, command, t
     status, out, err = say(*command, "--drafter", tmp_path / "head", "--widths", "40", "--batch-sizes", 1)
     assert status == 0, err
     assert ("not tried: 40 beams of 3 tokens" in err) == (head is MedusaHeads)
-    assert "beam_length must be at most 2, as there are heads, not 3." in err or head is EagleHead
+    assert "beam_length" in err or head is EagleHead
     (shape,) = head.from_pretrained(tmp_path / "head").config.shapes
-    assert shape.in_words in out
+    assert shape.description in out
     assert (shape.beam_width, shape.beam_length) == (40, 2 if head is MedusaHeads else shape.beam_length)
 
 

@@ -9,6 +9,7 @@ import interpreting
 import pytest
 import torch
 from interpreting import INTERPRETED, on_cpu, on_kernels
+from redrafter.kernels.product import activated
 
 from conftest import rooted, tiny_model
 from redrafter import RecurrentDrafter
@@ -16,7 +17,6 @@ from redrafter.core.noise import gumbel
 from redrafter.core.rows import SamplingNoise
 from redrafter.core.tree import most_probable, plain_most_probable, plain_prefix_tree, prefix_tree
 from redrafter.kernels import has_kernels
-from redrafter.kernels.product import activated
 from redrafter.kernels.topk import Top, plain_topk, top
 from redrafter.proposers import RecurrentProposer
 from redrafter.proposers.beam_search import beam_search, grow, plain_extend_beams

@@ -10,6 +10,7 @@ import jaxtyping
 import pytest
 import torch
 from interpreting import INTERPRETED, on_cpu, on_kernels
+from redrafter.kernels.product import plain
 from torch import nn
 
 from conftest import rooted, tiny_model
@@ -18,7 +19,6 @@ from redrafter.core.rows import SamplingNoise
 from redrafter.engine import fused_linear as merged
 from redrafter.heads.recurrent import ResidualBlock
 from redrafter.kernels import product
-from redrafter.kernels.product import plain
 from redrafter.proposers import RecurrentProposer
 from redrafter.targets.isolation import isolated
 from redrafter.targets.target import Target

@@ -1,4 +1,4 @@
-"""Local distillation against transformers' own greedy generation from every prefix."""
+"""Local distillation against transformers' greedy generation from every prefix."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from redrafter.training.continuations import continuations
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 @pytest.mark.parametrize("chunk", [4, 512])
-def test_every_place_goes_on_as_greedy_generation_does(family, chunk):
-    """Past the window where there is one."""
+def test_continuations_equal_greedy_generation_from_every_position(family, chunk):
+    """Also beyond a sliding window."""
     model = tiny_model(family)
     ids = torch.randint(3, 61, (2, 14), generator=torch.Generator().manual_seed(1))
     found = continuations(Target(model), ids, depth=4, chunk=chunk)
     for row in range(2):
-        for place in range(14):
-            assert found[row, place].tolist() == greedy(model, ids[row, : place + 1].tolist(), 4), (row, place)
+        for position in range(14):
+            assert found[row, position].tolist() == greedy(model, ids[row, : position + 1].tolist(), 4), (row, position)
 
 
 def test_padding_on_the_right_changes_nothing(llama):
@@ -29,7 +29,7 @@ def test_padding_on_the_right_changes_nothing(llama):
     assert torch.equal(alone, padded[:, :9])
 
 
-def test_what_follows_an_end_is_not_known(llama):
+def test_nothing_follows_an_end_token(llama):
     ids = torch.randint(3, 61, (1, 12), generator=torch.Generator().manual_seed(3))
     free = continuations(Target(llama), ids, depth=4)
     end = int(free[0, 5, 1])
@@ -40,10 +40,10 @@ def test_what_follows_an_end_is_not_known(llama):
     assert cut[0, 5].tolist()[2:] == [-1, -1]
 
 
-def test_past_the_models_last_position_nothing_is_known():
+def test_nothing_follows_the_models_last_position():
     ids = torch.randint(3, 61, (2, 12), generator=torch.Generator().manual_seed(4))
     long, short = (
         continuations(Target(tiny_model(max_position_embeddings=positions)), ids, depth=4) for positions in (64, 12)
     )
-    place = torch.arange(12)[:, None] + torch.arange(4)
-    assert torch.equal(short, long.masked_fill(place > 11, -1))
+    last_read = torch.arange(12)[:, None] + torch.arange(4)
+    assert torch.equal(short, long.masked_fill(last_read > 11, -1))

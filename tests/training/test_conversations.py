@@ -9,7 +9,7 @@ import transformers
 
 from redrafter import RedrafterError
 from redrafter.data.examples import read_rows, tokenized_rows
-from redrafter.training.answers import Dialogue, Law
+from redrafter.training.dialogues import Dialogue
 from redrafter.training.distillation import Prompt
 
 END = "{% endfor %}{% if add_generation_prompt %}"
@@ -95,12 +95,12 @@ def test_the_text_after_the_generation_prompt_is_learned(tokenizer, template, me
 @pytest.mark.parametrize("template", [R1, VERBATIM, QWEN, PHI, TRIM, MARKED])
 def test_a_chat_is_split_where_distill_splits_it(tokenizer, template):
     tokenizer.chat_template = template
-    dialogue = Dialogue(Prompt(0, "here", {"turns": ["hi", "bye", "so"]}, ""), Law(), 0, 0)
+    dialogue = Dialogue(Prompt(0, "here", {"turns": ["hi", "bye", "so"]}, ""), 0.0, 0)
     for text in ("hm</think>yes?", "so</think>oh", "x</think>end"):
-        assert dialogue.ask(tokenizer, None)
+        assert dialogue.next_turn(tokenizer, None)
         opened = "" if template in (R1, VERBATIM) else "<think>"
-        dialogue.answer(tokenizer(f"{opened}{text}</s>").input_ids, "eos", tokenizer, None)
-    distilled = dialogue.rows()
+        dialogue.add_answer(tokenizer(f"{opened}{text}</s>").input_ids, "eos", tokenizer, None)
+    distilled = dialogue.training_rows()
     messages = distilled[-1]["messages"]
     rows = tokenized_rows({"messages": messages}, tokenizer, "here")
     assert len(rows) == len(distilled) == (3 if template in (R1, VERBATIM, QWEN) else 1)

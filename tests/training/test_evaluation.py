@@ -1,4 +1,4 @@
-"""Acceptance against a plain loop over places, and the walked figure against decoding's own counts."""
+"""Acceptance against a plain loop over positions, and the walked counts against those of decoding."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from hypothesis import strategies as st
 from conftest import rooted, tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, stream
 from redrafter.core.noise import gumbel
-from redrafter.core.rows import Draw
+from redrafter.core.rows import SamplingNoise
+from redrafter.core.shapes import DraftShape
 from redrafter.data.examples import Row
 from redrafter.decoding.sampling import Sampler
 from redrafter.engine.request import request
 from redrafter.evaluation import acceptance as evaluation
 from redrafter.evaluation.acceptance import Acceptance, Measured, acceptance, drafted_everywhere, evaluate, walked
-from redrafter.proposers import RecurrentProposer
+from redrafter.proposers.recurrent import RecurrentProposer
 from redrafter.targets.target import Target
 
 FEW = tiny_model(vocab_size=9)
-"""Of so few tokens a random drafter hits many."""
+"""With such a small vocabulary, many tokens of a random drafter are accepted."""
+
+
+SHORT = DraftShape(beam_width=3, beam_length=2)
 
 
 def random_drafter(model, seed: int = 0, **changes) -> RecurrentDrafter:
@@ -32,7 +36,7 @@ def random_drafter(model, seed: int = 0, **changes) -> RecurrentDrafter:
 
 
 def followed(tree, tokens: list[int]) -> int:
-    """How many of the tokens stand on one path of a single tree."""
+    """How many of the tokens are on one path of a single tree."""
     node = 0
     for depth, token in enumerate(tokens):
         below = [n for n in range(1, int(tree.valid.sum())) if tree.parents[0, n] == node and tree.depth[0, n] > 0]
@@ -42,7 +46,7 @@ def followed(tree, tokens: list[int]) -> int:
     return len(tokens)
 
 
-def one_by_one(model, proposer, rows: list[Row], law, seeds: list[int]) -> list[list[tuple[int, int]]]:
+def one_by_one(model, proposer, rows: list[Row], warpers, seeds: list[int]) -> list[list[tuple[int, int]]]:
     """Accepted and drafted tokens at every window, a forward and a draft for each."""
     found = []
     for row, seed in zip(rows, seeds, strict=True):
@@ -51,16 +55,16 @@ def one_by_one(model, proposer, rows: list[Row], law, seeds: list[int]) -> list[
             if not (trained[t + 1] and trained[t + 2]):
                 continue
             known = []
-            for place in range(t + 2, min(t + 2 + proposer.length, len(ids))):
-                if not trained[place]:
+            for position in range(t + 2, min(t + 2 + proposer.length, len(ids))):
+                if not trained[position]:
                     break
-                known.append(ids[place])
+                known.append(ids[position])
             states = model(input_ids=torch.tensor([ids[: t + 1]]), output_hidden_states=True).hidden_states[-1]
-            draw = Draw((), None)
-            if law is not None:
+            noise = SamplingNoise((), None)
+            if warpers is not None:
                 positions = torch.arange(t + 2, t + 3 + proposer.length)[None]
-                draw = Draw(law, gumbel(torch.tensor([seed]), positions, model.config.vocab_size))
-            tree = proposer.propose(None, rooted(torch.tensor([ids[t + 1]])), states[:, -1:], draw)
+                noise = SamplingNoise(warpers, gumbel(torch.tensor([seed]), positions, model.config.vocab_size))
+            tree = proposer.propose(None, rooted(torch.tensor([ids[t + 1]])), states[:, -1:], noise)
             own.append((followed(tree, known), int(tree.valid.sum()) - 1))
         found.append(own)
     return found
@@ -80,20 +84,19 @@ rows_of_any_kind = st.lists(
     st.integers(1, 3), st.sampled_from([1, 5, None]), st.integers(0, 2**31),
 )  # fmt: skip
 @torch.no_grad()
-def test_every_window_is_counted_as_a_plain_loop_counts_it(
-    pairs, width, length, budgeted, less, sampled, batch_size, chunk, seed
-):
+def test_counts_are_those_of_a_plain_loop(pairs, width, length, budgeted, less, sampled, batch_size, chunk, seed):
     rows = [Row([token for token, _ in row], [trained for _, trained in row]) for row in pairs]
     drafter = random_drafter(FEW, draft_vocabulary=torch.arange(3, 8) if less else None)
     target = Target(FEW)
-    proposer = RecurrentProposer(drafter, target, width, length, length + 3 if budgeted else None)
-    sampler, law = Sampler(), None
+    shape = DraftShape(beam_width=width, beam_length=length, node_budget=length + 3 if budgeted else None)
+    proposer = RecurrentProposer(drafter, target, shape)
+    sampler, warpers = Sampler(), None
     if sampled:
         sampler = request(FEW, None, [[1]], do_sample=True, temperature=0.7).sampler
-        law = tuple(sampler.processors[0])
-        assert len(law) == 1
+        warpers = tuple(sampler.processors[0])
+        assert len(warpers) == 1
     seeds = [seed + number for number in range(len(rows))]
-    expected = one_by_one(FEW, proposer, rows, law, seeds)
+    expected = one_by_one(FEW, proposer, rows, warpers, seeds)
     how = {"sampler": sampler, "seeds": seeds, "batch_size": batch_size, "chunk": chunk}
     found = drafted_everywhere(target, proposer, rows, **how)
     assert [[tuple(pair) for pair in own.tolist()] for own in found] == expected
@@ -110,7 +113,7 @@ def test_every_window_is_counted_as_a_plain_loop_counts_it(
 
 
 def counted(model, drafter, prompts, **settings) -> list[Acceptance]:
-    """Every row's drafts from the events of decoding; the first event of a row is that of its prompt."""
+    """The drafts of every row, from the events of decoding; a row's first event is that of its prompt."""
     events: list[list] = [[] for _ in prompts]
     for event in stream(model, drafter, prompts, **settings):
         events[event.row].append(event)
@@ -131,8 +134,8 @@ PROMPTS = [[5], [3, 7, 4, 8], [6, 6], list(range(3, 9)) * 3, [8, 3]]
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 5, 16])
 @pytest.mark.parametrize("shape", ["beams", "budget", "vocabulary", "context"])
-def test_walked_over_the_texts_the_drafts_are_those_of_decoding(shape, new_tokens):
-    """Also where a last step accepts more than the row may still write."""
+def test_walked_counts_equal_those_of_decoding(shape, new_tokens):
+    """Also if the last step accepts more tokens than the row may have."""
     forms = {
         "vocabulary": {"draft_vocabulary": torch.arange(2, 8)},
         "context": {"context_layers": (1,), "context_positions": 3},
@@ -141,24 +144,24 @@ def test_walked_over_the_texts_the_drafts_are_those_of_decoding(shape, new_token
     drafting = {"beam_width": 3, "beam_length": 4, "node_budget": 7 if shape == "budget" else None}
     common = {"max_new_tokens": new_tokens, "batch_size": 2}
     found = evaluate(FEW, drafter, PROMPTS, temperature=0.8, seed=11, **common, **drafting)
-    laws = {"greedy": {}, "sampled": {"do_sample": True, "temperature": 0.8, "seed": 11}}
-    for way, law in laws.items():
-        assert [one.decoding for one in found[way]] == counted(FEW, drafter, PROMPTS, **common, **drafting, **law)
-        assert [one.walked for one in found[way]] == [one.decoding for one in found[way]]
-        for one in found[way]:
+    modes = {"greedy": {}, "sampled": {"do_sample": True, "temperature": 0.8, "seed": 11}}
+    for mode, sampling in modes.items():
+        assert [one.decoding for one in found[mode]] == counted(FEW, drafter, PROMPTS, **common, **drafting, **sampling)
+        assert [one.walked for one in found[mode]] == [one.decoding for one in found[mode]]
+        for one in found[mode]:
             assert one.tokens == new_tokens
             assert one.teacher_forced.drafts == new_tokens - 1
-        total = Measured.total(found[way])
+        total = Measured.total(found[mode])
         assert total.tokens == 5 * new_tokens
         if new_tokens == 16:
             assert total.teacher_forced.by_position[1] > 0
-            assert 0 < total.walked.accepted < total.teacher_forced.accepted, "what is never accepted shows nothing"
+            assert 0 < total.walked.accepted < total.teacher_forced.accepted, "otherwise the test would show nothing"
     assert new_tokens < 16 or found["greedy"] != found["sampled"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
-def test_rows_that_end_early_or_fill_the_context(family):
-    """An end token, a sliding window, and position tables that reach no further than the text."""
+def test_rows_that_finish_early_or_fill_the_context(family):
+    """With an end token, a sliding window, and position tables as long as the text."""
     length = {"n_positions": 24} if family == "gpt2" else {"max_position_embeddings": 24}
     model = tiny_model(family, vocab_size=9, seed=2, **length)
     drafter = random_drafter(model)
@@ -171,10 +174,10 @@ def test_rows_that_end_early_or_fill_the_context(family):
         assert [one.walked for one in texts] == [one.decoding for one in texts]
 
 
-def test_sampled_drafts_are_given_the_noise_of_their_rows():
-    """A drafter that computes the target's own logits is never wrong then; it would be with any other noise."""
+def test_sampled_drafts_receive_the_noise_of_their_rows():
+    """A drafter that computes the target's logits is always accepted then, and would not be with other noise."""
     model = tiny_model()
-    for layer in model.model.layers:  # the target looks at its last token alone, so a drafter can know its logits
+    for layer in model.model.layers:  # the target's logits depend on its last token only, so a drafter can compute them
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
     drafter = RecurrentDrafter.for_target(model, beam_length=3, beam_width=1)
@@ -183,25 +186,25 @@ def test_sampled_drafts_are_given_the_noise_of_their_rows():
     prompts = [[5], [7, 8]]
     for text in evaluate(model, drafter, prompts, max_new_tokens=41, seed=3)["sampled"]:
         assert text.walked == text.decoding == Acceptance(10, 30, 30, [10, 10, 10])
-        assert text.teacher_forced == Acceptance(40, 120, 117, [40, 39, 38]), "the last drafts outrun the text"
+        assert text.teacher_forced == Acceptance(40, 120, 117, [40, 39, 38]), "the last drafts are longer than the text"
 
 
 @torch.no_grad()
-def test_rows_with_continuations_are_held_against_those():
-    proposer = RecurrentProposer(random_drafter(FEW), Target(FEW), width=3, length=2)
+def test_rows_with_continuations_are_compared_with_those():
+    proposer = RecurrentProposer(random_drafter(FEW), Target(FEW), SHORT)
     after = [[3, 4, 5], [6, 3, -1], [7, -1, -1], [5, 5, 8], [4, 4, 4], [3, 3, 3]]
     row = Row([5, 3, 7, 4, 8, 6], [False, True, True, True, True, False], after)
     drafts = []
     for t in (0, 1, 3):  # after 2 there is no token to draft, after 4 and 5 none is trained
         states = FEW(input_ids=torch.tensor([row.input_ids[: t + 1]]), output_hidden_states=True).hidden_states[-1]
-        tree = proposer.propose(None, rooted(torch.tensor([after[t][0]])), states[:, -1:], Draw((), None))
+        tree = proposer.propose(None, rooted(torch.tensor([after[t][0]])), states[:, -1:], SamplingNoise((), None))
         drafts.append((followed(tree, [token for token in after[t][1:] if token >= 0]), int(tree.valid.sum()) - 1))
     (found,) = drafted_everywhere(Target(FEW), proposer, [row])
     assert [tuple(pair) for pair in found.tolist()] == drafts
 
 
 def test_rows_without_a_window_and_no_rows_count_nothing():
-    proposer = RecurrentProposer(random_drafter(FEW), Target(FEW), width=3, length=2)
+    proposer = RecurrentProposer(random_drafter(FEW), Target(FEW), SHORT)
     rows = [Row([5], [True]), Row([5, 6, 7], [True, True, False])]
     for some in (rows, []):
         found = acceptance(Target(FEW), proposer, some)
@@ -209,9 +212,9 @@ def test_rows_without_a_window_and_no_rows_count_nothing():
         assert (found.mean_acceptance_length, found.rates) == (1.0, [0.0, 0.0])
 
 
-def test_the_target_is_measured_without_dropout_and_put_back():
+def test_the_target_is_measured_without_dropout_and_its_mode_is_restored():
     model = tiny_model("gpt2", vocab_size=9, resid_pdrop=0.5, embd_pdrop=0.5)
-    proposer = RecurrentProposer(random_drafter(model), Target(model), width=3, length=2)
+    proposer = RecurrentProposer(random_drafter(model), Target(model), SHORT)
     rows = [Row([3, 5, 8, 4, 6, 7, 3, 3, 6, 5] * 3, [True] * 30)]
     expected = acceptance(Target(model), proposer, rows)
     model.train()
@@ -219,27 +222,26 @@ def test_the_target_is_measured_without_dropout_and_put_back():
     assert model.training
 
 
-def test_a_walk_goes_on_after_the_accepted_tokens_and_one_more():
+def test_a_walk_continues_after_the_accepted_tokens_and_one_more():
     verdicts = torch.tensor([[2, 9], [0, 8], [1, 7], [0, 6], [3, 5], [1, 4], [0, 3], [0, 2]])
     assert walked(verdicts).tolist() == [[2, 9], [0, 6], [3, 5]]
     assert walked(verdicts[:0]).tolist() == []
 
 
-def test_bad_settings_are_refused_before_anything_is_written(monkeypatch):
+def test_bad_settings_are_refused_before_decoding(monkeypatch):
     monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("it ran"))
     drafter = random_drafter(FEW)
-    for settings_, sentence in (
-        ({"temperature": 0.0}, "The temperature must be positive"),
-        ({"seed": -1}, "Seeds lie between"),
-        ({"beam_length": 0}, "beam_length must be at least 1"),
-        ({"beam_width": 10}, "beam_width must lie between 1 and the drafter's 9"),
+    for settings_, word in (
+        ({"temperature": 0.0}, "temperature"),
+        ({"seed": -1}, "Seeds"),
+        ({"beam_length": 0}, "beam_length"),
+        ({"beam_width": 10}, "beam_width"),
     ):
-        with pytest.raises(RedrafterError, match=sentence):
+        with pytest.raises(RedrafterError, match=word):
             evaluate(FEW, drafter, PROMPTS, **settings_)
 
 
-def test_a_method_that_reads_the_text_is_given_it():
-    """Up to each place: what it looks up there is what decoding looked up."""
+def test_a_method_that_reads_the_text_receives_it_up_to_each_position():
     found = evaluate(FEW, PromptLookup(), PROMPTS, max_new_tokens=24, temperature=0.8, seed=11, batch_size=2)
     for texts in found.values():
         assert [one.walked for one in texts] == [one.decoding for one in texts]
@@ -248,8 +250,8 @@ def test_a_method_that_reads_the_text_is_given_it():
 
 
 @pytest.mark.parametrize("copies", [1, 2**28])
-def test_a_method_with_a_memory_is_given_that_of_each_place(monkeypatch, copies):
-    monkeypatch.setattr(evaluation, "MEMORIES", copies)
+def test_a_method_with_a_memory_receives_that_of_each_position(monkeypatch, copies):
+    monkeypatch.setattr(evaluation, "MAX_MEMORY_BYTES", copies)
     draft = TwoModel(tiny_model(vocab_size=FEW.config.vocab_size, seed=1).double(), coupled=True)
     shape = {"max_new_tokens": 10, "beam_width": 2, "beam_length": 2}
     found = evaluate(FEW, draft, PROMPTS[:3], **shape, temperature=0.8, seed=11, batch_size=2)

@@ -1,4 +1,4 @@
-"""Medusa heads in training: they learn by the drafter's own loss, and their tree is fitted to what they know."""
+"""Medusa heads learn with the common loss, and their tree is fitted to their accuracy."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from redrafter import RedrafterError, generate
+from redrafter import RecurrentDrafter, RedrafterError, generate
 from redrafter.data.examples import Row
 from redrafter.evaluation.acceptance import acceptance
 from redrafter.heads.medusa import MedusaHeads, fit_tree
+from redrafter.proposers import Proposer, method_of
 from redrafter.targets.target import Target
 from redrafter.training.estimating import estimate
-from redrafter.training.fitting import ROWS, accuracies, fit
-from redrafter.training.loss import Objective
+from redrafter.training.fitting import MAX_TRAINING_ROWS, accuracies, fit
+from redrafter.training.objective import Objective
 from redrafter.training.recipe import Recipe
 from redrafter.training.trainer import run
 from test_medusa_heads import random_heads
@@ -23,15 +24,20 @@ TARGET = Target(MODEL)
 
 
 def own_text(count: int) -> list[Row]:
-    """What the model itself writes, as rows."""
+    """Rows that the model generates."""
     prompts = [[token] for token in range(3, 3 + count)]
     texts = generate(MODEL, None, prompts, max_new_tokens=24).new_tokens
     return [Row(p + n, [False] + [True] * len(n)) for p, n in zip(prompts, texts, strict=True)]
 
 
+def proposer_of(heads: MedusaHeads) -> Proposer:
+    method = method_of(heads)
+    return method.proposer(TARGET, method.shape(0))
+
+
 @torch.no_grad()
 def test_accuracies_agree_with_a_loop():
-    """Tokens that are not learnt, rows of unequal length and of continuations count as in training."""
+    """Also with untrained tokens, rows of different lengths, and continuations."""
     torch.manual_seed(1)
     rows = [Row(torch.randint(3, 61, (size,)).tolist(), (torch.rand(size) < 0.8).tolist()) for size in (2, 9, 30, 17)]
     heads = random_heads(draft_vocabulary=torch.arange(3, 50), ranks=(4, 6, 2))
@@ -54,60 +60,59 @@ def test_accuracies_agree_with_a_loop():
                         right[head, rank] += 1
     assert seen.min() > 10
     torch.testing.assert_close(accuracies(heads, TARGET, rows), right / seen)
-    told = Row([5, 6], [True, True], [[7, 8, 9, 10], [-1] * 4])
+    continued = Row([5, 6], [True, True], [[7, 8, 9, 10], [-1] * 4])
     hidden = TARGET.hidden_states(torch.tensor([[5]]), torch.ones(1, 1, dtype=torch.long))[0, 0]
     best = heads.logits(hidden).topk(6).indices + 3
     expected = (best == torch.tensor([[8], [9], [10]])).double()
-    assert accuracies(heads, TARGET, [told]).equal(expected)
+    assert accuracies(heads, TARGET, [continued]).equal(expected)
 
 
-def test_the_tree_is_that_of_the_rows_held_out(monkeypatch):
+def test_the_tree_is_fitted_to_the_held_out_rows(monkeypatch):
     rows, heads = own_text(12), random_heads(ranks=(5, 3, 2))
     size, seen, table = len(heads.config.tree), [], torch.rand((3, 5), dtype=torch.double)
     monkeypatch.setattr("redrafter.training.fitting.accuracies", lambda _, __, some: seen.append(some) or table)
     fit(heads, TARGET, rows, rows[:7])
     assert heads.config.fitted_on == "7 held-out rows"
     useful = [of_ranks[:most] for of_ranks, most in zip(table.tolist(), (5, 3, 2), strict=True)]
-    assert heads.config.tree == fit_tree(useful, size + 1), "no rank beyond those of the product"
+    assert heads.config.tree == fit_tree(useful, size + 1), "no rank beyond the config's"
     assert len(heads.config.tree) == size
     fit(heads, TARGET, rows, [])
     assert heads.config.fitted_on == "12 training rows"
     fit(heads, TARGET, rows * 20, [])
-    assert heads.config.fitted_on == f"{ROWS} training rows"
-    assert seen == [rows[:7], rows, (rows * 20)[::3][:ROWS]]
+    assert heads.config.fitted_on == f"{MAX_TRAINING_ROWS} training rows"
+    assert seen == [rows[:7], rows, (rows * 20)[::3][:MAX_TRAINING_ROWS]]
 
 
-def test_rows_where_nothing_is_drafted_leave_the_tree():
+def test_rows_without_a_window_leave_the_tree_unchanged():
     heads = random_heads()
     before = heads.config
     fit(heads, TARGET, [Row([3, 4], [True, True])], [])
     assert heads.config == before
 
 
-def test_a_fitted_tree_is_accepted_farther_than_a_guess():
-    """Of heads that know the second best token only."""
+def test_a_fitted_tree_is_accepted_more_often_than_a_wrong_one():
     heads = random_heads(nodes=8)
     rows = own_text(16)
     measured = torch.zeros(3, 10, dtype=torch.double)
     measured[:, 9] = 0.5
     heads.config = heads.config.model_copy(update={"tree": fit_tree(measured.tolist(), 8)})
-    proposers = [heads.proposer(TARGET, *heads.drafting(0))]
+    proposers = [proposer_of(heads)]
     fit(heads, TARGET, rows, [])
-    proposers.append(heads.proposer(TARGET, *heads.drafting(0)))
+    proposers.append(proposer_of(heads))
     worse, better = (acceptance(TARGET, proposer, rows) for proposer in proposers)
     assert better.accepted > 1.2 * worse.accepted
 
 
-def test_heads_learn_and_the_folder_holds_what_they_became(tmp_path):
+def test_heads_learn_and_the_folder_holds_the_result(tmp_path):
     rows = own_text(20)
     heads = MedusaHeads.fresh(MODEL, heads=3, nodes=20)
-    before = acceptance(TARGET, heads.proposer(TARGET, *heads.drafting(0)), rows[:16])
+    before = acceptance(TARGET, proposer_of(heads), rows[:16])
     recipe = Recipe(max_steps=1, batch_size=8, learning_rate=2e-2)
     first = run(MODEL, heads, rows[:16], tmp_path / "a", recipe, resume=False)
     recipe = Recipe(max_steps=60, batch_size=8, learning_rate=2e-2)
     last = run(MODEL, heads, rows[:16], tmp_path / "b", recipe, held_out=rows[16:], resume=False)
     assert last.loss < 0.6 * first.loss
-    after = acceptance(TARGET, heads.proposer(TARGET, *heads.drafting(0)), rows[:16])
+    after = acceptance(TARGET, proposer_of(heads), rows[:16])
     assert after.accepted > 2 * before.accepted
     again = MedusaHeads.from_pretrained(tmp_path / "b", target=MODEL)
     assert again.config == heads.config
@@ -121,7 +126,7 @@ def test_heads_learn_and_the_folder_holds_what_they_became(tmp_path):
 @pytest.mark.parametrize(
     "objective", [Objective(0.0, kl=1.0), Objective(0.5, total_variation=1.0), Objective(coupled=1.0)]
 )
-def test_every_objective_teaches_them(tmp_path, objective):
+def test_every_objective_trains_them(tmp_path, objective):
     heads = MedusaHeads.fresh(MODEL, heads=2, nodes=8, draft_vocabulary=torch.arange(3, 50))
     before = [parameter.detach().clone() for parameter in heads.parameters()]
     recipe = Recipe(max_steps=2, batch_size=4, objective=objective, precision="bfloat16")
@@ -131,10 +136,10 @@ def test_every_objective_teaches_them(tmp_path, objective):
         assert not torch.equal(one, other)
 
 
-def test_what_could_not_be_measured_is_refused_before_a_step(tmp_path):
-    heads = MedusaHeads.fresh(MODEL, heads=3, node_budget=2)
+def test_an_impossible_shape_is_reported_before_a_step(tmp_path):
+    drafter = RecurrentDrafter.for_target(MODEL, beam_width=100)
     rows = own_text(4)
-    with pytest.raises(RedrafterError, match="node_budget must hold the root and 3 drafted tokens"):
-        run(MODEL, heads, rows[:3], tmp_path, Recipe(max_steps=1), held_out=rows[3:], resume=False)
+    with pytest.raises(RedrafterError, match="beam_width"):
+        run(MODEL, drafter, rows[:3], tmp_path, Recipe(max_steps=1), held_out=rows[3:], resume=False)
     assert not list(tmp_path.iterdir())
-    assert estimate(MODEL, heads, rows, Recipe(max_steps=4)).steps == 4
+    assert estimate(MODEL, drafter, rows, Recipe(max_steps=4)).steps == 4

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from redrafter import DrafterConfig, RecurrentDrafter
+from redrafter.evaluation.windows import windows
 from redrafter.heads.medusa import MedusaConfig, MedusaHeads
-from redrafter.training.loss import Objective, unrolled_loss, windows
+from redrafter.training.loss import unrolled_loss
+from redrafter.training.objective import Objective
 
 VOCABULARY, HIDDEN = 23, 6
 
@@ -37,14 +39,14 @@ def random_batch(seed: int, batch: int, size: int):
 
 
 def plain_loss(drafter, embedding, hidden, ids, trained, length: int) -> torch.Tensor:
-    """For every draft position: the mean over all places that draft a trained token there without a gap before it."""
+    """For every draft position: the mean over all windows with a trained token there and no gap before it."""
     known = list(range(VOCABULARY)) if drafter.draft_vocabulary is None else drafter.draft_vocabulary.tolist()
     total = torch.zeros((), dtype=torch.double)
     for position in range(1, length + 1):
         losses = []
         for row in range(ids.shape[0]):
             for t in range(ids.shape[1] - 1 - position):
-                stretch = range(t + 1, t + position + 2)  # the guaranteed token and all drafted ones
+                stretch = range(t + 1, t + position + 2)  # the guaranteed token and all drafted tokens
                 if not all(trained[row, i] for i in stretch) or int(ids[row, t + 1 + position]) not in known:
                     continue
                 state = None
@@ -85,7 +87,7 @@ def test_windows_agree_with_a_loop(seed, size, length):
 
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_gradients_are_those_of_the_plain_loss(chunk):
-    """Also of a loss that is scaled, as by accumulation, and that is added to what was there."""
+    """Also if the loss is scaled, as in accumulation, and added to existing gradients."""
     embedding, hidden, ids, trained = random_batch(1, 3, 12)
     gradients = []
     for scale in (1.0, 2.5, 2.5):
@@ -103,8 +105,8 @@ def test_gradients_are_those_of_the_plain_loss(chunk):
         torch.testing.assert_close(twice, 3.5 * plain, rtol=1e-5, atol=1e-7)
 
 
-def test_half_precise_gradients_of_many_windows_do_not_vanish():
-    """Each of 4,000 windows counts for 1 / 400,000, less than float16 can say well."""
+def test_half_precision_gradients_of_many_windows_do_not_underflow():
+    """Each of 4,000 windows has the weight 1 / 400,000, which float16 represents badly."""
     embedding, hidden, ids, _ = random_batch(1, 40, 102)
     trained = torch.ones_like(ids, dtype=torch.bool)
     gradients = []
@@ -121,7 +123,7 @@ def test_half_precise_gradients_of_many_windows_do_not_vanish():
 
 
 def test_a_share_of_the_windows():
-    """Half of six windows: three of their losses, others every time, and all of them in the mean of many draws."""
+    """Half of six windows: three random ones each time, and all of them in the mean of many steps."""
     drafter = random_drafter()
     embedding, hidden, ids, _ = random_batch(1, 2, 5)
     trained = torch.ones_like(ids, dtype=torch.bool)
@@ -172,7 +174,7 @@ def test_only_a_chunk_of_logits_exists_at_a_time():
 
 
 def plain_divergence(drafter, head, embedding, hidden, ids, trained, length: int, objective: Objective) -> float:
-    """For every draft position: the mean distance of the drafter's distribution from the target's at the same place."""
+    """For every draft position: the mean distance of the drafter's distribution from the target's there."""
     known = range(VOCABULARY) if drafter.draft_vocabulary is None else drafter.draft_vocabulary.tolist()
     total = 0.0
     for position in range(1, length + 1):
@@ -215,10 +217,10 @@ def test_distances_agree_with_the_plain_ones(seed, batch, size, length, draft, c
 
 
 @given(st.integers(0, 2**31), st.integers(1, 9), st.sampled_from([None, 9]))
-def test_the_coupled_loss_asks_for_what_the_target_draws(seed, size, draft):
-    """Every window has noise of its own; the target's draw is the label, the drafter's logits get the same noise.
+def test_the_coupled_loss_predicts_the_tokens_that_the_target_samples(seed, size, draft):
+    """The target's sample is the label, and the drafter's logits get the same noise, which differs between windows.
 
-    All that cannot be drafted shares one noise: the largest of many Gumbel draws is one at the sum of their weights.
+    Tokens outside the draft vocabulary share one noise: the maximum of Gumbel variables is one at their total weight.
     """
     drafter = random_drafter(draft)
     embedding, hidden, ids, trained = random_batch(seed, 2, size)
@@ -234,9 +236,9 @@ def test_the_coupled_loss_asks_for_what_the_target_draws(seed, size, draft):
     noise = -torch.empty(len(rows), 1, len(known) + 1).exponential_().log()[:, 0]
     expected = 0.0
     for window, (row, t) in enumerate(zip(rows, positions, strict=True)):
-        law = (hidden[row, t + 1] @ weights).float().softmax(-1)
-        rest = sum(p for v, p in enumerate(law.tolist()) if v not in known)
-        drawn = int((torch.cat((law[known], torch.tensor([rest]))).log() + noise[window]).argmax())
+        target = (hidden[row, t + 1] @ weights).float().softmax(-1)
+        rest = sum(p for v, p in enumerate(target.tolist()) if v not in known)
+        drawn = int((torch.cat((target[known], torch.tensor([rest]))).log() + noise[window]).argmax())
         logits = drafter.logits(hidden[row, t], drafter.step(None, embedding[tokens[window, 0]])).float()
         if drawn < len(known):
             expected -= (logits.log_softmax(-1) + noise[window, :-1]).log_softmax(-1)[drawn].item()
@@ -259,8 +261,8 @@ def test_losses_mix():
 
 
 @given(st.integers(0, 2**31), st.integers(2, 9), st.integers(1, 4), st.integers(2, 6))
-def test_continuations_take_the_place_of_the_text(seed, size, length, depth):
-    """Drafted from the true state at every trained place, whether the text goes on like them or not."""
+def test_continuations_replace_the_text(seed, size, length, depth):
+    """Drafts start from the text's state at every trained position, whether or not the text continues like them."""
     drafter = random_drafter()
     embedding, hidden, ids, trained = random_batch(seed, 2, size)
     generator = torch.Generator().manual_seed(seed)
@@ -287,8 +289,8 @@ def test_continuations_take_the_place_of_the_text(seed, size, length, depth):
 
 
 @given(st.integers(0, 2**31), st.integers(1, 9), st.sampled_from([None, 9]), st.sampled_from([None, 2]))
-def test_heads_that_hear_no_token_learn_by_the_same_loss(seed, size, draft, chunk):
-    """The plain loss, but that head i scores position i from the state alone."""
+def test_heads_that_ignore_preceding_tokens_have_the_same_loss(seed, size, draft, chunk):
+    """As the plain loss, but head i scores position i from the state only."""
     tree, ranks = ((0,),), (1, 1, 1)
     config = MedusaConfig(
         vocab_size=VOCABULARY,

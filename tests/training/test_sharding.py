@@ -1,4 +1,4 @@
-"""A target divided among processes: the same states, from a part of the weights."""
+"""A sharded target computes the same states from a part of the weights in each process."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError
 from redrafter.data.examples import Row
 from redrafter.training import trainer
-from redrafter.training.loss import Objective
+from redrafter.training.objective import Objective
 from redrafter.training.recipe import Recipe
 from redrafter.training.sharding import shard
 from redrafter.training.trainer import run
 
-DIVIDED = """
+SHARDED = """
 import json, os, sys, torch
 from redrafter.cli import _end
 from redrafter.cli.loading import load_model
-from redrafter.target import Target
+from redrafter.targets.target import Target
 from redrafter.training.sharding import bytes_here, is_sharded
 whole, divided = (load_model(sys.argv[1], device="cpu", divided=divided)[0] for divided in (False, True))
 ids = torch.arange(40).reshape(2, 20)
@@ -37,9 +37,9 @@ _end(0)
 """
 
 
-def test_two_processes_hold_half_of_the_layers_each_and_give_the_same_states(model_folder, tmp_path):
+def test_two_processes_hold_half_of_the_layers_each_and_compute_the_same_states(model_folder, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", *"torch.distributed.run --standalone --nproc-per-node 2".split()]
-    command += ["--no-python", sys.executable, "-W", "ignore", "-c", DIVIDED, str(model_folder), f"{tmp_path}/"]
+    command += ["--no-python", sys.executable, "-W", "ignore", "-c", SHARDED, str(model_folder), f"{tmp_path}/"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     for rank in "01":
@@ -48,18 +48,18 @@ def test_two_processes_hold_half_of_the_layers_each_and_give_the_same_states(mod
         assert here == whole - layers / 2
 
 
-def test_there_must_be_several_processes():
-    with pytest.raises(RedrafterError, match="start them by torchrun"):
+def test_sharding_needs_several_processes():
+    with pytest.raises(RedrafterError, match="torchrun"):
         shard(tiny_model(), torch.device("cpu"))
 
 
-def test_what_processes_would_run_unequally_often_is_refused(tmp_path, monkeypatch):
+def test_objectives_that_a_sharded_target_cannot_compute_are_refused(tmp_path, monkeypatch):
     model = tiny_model("gemma2", final_logit_softcapping=5.0, head_dim=8, sliding_window=64)
     drafter = RecurrentDrafter.for_target(model, beam_length=2)
     rows = [Row([3, 4, 5, 6], [True] * 4)]
     monkeypatch.setattr(trainer, "is_sharded", lambda _: True)
-    with pytest.raises(RedrafterError, match="divided, train it with cross-entropy alone"):
+    with pytest.raises(RedrafterError, match="cross-entropy only"):
         run(model, drafter, rows, tmp_path, Recipe(objective=Objective(0.5, kl=0.5)), resume=False)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RedrafterError, match="use --shard-target to divide the target"):
+    with pytest.raises(RedrafterError, match="--shard-target"):
         run(model, drafter, rows, tmp_path, Recipe(), resume=False)

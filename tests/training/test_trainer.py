@@ -1,37 +1,40 @@
-"""Training runs: they learn, they leave the target alone, and they survive an interrupt."""
+"""Training runs: the drafter learns, the target does not change, and an interrupted run resumes."""
 
 from __future__ import annotations
 
+import shutil
 import signal
 import warnings
 from dataclasses import replace
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerCallback, TrainingArguments
 
 from conftest import tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, generate
 from redrafter.data.examples import Row, most_frequent
 from redrafter.evaluation.acceptance import Acceptance
 from redrafter.heads.medusa import MedusaHeads
-from redrafter.training import clock, trainer
-from redrafter.training.checks import check_place, newest_checkpoint
+from redrafter.training import checkpointing, clock, trainer
+from redrafter.training.checkpointing import training_arguments
+from redrafter.training.checks import check_device, newest_checkpoint
 from redrafter.training.estimating import estimate
-from redrafter.training.loss import Objective
+from redrafter.training.objective import Objective
 from redrafter.training.outcome import Measurement, advice
-from redrafter.training.recipe import Recipe, share_of_rate
+from redrafter.training.recipe import Recipe, rate_factor
 from redrafter.training.trainer import run
 from redrafter.utils.interrupt import Interrupted, interruptible
+from redrafter.utils.outputs import COMPLETE, ORDER
 
 MODEL = tiny_model()
 
 
 def own_text(count: int) -> list[Row]:
-    """What the model itself writes, as rows."""
+    """Rows that the model generates."""
     prompts = [[token] for token in range(3, 3 + count)]
     texts = generate(MODEL, None, prompts, max_new_tokens=24).new_tokens
     return [Row(p + n, [False] + [True] * len(n)) for p, n in zip(prompts, texts, strict=True)]
@@ -40,7 +43,7 @@ def own_text(count: int) -> list[Row]:
 def fresh(**form) -> RecurrentDrafter:
     torch.manual_seed(0)
     drafter = RecurrentDrafter.for_target(MODEL, beam_length=3, **form)
-    if "context_layers" in form:  # it begins with zeros, of which no fault could be seen
+    if "context_layers" in form:  # initialised with zeros, which would hide errors
         torch.nn.init.normal_(drafter.fuse.weight)
     return drafter
 
@@ -49,7 +52,7 @@ def weights(drafter) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in drafter.parameters()]
 
 
-def test_it_learns_and_leaves_the_target_alone(tmp_path):
+def test_the_drafter_learns_and_the_target_does_not_change(tmp_path):
     model = tiny_model()
     before = weights(model)
     rows = own_text(16)
@@ -71,91 +74,94 @@ def test_it_learns_and_leaves_the_target_alone(tmp_path):
     assert first.loss > 3 * 3, "an untrained drafter is near log 61 at each of three positions"
 
 
-def after_checkpoint(step: int, act, monkeypatch):
-    """Lets something happen once the checkpoint of a step is written."""
-    save = trainer.Checkpointing._save_checkpoint
+class AtCheckpoint(TrainerCallback):
+    """Records the step of every checkpoint and calls a function after that of one step."""
 
-    def saved(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        if self.state.global_step == step:
-            act()
+    def __init__(self, step: int | None = None, act=None):
+        self.step, self.act, self.saved = step, act, []
 
-    monkeypatch.setattr(trainer.Checkpointing, "_save_checkpoint", saved)
+    def on_save(self, args, state, control, **kwargs):
+        self.saved.append(state.global_step)
+        if state.global_step == self.step:
+            self.act()
 
 
 def interrupt():
     raise KeyboardInterrupt
 
 
-def begun(rows, folder: Path, recipe: Recipe, monkeypatch, *, until: int) -> None:
+def begun(rows, folder: Path, recipe: Recipe, *, until: int, callbacks=()) -> None:
     """A run that is interrupted after a checkpoint."""
-    with monkeypatch.context() as patched:
-        after_checkpoint(until, interrupt, patched)
-        with pytest.raises(KeyboardInterrupt):
-            run(MODEL, fresh(), rows, folder, recipe, resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(MODEL, fresh(), rows, folder, recipe, callbacks=[AtCheckpoint(until, interrupt), *callbacks], resume=False)
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(tmp_path, monkeypatch):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
     rows = own_text(16)
-    recipe = Recipe(max_steps=8, batch_size=4, learning_rate=5e-3, save_steps=2, window_share=0.5)  # which is drawn
-    whole = fresh()
-    run(MODEL, whole, rows, tmp_path / "whole", recipe, resume=False)
+    recipe = Recipe(
+        max_steps=8, batch_size=4, learning_rate=5e-3, save_steps=2, window_share=0.5
+    )  # windows are drawn at random
+    complete = fresh()
+    run(MODEL, complete, rows, tmp_path / "complete", recipe, resume=False)
 
-    begun(rows, tmp_path / "parted", recipe, monkeypatch, until=6)
-    checkpoints = tmp_path / "parted" / "checkpoints"
+    begun(rows, tmp_path / "interrupted", recipe, until=6)
+    checkpoints = tmp_path / "interrupted" / "checkpoints"
     assert newest_checkpoint(checkpoints) == checkpoints / "checkpoint-6"
-    (checkpoints / "checkpoint-6" / trainer.COMPLETE).unlink()  # as if it had been cut off in writing
+    (checkpoints / "checkpoint-6" / COMPLETE).unlink()  # as if writing had been cut off
     assert newest_checkpoint(checkpoints) == checkpoints / "checkpoint-4"
-    with pytest.raises(RedrafterError, match="holds an unfinished run: pass --resume"):
-        run(MODEL, fresh(), rows, tmp_path / "parted", recipe, resume=False)
+    with pytest.raises(RedrafterError, match="pass --resume"):
+        run(MODEL, fresh(), rows, tmp_path / "interrupted", recipe, resume=False)
 
-    parted = RecurrentDrafter.for_target(MODEL, beam_length=3)  # other weights, which the checkpoint replaces
-    run(MODEL, parted, rows, tmp_path / "parted", recipe, resume=True)
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(parted), strict=True))
+    resumed = RecurrentDrafter.for_target(MODEL, beam_length=3)  # other weights, which the checkpoint replaces
+    run(MODEL, resumed, rows, tmp_path / "interrupted", recipe, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(complete), weights(resumed), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("changed", "sentence"),
+    ("changed", "message"),
     [
         ({"batch_size": 2}, "--batch-size 4, not 2"),
         ({"accumulation": 2}, "--accumulation 1, not 2"),
         ({"seed": 5}, "--seed 0, not 5"),
         ({"packing": 60}, "--packing None, not 60"),
-        ({"rows": 14}, "a number of rows of 16, not 14"),
-        ({"WORLD_SIZE": "2"}, "a number of processes of 1, not 2"),
+        ({"rows": 14}, "number of rows 16, not 14"),
+        ({"WORLD_SIZE": "2"}, "number of processes 1, not 2"),
     ],
 )
-def test_a_run_does_not_go_on_after_rows_that_it_has_not_seen(tmp_path, monkeypatch, changed, sentence):
-    rows, recipe = own_text(16), Recipe(max_steps=4, batch_size=4, save_steps=2)
-    begun(rows, tmp_path, recipe, monkeypatch, until=2)
-    rows = rows[: changed.get("rows", 16)]
-    if "WORLD_SIZE" in changed:
-        monkeypatch.setattr(trainer, "processes", lambda: 2)
-    told = {name: value for name, value in changed.items() if name not in ("rows", "WORLD_SIZE")}
-    monkeypatch.setattr(trainer, "Target", lambda *_: pytest.fail("it was told late"))
-    with pytest.raises(RedrafterError, match=f"was begun with {sentence}: go on as it was begun"):
-        run(MODEL, fresh(), rows, tmp_path, replace(recipe, **told), resume=True)
+@pytest.mark.parametrize("older", [False, True])
+def test_a_run_resumes_only_with_the_same_order_of_rows(tmp_path, monkeypatch, changed, message, older):
+    rows, recipe, changed = own_text(16), Recipe(max_steps=4, batch_size=4, save_steps=2), dict(changed)
+    begun(rows, tmp_path, recipe, until=2)
+    order = tmp_path / "checkpoints" / ORDER
+    if older:  # as earlier versions named the values
+        order.write_text(order.read_text().replace("number of rows", "a number of rows of"))
+        order.write_text(order.read_text().replace("number of processes", "a number of processes of"))
+    rows = rows[: changed.pop("rows", 16)]
+    for name in {"WORLD_SIZE"} & changed.keys():
+        monkeypatch.setenv(name, changed.pop(name))
+    monkeypatch.setattr(trainer, "Target", lambda *_: pytest.fail("it was reported late"))
+    with pytest.raises(RedrafterError, match=message):
+        run(MODEL, fresh(), rows, tmp_path, replace(recipe, **changed), resume=True)
 
 
-def test_a_run_that_goes_on_heeds_another_rate_and_distance_of_checkpoints(tmp_path, monkeypatch):
+class Rates(TrainerCallback):
+    """Records the learning rate of every step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def test_a_resumed_run_uses_its_own_rate_and_checkpoint_interval(tmp_path):
     rows, recipe = own_text(16), Recipe(max_steps=8, batch_size=4, learning_rate=8.0, save_steps=2, warmup=0.5)
-    begun(rows, tmp_path, recipe, monkeypatch, until=2)
-    rates, saved = [], []
-    step, save = trainer.Trainer.training_step, trainer.Checkpointing._save_checkpoint
-
-    def seen(self, *args, **kwargs):
-        rates.append(self.optimizer.param_groups[0]["lr"])
-        return step(self, *args, **kwargs)
-
-    def kept(self, *args, **kwargs):
-        saved.append(self.state.global_step)
-        save(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer.Trainer, "training_step", seen)
-    monkeypatch.setattr(trainer.Checkpointing, "_save_checkpoint", kept)
-    run(MODEL, fresh(), rows, tmp_path, replace(recipe, learning_rate=1e-3, save_steps=3), resume=True)
-    assert rates == pytest.approx([1e-3 * share_of_rate(done / 8, 0.5) for done in range(2, 8)])
-    assert saved == [3, 6, 8]
+    begun(rows, tmp_path, recipe, until=2)
+    rates, checkpoints = Rates(), AtCheckpoint()
+    recipe = replace(recipe, learning_rate=1e-3, save_steps=3)
+    run(MODEL, fresh(), rows, tmp_path, recipe, callbacks=[rates, checkpoints], resume=True)
+    assert rates.rates == pytest.approx([1e-3 * rate_factor(done / 8, 0.5) for done in range(2, 8)])
+    assert checkpoints.saved == [3, 6, 8]
 
 
 def test_there_must_be_something_to_resume(tmp_path):
@@ -164,13 +170,13 @@ def test_there_must_be_something_to_resume(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 2 vs 1")])
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, error):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one(tmp_path, monkeypatch, error):
     def broken(self, folder):
         if self.state.global_step == 4:
             raise error
 
-    monkeypatch.setattr(trainer.Trainer, "_save_optimizer_and_scheduler", broken)
-    with pytest.raises(RedrafterError, match=f"checkpoint-4 could not be written: .*{str(error)[-10:]}"):
+    monkeypatch.setattr(checkpointing.Trainer, "_save_optimizer_and_scheduler", broken)
+    with pytest.raises(RedrafterError, match=f"checkpoint-4 .*{str(error)[-10:]}"):
         run(MODEL, fresh(), own_text(4), tmp_path, Recipe(max_steps=6, save_steps=2), resume=False)
     checkpoints = tmp_path / "checkpoints"
     assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
@@ -179,91 +185,95 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path, monkeypatch):
-    step = trainer.Trainer.training_step
+    step = checkpointing.Trainer.training_step
 
     def broken(self, *args, **kwargs):
         loss = step(self, *args, **kwargs)
         return loss * float("nan") if self.state.global_step == 4 else loss
 
-    monkeypatch.setattr(trainer.Trainer, "training_step", broken)
-    with pytest.raises(RedrafterError, match="not finite at step 5; checkpoint-4 is the last good checkpoint"):
+    monkeypatch.setattr(checkpointing.Trainer, "training_step", broken)
+    with pytest.raises(RedrafterError, match="loss is not finite at step 5; checkpoint-4"):
         run(MODEL, fresh(), own_text(4), tmp_path, Recipe(max_steps=8, save_steps=2), resume=False)
     assert not (tmp_path / "model.safetensors").exists()
     assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-4"
 
 
-def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, monkeypatch):
-    """As gradients make them whose loss was finite, here or in another process."""
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Gradients can be infinite although the loss is finite."""
     drafter = fresh()
-    step = trainer.Trainer.training_step
+    step = checkpointing.Trainer.training_step
 
     def broken(self, *args, **kwargs):
         if self.state.global_step == 3:
             next(drafter.parameters()).data[0] = torch.inf
         return step(self, *args, **kwargs).nan_to_num()
 
-    monkeypatch.setattr(trainer.Trainer, "training_step", broken)
-    with pytest.raises(RedrafterError, match="weights are not finite after step 4; checkpoint-2 is the last good"):
+    monkeypatch.setattr(checkpointing.Trainer, "training_step", broken)
+    with pytest.raises(RedrafterError, match="weights are not finite after step 4; checkpoint-2"):
         run(MODEL, drafter, own_text(4), tmp_path, Recipe(max_steps=8, save_steps=2), resume=False)
     assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
 
 
-def test_full_memory_is_told_with_what_to_lower_and_found_before_the_first_step_where_it_can_be(tmp_path, monkeypatch):
+def test_full_memory_is_reported_with_what_to_lower_before_the_first_step_if_possible(tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    rows, told = own_text(6), r"memory of cpu is full: lower --batch-size \(now 4\), --max-length or --beam-width"
+    rows, message = own_text(6), r"lower --batch-size \(now 4\)"
     recipe = Recipe(max_steps=2, batch_size=4)
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "acceptance", full)
-        with pytest.raises(RedrafterError, match=told):
+        patched.setattr(checkpointing, "acceptance", full)
+        with pytest.raises(RedrafterError, match=message):
             run(MODEL, fresh(), rows[:4], tmp_path, recipe, held_out=rows[4:], resume=False)
     assert list(tmp_path.iterdir()) == []
     for broken in ("training_step", "_save_optimizer_and_scheduler"):
         with monkeypatch.context() as patched:
-            patched.setattr(trainer.Trainer, broken, full)
-            with pytest.raises(RedrafterError, match=told):
+            patched.setattr(checkpointing.Trainer, broken, full)
+            with pytest.raises(RedrafterError, match=message):
                 run(MODEL, fresh(), rows, tmp_path / broken, recipe, resume=False)
 
 
-def test_a_disk_too_small_for_the_checkpoints_is_refused_before_a_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
-    with pytest.raises(
-        RedrafterError, match=r"^The checkpoints in .* take up to 0.00 GiB, and 0.00 GiB are free there"
-    ):
+def test_a_disk_too_small_for_checkpoints_is_reported_before_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(RedrafterError, match="GiB are free"):
         run(MODEL, fresh(), own_text(4), tmp_path / "new" / "one", Recipe(max_steps=1), resume=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_checkpoints_that_are_there_need_no_more_of_the_disk(tmp_path, monkeypatch):
+def test_existing_checkpoints_do_not_count_twice(tmp_path, monkeypatch):
     rows, recipe = own_text(4), Recipe(max_steps=6, save_steps=2)
-    begun(rows, tmp_path, recipe, monkeypatch, until=4)
+    begun(rows, tmp_path, recipe, until=4)
     three = 9 * sum(one.nbytes for one in fresh().parameters())
-    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: SimpleNamespace(free=three - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=three - 1))
     run(MODEL, fresh(), rows, tmp_path, recipe, resume=True)
     with pytest.raises(RedrafterError, match="GiB are free there"):
         run(MODEL, fresh(), rows, tmp_path / "new", recipe, resume=False)
 
 
-def test_of_several_gpus_a_process_takes_the_one_that_its_model_is_on(tmp_path, monkeypatch):
+def test_a_process_trains_on_the_gpu_of_its_model(tmp_path, monkeypatch):
     def sees_four(arguments):
         arguments._n_gpu = 4
         return torch.device("cpu")
 
     seen = cached_property(sees_four)
-    seen.__set_name__(trainer.TrainingArguments, "_setup_devices")
-    monkeypatch.setattr(trainer.TrainingArguments, "_setup_devices", seen)
-    arguments = trainer._arguments(fresh(), Recipe(batch_size=3), tmp_path, measured=False)
-    assert arguments.train_batch_size == 3, "not that of a copy on each"
+    seen.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", seen)
+    arguments = training_arguments(fresh(), Recipe(batch_size=3), tmp_path, measured=False)
+    assert arguments.train_batch_size == 3, "there is no copy on each GPU"
     first, second = torch.device("cuda:0"), torch.device("cuda:1")
-    check_place(first, first)
-    check_place(torch.device("mps"), torch.device("mps:0"))
-    with pytest.raises(RedrafterError, match="trains on cuda:0, and the model is on cuda:1: choose a GPU by"):
-        check_place(first, second)
+    check_device(first, first)
+    check_device(torch.device("mps"), torch.device("mps:0"))
+    with pytest.raises(RedrafterError, match="CUDA_VISIBLE_DEVICES"):
+        check_device(first, second)
+
+
+def measure_with(measured, monkeypatch) -> None:
+    """Replaces the measurement of held-out rows."""
+    for module in (trainer, checkpointing):
+        monkeypatch.setattr(module, "held_out_acceptance", measured)
 
 
 def test_the_best_checkpoint_on_held_out_rows_is_kept(tmp_path, monkeypatch):
-    """Acceptance is made to fall after the third look, so the weights written must be those of step 4."""
+    """The third measurement is the best, so the published weights must be those of step 4."""
     looks: list[int] = []
     seen: dict[int, list[torch.Tensor]] = {}
     drafter = fresh()
@@ -274,33 +284,34 @@ def test_the_best_checkpoint_on_held_out_rows_is_kept(tmp_path, monkeypatch):
         seen[len(looks)] = weights(drafter)
         return Acceptance(drafts=10, draft_tokens=30, accepted={2: 5, 3: 9}.get(len(looks), 1), by_position=[1, 0, 0])
 
-    monkeypatch.setattr(trainer, "held_out_acceptance", measured)
+    measure_with(measured, monkeypatch)
     rows = own_text(16)
     recipe = Recipe(max_steps=7, batch_size=3, learning_rate=5e-3, save_steps=2)
     run(MODEL, drafter, rows[:12], tmp_path, recipe, held_out=rows[12:], resume=False)
-    assert looks == [3, *[4] * 4], "a batch before the first step, then after steps 2, 4, 6 and the last one"
-    assert "| mean acceptance length | 1.90 tokens" in (tmp_path / "README.md").read_text(), "as it was at step 4"
+    assert looks == [3, *[4] * 4], "a batch before the first step, then after steps 2, 4, 6 and 7"
+    assert "| mean acceptance length | 1.90 tokens" in (tmp_path / "README.md").read_text(), "the value of step 4"
     assert all(torch.equal(a, b) for a, b in zip(weights(drafter), seen[3], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(seen[3], seen[5], strict=True))
 
 
-def test_the_card_tells_what_the_run_saw(tmp_path):
+def test_the_model_card_describes_the_run(tmp_path):
     rows = own_text(16)
     recipe = Recipe(
         max_steps=2, batch_size=4, accumulation=2, save_steps=9, objective=Objective(0.1, kl=0.9, decay=0.8)
     )
-    told = {"sources": ["someone/chats:train_sft", "mine.jsonl"], "licence": "mit"}
-    run(MODEL, fresh(), rows[:14], tmp_path, recipe, held_out=rows[14:], resume=False, **told)
+    about = {"sources": ["someone/chats:train_sft", "mine.jsonl"], "licence": "mit"}
+    run(MODEL, fresh(), rows[:14], tmp_path, recipe, held_out=rows[14:], resume=False, **about)
     card = (tmp_path / "README.md").read_text()
     for words in (
-        "license: mit", "- someone/chats\n", "14 rows with 336 tokens to learn of someone/chats:train_sft, mine.jsonl",
-        "cross-entropy 0.1, kl 0.9, decay 0.8", "2 of 4 x 2", "tokens a step (10 beams of 3 tokens)",
+        "license: mit", "| license of the data | mit |",
+        "- someone/chats\n", "14 rows with 336 tokens to learn of someone/chats:train_sft, mine.jsonl",
+        "cross-entropy 0.1, kl 0.9, decay 0.8", "2 of 4 x 2", "tokens per step (10 beams of 3 tokens)",
         "torch " + torch.__version__,
     ):  # fmt: skip
         assert words in card, words
 
 
-def test_a_part_of_the_vocabulary_and_of_the_windows(tmp_path):
+def test_a_draft_vocabulary_and_a_share_of_the_windows(tmp_path):
     rows = own_text(8)
     vocabulary = most_frequent(rows, 5)
     drafter = RecurrentDrafter.for_target(MODEL, beam_length=3, draft_vocabulary=vocabulary)
@@ -309,15 +320,15 @@ def test_a_part_of_the_vocabulary_and_of_the_windows(tmp_path):
     run(MODEL, drafter, rows, tmp_path / "d", Recipe(max_steps=2, batch_size=4, window_share=0.25), resume=False)
     card = (tmp_path / "d" / "README.md").read_text()
     assert f"drafts 5 of 61 tokens, which are {covered:.2%} of those to learn |" in card
-    assert "| steps | 2 of 4 x 1, a share of 0.25 of the places, rate 0.001 |" in card
+    assert "| steps | 2 of 4 x 1, with 25% of the windows, learning rate 0.001 |" in card
     for share in (0.0, 1.5):
-        with pytest.raises(RedrafterError, match="share of windows must be above 0 and at most 1"):
+        with pytest.raises(RedrafterError, match="share of windows"):
             Recipe(window_share=share)
 
 
 @pytest.mark.parametrize("form", [{}, {"context_layers": (1,), "context_positions": 3}])
-def test_packed_rows_learn_what_rows_alone_learn(tmp_path, form):
-    """One batch of all rows, so that only the packing differs."""
+def test_packing_does_not_change_the_loss(tmp_path, form):
+    """All rows are in one batch, so that only the packing differs."""
     rows = own_text(6)
     losses = [
         run(
@@ -347,150 +358,111 @@ def test_accumulated_batches_are_one_step(tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def by_a_clock_of_whole_seconds(monkeypatch) -> None:
-    """Every look at the clock finds one second more; what is not training takes no time."""
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: 0.0))
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=map(float, count()).__next__))
+class FakeClock(TrainerCallback):
+    """A clock that each step advances by one second; what is not training takes no time."""
+
+    def __init__(self, monkeypatch):
+        self.time, self.rates = 0.0, []
+        monkeypatch.setattr(clock, "now", lambda: self.time)
+
+    def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        self.time += 1
+        self.rates.append(lr_scheduler.get_last_lr()[0])
 
 
-def test_a_run_by_the_clock_ends_with_its_time(tmp_path, monkeypatch):
-    by_a_clock_of_whole_seconds(monkeypatch)
-    rates = []
-    step = trainer.Trainer.training_step
-
-    def seen(self, *args, **kwargs):
-        rates.append(self.lr_scheduler.get_last_lr()[0])
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer.Trainer, "training_step", seen)
-    rows = own_text(8)
-    recipe = Recipe(seconds=21.0, batch_size=4, learning_rate=1.0, warmup=0.5)
-    found = run(MODEL, fresh(), rows[:6], tmp_path, recipe, held_out=rows[6:], resume=False)
-    assert (found.steps, found.epochs, found.tokens) == (20, 10.0, 10 * 6 * 25)
-    assert found.seconds > 0
-    assert rates == pytest.approx([share_of_rate(second / 21, 0.5) for second in range(1, 21)])
-    assert rates[9] == pytest.approx(10 / 10.5), "half of the time is warm-up"
-    assert rates[-1] < 0.03
-    assert "| steps | 20 of 4 x 1, which took 21 s, rate 1 |" in (tmp_path / "README.md").read_text()
-    assert found.found is not None, "the last step is measured"
+def test_a_timed_run_ends_with_its_time(tmp_path, monkeypatch):
+    fake, rows = FakeClock(monkeypatch), own_text(8)
+    recipe = Recipe(seconds=20.0, batch_size=4, learning_rate=1.0, warmup=0.5)
+    result = run(MODEL, fresh(), rows[:6], tmp_path, recipe, held_out=rows[6:], callbacks=[fake], resume=False)
+    assert (result.steps, result.epochs, result.tokens) == (20, 10.0, 10 * 6 * 25)
+    assert result.seconds > 0
+    assert fake.rates == pytest.approx([rate_factor(second / 20, 0.5) for second in range(20)])
+    assert fake.rates[10] == 1.0, "half of the time is warm-up"
+    assert fake.rates[-1] < 0.03
+    assert "| steps | 20 of 4 x 1, in 20 s, learning rate 1 |" in (tmp_path / "README.md").read_text()
+    assert result.acceptance is not None, "the last step is measured"
 
 
-def test_a_run_by_the_clock_that_is_resumed_has_the_rest_of_its_time(tmp_path, monkeypatch):
-    by_a_clock_of_whole_seconds(monkeypatch)
-    rows = own_text(8)
-    recipe = Recipe(seconds=9.0, batch_size=4, save_steps=2)
-    begun(rows, tmp_path, recipe, monkeypatch, until=4)
-    found = run(MODEL, fresh(), rows, tmp_path, recipe, resume=True)
-    assert found.steps == 8, "of one second each, after one second of the first look"
-
-
-def test_a_run_by_the_clock_that_is_resumed_may_have_more_time(tmp_path, monkeypatch):
-    """And its last step is kept, as that of every run."""
-    by_a_clock_of_whole_seconds(monkeypatch)
+def test_a_resumed_timed_run_has_the_rest_of_its_time(tmp_path, monkeypatch):
     rows, recipe = own_text(8), Recipe(seconds=9.0, batch_size=4, save_steps=2)
-    begun(rows, tmp_path, recipe, monkeypatch, until=4)
-    saved, save = [], trainer.Checkpointing._save_checkpoint
-
-    def kept(self, *args, **kwargs):
-        saved.append(self.state.global_step)
-        save(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer.Checkpointing, "_save_checkpoint", kept)
-    found = run(MODEL, fresh(), rows, tmp_path, replace(recipe, seconds=16.0), resume=True)
-    assert found.steps == 15
-    assert saved == [6, 8, 10, 12, 14, 15]
+    begun(rows, tmp_path, recipe, until=4, callbacks=[FakeClock(monkeypatch)])
+    result = run(MODEL, fresh(), rows, tmp_path, recipe, callbacks=[FakeClock(monkeypatch)], resume=True)
+    assert result.steps == 9
 
 
-def test_a_time_is_refused_where_it_is_none_or_not_alone():
-    with pytest.raises(RedrafterError, match="The time to train must be positive, not 0 s"):
+def test_a_resumed_timed_run_may_have_more_time_and_saves_its_last_step(tmp_path, monkeypatch):
+    rows, recipe = own_text(8), Recipe(seconds=9.0, batch_size=4, save_steps=2)
+    begun(rows, tmp_path, recipe, until=4, callbacks=[FakeClock(monkeypatch)])
+    checkpoints, recipe = AtCheckpoint(), replace(recipe, seconds=15.0)
+    result = run(MODEL, fresh(), rows, tmp_path, recipe, callbacks=[FakeClock(monkeypatch), checkpoints], resume=True)
+    assert result.steps == 15
+    assert checkpoints.saved == [6, 8, 10, 12, 14, 15]
+
+
+def test_an_invalid_time_is_refused():
+    with pytest.raises(RedrafterError, match="positive"):
         Recipe(seconds=0.0)
-    with pytest.raises(RedrafterError, match="give one of them"):
+    with pytest.raises(RedrafterError, match="one of them"):
         Recipe(seconds=1.0, max_steps=2)
 
 
-def measured_in(seconds: float, monkeypatch) -> list[int]:
-    """A row takes so many seconds to measure, and a step one; returns the time, then how many rows were measured."""
-    now, looks, step = [0.0], [], trainer.Trainer.training_step
-
-    def stepped(self, *args, **kwargs):
-        now[0] += 1
-        return step(self, *args, **kwargs)
+def measured_in(seconds: float, monkeypatch) -> tuple[FakeClock, list[int]]:
+    """A fake clock on which each row takes a number of seconds to measure; and the numbers of rows measured."""
+    fake, looks = FakeClock(monkeypatch), []
 
     def measured(module, rows, batch_size):
-        now[0] += seconds * len(rows)
+        fake.time += seconds * len(rows)
         looks.append(len(rows))
         return Acceptance(drafts=10, draft_tokens=30, accepted=5, by_position=[5, 0, 0])
 
-    fake = SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(trainer, "time", fake)
-    monkeypatch.setattr(clock, "time", fake)
-    monkeypatch.setattr(trainer.Trainer, "training_step", stepped)
-    monkeypatch.setattr(trainer, "held_out_acceptance", measured)
-    looks.append(now)
-    return looks
+    measure_with(measured, monkeypatch)
+    return fake, looks
 
 
 def test_measurements_count_in_the_time_of_a_run(tmp_path, monkeypatch):
-    """30 held-out rows take 30 s of 100: a batch is measured before the first step, and all once, at the end."""
-    found = measured_in(1.0, monkeypatch)
-    rows = own_text(34)
-    recipe = Recipe(seconds=100.0, batch_size=4)
-    ended = run(MODEL, fresh(), rows[:4], tmp_path, recipe, held_out=rows[4:], resume=False)
-    now, *looks = found
+    """30 held-out rows take 30 s of 100: a batch is measured before the first step, and all rows once, at the end."""
+    fake, looks = measured_in(1.0, monkeypatch)
+    rows, recipe = own_text(34), Recipe(seconds=100.0, batch_size=4)
+    result = run(MODEL, fresh(), rows[:4], tmp_path, recipe, held_out=rows[4:], callbacks=[fake], resume=False)
     assert looks == [4, 30]
-    assert ended.steps == 100 - 4 - 30
-    assert now[0] == 100.0
-    assert ended.found.drafts == 10
+    assert result.steps == 100 - 4 - 30
+    assert fake.time == 100.0
+    assert result.acceptance.drafts == 10
 
 
-def test_fewer_held_out_rows_are_measured_where_they_would_take_the_time(tmp_path, monkeypatch):
-    found = measured_in(1.0, monkeypatch)
-    rows = own_text(34)
-    recipe = Recipe(seconds=100.0, batch_size=4, save_steps=None)
-    run(MODEL, fresh(), rows[:4], tmp_path, recipe, held_out=rows[4:], fewer_held_out=True, resume=False)
-    now, first, *looks = found
+def test_fewer_held_out_rows_are_measured_if_there_is_no_time_for_all(tmp_path, monkeypatch):
+    fake, looks = measured_in(1.0, monkeypatch)
+    rows, recipe = own_text(34), Recipe(seconds=100.0, batch_size=4, save_steps=None)
+    options = {"held_out": rows[4:], "fewer_held_out": True, "callbacks": [fake], "resume": False}
+    run(MODEL, fresh(), rows[:4], tmp_path, recipe, **options)
+    first, *looks = looks
     assert first == 4
     assert set(looks) == {5}, "which take 5 s each"
     assert 2 <= len(looks) <= 6
-    assert now[0] <= 101.0
+    assert fake.time <= 101.0
 
 
 def test_medusa_heads_are_measured_once_more_within_their_time(tmp_path, monkeypatch):
-    found = measured_in(1.0, monkeypatch)
+    fake, looks = measured_in(1.0, monkeypatch)
     monkeypatch.setattr(trainer, "fit", lambda *_: None)
-    heads = MedusaHeads.fresh(MODEL, heads=3)
-    rows = own_text(14)
-    run(
-        MODEL,
-        heads,
-        rows[:4],
-        tmp_path,
-        Recipe(seconds=100.0, batch_size=4, save_steps=None),
-        held_out=rows[4:],
-        resume=False,
-    )
-    now, *looks = found
-    assert looks == [4, 10, 10], "no measurement on the way is worth a tenth of the time"
-    assert 80 <= now[0] <= 100
+    heads, rows = MedusaHeads.fresh(MODEL, heads=3), own_text(14)
+    recipe = Recipe(seconds=100.0, batch_size=4, save_steps=None)
+    run(MODEL, heads, rows[:4], tmp_path, recipe, held_out=rows[4:], callbacks=[fake], resume=False)
+    assert looks == [4, 10, 10], "an earlier measurement would take a tenth of the time"
+    assert 80 <= fake.time <= 100
 
 
 @pytest.mark.parametrize("save_seconds", [0.0, 1000.0])
-def test_checkpoints_are_written_by_time(tmp_path, monkeypatch, save_seconds):
-    saved, save = [], trainer.Checkpointing._save_checkpoint
-
-    def kept(self, *args, **kwargs):
-        saved.append(self.state.global_step)
-        save(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer.Checkpointing, "_save_checkpoint", kept)
+def test_checkpoints_are_written_by_time(tmp_path, save_seconds):
+    checkpoints = AtCheckpoint()
     recipe = Recipe(max_steps=4, batch_size=4, save_seconds=save_seconds)
-    run(MODEL, fresh(), own_text(4), tmp_path, recipe, resume=False)
-    assert saved == ([1, 2, 3, 4] if save_seconds == 0 else [4])
-    with pytest.raises(RedrafterError, match="must not be negative"):
+    run(MODEL, fresh(), own_text(4), tmp_path, recipe, callbacks=[checkpoints], resume=False)
+    assert checkpoints.saved == ([1, 2, 3, 4] if save_seconds == 0 else [4])
+    with pytest.raises(RedrafterError, match="negative"):
         Recipe(save_seconds=-1.0)
 
 
-def test_a_signal_during_a_measurement_saves_the_step_before_it(tmp_path, monkeypatch):
+def test_a_signal_during_a_measurement_saves_the_last_step(tmp_path, monkeypatch):
     looks = []
 
     def measured(module, rows, batch_size):
@@ -499,7 +471,7 @@ def test_a_signal_during_a_measurement_saves_the_step_before_it(tmp_path, monkey
             signal.raise_signal(signal.SIGTERM)
         return Acceptance(drafts=10, draft_tokens=30, accepted=5, by_position=[5, 0, 0])
 
-    monkeypatch.setattr(trainer, "held_out_acceptance", measured)
+    measure_with(measured, monkeypatch)
     rows, recipe = own_text(8), Recipe(max_steps=8, batch_size=4, save_steps=2)
     with pytest.raises(Interrupted) as raised, interruptible():
         run(MODEL, fresh(), rows[:6], tmp_path, recipe, held_out=rows[6:], resume=False)
@@ -508,58 +480,56 @@ def test_a_signal_during_a_measurement_saves_the_step_before_it(tmp_path, monkey
     assert run(MODEL, fresh(), rows[:6], tmp_path, recipe, held_out=rows[6:], resume=True).steps == 8
 
 
-def test_whether_acceptance_was_still_rising_is_told_with_the_option_to_raise():
-    def course(*lengths, **how):
-        found = [Acceptance(100, 300, round(100 * (one - 1)), [0]) for one in lengths]
-        return advice([Measurement(step, one) for step, one in enumerate(found, start=1)], Recipe(**how))
+def test_the_advice_says_whether_acceptance_was_still_rising_and_which_option_to_raise():
+    def advised(*lengths, **recipe):
+        measured = [Acceptance(100, 300, round(100 * (one - 1)), [0]) for one in lengths]
+        return advice([Measurement(step, one) for step, one in enumerate(measured, start=1)], Recipe(**recipe))
 
-    assert course(1.5, 2.0, 2.1) == (
-        "Held-out tokens per step: 1.50, 2.00, 2.10; "
-        "still rising in the second half: raise --epochs (now 2) to train longer."
-    )
-    assert "still rising in the second half: raise --minutes (now 1.5)" in course(1.5, 2.0, seconds=90.0)
-    assert "still rising in the second half: raise --max-steps (now 7)" in course(1.5, 2.0, max_steps=7)
-    assert "still rising in the second half" in course(1.27, 1.36, 1.44, 1.53, 1.55, 1.55), "as the rate falls"
-    assert "no longer rising (best after step 2)" in course(1.5, 2.5, 2.4)
-    assert "no longer rising (best after step 4)" in course(1.5, 2.0, 2.01, 2.02)
-    assert "no longer rising (best after step 1)" in course(2.5, 2.0, 2.2)
-    assert "little is learnt yet: raise --epochs (now 2)" in course(1.02, 1.0)
-    assert "measured once" in course(2.0)
-    assert "No rows were held out" in course()
+    assert "1.50, 2.00, 2.10; still rising" in advised(1.5, 2.0, 2.1)
+    assert "--epochs (now 2)" in advised(1.5, 2.0, 2.1)
+    assert "--minutes (now 1.5)" in advised(1.5, 2.0, seconds=90.0)
+    assert "--max-steps (now 7)" in advised(1.5, 2.0, max_steps=7)
+    assert "still rising" in advised(1.27, 1.36, 1.44, 1.53, 1.55, 1.55), "the rate falls at the end"
+    assert "no longer rising (best after step 2)" in advised(1.5, 2.5, 2.4)
+    assert "no longer rising (best after step 4)" in advised(1.5, 2.0, 2.01, 2.02)
+    assert "no longer rising (best after step 1)" in advised(2.5, 2.0, 2.2)
+    assert "little was learned: raise --epochs (now 2)" in advised(1.02, 1.0)
+    assert "measured once" in advised(2.0)
+    assert "No rows were held out" in advised()
 
 
-def test_a_loss_is_told_with_its_unit():
-    assert Objective().in_words(8.0, 4) == "2.000 nats per drafted token (8.000 over 4 draft positions)"
-    assert Objective(0.0, kl=1.0, decay=0.5).in_words(3.0, 2).startswith("2.000 nats per drafted token")
-    assert "nats" not in Objective(total_variation=1.0).in_words(8.0, 4), "a distance has no unit"
+def test_a_loss_is_described_with_its_unit():
+    assert Objective().describe_loss(8.0, 4) == "2.000 nats per drafted token (8.000 over 4 draft positions)"
+    assert Objective(0.0, kl=1.0, decay=0.5).describe_loss(3.0, 2).startswith("2.000 nats per drafted token")
+    assert "nats" not in Objective(total_variation=1.0).describe_loss(8.0, 4), "a distance has no unit"
 
 
 def test_an_estimate_counts_the_steps_and_trains_nothing():
     drafter = fresh()
     before = weights(drafter)
-    found = estimate(MODEL, drafter, own_text(10), Recipe(epochs=3.0, batch_size=2, accumulation=2))
-    assert found.steps == 9
-    assert found.seconds > 0
-    assert found.weights == 4 * (sum(p.numel() for p in MODEL.parameters()) + 4 * sum(p.numel() for p in before))
-    assert found.peak is None
+    cost = estimate(MODEL, drafter, own_text(10), Recipe(epochs=3.0, batch_size=2, accumulation=2))
+    assert cost.steps == 9
+    assert cost.seconds > 0
+    assert cost.weights == 4 * (sum(p.numel() for p in MODEL.parameters()) + 4 * sum(p.numel() for p in before))
+    assert cost.peak is None
     assert all(torch.equal(a, b) for a, b in zip(before, weights(drafter), strict=True))
     assert all(p.grad is None for p in drafter.parameters())
     timed = estimate(MODEL, drafter, own_text(10), Recipe(seconds=100.0, batch_size=2))
     assert 100 <= timed.seconds < 100 + timed.seconds / timed.steps * 1.01
 
 
-def test_continuations_know_no_distribution(tmp_path):
+def test_continuations_have_no_distribution(tmp_path):
     rows = [Row([3, 4, 5], [True] * 3, [[4, 5], [5, 6], [6, 7]])]
-    with pytest.raises(RedrafterError, match="train on them with cross-entropy alone"):
+    with pytest.raises(RedrafterError, match="cross-entropy only"):
         run(MODEL, fresh(), rows, tmp_path, Recipe(objective=Objective(0.5, kl=0.5)), resume=False)
 
 
-def test_what_this_machine_cannot_do_is_refused(tmp_path):
-    with pytest.raises(RedrafterError, match="cannot be trained so: "):
+def test_an_unknown_logger_is_refused(tmp_path):
+    with pytest.raises(RedrafterError, match="nothing"):
         run(MODEL, fresh(), own_text(2), tmp_path, Recipe(report_to=("nothing",)), resume=False)
 
 
-def test_what_a_logger_writes_stays(tmp_path):
+def test_the_files_of_loggers_stay(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tensorboard's own
         run(MODEL, fresh(), own_text(2), tmp_path, Recipe(max_steps=2, report_to=("tensorboard",)), resume=False)

@@ -17,17 +17,11 @@ from typing import Any, NoReturn
 
 import typer
 
-from redrafter.cli.app import PANELS, app, register_plain
+from redrafter.cli.app import PANELS, app
 from redrafter.errors import RedrafterError
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     import_module(_module.name)
-
-from redrafter.cli.distill import distill  # noqa: E402
-from redrafter.cli.train import train  # noqa: E402
-
-for _panel, _command in ((1, distill), (1, train)):
-    register_plain(PANELS[_panel], _command)
 app.registered_commands.sort(key=lambda one: PANELS.index(str(one.rich_help_panel)))
 
 

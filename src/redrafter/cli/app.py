@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
-from typing import Any, TypeVar, get_args, get_type_hints
+from copy import copy
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.models import OptionInfo
 
 from redrafter import __version__
+
+CONTEXT = "typer_context"
+"""Name of the parameter for typer's context, which is not an option."""
 
 PANELS = ("Generate text", "Train a drafter", "Measure", "Drafter folders")
 """Groups of commands in `redrafter --help`, in order."""
@@ -25,8 +29,6 @@ app = typer.Typer(
     help="Exact, fast speculative decoding with a recurrent drafter: the same text as without a drafter, sooner. "
     "Start with `redrafter demo`.",
 )
-
-Options = TypeVar("Options")
 
 
 def _print_version(requested: bool) -> None:
@@ -45,44 +47,54 @@ def _global_options(
     """Options of all commands."""
 
 
-def command(panel: str, name: str | None = None) -> Callable[[Callable[[Options], None]], Callable[[Options], None]]:
-    """Registers a function as a command; its parameter `options` is annotated with a dataclass.
+def command(panel: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a function as a command.  Its parameters are dataclasses of options, and perhaps typer's `context`.
 
-    The dataclass's fields are annotated as typer expects, with `Annotated`.  Its own options come first in `--help`,
-    then those of its base classes, each under the heading that the base class names in `PANEL`.
+    The fields of the dataclasses are annotated as typer expects, with `Annotated`; a field of several dataclasses is
+    one option.  In `--help`, a dataclass's own options precede those of its base classes; a class's options appear
+    under the heading that it names in `PANEL`.
     """
 
-    def register(function: Callable[[Options], None]) -> Callable[[Options], None]:
-        options = get_type_hints(function)["options"]
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function)
+        groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+        parameters = {one.name: one for kind in groups.values() for one in _parameters(kind)}
+        contexts = [name for name, kind in hints.items() if kind is typer.Context]
+        if contexts:  # named differently from all options, since some commands have an option --context
+            parameters[CONTEXT] = _parameter(CONTEXT, MISSING, typer.Context)
 
         def run(**values: Any) -> None:
-            function(options(**values))
+            options: dict[str, Any] = {
+                name: kind(**{field.name: values[field.name] for field in fields(kind)})
+                for name, kind in groups.items()
+            }
+            function(**options, **{name: values[CONTEXT] for name in contexts})
 
-        parameters = list(_parameters(options))
         run.__name__, run.__doc__ = function.__name__, function.__doc__
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters.values()}
         app.command(name, rich_help_panel=panel)(run)
         return function
 
     return register
 
 
-def _parameters(options: type) -> Iterator[inspect.Parameter]:
+def _parameters(options: Any) -> Iterator[inspect.Parameter]:
+    """The parameters of a dataclass: its own fields, then those of its base classes."""
     defaults = {field.name: field.default for field in fields(options)}
     hints = get_type_hints(options, include_extras=True)
     for owner in options.__mro__[:-1]:
         for name in inspect.get_annotations(owner):
             if name not in defaults:
                 continue
-            default = defaults.pop(name)
-            for info in get_args(hints[name]):
+            kind, *metadata = get_args(hints[name])
+            metadata = [copy(info) for info in metadata]  # several commands share an option
+            for info in metadata:
                 if isinstance(info, OptionInfo) and "PANEL" in vars(owner):
                     info.rich_help_panel = vars(owner)["PANEL"]
-            default = inspect.Parameter.empty if default is MISSING else default
-            yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+            yield _parameter(name, defaults.pop(name), Annotated[(kind, *metadata)])
 
 
-def register_plain(panel: str, function: Callable[..., Any]) -> None:
-    """Registers a function whose parameters are the options."""
-    app.command(rich_help_panel=panel)(function)
+def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    default = inspect.Parameter.empty if default is MISSING else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -1,336 +1,197 @@
-"""`redrafter distill`: rows to train on, of the target's own making."""
+"""`redrafter distill`: makes training rows from the target's own answers.
+
+Heavy modules are imported inside functions, so that invalid options are reported at once.
+"""
 
 from __future__ import annotations
 
-import glob
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from redrafter.cli.loading import (
-    AnyTarget,
-    BadRows,
-    Budget,
-    Device,
-    Dtype,
-    Length,
-    Limit,
-    Prompts,
-    Seed,
-    Set,
-    Template,
-    TemplateKwargs,
-    Width,
-    claim,
-    config_value,
-    load_drafter,
-    load_model,
-    load_tokenizer,
-    read_settings,
-    skipping,
-    template_variables,
-)
+from redrafter.cli import options as opt
+from redrafter.cli.app import command
+from redrafter.cli.distill_options import DistillOptions
+from redrafter.cli.loading import config_value, load_drafter, load_model, load_tokenizer
+from redrafter.cli.parsing import read_settings, skipping
 from redrafter.errors import RedrafterError
-from redrafter.utils.outputs import check_rows_file
+from redrafter.utils.outputs import check_rows_file, locked
 from redrafter.utils.paths import check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
-    from redrafter.data.files import Skip
-    from redrafter.training.answers import Law
-    from redrafter.training.distillation import Done, Part, Prompt, Tally
-    from redrafter.utils.progress import Progress
-
-    Work = Callable[[Iterator[Prompt]], Iterator[Done | Part]]
-
-
-def distill(
-    context: typer.Context,
-    prompts: Prompts,
-    output: Annotated[Path, typer.Option(help="File of JSON lines to write, for `redrafter train --data`.")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="More of the same.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The target: a folder or hub id of a Hugging Face causal language model.")
-    ] = None,
-    drafter: Annotated[
-        str | None, typer.Option(help="A drafter for it, a folder or hub id: the same answers, sooner.")
-    ] = None,
-    temperature: Annotated[
-        list[float] | None,
-        typer.Option(help="0 is greedy.  May be repeated: every row is answered once at each.  \\[default: 0]"),
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw among the likeliest that sum to P; greedy answers heed it not.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw among the K likeliest tokens; greedy answers heed it not.")
-    ] = None,
-    seed: Seed = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
-    max_length: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens of a whole conversation at most.  \\[default: the model's context]"),
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Use plain prompts as the user's turn of a chat.")] = False,
-    template: Template = None,
-    template_kwargs: TemplateKwargs = None,
-    settings: Set = None,
-    continuations: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            metavar="T",
-            help="Answer nothing: after every token of true text write the target's T next ones, greedily (the paper's "
-            "local distillation).  T is the tokens to draft and one more.",
-        ),
-    ] = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL", help="Ask an OpenAI-compatible server instead of --model; its key in OPENAI_API_KEY."
-        ),
-    ] = None,
-    endpoint_model: Annotated[str | None, typer.Option(metavar="NAME", help="The model's name there.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests to an endpoint at a time.")] = 16,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for one answer of an endpoint.")] = 300.0,
-    beam_width: Width = None,
-    beam_length: Length = None,
-    node_budget: Budget = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model works on together.")] = 32,
-    save_seconds: Annotated[
-        float, typer.Option(min=0, help="Seconds between checkpoints; finished answers are saved at each.")
-    ] = 30.0,
-    save_rows: Annotated[
-        int | None, typer.Option(min=1, help="Also save after each N finished rows.  \\[default: by time alone]")
-    ] = None,
-    limit: Limit = None,
-    bad_rows: BadRows = "stop",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where the file holds rows.")] = False,
-    insecure_endpoint: Annotated[
-        bool,
-        typer.Option("--insecure-endpoint", help="Send OPENAI_API_KEY unencrypted, to an http:// URL elsewhere."),
-    ] = False,
-    any_target: AnyTarget = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-) -> None:
-    """Let the target answer prompts, for a drafter to learn from.
-
-    Finished answers are saved as the run goes on, and on Ctrl-C or SIGTERM (exit status 130 or 143).  Run the same
-    command again to continue; FILE.state beside the file says how far it is.
-    """
-    sources = [*prompts, *(more or [])]
-    files = [name for source in sources for name in (source, *glob.glob(source))]
-    check_rows_file(output, inputs=[model, drafter, template, *files])
-    if (model is None) == (endpoint is None):
-        raise RedrafterError("Give either --model or --endpoint.")
-    if (endpoint is None) != (endpoint_model is None):
-        raise RedrafterError("--endpoint and --endpoint-model go together.")
-    shape: dict[str, Any] = {"beam_width": beam_width, "beam_length": beam_length, "node_budget": node_budget}
-    law: dict[str, Any] = {"top_p": top_p, "top_k": top_k, "seed": seed}
-    if drafter is None:
-        _refuse_idle("without --drafter", shape | {"any_target": any_target or None})
-    if continuations is not None:
-        _refuse_idle("with --continuations", {"temperature": temperature, **law, "set": settings, "drafter": drafter})
-        _refuse_idle("with --continuations", {"chat": chat or None, "endpoint": endpoint})
-    if endpoint is not None:
-        own = {"drafter": drafter, "template": template, "set": settings, "max_length": max_length}
-        _refuse_idle("with --endpoint", own)
-
-    elif insecure_endpoint:
-        raise RedrafterError("--insecure-endpoint means nothing without --endpoint.")
-    check_model_path(model)
-    check_drafter_path(drafter)
-    claim(context, output, is_file=True)
-
-    from redrafter.training.answers import Law
-
-    drawn = Law(tuple(temperature or [0.0]), max_new_tokens=max_new_tokens, **law)
-    chunk = 16 * batch_size
-    reading: dict[str, Any] = {"chat": chat, "template_kwargs": template_variables(template_kwargs)}
-    if endpoint is not None and endpoint_model is not None:
-        way = _endpoint(endpoint, endpoint_model, drawn, reading, concurrency, timeout, insecure_endpoint)
-    elif continuations is not None:
-        assert model is not None
-        variables = reading["template_kwargs"]
-        way = _continuations(model, template, variables, continuations, chunk, batch_size, max_length, dtype, device)
-    else:
-        assert model is not None
-        options = read_settings(
-            settings,
-            **dict.fromkeys(("temperature", "top_p", "top_k", "seed", "max_new_tokens", "max_length")),
-            batch_size=batch_size,
-            **shape,
-        )
-        way = _target(model, drafter, template, drawn, reading, chunk, max_length, options, dtype, device, any_target)
-    saving: dict[str, Any] = {"save_seconds": save_seconds, "save_rows": save_rows}
-    _run(sources, output, way, limit=limit, bad_rows=bad_rows, overwrite=overwrite, saving=saving)
-
-
-def _refuse_idle(when: str, options: dict[str, Any]) -> None:
-    """Options that would go unheeded."""
-    for name, value in options.items():
-        if value is not None:
-            raise RedrafterError(f"--{name.replace('_', '-')} means nothing {when}.")
-
-
-@dataclass(frozen=True)
-class _Way:
-    """One of the ways to make rows."""
-
-    told: dict[str, Any]
-    """All that the rows depend on."""
-    check: Callable[[Prompt], object]
-    """Raises RedrafterError for a row that is not one of this way's."""
-    start: Callable[[int, Tally, Skip | None], Work]
-    """Loads what it takes to work on so many rows."""
-
-
-def _target(
-    model: str,
-    drafter: str | None,
-    template: Path | None,
-    law: Law,
-    reading: dict[str, Any],
-    chunk: int,
-    max_length: int | None,
-    options: dict[str, Any],
-    dtype: str,
-    device: str,
-    any_target: bool,
-) -> _Way:
-    from redrafter.training.answers import by_target, check_prompt
-    from redrafter.training.distillation import least
-
-    if "do_sample" in options:
-        raise RedrafterError("--set do_sample: use --temperature, which may be repeated.")
-    tokenizer = load_tokenizer(model, template, reading["template_kwargs"])
-    free = ("batch_size", "beam_width", "beam_length", "node_budget")  # on which no text depends
-    told = {"model": model, "dtype": dtype, "chat_template": tokenizer.chat_template, **_told(reading), **asdict(law)}
-    told |= {"max_length": max_length, "set": {name: options[name] for name in options if name not in free}}
-
-    def start(total: int, tally: Tally, skip: Skip | None) -> Work:
-        target, _ = load_model(model, dtype, device)
-        head = None if drafter is None else load_drafter(drafter, target, any_target=any_target)
-        more: dict[str, Any] = {"limit": max_length, **reading, "tally": tally, "skip": skip, **options}
-        return lambda rows: by_target(rows, target, tokenizer, head, law, seeds=law.seeds(total), chunk=chunk, **more)
-
-    shortest = least(max_length, config_value(model, "max_position_embeddings"))
-    vocabulary = config_value(model, "vocab_size")
-
-    def check(prompt: Prompt) -> None:
-        check_prompt(prompt, tokenizer, shortest, vocab_size=vocabulary, **reading)
-
-    return _Way(told, check, start)
-
-
-def _continuations(
-    model: str,
-    template: Path | None,
-    variables: dict[str, Any],
-    depth: int,
-    chunk: int,
-    batch_size: int,
-    max_length: int | None,
-    dtype: str,
-    device: str,
-) -> _Way:
-    from redrafter.data.examples import tokenized_rows
-    from redrafter.training.distillation import by_continuation
-
-    tokenizer = load_tokenizer(model, template, variables)
-    told = {"model": model, "dtype": dtype, "chat_template": tokenizer.chat_template, "continuations": depth}
-    told |= {"template_kwargs": variables or None}
-    vocabulary = config_value(model, "vocab_size")
-
-    def start(total: int, tally: Tally, skip: Skip | None) -> Work:
-        target, _ = load_model(model, dtype, device)
-        sizes: dict[str, Any] = {"depth": depth, "chunk": chunk, "batch_size": batch_size, "limit": max_length}
-        sizes["template_kwargs"] = variables
-        return lambda rows: by_continuation(rows, target, tokenizer, tally=tally, **sizes)
-
-    def check(prompt: Prompt) -> object:
-        record, where = prompt.record, prompt.where
-        return tokenized_rows(record, tokenizer, where, template_kwargs=variables, vocab_size=vocabulary)
-
-    return _Way({**told, "max_length": max_length}, check, start)
-
-
-def _endpoint(
-    url: str, name: str, law: Law, reading: dict[str, Any], concurrency: int, timeout: float, insecure: bool
-) -> _Way:
-    from redrafter.training.answers import plan
-    from redrafter.training.endpoint import Endpoint, by_endpoint
-
-    endpoint = Endpoint(url, name, os.environ.get("OPENAI_API_KEY"), timeout, insecure)
-
-    def start(total: int, tally: Tally, skip: Skip | None) -> Work:
-        more: dict[str, Any] = {"concurrency": concurrency, **reading, "tally": tally, "skip": skip}
-        return lambda rows: by_endpoint(rows, endpoint, law, seeds=law.seeds(total), **more)
-
-    told = {"endpoint": endpoint.url, "model": name, **_told(reading), **asdict(law)}
-    return _Way(told, lambda prompt: plan(prompt.record, prompt.where, **reading), start)
-
-
-def _told(reading: dict[str, Any]) -> dict[str, Any]:
-    """How rows are read, for the journal; one that was written before there were template variables has none."""
-    return {**reading, "template_kwargs": reading["template_kwargs"] or None}
-
-
-def _run(
-    sources: list[str],
-    output: Path,
-    way: _Way,
-    *,
-    limit: int | None,
-    bad_rows: str,
-    overwrite: bool,
-    saving: dict[str, Any],
-) -> None:
-    """Looks at all rows, then works on those that the file lacks, and says how far it is."""
     from rich.console import Console
 
-    from redrafter.training.distillation import Tally, distil, saved, survey
+    from redrafter.data.files import Skip
+    from redrafter.training.distillation import DistillProgress, Prompt, Work
+    from redrafter.training.journal import Journal
+    from redrafter.utils.progress import Progress
+
+
+@command("Train a drafter")
+def distill(options: DistillOptions) -> None:
+    """Let the target answer prompts, for a drafter to learn from.
+
+    Finished answers are saved during the run, and on Ctrl-C or SIGTERM (exit status 130 or 143).  `distill` resumes
+    when you run the same command again; FILE.state beside the file records its progress.
+    """
+    check_rows_file(options.output, inputs=[options.model, options.drafter, options.template, *options.files])
+    options.check()
+    check_model_path(options.model)
+    check_drafter_path(options.drafter)
+    with locked(options.output, is_file=True):
+        _distill(options)
+
+
+def _distill(options: DistillOptions) -> None:
+    from rich.console import Console
+
+    from redrafter.training.distillation import saved
     from redrafter.training.journal import Journal
     from redrafter.utils.interrupt import StoppedRun, interruptible
 
+    if options.endpoint is not None:
+        teacher = _endpoint_teacher(options)
+    elif options.continuations is not None:
+        teacher = _continuation_teacher(options)
+    else:
+        teacher = _model_teacher(options)
+    journal = Journal(options.output, teacher.options, overwrite=options.overwrite)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    journal = Journal(output, way.told, overwrite=overwrite)
-    tally = Tally()
     try:
-        with interruptible(), skipping(bad_rows) as skip:
-            with console.status("Looking at all rows …"):
-                found = survey(sources, way.check, journal, limit=limit, skip=skip)
-            if journal.done == found.total:
-                console.print(f"Nothing is left to do: {output} holds what came of all {found.total:,} rows.")
-                return
-            if journal.done or journal.ahead:
-                console.print(f"Going on after {saved(journal):,} of {found.total:,} rows.")
-            work = way.start(found.total, tally, skip)
-            with _progress(found.total, journal.done, tally) as progress:
-                for finished in distil(sources, found, journal, work, limit=limit, tally=tally, **saving):
-                    progress.update(finished)
+        with interruptible():
+            summary = _run(console, options, teacher, journal)
     except KeyboardInterrupt as error:
-        sentence = f"Interrupted; {saved(journal):,} finished rows are saved"
-        raise StoppedRun(f"{sentence}: run the same command again to continue.", error) from None
+        message = f"Interrupted; {saved(journal):,} finished rows are saved: run the same command again to continue."
+        raise StoppedRun(message, error) from None
+    console.print(summary)
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """A source of training rows."""
+
+    options: dict[str, Any]
+    """Everything that the rows depend on, for the journal."""
+    check: Callable[[Prompt], object]
+    """Raises RedrafterError for a prompt row that it cannot use."""
+    start: Callable[[int, DistillProgress, Skip | None], Work]
+    """Loads what is needed to work on a number of prompts."""
+
+
+def _recorded(reading: dict[str, Any]) -> dict[str, Any]:
+    """Reading options for the journal; without template variables the value is None, as in older files."""
+    return {**reading, "template_kwargs": reading["template_kwargs"] or None}
+
+
+def _model_teacher(options: DistillOptions) -> _Teacher:
+    """Answers of a model in this process."""
+    from redrafter.training.answers import ModelAnswers
+    from redrafter.training.dialogues import check_prompt
+    from redrafter.training.distillation import smallest
+
+    assert options.model is not None
+    path, sampling, reading = options.model, options.sampling(), options.reading()
+    free = {
+        "batch_size": options.batch_size,
+        **opt.values_of(options, opt.ShapeOptions),
+    }  # the text does not depend on these
+    fixed = dict.fromkeys(("temperature", "top_p", "top_k", "seed", "max_new_tokens", "max_length"))
+    settings = read_settings(options.settings, **fixed, **free)
+    if "do_sample" in settings:
+        raise RedrafterError("--set do_sample: use --temperature, which may be repeated.")
+    tokenizer = load_tokenizer(path, options.template, reading["template_kwargs"])
+
+    def start(total: int, progress: DistillProgress, skip: Skip | None) -> Work:
+        target, _ = load_model(path, options.dtype, options.device)
+        drafter = (
+            None if options.drafter is None else load_drafter(options.drafter, target, any_target=options.any_target)
+        )
+        more: dict[str, Any] = {"reading": reading, "settings": settings, "progress": progress, "skip": skip}
+        seeds = sampling.seeds(total)
+        return ModelAnswers(target, tokenizer, drafter, sampling, seeds, options.chunk, options.max_length, **more)
+
+    limit = smallest(options.max_length, config_value(path, "max_position_embeddings"))
+    checked: dict[str, Any] = {"limit": limit, "vocab_size": config_value(path, "vocab_size"), **reading}
+    recorded = {"model": path, "dtype": options.dtype, "chat_template": tokenizer.chat_template}
+    recorded |= {**_recorded(reading), **asdict(sampling), "max_length": options.max_length}
+    recorded["set"] = {name: value for name, value in settings.items() if name not in free}
+    return _Teacher(recorded, lambda prompt: check_prompt(prompt, tokenizer, **checked), start)
+
+
+def _continuation_teacher(options: DistillOptions) -> _Teacher:
+    """Continuations of given text by a model in this process."""
+    from redrafter.data.examples import tokenized_rows
+    from redrafter.training.continuations import continue_rows
+
+    assert options.model is not None
+    path, depth, variables = options.model, options.continuations, options.reading()["template_kwargs"]
+    tokenizer = load_tokenizer(path, options.template, variables)
+    checked: dict[str, Any] = {"template_kwargs": variables, "vocab_size": config_value(path, "vocab_size")}
+
+    def start(total: int, progress: DistillProgress, skip: Skip | None) -> Work:
+        target, _ = load_model(path, options.dtype, options.device)
+        sizes: dict[str, Any] = {"depth": depth, "chunk": options.chunk, "batch_size": options.batch_size}
+        more = {"limit": options.max_length, "template_kwargs": variables, "progress": progress}
+        return lambda prompts: continue_rows(prompts, target, tokenizer, **sizes, **more)
+
+    recorded = {"model": path, "dtype": options.dtype, "chat_template": tokenizer.chat_template, "continuations": depth}
+    recorded |= {"template_kwargs": variables or None, "max_length": options.max_length}
+    return _Teacher(recorded, lambda prompt: tokenized_rows(prompt.record, tokenizer, prompt.where, **checked), start)
+
+
+def _endpoint_teacher(options: DistillOptions) -> _Teacher:
+    """Answers of a served model."""
+    from redrafter.training.dialogues import plan_answers
+    from redrafter.training.endpoint import Endpoint
+    from redrafter.training.endpoint_answers import EndpointAnswers
+
+    assert options.endpoint is not None
+    assert options.endpoint_model is not None
+    sampling, reading, key = options.sampling(), options.reading(), os.environ.get("OPENAI_API_KEY")
+    endpoint = Endpoint(options.endpoint, options.endpoint_model, key, options.timeout, options.insecure_endpoint)
+
+    def start(total: int, progress: DistillProgress, skip: Skip | None) -> Work:
+        return EndpointAnswers(
+            endpoint, sampling, sampling.seeds(total), options.concurrency, reading, progress=progress, skip=skip
+        )
+
+    recorded = {"endpoint": endpoint.url, "model": endpoint.model, **_recorded(reading), **asdict(sampling)}
+    return _Teacher(recorded, lambda prompt: plan_answers(prompt.record, prompt.where, **reading), start)
+
+
+def _run(console: Console, options: DistillOptions, teacher: _Teacher, journal: Journal) -> str:
+    """Checks all rows, works on those that the file lacks, and returns a summary."""
+    from redrafter.training.distillation import DistillProgress, distil, saved, survey
+
+    progress = DistillProgress()
+    with skipping(options.bad_rows) as skip:
+        with console.status("Reading all rows …"):
+            found = survey(options.sources, teacher.check, journal, limit=options.limit, skip=skip)
+        if journal.done == found.total:
+            return f"Nothing is left to do: {options.output} holds the results of all {found.total:,} rows."
+        if journal.done or journal.ahead:
+            console.print(f"Continuing after {saved(journal):,} of {found.total:,} rows.")
+        work = teacher.start(found.total, progress, skip)
+        saving: dict[str, Any] = {"save_seconds": options.save_seconds, "save_rows": options.save_rows}
+        with _display(found.total, journal.done, progress) as display:
+            for done in distil(options.sources, found, journal, work, limit=options.limit, progress=progress, **saving):
+                display.update(done)
     counts = journal.counts
     steps = f", {counts['tokens'] / counts['steps']:.2f} per step" if counts["steps"] else ""
-    cut = f"; {counts['cut']:,} of {counts['answers']:,} answers were cut short" if counts["cut"] else ""
-    console.print(f"{counts['rows']:,} rows, {counts['tokens']:,} tokens{steps}{cut}. Wrote {output}.")
+    cut = f"; {counts['cut']:,} of {counts['answers']:,} answers were cut at the limit" if counts["cut"] else ""
+    return f"{counts['rows']:,} rows, {counts['tokens']:,} tokens{steps}{cut}. Wrote {options.output}."
 
 
-def _progress(total: int, done: int, tally: Tally) -> Progress:
-    """Rows, with the tokens written so far and their rate."""
+def _display(total: int, done: int, progress: DistillProgress) -> Progress:
+    """A display of finished rows, with the number of tokens and their rate."""
     from redrafter.utils.progress import Progress
 
     begin = time.monotonic()
 
-    def figures() -> str:
-        speed = f"{tally.tokens:,} tokens, {tally.tokens / max(1e-9, time.monotonic() - begin):,.0f} tokens/s"
-        return speed + (f", {tally.tokens / tally.steps:.2f} per step" if tally.steps else "")
+    def details() -> str:
+        speed = f"{progress.tokens:,} tokens, {progress.tokens / max(1e-9, time.monotonic() - begin):,.0f} tokens/s"
+        return speed + (f", {progress.tokens / progress.steps:.2f} per step" if progress.steps else "")
 
-    return Progress("rows", total, done=done, details=figures, always=True)
+    return Progress("rows", total, done=done, details=details, always=True)

@@ -1,4 +1,3 @@
-# ruff: noqa: I001
 """Loads what commands work with: the target, its tokenizer and the drafter."""
 
 from __future__ import annotations
@@ -12,45 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from redrafter.cli.options import (  # for train, distill and bench, until they import from these modules
-    OVERWRITE as OVERWRITE,
-    PROMPT_ROWS as PROMPT_ROWS,
-    SOURCES,
-    AnyTarget as AnyTarget,
-    BadRows as BadRows,
-    BeamLength,
-    BeamWidth,
-    Compile as Compile,
-    Device as Device,
-    Dtype as Dtype,
-    Limit as Limit,
-    Model as Model,
-    NewTokens as NewTokens,
-    NodeBudget,
-    Prompts as Prompts,
-    Seed as Seed,
-    Set as Set,
-    Template as Template,
-    TemplateKwargs as TemplateKwargs,
-)
-from redrafter.cli.parsing import (
-    numbers as numbers,
-    read_settings as read_settings,
-    skipping as skipping,
-    template_variables as template_variables,
-    whole_numbers as whole_numbers,
-)
+from redrafter.cli.parsing import template_variables
 from redrafter.errors import RedrafterError, reason
-from redrafter.utils.outputs import locked
 from redrafter.utils.paths import check_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from redrafter.proposers import Drafter
-
-
-Sources, Length, Width, Budget = SOURCES, BeamLength, BeamWidth, NodeBudget
 
 
 class _Echo(logging.Handler):
@@ -64,13 +32,6 @@ def show_log() -> None:
     log.setLevel(logging.INFO)
     if not any(isinstance(handler, _Echo) for handler in log.handlers):
         log.addHandler(_Echo())
-
-
-def claim(context: typer.Context, output: Path, *, is_file: bool = False) -> None:
-    """Locks an output until the command ends.  Raises RedrafterError if another process writes it."""
-    lock = locked(output, is_file=is_file)
-    lock.__enter__()
-    context.call_on_close(lambda: lock.__exit__(None, None, None))
 
 
 def load_tokenizer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -32,8 +32,8 @@ class ProfileOptions(opt.ShapeOptions, opt.LoadingOptions):
         str | None, typer.Option(help=f"{opt.DRAFTER}  \\[default: a recurrent drafter with random weights]")
     ] = None
     shape: Annotated[
-        str | None,
-        typer.Option(help="Random weights of this shape instead of --model: llama-7b, llama-8b, llama-1b or tiny."),
+        Literal["llama-7b", "llama-8b", "llama-1b", "tiny"] | None,
+        typer.Option(help="Random weights of this shape, instead of --model."),
     ] = None
     exit_dim: Annotated[int | None, typer.Option(min=1, help="Width of the random drafter's residual blocks.")] = None
     draft_vocab: Annotated[int | None, typer.Option(min=1, help="Draft vocabulary size of the random drafter.")] = None

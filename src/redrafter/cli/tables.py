@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def print_figures(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[str] = ()) -> None:
     """Prints a table of figures, right-aligned except in the columns `left`.  An empty row draws a line.
 
-    In a narrow terminal, lines wrap, so that no digit is lost.
+    The table is not fitted to the terminal: in a narrow one, lines wrap instead of losing digits.
     """
     from rich import box
     from rich.console import Console
@@ -26,9 +26,7 @@ def print_figures(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left
             table.add_row(*row)
         else:
             table.add_section()
-    console = Console(highlight=False)
-    console.width = max(console.width, console.measure(table).maximum)
-    console.print(table)
+    Console(highlight=False, width=1000).print(table)
 
 
 def description(lines: dict[str, str], *, style: str | None = None) -> Table:

@@ -15,107 +15,85 @@ from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
-from transformers import (
-    CompileConfig,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    WatermarkingConfig,
-)
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, WatermarkingConfig
 
 from redrafter.errors import RedrafterError
+
+Status = Literal["supported", "rejected", "ignored"]
 
 
 @dataclass(frozen=True)
 class Field:
     """How one field is treated.  A rejected field may hold one of its `neutral` values, which have no effect."""
 
-    status: Literal["supported", "rejected", "ignored"]
+    status: Status
     note: str = ""
     neutral: tuple[Any, ...] = (None, False)
 
 
-def _supported(note: str = "") -> Field:
-    return Field("supported", note)
-
-
-def _rejected(note: str, *neutral: Any) -> Field:
-    return Field("rejected", note, (None, False, *neutral))
-
-
-def _ignored(note: str, names: str) -> dict[str, Field]:
-    return {name: Field("ignored", note) for name in names.split()}
+def _fields(status: Status, names: str, note: str, *neutral: Any) -> dict[str, Field]:
+    return {name: Field(status, note, (None, False, *neutral)) for name in names.split()}
 
 
 _BEAM_SEARCH = "only for beam search by the target, which is not speculative decoding"
 _ASSISTED = "transformers' own drafting; here the drafter drafts"
 
+_NOTES = {
+    "max_length": "prompt and new tokens; `max_new_tokens` takes precedence",
+    "max_new_tokens": "256 if neither is set",
+    "min_length": "prompt and new tokens; `min_new_tokens` takes precedence",
+    "max_time": "checked after every token; counts from the call, including the time that a row waits",
+    "stop_strings": "needs `tokenizer`; a row finishes with the token that completes one; `()` for none",
+    "eos_token_id": "one or several; `()` for none",
+    "pad_token_id": "pads the rows of `sequences`",
+    "top_k": "off unless it is set; transformers would use 50",
+    "num_return_sequences": "with sampling: this many consecutive rows per prompt",
+    "forced_bos_token_id": "takes effect after a prompt of one token",
+    "output_scores": "`Generation.scores`: after the processors, before the sampling noise",
+    "output_logits": "`Generation.logits`",
+}
+_SUPPORTED = (
+    "max_length max_new_tokens min_length min_new_tokens max_time stop_strings eos_token_id pad_token_id do_sample "
+    "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff num_return_sequences repetition_penalty "
+    "encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids sequence_bias "
+    "forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens exponential_decay_length_penalty "
+    "remove_invalid_values renormalize_logits watermarking_config output_scores output_logits"
+)
+
 FIELDS: dict[str, Field] = {
-    "max_length": _supported("prompt and new tokens; `max_new_tokens` takes precedence"),
-    "max_new_tokens": _supported("256 if neither is set"),
-    "min_length": _supported("prompt and new tokens; `min_new_tokens` takes precedence"),
-    "min_new_tokens": _supported(),
-    "max_time": _supported("checked after every token; counts from the call, including the time that a row waits"),
-    "stop_strings": _supported("needs `tokenizer`; a row finishes with the token that completes one; `()` for none"),
-    "eos_token_id": _supported("one or several; `()` for none"),
-    "pad_token_id": _supported("pads the rows of `sequences`"),
-    "do_sample": _supported(),
-    "temperature": _supported(),
-    "top_k": _supported("off unless it is set; transformers would use 50"),
-    "top_p": _supported(),
-    "min_p": _supported(),
-    "top_h": _supported(),
-    "typical_p": _supported(),
-    "epsilon_cutoff": _supported(),
-    "eta_cutoff": _supported(),
-    "num_return_sequences": _supported("with sampling: this many consecutive rows per prompt"),
-    "repetition_penalty": _supported(),
-    "encoder_repetition_penalty": _supported(),
-    "no_repeat_ngram_size": _supported(),
-    "encoder_no_repeat_ngram_size": _supported(),
-    "bad_words_ids": _supported(),
-    "sequence_bias": _supported(),
-    "forced_bos_token_id": _supported("takes effect after a prompt of one token"),
-    "forced_eos_token_id": _supported(),
-    "suppress_tokens": _supported(),
-    "begin_suppress_tokens": _supported(),
-    "exponential_decay_length_penalty": _supported(),
-    "remove_invalid_values": _supported(),
-    "renormalize_logits": _supported(),
-    "watermarking_config": _supported(),
-    "output_scores": _supported("`Generation.scores`: after the processors, before the sampling noise"),
-    "output_logits": _supported("`Generation.logits`"),
-    "num_beams": _rejected("beam search by the target", 1),
-    "num_beam_groups": _rejected("beam search by the target", 1),
-    "diversity_penalty": _rejected(_BEAM_SEARCH, 0.0),
-    "constraints": _rejected(_BEAM_SEARCH),
-    "force_words_ids": _rejected(_BEAM_SEARCH),
-    "penalty_alpha": _rejected("contrastive search", 0.0),
-    "dola_layers": _rejected("decoding by contrasting layers"),
-    "guidance_scale": _rejected("classifier-free guidance", 1, 1.0),
-    "token_healing": _rejected("it rewrites the prompt; apply it before the call"),
-    "output_attentions": _rejected("attention weights over a draft tree differ from those over a text"),
-    "output_hidden_states": _rejected("only the last layer's states are kept"),
-    "use_mtp": _rejected(_ASSISTED),
-    "prompt_lookup_num_tokens": _rejected(_ASSISTED),
-    "assistant_early_exit": _rejected(_ASSISTED),
-    "speculation_type": _rejected(_ASSISTED),
-    "is_assistant": _rejected(_ASSISTED),
-    **_ignored(_BEAM_SEARCH, "length_penalty early_stopping low_memory"),
-    **_ignored(
+    **{name: Field("supported", _NOTES.get(name, "")) for name in _SUPPORTED.split()},
+    **_fields("rejected", "num_beams num_beam_groups", "beam search by the target", 1),
+    **_fields("rejected", "diversity_penalty constraints force_words_ids", _BEAM_SEARCH, 0.0),
+    **_fields("rejected", "penalty_alpha", "contrastive search", 0.0),
+    **_fields("rejected", "dola_layers", "decoding by contrasting layers"),
+    **_fields("rejected", "guidance_scale", "classifier-free guidance", 1, 1.0),
+    **_fields("rejected", "token_healing", "it rewrites the prompt; apply it before the call"),
+    **_fields("rejected", "output_attentions", "attention weights over a draft tree differ from those over a text"),
+    **_fields("rejected", "output_hidden_states", "only the last layer's states are kept"),
+    **_fields(
+        "rejected",
+        "use_mtp prompt_lookup_num_tokens assistant_early_exit speculation_type is_assistant",
         _ASSISTED,
+    ),
+    **_fields("ignored", "length_penalty early_stopping low_memory", _BEAM_SEARCH),
+    **_fields(
+        "ignored",
         "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold max_matching_ngram_size "
         "assistant_lookbehind target_lookbehind assistant_ensemble_weight",
+        _ASSISTED,
     ),
-    **_ignored("memory and speed only: decoding has its own cache", "use_cache cache_implementation cache_config"),
-    **_ignored("memory and speed only: decoding has its own cache", "max_cache_len"),
-    **_ignored("prompts are always processed in chunks", "prefill_chunk_size"),
-    **_ignored("speed only", "compile_config disable_compile"),
-    **_ignored("a finished row always gives its slot to a waiting row", "continuous_batching_config"),
-    **_ignored("a `Generation` contains everything; `custom_generate` uses it", "return_dict_in_generate"),
-    **_ignored("prompts are used as they are", "bos_token_id"),
-    **_ignored("transformers uses it for other kinds of models", "decoder_start_token_id"),
-    **_ignored("records where the config came from", "transformers_version"),
+    **_fields(
+        "ignored",
+        "use_cache cache_implementation cache_config max_cache_len",
+        "memory and speed only: decoding has its own cache",
+    ),
+    **_fields("ignored", "prefill_chunk_size", "prompts are always processed in chunks"),
+    **_fields("ignored", "compile_config disable_compile", "speed only"),
+    **_fields("ignored", "continuous_batching_config", "a finished row always gives its slot to a waiting row"),
+    **_fields("ignored", "return_dict_in_generate", "a `Generation` contains everything; `custom_generate` uses it"),
+    **_fields("ignored", "bos_token_id", "prompts are used as they are"),
+    **_fields("ignored", "decoder_start_token_id", "transformers uses it for encoder-decoder models"),
+    **_fields("ignored", "transformers_version", "records the origin of the config"),
 }
 
 
@@ -234,7 +212,7 @@ def explicit_fields(config: GenerationConfig) -> dict[str, Any]:
 def _reject_unsupported(config: GenerationConfig) -> None:
     known = vars(GenerationConfig())  # old configs contain entries that transformers ignores too
     for name, value in explicit_fields(config).items():
-        field = FIELDS.get(name, _rejected("this version does not know the setting"))
+        field = FIELDS.get(name, Field("rejected", "this version does not know the setting"))
         if name in known and field.status == "rejected" and value not in field.neutral:
             raise RedrafterError(f"{name}={value!r} is not supported: {field.note}.")
 

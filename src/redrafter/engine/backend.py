@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from redrafter.decoding.step import Decoder
-from redrafter.engine.fused_linear import fuse_linears, groups_of
+from redrafter.engine.fused_linear import fuse_linears, groups_of, is_grouped
 from redrafter.engine.onednn_linear import pack_linears, why_not_packed
 from redrafter.kernels import why_no_kernels
 
@@ -53,10 +53,11 @@ class Backend:
         compiling = None if compile else "not requested"
         if compile and not target.tree_kernels:  # a dense mask would be compiled anew for every length
             compiling = "it needs the kernels for tree attention"
+        grouped = any(map(is_grouped, models))  # by an earlier call with the same copies
         if graph is None:
-            linears = None if any(map(groups_of, models)) else "no groups of plain layers"
+            linears = None if any(map(groups_of, models)) or grouped else "no groups of plain layers"
         else:
-            linears = why_not_packed(*models)
+            linears = None if grouped else why_not_packed(*models)
         return cls(kernels, attention, graph, compiling, linears, device)
 
     def prepare(self, decoder: Decoder) -> Decoder:

@@ -27,6 +27,11 @@ def fuse_linears(*models: nn.Module) -> int:
     return len(groups)
 
 
+def is_grouped(model: nn.Module) -> bool:
+    """Whether layers of this copy compute as groups already."""
+    return any(isinstance(module, _GroupedLinear) for module in model.modules())
+
+
 def groups_of(model: nn.Module) -> list[list[nn.Linear]]:
     """The model's groups of layers that read the same input."""
     groups = (_named_layers(module, names) for module in list(model.modules()) for names in GROUPS)

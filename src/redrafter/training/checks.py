@@ -1,4 +1,4 @@
-"""What a run of training refuses before it computes anything, and its checkpoints on disk.
+"""Checks before a training run starts, and the checkpoints on disk.
 
 Does not know the trainer.
 """
@@ -18,26 +18,26 @@ from redrafter.heads.base import Head
 from redrafter.training.recipe import Recipe
 from redrafter.utils.outputs import CHECKPOINTS, COMPLETE, ORDER
 
-KEPT = 3
-"""Checkpoints that exist at one time, at most: the best, the one before the last, and the last."""
+MAX_CHECKPOINTS = 3
+"""Checkpoints that exist at a time: the best, the second last, and the last."""
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end; half-written ones are passed over."""
-    whole = (path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}"))
-    return max(whole, key=step_of, default=None)
+    """The last complete checkpoint; partially written ones are ignored."""
+    complete = (path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}"))
+    return max(complete, key=step_of, default=None)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which it was written."""
+    """The step after which a checkpoint was written."""
     return int(checkpoint.name.split("-")[-1])
 
 
-def check_start(output: Path, order: dict[str, int | None], *, resume: bool) -> Path | None:
-    """The checkpoint to go on from.
+def check_resume(output: Path, order: dict[str, int | None], *, resume: bool) -> Path | None:
+    """The checkpoint to resume from, or None.
 
-    Raises RedrafterError if there is none to resume from, if the folder holds an unfinished run and this one does not
-    resume it, or if the run would go on after rows that it has not seen.
+    Raises RedrafterError if there is none to resume from, if the folder holds an unfinished run and `resume` is False,
+    or if this run would see other rows than the unfinished one.
     """
     checkpoints = output / CHECKPOINTS
     latest = newest_checkpoint(checkpoints)
@@ -51,48 +51,50 @@ def check_start(output: Path, order: dict[str, int | None], *, resume: bool) -> 
 
 
 def check_objective(rows: list[Row], drafter: Head, recipe: Recipe) -> None:
-    """Raises RedrafterError if the rows cannot teach what the objective needs, or if FSDP would divide the drafter."""
-    if any(row.continuations for row in rows) and recipe.objective.of_distribution:
-        raise RedrafterError("Rows with continuations know no distribution: train on them with cross-entropy alone.")
-    if any(row.continuations for row in rows) and drafter.reads_text:
-        raise RedrafterError(f"Rows with continuations have no states along them, which {drafter.config.kind} learns.")
+    """Raises RedrafterError if the rows lack what the objective needs, or if FSDP would shard the drafter."""
+    continued = any(row.continuations for row in rows)
+    if continued and recipe.objective.of_distribution:
+        raise RedrafterError("Rows with continuations have no distribution: train on them with cross-entropy only.")
+    if continued and drafter.reads_text:
+        raise RedrafterError(f"Rows with continuations have no hidden states, which {drafter.config.kind} needs.")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise RedrafterError("FSDP of accelerate would divide the drafter: use --shard-target to divide the target.")
+        raise RedrafterError("accelerate's FSDP would shard the drafter: use --shard-target to shard the target.")
 
 
-def check_divided(drafter: Head, recipe: Recipe) -> None:
-    """Raises RedrafterError if this is learnt from logits that a divided target cannot make from states."""
+def check_sharded(drafter: Head, recipe: Recipe) -> None:
+    """Raises RedrafterError if training needs logits that a sharded target cannot compute from hidden states."""
+    problem = "This target's logits need the whole model, so a sharded one"
     if drafter.reads_text:
-        raise RedrafterError("The whole model makes this target's logits: divided, it has no output head to train on.")
+        raise RedrafterError(f"{problem} has no output head to train {drafter.config.kind} with.")
     if recipe.objective.of_distribution:
-        raise RedrafterError("The whole model makes this target's logits: divided, train it with cross-entropy alone.")
+        raise RedrafterError(f"{problem} can be trained with cross-entropy only.")
 
 
-def check_place(taken: torch.device, device: torch.device) -> None:
-    """Raises RedrafterError where a process trains on another device than its model is on."""
-    if (taken.type, taken.index or 0) != (device.type, device.index or 0):
+def check_device(training: torch.device, model: torch.device) -> None:
+    """Raises RedrafterError if a process trains on another device than its model is on."""
+    if (training.type, training.index or 0) != (model.type, model.index or 0):
         raise RedrafterError(
-            f"This process trains on {taken}, and the model is on {device}: choose a GPU by the environment's "
-            "CUDA_VISIBLE_DEVICES instead."
+            f"This process trains on {training}, but the model is on {model}: select a GPU with the environment "
+            "variable CUDA_VISIBLE_DEVICES instead."
         )
 
 
 def check_disk(checkpoints: Path, drafter: Head) -> None:
-    """Raises RedrafterError where the checkpoints to be written before the first is removed would not fit."""
-    there = next(folder for folder in (checkpoints, *checkpoints.resolve().parents) if folder.exists())
-    more = KEPT - len(list(checkpoints.glob("checkpoint-*")))
-    needed = more * 3 * sum(one.nbytes for one in drafter.parameters())  # AdamW keeps two moments
-    free = shutil.disk_usage(there).free
+    """Raises RedrafterError if the disk has no room for the checkpoints that will exist at a time."""
+    existing = next(folder for folder in (checkpoints, *checkpoints.resolve().parents) if folder.exists())
+    missing = MAX_CHECKPOINTS - len(list(checkpoints.glob("checkpoint-*")))
+    needed = missing * 3 * sum(one.nbytes for one in drafter.parameters())  # weights and two moments of AdamW
+    free = shutil.disk_usage(existing).free
     if needed > free:
-        told = f"{needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free there"
-        raise RedrafterError(f"The checkpoints in {checkpoints} take up to {told}.")
+        size = f"{needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free there"
+        raise RedrafterError(f"The checkpoints in {checkpoints} take up to {size}: choose another --output.")
 
 
 def order_of(rows: list[Row], recipe: Recipe, processes: int) -> dict[str, int | None]:
-    """What decides which rows each step sees, by the options' names."""
+    """The values that determine which rows each step sees."""
     return {
-        "a number of rows of": len(rows),
-        "a number of processes of": processes,
+        "number of rows": len(rows),
+        "number of processes": processes,
         "--batch-size": recipe.batch_size,
         "--accumulation": recipe.accumulation,
         "--seed": recipe.seed,
@@ -101,8 +103,9 @@ def order_of(rows: list[Row], recipe: Recipe, processes: int) -> dict[str, int |
 
 
 def check_order(path: Path, order: dict[str, int | None]) -> None:
-    """Raises RedrafterError where a run would go on after rows that it has not seen."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name, ours in order.items():
-        if (theirs := before.get(name, ours)) != ours:
-            raise RedrafterError(f"The run was begun with {name} {theirs}, not {ours}: go on as it was begun.")
+    """Raises RedrafterError if the run in `path` saw its rows in another order."""
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, now in order.items():
+        before = saved.get(name, saved.get(f"a {name} of", now))  # the key of older files
+        if before != now:
+            raise RedrafterError(f"The run was started with {name} {before}, not {now}: resume it with the same value.")

@@ -1,8 +1,8 @@
-"""Work on rows of data files that goes on where it was killed; and the paper's own: true text, continued everywhere.
+"""The loop of `distill`: works on rows of data files and saves the results so that an interrupted run can resume.
 
-Promises that every row is read and checked before any is worked on, that rows are written in their order and saved as
-they finish, and that what comes of a row depends on its own number alone: not on batches, drafters or interruptions.
-Does not know how answers are written.
+Guarantees that all rows are read and checked before any work starts, that results are written in the order of the
+sources and saved as they complete, and that the result of a row depends on its number only, not on batches, drafters or
+interruptions.  Does not know how results are produced.
 """
 
 from __future__ import annotations
@@ -11,50 +11,39 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from redrafter.data.examples import Row, collate, tokenized_rows
 from redrafter.data.files import Skip, read_records
-from redrafter.decoding.settings import ONE_TEXT, resolve
-from redrafter.engine.inputs import end_tokens
 from redrafter.engine.results import Event
 from redrafter.errors import RedrafterError
-from redrafter.targets.target import Target
-from redrafter.training.continuations import CHUNK, continuations
 from redrafter.training.journal import Journal
 from redrafter.utils.interrupt import deferred
 
-LOGITS = 2**28
-"""Logits of the target that a run over true text makes at most, unless one row has more: 1 GB in float32."""
-
-
 SAVE_SECONDS = 30.0
-"""Seconds between two checkpoints, by default."""
+"""Default number of seconds between checkpoints."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row of the sources, counted from 0; `digest` is one of all rows up to it.
+    """A row of the sources, numbered from 0; `digest` is a hash of all rows up to and including this one.
 
-    `part` is the data of the `Part` that an interrupted run saved of it, or None.
+    `partial` is the data of the `PartialPrompt` that an interrupted run saved, or None.
     """
 
     number: int
     where: str
     record: dict[str, Any]
     digest: str
-    part: Any = None
+    partial: Any = None
 
 
 @dataclass(frozen=True)
-class Done:
-    """All rows of one prompt, and its counts: `rows`, `answers`, `tokens`, `steps` and answers `cut` short."""
+class CompletedPrompt:
+    """All rows of one prompt, and its counts: `rows`, `answers`, `tokens`, `steps`, and answers `cut` at the limit."""
 
     prompt: Prompt
     rows: list[dict[str, Any]]
@@ -62,10 +51,10 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The finished answers of a prompt that needs more: JSON from which the work can continue.
+class PartialPrompt:
+    """A prompt with some of its answers: JSON `data` from which the work can continue.  Replaces earlier ones.
 
-    It replaces earlier parts of the prompt.  `share` is how much of the prompt is finished, from 0 to 1.
+    `share` is the finished fraction of the prompt, from 0 to 1.
     """
 
     prompt: Prompt
@@ -74,15 +63,15 @@ class Part:
 
 
 @dataclass
-class Tally:
-    """What has been written since the start, to be looked at while it grows; `tick` is called as it grows."""
+class DistillProgress:
+    """Tokens and decoding steps since the start; `tick` is called whenever they grow."""
 
     tokens: int = 0
     steps: int = 0
     tick: Callable[[], object] = lambda: None
 
     def watch(self, events: Iterable[Event]) -> Iterator[Event]:
-        """The same events, counted."""
+        """Counts the events and passes them on."""
         for event in events:
             self.tokens += len(event.tokens)
             self.steps += 1
@@ -90,17 +79,21 @@ class Tally:
             yield event
 
 
-def least(*limits: int | None) -> int | None:
-    """The smallest of those that are told."""
+Work = Callable[[Iterator[Prompt]], Iterator[CompletedPrompt | PartialPrompt]]
+"""Produces the results of prompts, in any order."""
+
+
+def smallest(*limits: int | None) -> int | None:
+    """The smallest of the limits that are not None; None if there is none."""
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def named(prompt: Prompt, temperature: float | None = None) -> dict[str, Any]:
-    """Which row of the sources it was, counted from 1, and what it calls itself."""
-    names: dict[str, Any] = {"row": prompt.number + 1}
+def row_labels(prompt: Prompt, temperature: float | None = None) -> dict[str, Any]:
+    """Fields that identify the source row of a result: its number from 1, its `id`, and the temperature."""
+    labels: dict[str, Any] = {"row": prompt.number + 1}
     if "id" in prompt.record:
-        names["id"] = prompt.record["id"]
-    return names if temperature is None else {**names, "temperature": float(temperature)}
+        labels["id"] = prompt.record["id"]
+    return labels if temperature is None else {**labels, "temperature": float(temperature)}
 
 
 def read(sources: Iterable[str | Path], *, limit: int | None = None, skip: Skip | None = None) -> Iterator[Prompt]:
@@ -113,12 +106,11 @@ def read(sources: Iterable[str | Path], *, limit: int | None = None, skip: Skip 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a first look at all rows found."""
+    """Result of the first pass over all rows: their number, the invalid ones, and a hash of all."""
 
     total: int
     bad: frozenset[int]
     digest: str
-    """Of all rows."""
 
 
 def survey(
@@ -129,15 +121,15 @@ def survey(
     limit: int | None = None,
     skip: Skip | None = None,
 ) -> Survey:
-    """Reads every row before any is worked on, and checks those that the journal lacks.
+    """Reads all rows and checks those that the journal lacks.
 
-    A row for which `check` raises RedrafterError is told to `skip`, or without it the error is raised; so is one where
-    there is no row at all, or where the journal is about others.
+    If `check` raises RedrafterError for a row, `skip` receives the message; without `skip` the error is raised.  Raises
+    RedrafterError if there is no valid row, or if the journal was made from other rows.
     """
-    total, bad, digest, passed = 0, set(), "", ""
+    total, bad, digest, finished = 0, set(), "", ""
     for prompt in read(sources, limit=limit, skip=skip):
         total, digest = total + 1, prompt.digest
-        passed = digest if total == journal.done else passed
+        finished = digest if total == journal.done else finished
         try:
             if prompt.number >= journal.done:
                 check(prompt)
@@ -148,215 +140,132 @@ def survey(
             bad.add(prompt.number)
     if total == len(bad):
         raise RedrafterError(f"{', '.join(map(str, sources))} holds no row to work on.")
-    if passed != journal.source:
+    if finished != journal.source:
         raise RedrafterError(
-            f"{journal.path} holds what came of {journal.done:,} other rows: give the same, perhaps with more after "
-            "them, name another file, or pass --overwrite."
+            f"{journal.path} holds the results of {journal.done:,} other rows: pass the same rows (more may follow "
+            "them), name another file, or pass --overwrite."
         )
     return Survey(total, frozenset(bad), digest)
 
 
 def distil(
     sources: Iterable[str | Path],
-    found: Survey,
+    survey: Survey,
     journal: Journal,
-    work: Callable[[Iterator[Prompt]], Iterator[Done | Part]],
+    work: Work,
     *,
     limit: int | None = None,
     save_seconds: float = SAVE_SECONDS,
     save_rows: int | None = None,
-    tally: Tally | None = None,
+    progress: DistillProgress | None = None,
 ) -> Iterator[float]:
-    """Works on the rows that the journal lacks; yields how many of all are finished each time that changes.
+    """Works on the rows that the journal lacks; yields the number of finished rows each time it changes.
 
-    `work` may finish prompts in any order.  Finished rows are written in the order of the sources; those that wait for
-    an earlier one, and parts, are saved in the journal's note.  Both are saved every `save_seconds`, after each
-    `save_rows` prompts, and when an exception, such as an interrupt, ends the work.
+    Results are written in the order of the sources.  Results that wait for an earlier one, and partial ones, are saved
+    in the journal's note.  Both happen every `save_seconds`, after every `save_rows` completed prompts, and when an
+    exception (such as an interrupt) ends the work.
 
-    Raises RedrafterError as `work` does, naming what is kept.
+    Raises the RedrafterError of `work`, with the number of rows that are saved.
     """
-    kept = _Kept(journal, found, save_seconds=save_seconds, save_rows=save_rows)
-    if tally is not None:
-        tally.tick = kept.save_if_due
+    results = _Results(journal, survey, save_seconds, save_rows)
+    if progress is not None:
+        progress.tick = results.save_if_due
     journal.open()
     shown = 0.0
     try:
         try:
-            for one in work(kept.missing(read(sources, limit=limit, skip=lambda sentence: None))):
-                kept.take(one)
-                kept.save_if_due()
-                shown = kept.finished
+            for one in work(results.missing(read(sources, limit=limit, skip=lambda message: None))):
+                results.add(one)
+                results.save_if_due()
+                shown = results.finished
                 yield shown
         finally:  # also after an interrupt
             with deferred():
-                kept.save()
+                results.save()
         with deferred():
-            journal.checkpoint([], done=found.total, source=found.digest, counts=Counter())
-        if shown < found.total:  # bad rows at the end, or rows that an earlier run had finished
-            yield float(found.total)
+            journal.checkpoint([], done=survey.total, source=survey.digest, counts=Counter())
+        if shown < survey.total:  # the last rows are invalid, or an earlier run completed them
+            yield float(survey.total)
     except RedrafterError as error:
-        kept_rows = f"What came of {saved(journal):,} of {found.total:,} rows is kept"
-        raise RedrafterError(f"{error} {kept_rows}, and the same command goes on there.") from error
+        raise RedrafterError(
+            f"{error} The results of {saved(journal):,} of {survey.total:,} rows are saved; run the same command again "
+            "to continue."
+        ) from error
     finally:
         journal.close()
 
 
 def saved(journal: Journal) -> int:
-    """Prompts of which all rows are on the disk."""
+    """Number of prompts whose rows are all on disk."""
     return journal.done + sum("rows" in result for result in journal.ahead.values())
 
 
-@dataclass
-class _Kept:
-    """What is finished and not yet written, by the number of the prompt: rows with counts, or the data of a part."""
+class _Results:
+    """Results that are not written yet, by prompt number: rows with counts, or the data of a partial prompt."""
 
-    journal: Journal
-    survey: Survey
-    save_seconds: float
-    save_rows: int | None
-    ready: set[int] = field(default_factory=set)
-    """Prompts of which all rows are there."""
-    shares: dict[int, float] = field(default_factory=dict)
-    """How much of each prompt is finished."""
-
-    def __post_init__(self) -> None:
-        self._results: dict[int, dict[str, Any]] = dict(self.journal.ahead)
-        self._saved, self._since = time.monotonic(), 0
+    def __init__(self, journal: Journal, survey: Survey, save_seconds: float, save_rows: int | None):
+        self._journal, self._survey = journal, survey
+        self._save_seconds, self._save_rows = save_seconds, save_rows
+        self._complete: set[int] = set()
+        self._shares: dict[int, float] = {}  # finished fraction of each prompt
+        self._results: dict[int, dict[str, Any]] = dict(journal.ahead)
+        self._saved_at, self._since_save = time.monotonic(), 0
 
     @property
     def finished(self) -> float:
-        """Prompts, parts counted as fractions; of what an earlier run kept, only what has been read again."""
-        return self.journal.done + sum(self.shares.values(), 0.0)
+        """Number of finished prompts, partial ones as fractions.  Excludes saved results not read again yet."""
+        return self._journal.done + sum(self._shares.values(), 0.0)
 
     def missing(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
-        """Prompts to work on, with the parts of an earlier run.  Results of other prompts are dropped."""
-        begin = self.journal.done
+        """The prompts to work on, with the partial data of an earlier run.  Drops results of changed rows."""
         for prompt in prompts:
-            if prompt.number < begin or prompt.number in self.survey.bad:
+            if prompt.number < self._journal.done or prompt.number in self._survey.bad:
                 continue
             result = self._results.get(prompt.number, {})
-            if result and result["digest"] != prompt.digest:  # the source has changed from here on
+            if result and result["digest"] != prompt.digest:
                 del self._results[prompt.number]
                 result = {}
             if "rows" in result:
-                self.ready.add(prompt.number)
-                self.shares[prompt.number] = 1.0
+                self._complete.add(prompt.number)
+                self._shares[prompt.number] = 1.0
             else:
-                yield replace(prompt, part=result.get("part"))
+                yield replace(prompt, partial=result.get("part"))
 
-    def take(self, one: Done | Part) -> None:
+    def add(self, one: CompletedPrompt | PartialPrompt) -> None:
         """Keeps a result in memory."""
         number, result = one.prompt.number, dict[str, Any](digest=one.prompt.digest)
-        if isinstance(one, Part):
+        if isinstance(one, PartialPrompt):
             self._results[number] = result | {"part": one.data}
-            self.shares[number] = one.share
+            self._shares[number] = one.share
         else:
             self._results[number] = result | {"rows": one.rows, "counts": one.counts}
-            self.ready.add(number)
-            self.shares[number] = 1.0
-            self._since += 1
+            self._complete.add(number)
+            self._shares[number] = 1.0
+            self._since_save += 1
 
     def save_if_due(self) -> None:
-        """Saves when the time has passed, or enough prompts are finished."""
-        if time.monotonic() - self._saved >= self.save_seconds or self._since >= (self.save_rows or self._since + 1):
-            with deferred():  # an interrupt waits until everything is on the disk
+        """Saves if enough time has passed or enough prompts are complete."""
+        enough = self._save_rows is not None and self._since_save >= self._save_rows
+        if enough or time.monotonic() - self._saved_at >= self._save_seconds:
+            with deferred():  # an interrupt waits until everything is on disk
                 self.save()
 
     def save(self) -> None:
-        """Writes the rows whose turn has come, and a note of the others."""
-        self._saved, self._since = time.monotonic(), 0
-        number, done, source = self.journal.done, self.journal.done, self.journal.source
+        """Appends the rows that no earlier prompt holds back, and saves the other results in the note."""
+        self._saved_at, self._since_save = time.monotonic(), 0
+        number, done, source = self._journal.done, self._journal.done, self._journal.source
         rows: list[dict[str, Any]] = []
         counts: Counter[str] = Counter()
-        while number in self.ready or number in self.survey.bad:
-            if number in self.ready:
+        while number in self._complete or number in self._survey.bad:
+            if number in self._complete:
                 result = self._results[number]
                 rows += result["rows"]
                 counts += Counter(result["counts"])
                 done, source = number + 1, result["digest"]
             number += 1
         ahead = {number: result for number, result in self._results.items() if number >= done}
-        if done == self.journal.done and ahead == self.journal.ahead:
+        if done == self._journal.done and ahead == self._journal.ahead:
             return
-        self.journal.checkpoint(rows, done=done, source=source, counts=counts, ahead=dict(ahead))
+        self._journal.checkpoint(rows, done=done, source=source, counts=counts, ahead=dict(ahead))
         self._results = ahead
-        self.shares = {number: share for number, share in self.shares.items() if number >= done}
-
-
-def by_continuation(
-    prompts: Iterator[Prompt],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    depth: int,
-    chunk: int,
-    batch_size: int,
-    limit: int | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
-    tally: Tally | None = None,
-) -> Iterator[Done]:
-    """True text with the `depth` tokens that the target writes after each of its tokens, greedily (paper, section 4).
-
-    Rows are those of `data.tokenized_rows`, cut to `limit` and the model's context; those of a chunk run in batches of
-    about equal length, so their prompts finish in another order.
-    """
-    tally = tally or Tally()
-    target = Target(model)
-    limit = least(limit, target.context_length)
-    ends = end_tokens(resolve(target.model, None, dict(ONE_TEXT)))
-    while part := list(islice(prompts, chunk)):
-        own = [
-            (prompt, row if limit is None else row.cut(limit))
-            for prompt in part
-            for row in tokenized_rows(
-                prompt.record,
-                tokenizer,
-                prompt.where,
-                template_kwargs=template_kwargs,
-                vocab_size=target.vocab_size,
-            )
-        ]
-        members: dict[int, list[int]] = {}  # of each prompt: its rows
-        for index, (prompt, _) in enumerate(own):
-            members.setdefault(prompt.number, []).append(index)
-        made: dict[int, dict[str, Any]] = {}
-        tokens: Counter[int] = Counter()
-        for index, row in continued(target, [row for _, row in own], depth=depth, ends=ends, batch_size=batch_size):
-            prompt, _ = own[index]
-            assert row.continuations is not None
-            written = sum(token >= 0 for one in row.continuations for token in one)
-            tally.tokens += written
-            tokens[prompt.number] += written
-            made[index] = {
-                **named(prompt),
-                "input_ids": row.input_ids,
-                "loss_mask": [int(trained) for trained in row.trained],
-                "continuations": row.continuations,
-            }
-            if all(member in made for member in members[prompt.number]):
-                rows = [made[member] for member in members[prompt.number]]
-                yield Done(prompt, rows, Counter(rows=len(rows), tokens=tokens[prompt.number]))
-
-
-def continued(
-    target: Target, rows: list[Row], *, depth: int, ends: frozenset[int], batch_size: int
-) -> Iterator[tuple[int, Row]]:
-    """The same rows, each with its index, with what the target writes after each of their tokens.
-
-    They run in batches of about equal length, shortest first, and come in that order.
-    """
-    for batch in _of_like_length(rows, batch_size, target.vocab_size):
-        ids = collate([rows[index] for index in batch])["input_ids"].to(target.device)
-        more = continuations(target, ids, depth=depth, ends=ends).tolist()
-        for index, own in zip(batch, more, strict=True):
-            yield index, replace(rows[index], continuations=own[: len(rows[index].input_ids)])
-
-
-def _of_like_length(rows: list[Row], batch_size: int, vocabulary: int) -> Iterator[list[int]]:
-    """Places of rows, shortest first, in batches whose logits fit into LOGITS."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
-    while order:
-        longest = len(rows[order[:batch_size][-1]].input_ids)
-        size = min(batch_size, max(1, LOGITS // (min(longest, CHUNK) * vocabulary)))
-        yield order[:size]
-        order = order[size:]
+        self._shares = {number: share for number, share in self._shares.items() if number >= done}

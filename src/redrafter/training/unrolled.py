@@ -1,4 +1,4 @@
-"""The drafter as a module that maps a batch to its loss, as a Trainer wants it.
+"""A module that maps a batch to the drafter's loss, as a Trainer expects.
 
 Does not know the trainer.
 """
@@ -14,28 +14,29 @@ from torch import Tensor, nn
 from redrafter.data.examples import Row
 from redrafter.heads.base import Head
 from redrafter.targets.target import Target
-from redrafter.training.loss import TOKENS, Objective, unrolled_loss
+from redrafter.training.loss import unrolled_loss
+from redrafter.training.objective import TOKENS, Objective
 from redrafter.training.states import States
 
 
 class Unrolled(nn.Module):
-    """The drafter as a module that maps a batch to its loss; the target is held outside, so it is never saved."""
+    """Maps a batch to the drafter's loss.  The target is not a submodule, so it is neither trained nor saved."""
 
     def __init__(self, drafter: Head, target: Target, objective: Objective = TOKENS, window_share: float = 1.0):
         super().__init__()
         self.drafter = drafter
         self.objective = objective
         self.window_share = window_share
-        self.target = (target,)  # a tuple, so that its weights are not taken for this module's
+        self.target = (target,)  # a tuple hides the module
 
     def hidden_states(self, input_ids: Int[Tensor, "B P"], segments: Int[Tensor, "B P"]) -> Float[Tensor, "B P F"]:
-        """What the drafter is given of the target, which is not trained."""
+        """The target's hidden states, without gradients."""
         (target,) = self.target
         with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
             return target.hidden_states(input_ids, segments)
 
-    def kept_states(self, folder: Path, rows: list[Row]) -> States:
-        """Where those of the rows lie on disk, or will."""
+    def cached_states(self, folder: Path, rows: list[Row]) -> States:
+        """The states of rows, cached in a folder."""
         reach = max(len(row.input_ids) for row in rows) if self.drafter.reads_text else self.drafter.positions
         return States(folder, self.target[0], self.hidden_states, rows, reach=reach)
 
@@ -47,10 +48,8 @@ class Unrolled(nn.Module):
         continuations: Tensor | None = None,
         hidden: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The loss under the key that the Trainer looks for; `hidden` are the target's states, where they are known."""
+        """The loss, under the key `loss`.  `hidden`: the target's states, if they are cached."""
         (target,) = self.target
-        if hidden is None:
-            hidden = self.hidden_states(input_ids, segments)
 
         def embed(tokens: Tensor) -> Tensor:
             embedding: Tensor = target.embed(tokens)
@@ -63,7 +62,7 @@ class Unrolled(nn.Module):
         loss = unrolled_loss(
             self.drafter,
             embed,
-            hidden,
+            self.hidden_states(input_ids, segments) if hidden is None else hidden,
             input_ids,
             trained,
             length=self.drafter.config.beam_length,

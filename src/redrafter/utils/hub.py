@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from redrafter.errors import RedrafterError, reason
+from redrafter.utils.atomic import write_all_atomically
 from redrafter.utils.outputs import CARD as CARD
 from redrafter.utils.outputs import CONFIG as CONFIG
 from redrafter.utils.outputs import CUSTOM_GENERATE as CUSTOM_GENERATE
@@ -146,30 +147,17 @@ def weights(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Writes files of a folder, each beside its place first and renamed when all are complete.
+    """Writes files of a folder atomically.
 
-    Raises RedrafterError where that fails; what the folder held before is then still there.
+    Raises RedrafterError if that fails; the folder's previous files are then unchanged.
     """
-    written: list[tuple[Path, Path]] = []
     check_places(folder, contents)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            place = folder / name
-            place.parent.mkdir(exist_ok=True)
-            beside = place.with_name(f".{place.name}.{os.getpid()}.part")
-            written.append((beside, place))
-            with beside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for beside, place in written:
-            os.replace(beside, place)
+        for name in contents:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_all_atomically({folder / name: content for name, content in contents.items()})
     except OSError as error:
         raise RedrafterError(f"{folder} could not be written: {error.strerror}.") from error
-    finally:
-        for beside, _ in written:
-            beside.unlink(missing_ok=True)
 
 
 def check_login(name: str) -> None:

@@ -229,7 +229,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _is_note(path: Path) -> bool:
-    return _holds(path, "told", "done", "bytes")
+    return any(_holds(path, name, "done", "bytes") for name in ("options", "told"))  # "told" in older notes
 
 
 def _holds(path: Path, *keys: str) -> bool:
