@@ -48,15 +48,16 @@ def counts(
 ) -> dict[str, list[int]]:
     """Tokens and steps of each category that decoding would need for these texts."""
     rows = [row for own in texts.values() for row in own]
-    asked = request(model, drafter, [prompt_of(row) for row in rows], beam_width=width, **WAYS[way])
-    assert asked.proposer is not None
+    parsed = request(model, drafter, [prompt_of(row) for row in rows], beam_width=width, **WAYS[way])
+    proposer = parsed.decoder.proposer
+    assert proposer is not None
     verdicts = iter(
         drafted_everywhere(
-            asked.target,
-            asked.proposer,
+            parsed.target,
+            proposer,
             rows,
-            sampler=asked.sampler,
-            seeds=[row.seed for row in asked.rows],
+            sampler=parsed.sampler,
+            seeds=[row.seed for row in parsed.rows],
             batch_size=BATCH_SIZE,
         )
     )
