@@ -69,8 +69,7 @@ def fit(
     weight_decay: float = WEIGHT_DECAY,
     tell: Callable[[int, torch.Tensor, float], None] = lambda *_: None,
 ) -> int:
-    """Minimises `loss` with AdamW for a number of seconds after a first step that may compile; returns the number of
-    steps.
+    """Minimises `loss` with AdamW for some seconds after a first step that may compile; returns the number of steps.
 
     `tell` receives each step's number, its loss and the fraction of the time that has passed.
     """

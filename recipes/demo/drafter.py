@@ -46,7 +46,7 @@ def figures(corpus: Corpus, model, drafter: RecurrentDrafter, tokenizer) -> dict
 
 
 def learnt(corpus: Corpus, model, tokenizer, output: Path, limit: int | None) -> list[Row]:
-    """The target's answers to at most `limit` prompts per file, half of them greedy; cached in `output/answers.json`."""
+    """The target's answers to at most `limit` prompts per file, half of them greedy; kept in `output/answers.json`."""
     file = output / "answers.json"
     if file.exists():
         return restored(json.loads(file.read_text()))

@@ -55,7 +55,7 @@ def train(
 ) -> None:
     """Trains each method that is missing in `output`.
 
-    The draft model after `minutes` of pretraining on text, as the target's.
+    The draft model is first pretrained on text for `minutes`, as the target was.
     """
     torch.set_float32_matmul_precision("high")
     model = AutoModelForCausalLM.from_pretrained(target).to(device).eval()

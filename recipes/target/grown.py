@@ -296,7 +296,7 @@ def _larger(
 ) -> Any:
     """A head of the same kind and vocabulary with other sizes and random weights.
 
-    Without tuned shapes, because steps cost more.
+    It has no tuned shapes, because its steps cost more.
     """
     untuned = {"shapes": (), "tuned_on": None}
     named = {"target": target or head.config.target, "target_fingerprint": None}  # the padded target has other weights
