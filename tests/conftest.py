@@ -40,6 +40,7 @@ with warnings.catch_warnings():  # other packages warn at import
 
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -150,6 +151,14 @@ def captured(monkeypatch) -> list:
     return made
 
 
+@pytest.fixture
+def unchecked():
+    """Types of arguments are not checked, as for users."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 def refusal(answer: tuple[int, str, str]) -> str:
     """The sentence of an error that a command reports."""
     status, out, err = answer
@@ -172,7 +181,7 @@ class AsksNothing(TorchDispatchMode):
 
 
 class Given:
-    """A drafting method that returns a given proposer."""
+    """A drafting method with a given proposer."""
 
     layers = ()
 
@@ -182,7 +191,7 @@ class Given:
     def shape(self, batch):
         from redrafter.core.shapes import DraftShape
 
-        return DraftShape(beam_width=1, beam_length=self.given.length, batch=batch)
+        return DraftShape(beam_width=1, beam_length=self.given.length)
 
     def proposer(self, target, shape):
         return self.given
