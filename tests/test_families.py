@@ -153,9 +153,9 @@ Decoders that are not listed are supported too if they pass a probe of their for
 
 ## Tested
 
-Greedy text equals that of transformers' `generate`, and seeded samples are equal with and without a drafter: in float32,
-in a batch of unequal rows, past the sliding window if there is one, with sdpa and with eager attention if the family has
-both.
+Greedy text equals that of transformers' `generate`, and seeded samples are equal with and without a drafter: in
+float32, in a batch of unequal rows, past the sliding window if there is one, with sdpa and with eager attention if the
+family has both.
 
 | model type | features |
 |---|---|
