@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from redrafter.decoding.step import Decoder, Emission, Row, State
 from redrafter.engine.backend import Backend, models_of
@@ -98,18 +98,20 @@ class Runner:
         self._layers = decoder.target.decoder_layers if self.backend.compile is None else []
         if self._layers:
             mark_length_dynamic(self.state.cache)
-        self._addresses = self._current_addresses()
-        self._step = self.captured(lambda: self.decoder.step(self.state))
+        self._addresses = _current_addresses(self._models)
+        prepared = self.decoder  # a function that referred to the runner would form a cycle, which keeps its memory
+        self._step = self.captured(lambda: prepared.step(state))
         self._pending: deque[PendingStep] = deque()
         self._seconds = math.inf  # duration of the last step that was waited for
 
     def captured(self, function: Callable[[], Any]) -> Captured[Any]:
         """A function of the state, as one CUDA graph if the backend uses graphs."""
+        models, addresses = self._models, self._addresses
         return Captured(
             function,
             self.backend.device,
             refused=self.backend.graph,
-            valid=lambda: self._current_addresses() == self._addresses,
+            valid=lambda: _current_addresses(models) == addresses,
         )
 
     @contextmanager
@@ -173,9 +175,10 @@ class Runner:
     def _launches_ahead(self) -> bool:
         return self._ahead and self._seconds < LAUNCH_AHEAD_SECONDS and self._step.replaying
 
-    def _current_addresses(self) -> list[int]:
-        """One address per model, which changes if the model is moved or converted."""
-        return [next(chain(model.parameters(), model.buffers())).data_ptr() for model in self._models]
+
+def _current_addresses(models: Sequence[nn.Module]) -> list[int]:
+    """One address per model, which changes if the model is moved or converted."""
+    return [next(chain(model.parameters(), model.buffers())).data_ptr() for model in models]
 
 
 def milliseconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:

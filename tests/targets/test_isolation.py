@@ -119,7 +119,7 @@ def test_a_stream_that_is_open_when_python_ends_prints_nothing():
         "from conftest import tiny_model\nfrom redrafter import RecurrentDrafter, stream\nmodel = tiny_model()\n"
         "events = stream(model, RecurrentDrafter.for_target(model), [[5, 9]], max_new_tokens=30)\nnext(events)\n"
     )
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]  # of conftest.py
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0
     assert "Exception" not in done.stderr
