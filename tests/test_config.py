@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from redrafter import DrafterConfig, RedrafterError
-from redrafter.core.shapes import DraftShape
+from redrafter import DrafterConfig, RecurrentDrafter, RedrafterError
+from redrafter.core.shapes import DraftShape, ShapeOverrides
+from redrafter.proposers import method_of
+from redrafter.proposers.base import resolved_shape
 
 APPLE = {  # as the released code writes it
     "model_type": "recurrent_drafting_drafter",
@@ -71,6 +73,10 @@ def test_what_is_no_config_is_refused(tmp_path, text):
         read(tmp_path, text)
 
 
+def sizes(shape: DraftShape) -> tuple[int, int, int | None]:
+    return shape.beam_width, shape.beam_length, shape.node_budget
+
+
 TUNED = (
     DraftShape(batch=2, beam_width=3, beam_length=4, node_budget=9),
     DraftShape(batch=8, beam_width=2, beam_length=1),
@@ -86,12 +92,12 @@ def test_tuned_shapes_come_back_and_are_left_out_where_there_are_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("batch", "told", "expected"),
+    ("batch", "overrides", "expected"),
     [
-        (1, (), (5, 6, 21)),  # below all that was tuned: as it was made
+        (1, (), (5, 6, 21)),  # below all tuned batch sizes: the default shape
         (2, (), (3, 4, 9)),
         (7, (), (3, 4, 9)),
-        (8, (), (2, 1, None)),  # whole beams, though the drafter was made for a budget
+        (8, (), (2, 1, None)),  # complete beams, although the default shape has a budget
         (31, (), (2, 1, None)),
         (500, (), (1, 0, None)),
         (8, (7,), (7, 6, 21)),
@@ -101,11 +107,15 @@ def test_tuned_shapes_come_back_and_are_left_out_where_there_are_none(tmp_path):
         (8, (1, 2, 3), (1, 2, 3)),
     ],
 )
-def test_a_batch_is_drafted_for_as_the_largest_tuned_one_below_it_unless_told(batch, told, expected):
-    made = {"vocab_size": 100, "hidden_size": 8, "beam_width": 5, "beam_length": 6, "node_budget": 21}
-    assert DrafterConfig(**made, shapes=TUNED).drafting(batch, *told) == expected
-    if told:
-        assert DrafterConfig(**made).drafting(batch, *told) == expected
+def test_the_shape_is_that_of_the_largest_tuned_batch_below_unless_it_is_overridden(batch, overrides, expected):
+    fields = {"vocab_size": 100, "hidden_size": 8, "beam_width": 5, "beam_length": 6, "node_budget": 21}
+    config = DrafterConfig(**fields, shapes=TUNED)
+    parts = ShapeOverrides(*overrides)
+    assert sizes(resolved_shape(method_of(RecurrentDrafter(config)), batch, parts)) == expected
+    if overrides:
+        assert sizes(resolved_shape(method_of(RecurrentDrafter(DrafterConfig(**fields))), batch, parts)) == expected
+    else:
+        assert sizes(config.shape(batch)) == expected
 
 
 @pytest.mark.parametrize(
@@ -115,8 +125,8 @@ def test_a_batch_is_drafted_for_as_the_largest_tuned_one_below_it_unless_told(ba
         ([{"batch": 1, "beam_width": 2, "beam_length": -1}], "shapes.0.beam_length"),
         ([{"batch": 1, "beam_width": 32001, "beam_length": 2}], "the shape of batch 1 cannot be drafted"),
         ([{"batch": 4, "beam_width": 2, "beam_length": 4, "node_budget": 4}], "the shape of batch 4 cannot be drafted"),
-        ([{"batch": b, "beam_width": 2, "beam_length": 2} for b in (4, 1)], "different batches, rising"),
-        ([{"batch": 4, "beam_width": 2, "beam_length": 2}] * 2, "different batches, rising"),
+        ([{"batch": b, "beam_width": 2, "beam_length": 2} for b in (4, 1)], "sorted by batch"),
+        ([{"batch": 4, "beam_width": 2, "beam_length": 2}] * 2, "sorted by batch"),
     ],
 )
 def test_a_bad_shape_is_named(tmp_path, shapes, named):
@@ -126,5 +136,5 @@ def test_a_bad_shape_is_named(tmp_path, shapes, named):
 
 def test_shapes_in_words():
     words = ["3 beams of 4 tokens, the 9 most probable nodes", "2 beams of 1 token", "without drafting"]
-    assert [shape.in_words for shape in TUNED] == words
-    assert DraftShape(beam_width=1, beam_length=2).in_words == "one beam of 2 tokens"
+    assert [shape.description for shape in TUNED] == words
+    assert DraftShape(beam_width=1, beam_length=2).description == "one beam of 2 tokens"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import weakref
 
 import pytest
@@ -16,8 +17,11 @@ from conftest import Given, greedy, random_tree, tiny_model
 from redrafter import EagleHead, RecurrentDrafter, RedrafterError, TwoModel, generate, stream
 from redrafter.core.tree import prefix_tree
 from redrafter.decoding import step as stepping
-from redrafter.engine import generate as decoding
+from redrafter.decoding.step import Decoder
+from redrafter.engine import runner
+from redrafter.engine.cuda_graph import Captured
 from redrafter.engine.request import request
+from redrafter.engine.runner import PendingStep
 from redrafter.proposers import Proposer
 from redrafter.targets.target import Target
 
@@ -467,16 +471,16 @@ def test_a_step_asks_the_device_nothing(drafting, sampling):
     drafter = RecurrentDrafter.for_target(model, beam_width=4, beam_length=3) if drafting else None
     told = {"repetition_penalty": 1.3} | ({"do_sample": True, "top_k": 20, "seed": [1, 2]} if sampling else {})
     asked = request(model, drafter, [[5, 9, 12], [7]], **told)
-    target, proposer, sampler = asked.target, asked.proposer, asked.sampler
+    decoder = asked.decoder
     with torch.inference_mode():
-        state = stepping.empty(target, proposer, batch=2, slots=64)
-        stepping.prefill(target, proposer, sampler, asked.rows, state)
+        state = decoder.empty(batch=2, slots=64)
+        decoder.prefill(asked.rows, state)
         state.set_visible(64)
-        stepping.step(target, proposer, sampler, state)  # what is built on first use may ask
+        decoder.step(state)  # what is built on first use may ask
         torch.cuda.synchronize()
         try:
             torch.cuda.set_sync_debug_mode("error")
-            stepping.step(target, proposer, sampler, state)
+            decoder.step(state)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -496,6 +500,12 @@ def test_on_a_gpu_text_is_that_of_transformers(family):
     drafter = RecurrentDrafter.for_target(model)
     assert generate(model, None, prompts, max_new_tokens=30).new_tokens == expected
     assert generate(model, drafter, prompts, max_new_tokens=30).new_tokens == expected
+
+
+def launch_ahead(monkeypatch) -> None:
+    """Steps are launched before the last one was read, as on a GPU whose steps are short."""
+    monkeypatch.setattr(runner, "LAUNCH_AHEAD_SECONDS", math.inf)
+    monkeypatch.setattr(Captured, "replaying", True)
 
 
 MANY = [[5, 9, 12], [7], [30, 31, 32, 33, 34], [8, 8], [11], [40, 41, 42], [3] * 9]
@@ -525,11 +535,11 @@ def test_a_step_launched_before_the_last_was_read_changes_no_text(batch_size, dr
     drafter = Given(Oracle(MODEL, [p + n for p, n in zip(MANY, plain, strict=True)], width=2, length=3, spoil=0.3))
     settings = {"max_new_tokens": 12, "eos_token_id": plain[2][3], **law}
     expected = generate(MODEL, None, MANY, **settings)
-    monkeypatch.setattr(decoding, "_runs_ahead", lambda *_: True)
+    launch_ahead(monkeypatch)
     log: list[str] = []
-    step, read = decoding.step, decoding.PendingStep.read
-    monkeypatch.setattr(decoding, "step", lambda *told: log.append("launched") or step(*told))
-    monkeypatch.setattr(decoding.PendingStep, "read", lambda flight: log.append("read") or read(flight))
+    step, result = Decoder.step, PendingStep.result
+    monkeypatch.setattr(Decoder, "step", lambda *args: log.append("launched") or step(*args))
+    monkeypatch.setattr(PendingStep, "result", lambda pending: log.append("read") or result(pending))
     found = generate(MODEL, drafter if drafting else None, MANY, batch_size=batch_size, **settings)
     assert found.new_tokens == expected.new_tokens
     assert found.finish_reasons == expected.finish_reasons
@@ -537,11 +547,11 @@ def test_a_step_launched_before_the_last_was_read_changes_no_text(batch_size, dr
     assert "launched launched launched" not in " ".join(log)
 
 
-def test_no_step_is_launched_that_the_budgets_make_vain(monkeypatch):
-    monkeypatch.setattr(decoding, "_runs_ahead", lambda *_: True)
+def test_no_step_is_launched_that_no_budget_has_room_for(monkeypatch):
+    launch_ahead(monkeypatch)
     steps = []
-    step = decoding.step
-    monkeypatch.setattr(decoding, "step", lambda *told: steps.append(told) or step(*told))
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda *args: steps.append(args) or step(*args))
     generate(MODEL, None, MANY[:2], max_new_tokens=9)
     assert len(steps) == 8
 
@@ -613,34 +623,34 @@ def test_a_row_that_ended_troubles_no_other():
 
 
 def test_a_row_that_ended_stays_where_it_is(monkeypatch):
-    stood = []
-    step = decoding.step
+    lengths = []
+    step = Decoder.step
 
-    def watched(target, proposer, sampler, state):
-        emitted = step(target, proposer, sampler, state)
-        stood.extend(state.rows.length[state.rows.alive == 0].tolist())
+    def watched(decoder, state):
+        emitted = step(decoder, state)
+        lengths.extend(state.rows.length[state.rows.alive == 0].tolist())
         return emitted
 
-    monkeypatch.setattr(decoding, "step", watched)
+    monkeypatch.setattr(Decoder, "step", watched)
     end = greedy(MODEL, MANY[2], 12)[3]
     generate(MODEL, TwoModel(MODEL), MANY, max_new_tokens=12, eos_token_id=end)
-    assert stood == [1] * len(stood) != []
+    assert lengths == [1] * len(lengths) != []
 
 
 def test_no_slot_idles_while_a_prompt_waits(monkeypatch):
     alive, entered = [], []
-    step, admit = decoding.step, decoding.admit
+    step, admit = Decoder.step, Decoder.admit
 
-    def watched_step(target, proposer, sampler, state):
+    def watched_step(decoder, state):
         alive.append((int(state.rows.alive.sum()), len(entered)))
-        return step(target, proposer, sampler, state)
+        return step(decoder, state)
 
-    def watched_admit(target, proposer, sampler, state, slots, rows):
+    def watched_admit(decoder, state, slots, rows):
         entered.extend(slots)
-        return admit(target, proposer, sampler, state, slots, rows)
+        return admit(decoder, state, slots, rows)
 
-    monkeypatch.setattr(decoding, "step", watched_step)
-    monkeypatch.setattr(decoding, "admit", watched_admit)
+    monkeypatch.setattr(Decoder, "step", watched_step)
+    monkeypatch.setattr(Decoder, "admit", watched_admit)
     end = greedy(MODEL, MANY[2], 12)[3]
     generate(MODEL, None, MANY, max_new_tokens=12, batch_size=3, eos_token_id=end)
     assert len(entered) == len(MANY)

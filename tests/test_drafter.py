@@ -9,11 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import tiny_model
-from redrafter import DrafterConfig, RecurrentDrafter, RedrafterError, generate
-from redrafter.heads.eight import EightBit
-from redrafter.integrations import apple
-from redrafter.targets.target import Target
-from redrafter.training.unrolled import Unrolled
+from redrafter import DrafterConfig, RecurrentDrafter, RedrafterError
 
 
 def random_drafter(**changes) -> RecurrentDrafter:
@@ -153,63 +149,3 @@ def test_a_fresh_drafter_knows_its_target():
 def test_a_draft_vocabulary_holds_distinct_ids_of_the_target(ids):
     with pytest.raises(RedrafterError, match="distinct ids of the target's vocabulary"):
         RecurrentDrafter.for_target(tiny_model(), draft_vocabulary=torch.tensor(ids))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@torch.no_grad()
-def test_a_head_in_eight_bits_scores_nearly_the_same(form):
-    drafter = random_drafter(**form).to(torch.bfloat16)
-    context, state = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(1)).bfloat16().unbind()
-    context = context[:, :1]
-    wanted = drafter.logits(context.expand_as(state), state).float()
-    assert not drafter.has_eight_bits
-    assert drafter.to_eight_bits() is drafter
-    assert drafter.has_eight_bits
-    rounded = [name for name, module in drafter.named_modules() if isinstance(module, EightBit)]
-    blocks = range(0 if "exit_dim" in form else 1, drafter.config.num_draft_layers)
-    assert rounded == [*(f"lm_head.{i}.linear" for i in blocks), f"lm_head.{drafter.config.num_draft_layers}"]
-    for read in (None, drafter.read(context)):
-        found = drafter.logits(context.expand_as(state), state, read)
-        assert found.dtype == torch.bfloat16
-        assert 0 < (found.float() - wanted).norm() < 0.03 * wanted.norm()
-    before = [module.weight for module in drafter.modules() if isinstance(module, EightBit)]
-    after = [module.weight for module in drafter.to_eight_bits().modules() if isinstance(module, EightBit)]
-    assert all(one is other for one, other in zip(before, after, strict=True))
-    assert (drafter.dtype, drafter.device) == (torch.bfloat16, torch.device("cpu"))
-    assert drafter.to(torch.float32).dtype == torch.float32
-    assert drafter.to("meta").device.type == "meta"
-
-
-@pytest.mark.parametrize("law", [{}, {"do_sample": True, "seed": 3}], ids=["greedy", "sampled"])
-def test_eight_bits_change_no_text(law):
-    model = tiny_model()
-    drafter = RecurrentDrafter.for_target(model, beam_width=4, beam_length=3).to_eight_bits()
-    prompts = [[5, 9, 12], [7], [30, 31, 32, 33]]
-    found = generate(model, drafter, prompts, max_new_tokens=20, **law)
-    assert found.new_tokens == generate(model, None, prompts, max_new_tokens=20, **law).new_tokens
-    assert found.stats.drafted > 0
-
-
-def test_a_folder_loads_in_eight_bits(tmp_path):
-    model = tiny_model().to(torch.bfloat16)
-    RecurrentDrafter.for_target(model).save_pretrained(tmp_path)
-    whole = RecurrentDrafter.from_pretrained(tmp_path, target=model, bits=16)
-    drafter = RecurrentDrafter.from_pretrained(tmp_path, target=model, bits=8)
-    assert not whole.has_eight_bits
-    assert drafter.has_eight_bits
-    assert drafter.dtype == model.dtype
-    assert drafter.lm_head[-1].weight.equal(whole.to_eight_bits().lm_head[-1].weight)
-    with pytest.raises(RedrafterError, match=r"^A drafter is loaded in 16 or 8 bits, not 4\.$"):
-        RecurrentDrafter.from_pretrained(tmp_path / "none", bits=4)
-
-
-def test_eight_bits_are_neither_saved_nor_exported_nor_trained(tmp_path):
-    model = tiny_model()
-    drafter = RecurrentDrafter.for_target(model).to_eight_bits()
-    with pytest.raises(RedrafterError, match=r"^A drafter in 8 bits cannot be saved: load it in 16\.$"):
-        drafter.save_pretrained(tmp_path / "saved")
-    with pytest.raises(RedrafterError, match="cannot be exported"):
-        apple.export(drafter, tmp_path / "exported")
-    with pytest.raises(RedrafterError, match="cannot be trained"):
-        Unrolled(drafter, Target(model))
-    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from conftest import tiny_model
 from redrafter import RedrafterError
+from redrafter.core.shapes import DraftShape
 from redrafter.heads.eagle import EagleConfig, EagleHead
 
 MODEL = tiny_model()
@@ -72,7 +73,7 @@ def test_it_is_saved_without_the_targets_weights(tmp_path):
     head.save_pretrained(tmp_path)
     again = EagleHead.from_pretrained(tmp_path, target=MODEL)
     assert again.config == head.config
-    assert again.config.drafting(1) == (4, 3, 9)
+    assert again.config.shape(1) == DraftShape(beam_width=4, beam_length=3, node_budget=9)
     assert all(torch.equal(a, b) for a, b in zip(head.state_dict().values(), again.state_dict().values(), strict=True))
     assert not any("embed" in name or "lm_head" in name for name in head.state_dict())
     vocabulary = MODEL.config.vocab_size

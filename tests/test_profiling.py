@@ -1,4 +1,4 @@
-"""What is timed is what decoding runs, from the same place each time; no test depends on a time."""
+"""The profiler times the steps of decoding, each from the same state.  No test depends on a duration."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import torch
 from conftest import greedy, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, TwoModel
 from redrafter.core.shapes import DraftShape
+from redrafter.decoding.step import Decoder
+from redrafter.engine import runner
 from redrafter.engine.request import request
+from redrafter.engine.runner import milliseconds
 from redrafter.evaluation import profiling
-from redrafter.evaluation.profiling import Bench, milliseconds
+from redrafter.evaluation.profiling import StepProfiler
 from redrafter.heads.eagle import EagleHead
+from redrafter.proposers import method_of
 
 MODEL = tiny_model()
 CPU = torch.device("cpu")
@@ -21,15 +25,15 @@ SHAPE = DraftShape(beam_width=3, beam_length=2, node_budget=6)
 TEXTS = [[5, 9, 12, 7], [8, 3, 30, 31]]
 
 
-def bench(model=MODEL, *, nodes: int = 16, **settings) -> Bench:
+def profiler_of(model=MODEL, *, nodes: int = 16, **settings) -> StepProfiler:
     torch.manual_seed(0)
     drafter = RecurrentDrafter.for_target(model, context_positions=2)
-    return Bench.of(request(model, drafter, TEXTS, **settings), drafter, nodes=nodes, repeats=2)
+    return StepProfiler(request(model, drafter, TEXTS, **settings), method_of(drafter), nodes=nodes, repeats=2)
 
 
 @pytest.fixture
 def results(monkeypatch):
-    """What every timed function returned; each takes as many milliseconds as were timed before it."""
+    """The results of every timed function.  Each takes as many milliseconds as functions have been timed."""
     seen = []
 
     def run(function, device, repeats):
@@ -38,30 +42,33 @@ def results(monkeypatch):
         seen.append((first, again))
         return float(len(seen))
 
-    monkeypatch.setattr(profiling, "milliseconds", run)
+    monkeypatch.setattr(runner, "milliseconds", run)
     return seen
 
 
 def test_the_median_is_of_the_calls_after_the_warm_up(monkeypatch):
-    took = [9.0] * profiling.WARM_UP + [0.001, 0.004, 0.002]  # seconds of each call
+    took = [9.0] * runner.WARM_UP + [0.001, 0.004, 0.002]  # seconds of each call
     ticks = itertools.chain.from_iterable((0.0, one) for one in took)
-    monkeypatch.setattr(profiling.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: next(ticks))
     calls = []
     assert milliseconds(lambda: calls.append(torch.is_inference_mode_enabled()), CPU, 3) == pytest.approx(2.0)
     assert calls == [True] * len(took)
 
 
-def test_full_memory_is_told_with_what_to_measure_less_of(monkeypatch):
+def test_an_error_about_full_memory_says_what_to_lower(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    ready, remedy = bench(), r"memory of cpu is full: measure fewer rows \(now 2\), a shorter context or smaller drafts"
-    monkeypatch.setattr(profiling, "milliseconds", full)
+    profiler, remedy = (
+        profiler_of(),
+        r"memory of cpu is full: measure fewer rows \(now 2\), a shorter context or smaller drafts",
+    )
+    monkeypatch.setattr(runner, "milliseconds", full)
     with pytest.raises(RedrafterError, match=remedy):
-        ready.step_ms(SHAPE)
-    monkeypatch.setattr(profiling, "prefill", full)
+        profiler.step_ms(SHAPE)
+    monkeypatch.setattr(Decoder, "prefill", full)
     with pytest.raises(RedrafterError, match=remedy):
-        bench()
+        profiler_of()
 
 
 def test_the_ceiling_counts_what_is_read_and_written(monkeypatch):
@@ -70,17 +77,17 @@ def test_the_ceiling_counts_what_is_read_and_written(monkeypatch):
 
 
 def test_what_a_step_must_read():
-    untied = bench()
+    untied = profiler_of()
     looked_up = MODEL.get_input_embeddings().weight
     total = sum(one.numel() for one in MODEL.parameters())
     assert untied.weight_bytes == 4 * (total - looked_up.numel())
     assert untied.cache_bytes == 4 * 2 * 2 * (2 * 4) * (8 + 8)  # bytes, layers, heads, rows x tokens, keys and values
     tied = tiny_model(tie_word_embeddings=True)
-    assert bench(tied).weight_bytes == 4 * sum(one.numel() for one in tied.parameters())
+    assert profiler_of(tied).weight_bytes == 4 * sum(one.numel() for one in tied.parameters())
 
 
 def test_the_steps_are_decodings_own(results):
-    own = bench()
+    own = profiler_of()
     expected = [greedy(MODEL, text, 4) for text in TEXTS]
     for shape in (None, SHAPE, SHAPE.model_copy(update={"node_budget": None})):
         own.step_ms(shape)
@@ -92,15 +99,15 @@ def test_the_steps_are_decodings_own(results):
 
 
 def test_the_parts_are_of_the_sizes_asked_for(results):
-    own = bench(do_sample=True, temperature=0.7, seed=3)
+    own = profiler_of(do_sample=True, temperature=0.7, seed=3)
     own.verify_ms(16)
     hidden, logits = results[-1][0]
     assert hidden.shape[:2] == logits.shape[:2] == (2, 16)
-    assert own.state.cache.window.visible == 4 + 16
+    assert own.runner(None).state.cache.window.visible == 4 + 16
     own.draft_ms(SHAPE)
     tree = results[-1][0]
     assert tree.size == 6
-    assert tree.tokens[:, 0].tolist() == [own.state.rows.text[row, 4].item() for row in range(2)]
+    assert tree.tokens[:, 0].tolist() == own.runner(SHAPE).state.rows.text[:, 4].tolist()
     drafted = own.tree(SHAPE)
     assert torch.equal(drafted.tokens, tree.tokens)
     own.rest_ms(SHAPE)
@@ -108,9 +115,11 @@ def test_the_parts_are_of_the_sizes_asked_for(results):
 
 
 def test_the_rest_keeps_the_path_of_the_trees_that_are_drafted(results, monkeypatch):
-    own = bench()
+    own = profiler_of()
     kept = []
-    monkeypatch.setattr(own.state.cache, "keep", lambda path, length: kept.append((path.shape, length.tolist())))
+    monkeypatch.setattr(
+        own.runner(SHAPE).state.cache, "keep", lambda path, length: kept.append((path.shape, length.tolist()))
+    )
     own.rest_ms(SHAPE)
     assert kept == [((2, 3), [4, 4])] * 2
 
@@ -120,26 +129,27 @@ def test_a_shape_of_another_length_is_drafted_as_if_it_were_the_calls_own(length
     torch.manual_seed(0)
     head = EagleHead.fresh(MODEL, beam_length=4)  # a draft reads as many positions as a step may write
     texts = [[*range(5, 16)], [*range(40, 29, -1)]]
-    told = {"beam_width": 3, "beam_length": length}
-    shape = DraftShape(**told)
+    sizes = {"beam_width": 3, "beam_length": length}
+    shape = DraftShape(**sizes)
     own, other = (
-        Bench.of(request(MODEL, head, texts, **told), head, [shape], repeats=1) for told in (told, {"beam_width": 2})
+        StepProfiler(request(MODEL, head, texts, **overrides), method_of(head), nodes=shape.max_nodes, repeats=1)
+        for overrides in (sizes, {"beam_width": 2})
     )
     assert torch.equal(other.tree(shape).tokens, own.tree(shape).tokens)
     assert other.step_ms(shape) > 0
-    assert torch.equal(other.tree(shape).tokens, own.tree(shape).tokens), "every measurement begins at the same place"
+    assert torch.equal(other.tree(shape).tokens, own.tree(shape).tokens), "every measurement begins from the same state"
 
 
 def test_a_sampled_draft_reckons_with_the_noise(results):
     drafts = []
     for seed in (1, 2):
-        bench(do_sample=True, seed=[seed, seed]).draft_ms(SHAPE)
+        profiler_of(do_sample=True, seed=[seed, seed]).draft_ms(SHAPE)
         drafts.append(results[-1][0].tokens.tolist())
     assert drafts[0] != drafts[1]
 
 
-def test_pieces_are_told_in_order(results):
-    found = list(profiling.pieces(bench(), SHAPE, nodes=[1, 8], widths=[1, 3]))
+def test_measurements_come_in_order(results):
+    found = list(profiling.measurements(profiler_of(), SHAPE, nodes=[1, 8], widths=[1, 3]))
     assert [(one.name, one.size, one.milliseconds) for one in found] == [
         ("autoregressive step", None, 1.0),
         ("verify, nodes", 1, 2.0),
@@ -157,13 +167,14 @@ def test_pieces_are_told_in_order(results):
 def test_a_memory_is_of_the_size_that_each_shape_needs(results, kind):
     """Whatever the call's own shape: wider beams, fewer nodes than beams; steps and trees are decoding's own."""
     torch.manual_seed(0)
-    method = TwoModel(MODEL) if kind == "two models" else EagleHead.fresh(MODEL)
-    asked = request(MODEL, method, TEXTS, beam_width=8, beam_length=3, node_budget=4)
+    drafter = TwoModel(MODEL) if kind == "two models" else EagleHead.fresh(MODEL)
+    own_request = request(MODEL, drafter, TEXTS, beam_width=8, beam_length=3, node_budget=4)
     shapes = [
         DraftShape(beam_width=w, beam_length=3, node_budget=n)
         for w, n in ((1, None), (2, None), (4, None), (8, 4), (2, 4))
     ]
-    own = Bench.of(asked, method, shapes, repeats=2)
+    nodes = max(shape.max_nodes for shape in shapes)
+    own = StepProfiler(own_request, method_of(drafter), nodes=nodes, repeats=2)
     expected = [greedy(MODEL, text, 5) for text in TEXTS]
     memories = set()
     for shape in shapes:
@@ -175,13 +186,14 @@ def test_a_memory_is_of_the_size_that_each_shape_needs(results, kind):
                 assert accepted == 3 or kind == "eagle" or shape.beam_width > 1, "a model knows what it will say"
         own.draft_ms(shape)
         assert own.tree(shape).tokens.equal(results[-1][0].trimmed().tokens)
-        memories.add(own._ready(shape)[1].memory.slots - own.state.cache.slots)
+        state = own.runner(shape).state
+        memories.add(state.memory.slots - state.cache.slots)
     assert memories == {0, 1 + 8 * 2 - 4, 1 + 2 * 2 - 4}
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_every_piece_can_be_replayed():
+def test_on_a_gpu_every_measurement_can_be_replayed():
     model = tiny_model().cuda()
-    found = list(profiling.pieces(bench(model, do_sample=True, seed=3), SHAPE, nodes=[1, 8], widths=[1, 3]))
+    found = list(profiling.measurements(profiler_of(model, do_sample=True, seed=3), SHAPE, nodes=[1, 8], widths=[1, 3]))
     assert all(one.milliseconds > 0 for one in found)
     assert profiling.bandwidth(model.device, 3) > 1e10

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -29,14 +28,14 @@ MODEL = tiny_model()
         ([[5]], {"max_new_tokens": 0}, "max_new_tokens. must be greater than 0, but is 0"),
         ([[5]], {"beam_length": -1}, "0 to decode without drafting, not -1"),
         ([[5]], {"beam_length": 4, "node_budget": 4}, "must hold the root and 4 drafted tokens, not be 4"),
-        ([[5]], {"beam_width": 0}, "between 1 and the drafter's 61 tokens, not 0"),
+        ([[5]], {"beam_width": 0}, "beam_width must be at least 1, not 0"),
         ([[5]], {"beam_width": 62}, "between 1 and the drafter's 61 tokens, not 62"),
         (torch.tensor([5, 6]), {}, "two dimensions"),
-        (torch.tensor([[5.0, 6.0]]), {}, "must be whole numbers, not float32"),
-        (torch.tensor([[5, 6]]), {"attention_mask": torch.ones(1, 3)}, "is not that of the input ids"),
+        (torch.tensor([[5.0, 6.0]]), {}, "must be integers, not float32"),
+        (torch.tensor([[5, 6]]), {"attention_mask": torch.ones(1, 3)}, "has shape \\(1, 3\\)"),
         (torch.tensor([[5, 6, 7]]), {"attention_mask": torch.tensor([[1, 0, 1]])}, "has holes"),
         ([[5]], {"attention_mask": torch.ones(1, 1)}, "not with a list of rows"),
-        (torch.tensor([[True]]), {}, "must be whole numbers, not bool"),
+        (torch.tensor([[True]]), {}, "must be integers, not bool"),
         (torch.zeros(2, 0).long(), {"attention_mask": torch.zeros(2, 0)}, "prompt of row 0 is empty"),
         ([[5]], {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, not 2.5"),
         ([[5]], {"do_sample": True, "temperature": "hot"}, "temperature must be a number, not 'hot'"),
@@ -57,9 +56,9 @@ def test_bad_input_gets_a_sentence_before_the_first_event(prompts, given, senten
 
 
 OF_OTHER_TYPES = (
-    ([5, 6], {}, "Row 0 of input_ids must hold whole numbers, not be 5"),
-    ([[5], [5.0]], {}, r"Row 1 of input_ids must hold whole numbers, not be \[5.0\]"),
-    (["a text"], {}, "Row 0 of input_ids must hold whole numbers, not be 'a text'"),
+    ([5, 6], {}, "Row 0 of input_ids must hold integers, not be 5"),
+    ([[5], [5.0]], {}, r"Row 1 of input_ids must hold integers, not be \[5.0\]"),
+    (["a text"], {}, "Row 0 of input_ids must hold integers, not be 'a text'"),
     ("a text", {}, "rows of token ids, not a str"),
     ({"input_ids": [[5]]}, {}, "rows of token ids, not a dict"),
     (None, {}, "rows of token ids, not None"),
@@ -70,23 +69,15 @@ OF_OTHER_TYPES = (
     ([[5]], {"presence_penalty": "a"}, "presence_penalty must be a number, not 'a'"),
     ([[5]], {"do_sample": True, "seed": 1.5}, "Seeds are whole numbers, .* not 1.5"),
     ([[5]], {"do_sample": True, "seed": ["a"]}, r"Seeds are whole numbers, .* not \['a'\]"),
-    ([[5]], {"eos_token_id": "a"}, "the id of a token, or several, not 'a'"),
-    ([[5]], {"eos_token_id": [[3]]}, r"the id of a token, or several, not \[\[3\]\]"),
+    ([[5]], {"eos_token_id": "a"}, "eos_token_id must be a token id, or several, not 'a'"),
+    ([[5]], {"eos_token_id": [[3]]}, r"eos_token_id must be a token id, or several, not \[\[3\]\]"),
     ([[5]], {"generation_config": {"top_k": 3}}, "must be a GenerationConfig, not a dict"),
-    ([[5]], {"logits_processor": transformers.TopKLogitsWarper(3)}, "logits_processor must be a list of what"),
-    ([[5]], {"stopping_criteria": [3]}, r"stopping_criteria must be a list of what is called, not \[3\]"),
+    ([[5]], {"logits_processor": transformers.TopKLogitsWarper(3)}, "logits_processor must be a list of callables"),
+    ([[5]], {"stopping_criteria": [3]}, r"stopping_criteria must be a list of callables, not \[3\]"),
     ([[5]], {"drafter": "no/such/folder"}, "There is no drafter folder at no/such/folder"),
-    ([[5]], {"drafter": 3}, "int is no method of drafting: pass a loaded drafter, its folder or hub id"),
-    ([[5]], {"drafter": MODEL}, "LlamaForCausalLM is no method of drafting: .* TwoModel drafts by a model"),
+    ([[5]], {"drafter": 3}, "int is not a supported drafter: pass a loaded drafter, its folder or hub id"),
+    ([[5]], {"drafter": MODEL}, "LlamaForCausalLM is not a supported drafter: .*TwoModel\\(model\\)"),
 )
-
-
-@pytest.fixture
-def unchecked():
-    """Types are what the caller gives, as outside of these tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize(("prompts", "given", "sentence"), OF_OTHER_TYPES)
@@ -204,8 +195,8 @@ def test_sequences_to_return_are_rows_of_their_own():
 
 def test_no_drafting_is_a_length_of_zero():
     drafter = RecurrentDrafter.for_target(MODEL)
-    assert request(MODEL, drafter, [[5]], beam_length=0).proposer is None
-    assert request(MODEL, None, [[5]]).proposer is None
+    assert request(MODEL, drafter, [[5]], beam_length=0).decoder.proposer is None
+    assert request(MODEL, None, [[5]]).decoder.proposer is None
     out = generate(MODEL, drafter, [[5], [6]], beam_length=0, max_new_tokens=5)
     assert (out.stats.steps, out.stats.drafted, out.stats.accepted_by_position) == (10, 0, [])
 
@@ -239,9 +230,30 @@ def tuned() -> RecurrentDrafter:
         (2, None, {"beam_length": 0}, None),
     ],
 )
-def test_drafts_are_tuned_to_the_batch_unless_a_shape_is_told(rows, batch_size, told, expected):
-    proposer = request(MODEL, tuned(), [[5]] * rows, batch_size=batch_size, **told).proposer
-    assert (None if proposer is None else (proposer.width, proposer.length, proposer.budget)) == expected
+def test_drafts_are_tuned_to_the_batch_unless_a_shape_is_given(rows, batch_size, told, expected):
+    proposer = request(MODEL, tuned(), [[5]] * rows, batch_size=batch_size, **told).decoder.proposer
+    found = None if proposer is None else proposer.shape
+    assert (found and (found.beam_width, found.beam_length, found.node_budget)) == expected
+
+
+def test_a_complete_shape_replaces_the_tuned_one():
+    shape = DraftShape(beam_width=6, beam_length=2, node_budget=5)
+    assert request(MODEL, tuned(), [[5]] * 4, shape=shape).decoder.proposer.shape == shape
+    without = DraftShape(beam_width=1, beam_length=0)
+    assert request(MODEL, tuned(), [[5]], shape=without).decoder.proposer is None
+    expected = generate(MODEL, None, [[5], [7]], max_new_tokens=9).new_tokens
+    out = generate(MODEL, tuned(), [[5], [7]], max_new_tokens=9, shape=shape)
+    assert out.new_tokens == expected
+    assert len(out.stats.accepted_by_position) == 2
+    assert 0 < out.stats.drafted <= 4 * out.stats.steps
+    with pytest.raises(RedrafterError, match="beam_width"):
+        request(MODEL, tuned(), [[5]], shape=DraftShape(beam_width=62, beam_length=2))
+
+
+@pytest.mark.parametrize("part", [{"beam_width": 6}, {"beam_length": 2}, {"beam_length": 0}, {"node_budget": 5}])
+def test_a_complete_shape_and_parts_of_one_are_refused(part):
+    with pytest.raises(RedrafterError, match="either shape, or beam_width"):
+        generate(MODEL, tuned(), [[5]], shape=DraftShape(beam_width=6, beam_length=2), **part)
 
 
 @pytest.mark.parametrize("law", [{}, {"do_sample": True, "seed": 3}])
@@ -362,7 +374,7 @@ def test_settings_may_be_dictionaries(name, value):
     assert generate(MODEL, None, ids, **told, **{name: value}).new_tokens == [expected]
 
 
-def test_wrappers_of_torch_compile_are_looked_through():
+def test_wrappers_of_torch_compile_are_removed(unchecked):
     model = tiny_model()
     told = {"max_new_tokens": 6, "do_sample": False}
     expected = generate(model, None, [[5, 9, 12]], **told).new_tokens

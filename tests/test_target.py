@@ -10,7 +10,7 @@ from conftest import tiny_model
 from redrafter import generate
 from redrafter.core.tree import chain, prefix_tree
 from redrafter.errors import RedrafterError
-from redrafter.heads.recurrent import DrafterConfig
+from redrafter.heads.recurrent import DrafterConfig, RecurrentDrafter
 from redrafter.targets.structure import base_name, public_name
 from redrafter.targets.target import Target
 from test_tree import path_to
@@ -120,12 +120,12 @@ def test_a_drafter_for_another_target_is_refused_by_both_names():
     model = tiny_model()
     model.config._name_or_path = "someone/mine-7b"
     target = Target(model)
-    target.check_drafter(config_for(target))
-    target.check_drafter(config_for(target, target="copied-by/mine-7b"))
+    RecurrentDrafter(config_for(target)).check_target(target)
+    RecurrentDrafter(config_for(target, target="copied-by/mine-7b")).check_target(target)
     with pytest.raises(RedrafterError, match=r"made for someone/other-7b, not for someone/mine-7b"):
-        target.check_drafter(config_for(target, target="someone/other-7b"))
+        RecurrentDrafter(config_for(target, target="someone/other-7b")).check_target(target)
     with pytest.raises(RedrafterError, match=r"someone/other-7b \(vocabulary 62.*someone/mine-7b \(vocabulary 61"):
-        target.check_drafter(config_for(target, vocab_size=62, target="someone/other-7b"))
+        RecurrentDrafter(config_for(target, vocab_size=62, target="someone/other-7b")).check_target(target)
 
 
 def test_names_that_leave_the_machine_hold_no_path(tmp_path):
@@ -198,7 +198,7 @@ def test_layers_give_the_states_that_the_model_itself_shows(family):
 
 @pytest.mark.parametrize("layers", [(0,), (2,), (1, 1), (-1,)])
 def test_layers_that_are_not_there_are_refused(llama, layers):
-    with pytest.raises(RedrafterError, match="different numbers from 1 to 1, rising"):
+    with pytest.raises(RedrafterError, match="distinct numbers from 1 to 1"):
         Target(llama, layers)
 
 

@@ -77,8 +77,8 @@ def test_shapes_are_whole_beams_and_budgets_that_cut_what_is_weighed():
     ]  # fmt: skip
 
 
-class Bench:
-    """Times by formula; counts what is measured."""
+class FakeProfiler:
+    """Durations by formula.  Counts what is measured."""
 
     def __init__(self, batch: int):
         self.batch, self.measured = batch, []
@@ -103,18 +103,18 @@ TOKENS = {shape(2, 2): 2.0, shape(4, 4): 3.0, shape(4, 4, 12): 2.9, shape(4, 4, 
 
 
 def test_parts_choose_a_few_candidates():
-    assert promising(Bench(1), TOKENS)[0] == shape(4, 4)
-    assert promising(Bench(4), TOKENS)[0] == shape(4, 4, 12, batch=4)
-    found = promising(Bench(16), TOKENS)
+    assert promising(FakeProfiler(1), TOKENS)[0] == shape(4, 4)
+    assert promising(FakeProfiler(4), TOKENS)[0] == shape(4, 4, 12, batch=4)
+    found = promising(FakeProfiler(16), TOKENS)
     assert len(found) == len(set(found)) == tuning.FINALISTS
     assert {one.batch for one in found} == {16}
 
 
 def test_no_part_is_timed_twice():
-    bench = Bench(1)
-    promising(bench, TOKENS)
-    assert bench.measured.count("verify") == 5  # 5, 17, 12, 8 and 3 nodes
-    assert bench.measured.count("draft") == 4  # both budgets are one search
+    profiler = FakeProfiler(1)
+    promising(profiler, TOKENS)
+    assert profiler.measured.count("verify") == 5  # 5, 17, 12, 8 and 3 nodes
+    assert profiler.measured.count("draft") == 4  # both budgets are one search
 
 
 class Calls:
@@ -174,8 +174,8 @@ def test_a_complete_call_is_one_of_generate(monkeypatch):
     assert texts.tokens_per_second(None, 1, batch=2, compile=False) == 2 * 6 / 2
     told = {"compile": False, "max_new_tokens": 6, **ONE_TEXT}
     drawn = [prompts[2], prompts[0]]
-    assert made[0] == ((drafter, drawn), told | {"beam_width": 2, "beam_length": 2, "node_budget": 4})
-    assert made[1] == ((None, drawn), told)
+    assert made[0] == ((drafter, drawn), told | {"shape": shape(2, 2, 4)})
+    assert made[1] == ((None, drawn), told | {"shape": None})
 
 
 def test_the_time_of_a_tuning_is_estimated_from_short_calls(monkeypatch):
@@ -254,7 +254,7 @@ def test_every_head_keeps_its_shapes(tmp_path, head):
     record(tmp_path, [shape(2, 3)], "here")
     config = head.from_pretrained(tmp_path).config
     assert (list(config.shapes), config.tuned_on) == ([shape(2, 3)], "here")
-    assert config.drafting(4) == (2, 3, None)
+    assert config.shape(4) == shape(2, 3)
     lines = (tmp_path / "config.json").read_text().splitlines()
     assert len(lines) == len(before.splitlines()) + 8, "a tree's paths stand on a line each"
     with pytest.raises(ValidationError):

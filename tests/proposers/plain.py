@@ -9,6 +9,7 @@ from conftest import Given
 from redrafter import generate
 from redrafter.core.noise import gumbel
 from redrafter.engine.request import request
+from redrafter.proposers import Proposer
 
 LAWS = {"greedy": {}, "sampled": {"do_sample": True, "seed": 3, "temperature": 0.8, "top_k": 30}}
 SHAPES = [(1, 4, None), (3, 3, None), (4, 3, 6), (2, 1, None), (1, 1, None)]
@@ -25,29 +26,31 @@ def small(prompts: list[list[int]]) -> list[list[int]]:
     return [[token % VOCABULARY for token in prompt] for prompt in prompts]
 
 
-class Watched:
-    """A proposer that writes down every row's text and draft."""
+class Watched(Proposer):
+    """Records every row's text and draft."""
 
     def __init__(self, proposer):
         self.watched, self.seen = proposer, []
+        self.length, self.size = proposer.length, proposer.size
+        self.positions, self.modules = proposer.positions, proposer.modules
 
-    def __getattr__(self, name):
-        return getattr(self.watched, name)
+    def memory(self, **sizes):
+        return self.watched.memory(**sizes)
 
-    def prepare(self):
-        return self
+    def read(self, memory, rows, states, start):
+        self.watched.read(memory, rows, states, start)
 
-    def propose(self, memory, place, context, draw):
-        tree = self.watched.propose(memory, place, context, draw)
-        for slot in place.alive.nonzero().flatten().tolist():
-            text = place.text[slot, : int(place.length[slot]) + 1].tolist()
-            self.seen.append((int(place.seed[slot]), text, set(paths(tree, slot).values()), draw))
+    def propose(self, memory, rows, context, noise):
+        tree = self.watched.propose(memory, rows, context, noise)
+        for slot in rows.alive.nonzero().flatten().tolist():
+            text = rows.text[slot, : int(rows.length[slot]) + 1].tolist()
+            self.seen.append((int(rows.seed[slot]), text, set(paths(tree, slot).values()), noise))
         return tree
 
 
 def plain_search(following, width: int, length: int, rank):
-    """The beams of one row, and all that was weighed: [(tokens, score)]; `following(tokens)` gives logits [V]."""
-    beams, weighed = [((), 0.0)], []
+    """The beams of one row, and all candidates: [(tokens, score)].  `following(tokens)` returns logits [V]."""
+    beams, candidates = [((), 0.0)], []
     for position in range(length):
         grown = []
         for tokens, score in beams:
@@ -55,16 +58,16 @@ def plain_search(following, width: int, length: int, rank):
             best = logits[0, 0].log_softmax(-1).topk(width)
             gains = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             grown += [((*tokens, token), score + gain) for token, gain in gains if gain > -torch.inf]
-        weighed += grown
+        candidates += grown
         beams = sorted(grown, key=lambda beam: -beam[1])[:width]
-    return beams, weighed
+    return beams, candidates
 
 
 def check_every_draft(model, method, following_of, shape, *, coupled: bool, **told) -> None:
     """Drafts while rows come and go; `following_of(text)` gives what `plain_search` asks."""
     width, length, budget = shape
     prompts = small(MANY)
-    watched = Watched(request(model, method, prompts, **shaped(*shape), **told).proposer)
+    watched = Watched(request(model, method, prompts, **shaped(*shape), **told).decoder.proposer)
     out = generate(model, Given(watched), prompts, **told)
     assert 0 < out.stats.accepted < out.stats.drafted
     assert len(watched.seen) > 20
@@ -76,9 +79,9 @@ def check_every_draft(model, method, following_of, shape, *, coupled: bool, **to
             noise = gumbel(torch.tensor([seed]), torch.tensor([[len(text) + position]]), VOCABULARY)
             return draw.warp(logits) + (noise if coupled else 0)
 
-        beams, weighed = plain_search(following_of(text), width, length, rank)
+        beams, candidates = plain_search(following_of(text), width, length, rank)
         if budget is None:
             expected = {tokens[:depth] for tokens, _ in beams for depth in range(length + 1)}
         else:
-            expected = {(), *(tokens for tokens, _ in sorted(weighed, key=lambda one: -one[1])[: budget - 1])}
+            expected = {(), *(tokens for tokens, _ in sorted(candidates, key=lambda one: -one[1])[: budget - 1])}
         assert found == expected

@@ -114,20 +114,20 @@ def test_what_cannot_be_drafted_is_refused_in_a_sentence():
         generate(tiny_model(vocab_size=60), HEAD, [[5]])
     with pytest.raises(RedrafterError, match="The drafter is on meta, the model on cpu"):
         generate(MODEL, random_head().to("meta"), [[5]])
-    assert request(MODEL, HEAD, [[5]], beam_length=0).proposer is None
+    assert request(MODEL, HEAD, [[5]], beam_length=0).decoder.proposer is None
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
 @pytest.mark.parametrize("law", LAWS)
 def test_a_draft_asks_the_device_nothing(shape, law):
     asked = request(MODEL, HEAD, MANY[:3], max_new_tokens=9, **shaped(*shape), **LAWS[law])
-    state = stepping.empty(asked.target, asked.proposer, batch=3, slots=60)
+    state = asked.decoder.empty(batch=3, slots=60)
     with torch.inference_mode():
-        stepping.prefill(asked.target, asked.proposer, asked.sampler, asked.rows, state)
-        draw = asked.sampler.noise(state.rows, depths=asked.length + 1, vocabulary=61)
+        asked.decoder.prefill(asked.rows, state)
+        noise = asked.sampler.noise(state.rows, depths=asked.decoder.length + 1, vocabulary=61)
         with AsksNothing():
-            tree = asked.proposer.propose(state.memory, state.rows, state.context, draw)
-    assert tree.size == asked.size
+            tree = asked.decoder.proposer.propose(state.memory, state.rows, state.context, noise)
+    assert tree.size == asked.decoder.size
 
 
 @pytest.mark.gpu

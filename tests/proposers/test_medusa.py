@@ -11,9 +11,11 @@ from conftest import AsksNothing, greedy, rooted, tiny_model
 from redrafter import RedrafterError, generate
 from redrafter.core.noise import gumbel
 from redrafter.core.rows import SamplingNoise
+from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import ancestors_of
 from redrafter.heads.medusa import MedusaHeads, fit_tree
-from redrafter.proposers import MedusaProposer
+from redrafter.proposers import method_of
+from redrafter.proposers.medusa import MedusaProposer
 from redrafter.targets.isolation import original
 from redrafter.targets.target import Target
 from test_medusa_heads import random_heads
@@ -23,6 +25,11 @@ PROMPTS = [[5, 9, 12], [7], [27, 28, 29, 30, 31]]
 LAWS = [{}, {"temperature": 0.6}, {"temperature": 1.4, "top_k": 7}, {"min_p": 0.1}]
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 3), st.one_of(st.none(), st.integers(4, 80)))
+
+
+def proposer_of(heads: MedusaHeads, width: int, length: int, budget: int | None = None) -> MedusaProposer | None:
+    shape = DraftShape(beam_width=width, beam_length=length, node_budget=budget)
+    return method_of(heads).proposer(Target(MODEL), shape)
 
 
 def plain_paths(heads: MedusaHeads, width: int, length: int, budget: int | None) -> list[tuple[int, ...]]:
@@ -44,7 +51,7 @@ def test_every_node_holds_the_token_of_its_rank(seed, shape, less, law):
         config = MODEL.generation_config.__class__(do_sample=True, **({"top_k": 0} | law))
         warpers = tuple(MODEL._get_logits_processor(config, input_ids_seq_length=1, device="cpu"))
         draw = SamplingNoise(warpers, gumbel(torch.tensor([seed, 5]), torch.arange(4, 8).expand(2, -1), 61))
-    proposer = heads.proposer(Target(MODEL), *shape)
+    proposer = proposer_of(heads, *shape)
     with AsksNothing():
         tree = proposer.propose(None, rooted(root), context, draw)
     paths = plain_paths(heads, *shape)
@@ -132,25 +139,25 @@ def test_a_head_that_is_wrong_stops_the_path_there():
 
 
 def test_the_tree_that_is_drafted_is_the_first_of_what_was_fitted():
-    heads, target = random_heads(), Target(MODEL)
+    heads = random_heads()
     tree = fit_tree([[0.6, 0.3, 0.2], [0.5, 0.2], [0.4]], 12)
     heads.config = heads.config.model_copy(update={"tree": tree})
-    assert heads.drafting(1) == (10, 3, None)
+    assert method_of(heads).shape(1) == DraftShape(beam_width=10, beam_length=3)
     for nodes in range(4, 13):
-        proposer = heads.proposer(target, *heads.drafting(1, budget=nodes))
+        proposer = proposer_of(heads, 10, 3, nodes)
         assert proposer.size == nodes
-    assert heads.proposer(target, 10, 3, 500).size == 12
-    assert heads.proposer(target, 1, 3, None).size == 4, "the best token of each head"
-    assert heads.proposer(target, 10, 1, None).size == 4, "three tokens of the first head"
-    assert heads.proposer(target, 10, 0, None) is None
+    assert proposer_of(heads, 10, 3, 500).size == 12
+    assert proposer_of(heads, 1, 3).size == 4, "the best token of each head"
+    assert proposer_of(heads, 10, 1).size == 4, "three tokens of the first head"
+    assert proposer_of(heads, 10, 0) is None
 
 
 @pytest.mark.parametrize(
     ("told", "sentence"),
     [
-        ({"beam_length": 4}, "beam_length must be at most 3, as there are heads, not 4"),
+        ({"beam_length": 4}, "beam_length must be at most 3, the number of heads, not 4"),
         ({"beam_length": -1}, "beam_length must be at least 1"),
-        ({"beam_width": 0}, "beam_width must lie between 1 and"),
+        ({"beam_width": 0}, "beam_width must be at least 1"),
         ({"node_budget": 3}, "node_budget must hold the root and 3 drafted tokens"),
     ],
 )
@@ -166,7 +173,7 @@ def test_heads_of_another_model_are_refused():
 
 def test_it_is_a_proposer_of_what_it_runs():
     heads = random_heads()
-    proposer = heads.proposer(Target(MODEL), 10, 3, None)
+    proposer = proposer_of(heads, 10, 3)
     assert isinstance(proposer, MedusaProposer)
     assert [original(module) for module in proposer.modules] == [heads]
     assert (proposer.length, proposer.positions, proposer.memory(batch=1, slots=1)) == (3, 1, None)

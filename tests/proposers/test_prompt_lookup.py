@@ -11,7 +11,6 @@ from conftest import AsksNothing, greedy, tiny_model
 from redrafter import PromptLookup, RedrafterError, generate, stream
 from redrafter.core.rows import RowState, SamplingNoise
 from redrafter.core.tree import ancestors_of
-from redrafter.decoding import step as stepping
 from redrafter.engine.request import request
 from redrafter.proposers.prompt_lookup import PromptLookupProposer
 
@@ -99,13 +98,13 @@ def test_a_text_that_repeats_itself_is_drafted_whole():
 @pytest.mark.parametrize("law", LAWS)
 def test_a_draft_asks_the_device_nothing(law):
     asked = request(MODEL, PromptLookup(), [[5, 9, 12], [7]], max_new_tokens=6, **LAWS[law])
-    target, proposer, sampler = asked.target, asked.proposer, asked.sampler
-    state = stepping.empty(target, proposer, batch=2, slots=40)
+    decoder = asked.decoder
+    state = decoder.empty(batch=2, slots=40)
     with torch.inference_mode():
-        stepping.prefill(target, proposer, sampler, asked.rows, state)
-        draw = sampler.noise(state.rows, depths=proposer.length + 1, vocabulary=61)
+        decoder.prefill(asked.rows, state)
+        noise = decoder.sampler.noise(state.rows, depths=decoder.length + 1, vocabulary=61)
         with AsksNothing():
-            proposer.propose(state.memory, state.rows, state.context, draw)
+            decoder.proposer.propose(state.memory, state.rows, state.context, noise)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +122,7 @@ def test_what_means_nothing_is_refused_in_a_sentence(method, told, sentence):
 
 
 def test_no_drafting_is_a_length_of_zero():
-    assert request(MODEL, PromptLookup(), [[5]], beam_length=0).proposer is None
+    assert request(MODEL, PromptLookup(), [[5]], beam_length=0).decoder.proposer is None
 
 
 @pytest.mark.gpu

@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_beam_search import plain_beam_search
 
 from conftest import rooted, tiny_model
 from redrafter import RecurrentDrafter, generate
 from redrafter.core.noise import gumbel
 from redrafter.core.rows import SamplingNoise
-from redrafter.proposers import RecurrentProposer
+from redrafter.core.shapes import DraftShape
+from redrafter.proposers.recurrent import RecurrentProposer
 from redrafter.targets.target import Target
-from test_beam import plain_beam_search
 
 MODEL = tiny_model()
 LAWS = [{}, {"temperature": 0.6}, {"temperature": 1.4, "top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}]
@@ -37,7 +38,7 @@ def test_beams_are_those_that_the_noise_puts_first(seed, width, length, less, bu
         torch.nn.init.normal_(parameter, std=0.4)
     target = Target(MODEL)
     budget = 1 + length + width if budgeted else None
-    proposer = RecurrentProposer(drafter, target, width, length, budget)
+    proposer = RecurrentProposer(drafter, target, DraftShape(beam_width=width, beam_length=length, node_budget=budget))
     config = MODEL.generation_config.__class__(do_sample=True, **({"top_k": 0} | law))
     warpers = tuple(MODEL._get_logits_processor(config, input_ids_seq_length=1, device="cpu"))
     draw = SamplingNoise(warpers, gumbel(torch.tensor([seed, 5]), torch.arange(4, 4 + length + 1).expand(2, -1), 61))

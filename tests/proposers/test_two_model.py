@@ -134,13 +134,13 @@ def test_a_draft_asks_the_device_nothing(law):
         max_new_tokens=6,
         **LAWS[law],
     )
-    target, proposer, sampler = asked.target, asked.proposer, asked.sampler
-    state = stepping.empty(target, proposer, batch=2, slots=40)
+    decoder = asked.decoder
+    state = decoder.empty(batch=2, slots=40)
     with torch.inference_mode():
-        stepping.prefill(target, proposer, sampler, asked.rows, state)
-        draw = sampler.noise(state.rows, depths=proposer.length + 1, vocabulary=61)
+        decoder.prefill(asked.rows, state)
+        noise = decoder.sampler.noise(state.rows, depths=decoder.length + 1, vocabulary=61)
         with AsksNothing():
-            proposer.propose(state.memory, state.rows, state.context, draw)
+            decoder.proposer.propose(state.memory, state.rows, state.context, noise)
 
 
 def test_a_step_runs_the_draft_model_as_often_as_the_draft_is_long(monkeypatch):
@@ -153,11 +153,11 @@ def test_a_step_runs_the_draft_model_as_often_as_the_draft_is_long(monkeypatch):
 
     asked = request(MODEL, TwoModel(OTHER), [[5, 9, 12]], beam_width=2, beam_length=4, max_new_tokens=6)
     monkeypatch.setattr(Target, "forward", counted)
-    state = stepping.empty(asked.target, asked.proposer, batch=1, slots=40)
+    state = asked.decoder.empty(batch=1, slots=40)
     with torch.inference_mode():
-        stepping.prefill(asked.target, asked.proposer, asked.sampler, asked.rows, state)
+        asked.decoder.prefill(asked.rows, state)
         assert sizes == [(False, 3), (True, 3)]
-        stepping.step(asked.target, asked.proposer, asked.sampler, state)
+        asked.decoder.step(state)
     assert sizes[2:-1] == [(True, 5), (True, 3), (True, 5), (True, 7)]
     assert not sizes[-1][0]
 
@@ -201,7 +201,7 @@ def test_a_draft_model_that_is_moved_meanwhile_is_told():
 
 
 def test_no_drafting_is_a_length_of_zero():
-    assert request(MODEL, TwoModel(OTHER), [[5]], beam_length=0).proposer is None
+    assert request(MODEL, TwoModel(OTHER), [[5]], beam_length=0).decoder.proposer is None
 
 
 @pytest.mark.gpu

@@ -11,13 +11,13 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from redrafter.decoding.step import Decoder, Emission, Row, State
 from redrafter.engine.backend import Backend, models_of
@@ -98,29 +98,35 @@ class Runner:
         self._layers = decoder.target.decoder_layers if self.backend.compile is None else []
         if self._layers:
             mark_length_dynamic(self.state.cache)
-        self._addresses = self._current_addresses()
-        self._step = self.captured(lambda: self.decoder.step(self.state))
+        self._addresses = _current_addresses(self._models)
+        prepared = self.decoder  # a function that referred to the runner would form a cycle, which keeps its memory
+        self._step = self.captured(lambda: prepared.step(state))
         self._pending: deque[PendingStep] = deque()
         self._seconds = math.inf  # duration of the last step that was waited for
 
     def captured(self, function: Callable[[], Any]) -> Captured[Any]:
         """A function of the state, as one CUDA graph if the backend uses graphs."""
+        models, addresses = self._models, self._addresses
         return Captured(
             function,
             self.backend.device,
             refused=self.backend.graph,
-            valid=lambda: self._current_addresses() == self._addresses,
+            valid=lambda: _current_addresses(models) == addresses,
         )
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The context of every use of the models: exclusive, in inference mode, with the backend's optimisations."""
+        """The context of every use of the models: exclusive, in inference mode, with the backend's kernels."""
         with ExitStack() as stack:
             stack.enter_context(self._lock)
             stack.enter_context(torch.inference_mode())
             stack.enter_context(kernels_enabled(self._fast))
-            if self._layers:
-                stack.enter_context(compiled(self._layers))
+            yield
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """Within the context, steps run compiled layers.  Prompts do not: their lengths would all be compiled."""
+        with compiled(self._layers) if self._layers else nullcontext():
             yield
 
     def admit(self, slots: list[int], rows: list[Row], owners: Owners) -> StepResult:
@@ -138,7 +144,7 @@ class Runner:
         begin = time.perf_counter()
         length, size = self.decoder.length, self.decoder.size
         limit = 2 if self._launches_ahead else 1
-        with self.running():
+        with self.running(), self._compiled():
             while len(self._pending) < limit:
                 unread = len(self._pending) * (length + 1)  # tokens, at most
                 if self._pending and not more(unread):
@@ -166,16 +172,17 @@ class Runner:
 
     def milliseconds(self, function: Callable[[], object], repeats: int) -> float:
         """The median duration of a function of the state: CUDA graph replays between events, otherwise wall time."""
-        with self.running():
+        with self.running(), self._compiled():
             return milliseconds(function, self.backend.device, repeats)
 
     @property
     def _launches_ahead(self) -> bool:
         return self._ahead and self._seconds < LAUNCH_AHEAD_SECONDS and self._step.replaying
 
-    def _current_addresses(self) -> list[int]:
-        """One address per model, which changes if the model is moved or converted."""
-        return [next(chain(model.parameters(), model.buffers())).data_ptr() for model in self._models]
+
+def _current_addresses(models: Sequence[nn.Module]) -> list[int]:
+    """One address per model, which changes if the model is moved or converted."""
+    return [next(chain(model.parameters(), model.buffers())).data_ptr() for model in models]
 
 
 def milliseconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:

@@ -68,7 +68,11 @@ Drafter = Head | Method
 
 
 def method_of(drafter: Drafter) -> Method:
-    """What a caller passed as `drafter`, as a `Method`.  Raises RedrafterError for anything else."""
+    """What a caller passed as `drafter`, as a `Method`.  Raises RedrafterError for anything else.
+
+    Removes a wrapper of `torch.compile`; code that it compiled is not used.
+    """
+    drafter = getattr(drafter, "_orig_mod", drafter)
     if isinstance(drafter, Head):
         return HeadMethod(drafter)
     if isinstance(drafter, Method):

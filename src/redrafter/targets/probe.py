@@ -17,7 +17,7 @@ from redrafter.core.cache import LayerShape
 from redrafter.core.tree import DraftTree, ancestors_of, chain
 from redrafter.core.tree_attention import register
 from redrafter.errors import RedrafterError
-from redrafter.kernels import has_kernels, kernels_enabled
+from redrafter.kernels import has_kernels
 from redrafter.targets.structure import refusal
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class Probe:
     """Cached tensors of each layer."""
     head_alone: bool
     """Whether the output head alone computes the logits from its input."""
-    tree_kernels: bool
-    """Whether the kernels of `core.tree_attention` give the model's results."""
+    tree_kernels: bool | None
+    """Whether the kernels of `core.tree_attention` give the model's results; None if kernels did not run."""
 
 
 _Placement = list[tuple[torch.device, torch.dtype]]
@@ -43,10 +43,11 @@ _probes: weakref.WeakKeyDictionary[nn.Module, tuple[_Placement, Probe]] = weakre
 def probe(target: Target) -> Probe:
     """The results for a target, from an earlier call if possible.  Raises RedrafterError if it cannot verify trees."""
     placement = [(parameter.device, parameter.dtype) for parameter in target.model.parameters()]
-    if target.model not in _probes or _probes[target.model][0] != placement:
-        with torch.no_grad(), torch.autocast(target.device.type, enabled=False), kernels_enabled(True):
-            _probes[target.model] = placement, _run(target)
-    return _probes[target.model][1]
+    known, kernels = _probes.get(target.model), has_kernels(target.device, target.dtype)
+    if known is None or known[0] != placement or (kernels and known[1].tree_kernels is None):
+        with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
+            known = _probes[target.model] = placement, _run(target)
+    return known[1]
 
 
 def _run(target: Target) -> Probe:
@@ -72,8 +73,8 @@ def _run(target: Target) -> Probe:
 
     if not agrees():
         raise refusal(target.model, "its states at the nodes of a tree differ from those of plain text")
-    kernels = has_kernels(target.device, target.dtype)
-    if kernels:
+    kernels: bool | None = None
+    if has_kernels(target.device, target.dtype):
         register()
         target.tree_kernels = True
         try:

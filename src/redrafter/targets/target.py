@@ -78,7 +78,7 @@ class Target:
         with ModelLock(self.model):
             probed = probe(self)
         self.shapes, self.head_alone = probed.shapes, probed.head_alone
-        self.tree_kernels = probed.tree_kernels and has_kernels(self.device, self.dtype)
+        self.tree_kernels = bool(probed.tree_kernels) and has_kernels(self.device, self.dtype)
 
     @property
     def decoder_layers(self) -> list[nn.Module]:

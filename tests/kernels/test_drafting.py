@@ -9,17 +9,18 @@ import interpreting
 import pytest
 import torch
 from interpreting import INTERPRETED, on_cpu, on_kernels
-from redrafter.kernels.product import activated
 
 from conftest import rooted, tiny_model
-from redrafter import RecurrentDrafter
+from redrafter import RecurrentDrafter, kernels
 from redrafter.core.noise import gumbel
 from redrafter.core.rows import SamplingNoise
+from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import most_probable, plain_most_probable, plain_prefix_tree, prefix_tree
-from redrafter.kernels import has_kernels
-from redrafter.kernels.topk import Top, plain_topk, top
-from redrafter.proposers import RecurrentProposer
-from redrafter.proposers.beam_search import beam_search, grow, plain_extend_beams
+from redrafter.kernels import has_kernels, kernels_enabled
+from redrafter.kernels.activation import silu_add
+from redrafter.kernels.topk import TopK, plain_topk, topk
+from redrafter.proposers.beam_search import extend_beams, plain_extend_beams
+from redrafter.proposers.recurrent import RecurrentProposer, beam_search
 from redrafter.targets.target import Target
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, of the interpreter
@@ -58,7 +59,7 @@ def test_the_best_of_a_row(shape, dtype, device):
         scores = scores.clamp(min=0).where(scores > columns / 16 - 100, -1)
     wide = torch.cat((scores, scores + 1), dim=1)[:, :columns]  # rows that do not follow one another
     for given in (scores, wide):
-        found, wanted = top(given, width), plain_topk(scores, width)
+        found, wanted = topk(given, width), plain_topk(scores, width)
         assert found.values.equal(wanted.values)
         assert scores.gather(1, found.ids).equal(wanted.values.to(dtype))
         assert all(len(set(row)) == width for row in found.ids.tolist())
@@ -72,7 +73,7 @@ def test_by_the_sort_of_triton(device, monkeypatch):
     if INTERPRETED:
         monkeypatch.setattr("triton.language.topk", interpreting.sort_of_triton)
     scores = torch.randn(1, 70).to(device)
-    assert all(map(torch.equal, top(scores, 3)[:2], plain_topk(scores, 3)[:2]))
+    assert all(map(torch.equal, topk(scores, 3)[:2], plain_topk(scores, 3)[:2]))
 
 
 @on_kernels
@@ -80,7 +81,7 @@ def test_of_equal_scores_the_smaller_id_comes_first(device):
     scores = torch.zeros(2, 3000, device=device)
     scores[0, ::2] = -0.0
     scores[1, [2999, 1500, 20]] = 1
-    assert top(scores, 5).ids.tolist() == [[0, 1, 2, 3, 4], [20, 1500, 2999, 0, 1]]
+    assert topk(scores, 5).ids.tolist() == [[0, 1, 2, 3, 4], [20, 1500, 2999, 0, 1]]
 
 
 @on_kernels
@@ -92,7 +93,7 @@ def test_scores_that_are_no_numbers_give_columns(device):
     scores[3, :1490] = -torch.inf
     scores[4, 1111] = torch.inf
     scores[5] -= 1e6
-    found, wanted = top(scores, 20), plain_topk(scores, 20)
+    found, wanted = topk(scores, 20), plain_topk(scores, 20)
     assert ((found.ids >= 0) & (found.ids < 1500)).all()
     assert all(len(set(row)) == 20 for row in found.ids.tolist())
     assert found.values[3:].equal(wanted.values[3:])
@@ -106,24 +107,24 @@ def test_any_chunk_gives_the_same(device):
 
     scores = torch.randn(2, 3001).to(device)
     for chunk in (64, 512, 4096):
-        assert all(map(torch.equal, drafting.top(scores, 20, chunk)[:2], plain_topk(scores, 20)[:2]))
+        assert all(map(torch.equal, drafting.topk(scores, 20, chunk)[:2], plain_topk(scores, 20)[:2]))
 
 
 @on_kernels
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 0), (2, 1, 10, 0), (3, 1, 64, 0), (2, 10, 10, 3), (1, 50, 50, 1)], ids=str)
-def test_beams_grow(shape, named, device):
+def test_beams_are_extended(shape, named, device):
     torch.manual_seed(0)
     batch, beams, width, position = shape
-    best = Top(*(part.to(device) for part in plain_topk(torch.randn(batch * beams, 90), width)))
+    best = TopK(*(part.to(device) for part in plain_topk(torch.randn(batch * beams, 90), width)))
     names = torch.randperm(500)[:90].to(device) if named else None
     begun = torch.randint(0, 500, (batch, beams, position), device=device)
     scores, above = -torch.rand(batch, beams).to(device), torch.randint(0, 99, (batch, beams), device=device)
-    found, wanted = (way(best, names, begun, scores, above) for way in (grow, plain_extend_beams))
+    found, wanted = (way(best, names, begun, scores, above) for way in (extend_beams, plain_extend_beams))
     assert found.level.tokens.equal(wanted.level.tokens)
     assert found.level.parents.equal(wanted.level.parents)
     torch.testing.assert_close(found.level.scores, wanted.level.scores)
-    for name in ("beams", "above", "parents"):
+    for name in ("beams", "entries", "parents"):
         assert getattr(found, name).equal(getattr(wanted, name)), name
     torch.testing.assert_close(found.scores, wanted.scores)
 
@@ -134,19 +135,19 @@ def test_beams_of_no_probability_are_still_beams(device):
     scores = torch.full((4, 30), -torch.inf)
     scores[1] = torch.nan
     scores[2, 5] = 1
-    best = top(scores.to(device), 4)
+    best = topk(scores.to(device), 4)
     begun = torch.arange(4, device=device).view(2, 2, 1)
     above = torch.tensor([[0, 3], [1, 2]], device=device)
-    grown = grow(best, None, begun, torch.tensor([[-1.0, -torch.inf], [-2.0, -3.0]], device=device), above)
-    for found, end in ((grown.beams, 30), (grown.above, 8), (grown.parents, 2), (grown.level.tokens, 30)):
+    step = extend_beams(best, None, begun, torch.tensor([[-1.0, -torch.inf], [-2.0, -3.0]], device=device), above)
+    for found, end in ((step.beams, 30), (step.entries, 8), (step.parents, 2), (step.level.tokens, 30)):
         assert ((found >= 0) & (found < end)).all()
-    assert grown.scores[1].tolist() == [-2.0, -torch.inf, -torch.inf, -torch.inf]
-    assert grown.beams[1, 0].tolist() == [2, 5]
+    assert step.scores[1].tolist() == [-2.0, -torch.inf, -torch.inf, -torch.inf]
+    assert step.beams[1, 0].tolist() == [2, 5]
 
 
 @on_kernels
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 10, 4), (2, 3, 7), (1, 50, 4), (1, 64, 3), (2, 1, 16)], ids=str)
-def test_folding(shape, device):
+def test_prefix_trees(shape, device):
     torch.manual_seed(0)
     for kinds in (2, 4, 60_000):
         beams, root = torch.randint(0, kinds, shape).to(device), torch.arange(5, 5 + shape[0]).to(device)
@@ -186,13 +187,13 @@ def test_activations(dtype, device):
     cases = [
         {},
         {"more": more},
-        {"onto": onto},
-        {"more": more, "onto": onto.transpose(0, 1).contiguous().transpose(0, 1)},
+        {"residual": onto},
+        {"more": more, "residual": onto.transpose(0, 1).contiguous().transpose(0, 1)},
     ]
     for given in cases:
-        wanted = activated(x.double(), **{name: one.double() for name, one in given.items()})
+        wanted = silu_add(x.double(), **{name: one.double() for name, one in given.items()})
         with torch.no_grad():
-            found = activated(x, **given)
+            found = silu_add(x, **given)
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), wanted, rtol=8e-3 if dtype == torch.bfloat16 else 1e-3, atol=1e-4)
 
@@ -201,7 +202,7 @@ def test_activations(dtype, device):
 @torch.no_grad()
 def test_activations_of_very_many_rows():
     x = torch.randn(70_000, 3, device="cuda")
-    torch.testing.assert_close(activated(x), torch.nn.functional.silu(x))
+    torch.testing.assert_close(silu_add(x), torch.nn.functional.silu(x))
 
 
 FORMS = [{}, {"exit_dim": 20, "num_draft_layers": 3}, {"rnn": False}, {"gated": True, "exit_dim": 32}]
@@ -216,45 +217,45 @@ FORMS = [{}, {"exit_dim": 20, "num_draft_layers": 3}, {"rnn": False}, {"gated": 
 def test_proposals(form, budget, noisy, batch, device, monkeypatch):
     torch.manual_seed(0)
     model = tiny_model().to(device)
-    with monkeypatch.context() as patch:
-        patch.setattr("redrafter.targets.target.has_kernels", lambda *_: False)  # the target takes no part
+    with kernels_enabled(False):  # the target's kernels are not tested here
         drafter = RecurrentDrafter.for_target(model, draft_vocabulary=torch.arange(3, 50), **form)
         for parameter in drafter.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-        proposer = RecurrentProposer(drafter, Target(model), 6, 4, budget)
+        proposer = RecurrentProposer(
+            drafter, Target(model), DraftShape(beam_width=6, beam_length=4, node_budget=budget)
+        )
     context, root = torch.randn(batch, 32).to(device), torch.tensor([5, 9], device=device)[:batch]
     noise = gumbel(torch.tensor([3, 5]), torch.arange(5).expand(2, -1), 61)[:batch].to(device) if noisy else None
-    told = (None, rooted(root), context[:, None], SamplingNoise((), noise))
-    quick = proposer.prepare()
-    assert (quick.fused is None) == ("rnn" in form or "gated" in form)
-    found = quick.propose(*told)
+    arguments = (None, rooted(root), context[:, None], SamplingNoise((), noise))
+    prepared = proposer.prepare()
+    assert (prepared.fused is None) == ("rnn" in form or "gated" in form)
+    found = prepared.propose(*arguments)
     monkeypatch.undo()
-    for name in ("beam", "fast.fused", "fast.product", "fast.top", "tree"):
-        monkeypatch.setattr(f"redrafter.{name}.has_kernels", lambda *_: False)
-    wanted = proposer.propose(*told)
+    with kernels_enabled(False):
+        wanted = proposer.propose(*arguments)
     for name in FIELDS:
         assert getattr(found, name).equal(getattr(wanted, name)), name
 
 
 @on_kernels
-def test_where_triton_does_not_work_the_plain_ways_stand_in(device, monkeypatch):
+def test_pytorch_replaces_triton_if_it_fails(device, monkeypatch):
     def broken(*_):
         raise RuntimeError("Failed to find C compiler.\nPlease say where it is.")
 
     place = torch.device(device)
     assert has_kernels(place)
-    monkeypatch.setattr("redrafter.kernels.triton.drafting.activated", broken)
-    fast._works.cache_clear()
-    with pytest.warns(UserWarning, match=r"without them: Failed to find C compiler\.$"):
+    monkeypatch.setattr("redrafter.kernels.triton.drafting.silu_add", broken)
+    kernels._failure.cache_clear()
+    with pytest.warns(UserWarning, match=r"uses PyTorch instead: Failed to find C compiler\.$"):
         assert not has_kernels(place)
     assert not has_kernels(place, torch.bfloat16)
-    fast._works.cache_clear()
+    kernels._failure.cache_clear()
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("redrafter.kernels.triton.drafting.activated", full)
+        patch.setattr("redrafter.kernels.triton.drafting.silu_add", full)
         with pytest.raises(torch.OutOfMemoryError):
             has_kernels(place)
     monkeypatch.undo()
@@ -270,7 +271,9 @@ def test_a_graph_holds_a_search():
     context, root = torch.randn(2, 32, device="cuda"), torch.tensor([5, 9], device="cuda")
 
     def search():
-        found = beam_search(drafter, model.get_input_embeddings(), context, root, width=7, length=3)
+        found = beam_search(
+            drafter, model.get_input_embeddings(), context, root, DraftShape(beam_width=7, beam_length=3)
+        )
         return prefix_tree(root, found.beams), most_probable(root, found.levels, size=40)
 
     search()
@@ -289,6 +292,6 @@ def test_a_graph_holds_a_search():
 @on_cpu
 def test_no_kernel_takes_part_where_gradients_are_asked(monkeypatch):
     x = torch.randn(4, 5, requires_grad=True)
-    monkeypatch.setattr("redrafter.kernels.product.has_kernels", lambda *_: pytest.fail("it was asked"))
-    activated(x, onto=x).sum().backward()
+    monkeypatch.setattr("redrafter.kernels.activation.has_kernels", lambda *_: pytest.fail("it was asked"))
+    silu_add(x, residual=x).sum().backward()
     assert x.grad is not None

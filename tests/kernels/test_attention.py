@@ -17,7 +17,7 @@ from conftest import greedy
 from redrafter import RedrafterError
 from redrafter.core import tree_attention as attention
 from redrafter.core.tree import DraftTree, ancestors_of, chain, tree_mask
-from redrafter.core.tree_attention import packed, reference, tree_attention, unpacked
+from redrafter.core.tree_attention import bit_mask, from_bit_mask, reference, tree_attention
 from redrafter.targets.target import Target
 from test_families import WORKS, build
 
@@ -58,12 +58,12 @@ def distance(found, wanted) -> float:
 
 @on_cpu
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 70, 130])
-def test_a_packed_mask_says_all_of_the_tree_that_attention_reads(size):
+def test_a_bit_mask_contains_the_tree_that_attention_reads(size):
     tree, length = random_tree(3, size), torch.tensor([0, 7, 123_456])
-    mask = packed(tree, length)
+    mask = bit_mask(tree, length)
     assert mask.shape == (3, 1, size, 2 + (size + 31) // 32)
     assert mask.dtype == torch.int64
-    again, lengths = unpacked(mask)
+    again, lengths = from_bit_mask(mask)
     assert lengths.equal(length)
     assert again.depth.equal(tree.depth)
     assert again.ancestors.equal(tree.ancestors)
@@ -79,7 +79,7 @@ def test_the_plain_way_is_masked_attention(size, window):
     wanted = torch.nn.functional.scaled_dot_product_attention(
         query, key.nan_to_num(), value.nan_to_num(), visible, scale=0.3, enable_gqa=True
     )
-    found = reference(query, key, value, packed(tree, length), scaling=0.3, window=window)
+    found = reference(query, key, value, bit_mask(tree, length), scaling=0.3, window=window)
     assert found.shape == (2, size, 6, 12)
     assert distance(found, wanted.transpose(1, 2)) < 1e-12
 
@@ -122,7 +122,7 @@ def test_the_kernels_give_what_the_plain_way_gives(shape, what, dtype, device):
     what = dict(what)
     if "sinks" in what:
         what["sinks"] = torch.randn(heads).to(device, dtype)
-    mask = packed(tree, length).to(device)
+    mask = bit_mask(tree, length).to(device)
     found = tree_attention(query, key, value, mask, scaling=0.25, **what)
     assert found.dtype == dtype
     if "sinks" in what:
@@ -138,7 +138,7 @@ def test_any_number_of_parts_gives_the_same(sinks, device):
 
     tree, length = random_tree(2, 40), torch.tensor([0, 100])
     query, key, value = inputs(2, 1, 64, 64, 150, tree, length, device=device)
-    mask = packed(tree, length).to(device)
+    mask = bit_mask(tree, length).to(device)
     sink = torch.randn(2) if sinks else None
     wanted = reference(*doubles(query, key, value), mask.cpu(), scaling=0.2, sinks=sink)
     sink = sink.to(device) if sinks else None
@@ -152,7 +152,7 @@ def test_any_number_of_parts_gives_the_same(sinks, device):
 def test_a_node_depends_on_nothing_that_it_does_not_see(device):
     tree, length = random_tree(2, 20), torch.tensor([30, 64])
     query, key, value = inputs(4, 2, 64, 64, 120, tree, length, device=device)
-    mask = packed(tree, length).to(device)
+    mask = bit_mask(tree, length).to(device)
     before = tree_attention(query, key, value, mask, scaling=0.2)
     node = 11
     unseen = ~tree_mask(tree, length, slots=120)[:, node].to(device)
@@ -176,14 +176,14 @@ def test_a_graph_follows_rows_that_grow():
     tree = random_tree(2, nodes)
     held = DraftTree(**{name: field.cuda() for name, field in vars(tree).items()})
     length = torch.tensor([0, 5], device="cuda")
-    tree_attention(query, key, value, packed(held, length), scaling=0.2)  # compiles
+    tree_attention(query, key, value, bit_mask(held, length), scaling=0.2)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = tree_attention(query, key, value, packed(held, length), scaling=0.2)
+        found = tree_attention(query, key, value, bit_mask(held, length), scaling=0.2)
     for lengths in ([0, 5], [260, 31], [100, 259]):
         length.copy_(torch.tensor(lengths))
         graph.replay()
-        wanted = reference(*doubles(query, key, value), packed(tree, torch.tensor(lengths)), scaling=0.2)
+        wanted = reference(*doubles(query, key, value), bit_mask(tree, torch.tensor(lengths)), scaling=0.2)
         assert distance(found, wanted) < 1e-5
 
 
@@ -196,6 +196,12 @@ def prefilled(target: Target, prompts: list[list[int]], slots: int):
     return cache, length
 
 
+def have_kernels(monkeypatch) -> None:
+    """Targets are probed as if kernels ran; the PyTorch reference replaces them."""
+    for module in ("target", "probe"):
+        monkeypatch.setattr(f"redrafter.targets.{module}.has_kernels", lambda *_: True)
+
+
 OWN_ATTENTION = {"falcon", "gptj", "codegen"}
 """Families whose attention transformers lets nobody replace."""
 FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "deepseek_v3"] if INTERPRETED else WORKS
@@ -203,10 +209,10 @@ FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "deepseek_v3"] if 
 
 @pytest.mark.filterwarnings("default")  # some families warn of themselves
 @pytest.mark.parametrize("family", FAMILIES)
-def test_models_take_the_packed_mask(family, monkeypatch):
+def test_models_accept_the_bit_mask(family, monkeypatch):
     model = build(family, WORKS[family][1], "eager")
     target = Target(model)
-    monkeypatch.setattr(target, "packs", False)
+    monkeypatch.setattr(target, "tree_kernels", False)
     torch.manual_seed(2)
     calls = []
     forward = attention.tree_attention
@@ -218,7 +224,7 @@ def test_models_take_the_packed_mask(family, monkeypatch):
         states, logits = target.forward(tree, length, cache)
         assert not calls
         attention.register()
-        monkeypatch.setattr(target, "packs", True)
+        monkeypatch.setattr(target, "tree_kernels", True)
         if family in OWN_ATTENTION:
             return
         again, logits_again = target.forward(tree, length, cache)
@@ -231,8 +237,8 @@ def test_models_take_the_packed_mask(family, monkeypatch):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_target_finds_out_whether_the_kernels_serve(family, monkeypatch):
-    monkeypatch.setattr("redrafter.targets.target.has_kernels", lambda *_: True)
-    assert Target(build(family, WORKS[family][1], "eager")).packs == (family not in OWN_ATTENTION)
+    have_kernels(monkeypatch)
+    assert Target(build(family, WORKS[family][1], "eager")).tree_kernels == (family not in OWN_ATTENTION)
 
 
 @on_cpu
@@ -243,10 +249,10 @@ def test_kernels_that_fail_do_not_serve_but_full_memory_says_nothing_of_them(mon
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr("redrafter.targets.target.has_kernels", lambda *_: True)
-    monkeypatch.setattr("redrafter.targets.target.packed", fails)
+    have_kernels(monkeypatch)
+    monkeypatch.setattr("redrafter.targets.target.bit_mask", fails)
     error = TritonError("out of resource: shared memory")
-    assert not Target(build("llama", WORKS["llama"][1], "eager")).packs
+    assert not Target(build("llama", WORKS["llama"][1], "eager")).tree_kernels
     error = torch.OutOfMemoryError("CUDA out of memory")
     model = build("llama", WORKS["llama"][1], "eager")
     with pytest.raises(torch.OutOfMemoryError):
@@ -281,9 +287,9 @@ def test_without_a_tree_transformers_text_is_what_it_was(family):
 def test_what_the_kernel_does_not_compute_is_refused():
     tree, length = random_tree(1, 3), torch.tensor([4])
     query, key, value = inputs(2, 1, 8, 8, 20, tree, length)
-    module, mask = torch.nn.Module(), packed(tree, length)
+    module, mask = torch.nn.Module(), bit_mask(tree, length)
     for asked in ({"dropout": 0.1}, {"position_bias": torch.zeros(1)}):
-        with pytest.raises(RedrafterError, match="neither dropout nor biases, which Module asks"):
+        with pytest.raises(RedrafterError, match="neither dropout nor position biases, which Module needs"):
             attention.attention_forward(module, query, key, value, mask, **asked)
     with pytest.raises(RedrafterError, match="attn_implementation='eager'"):
         attention.attention_forward(module, query, key, value, None, dropout=0.1, softcap=2.0)
@@ -299,7 +305,8 @@ def test_registering_twice_changes_nothing():
 @on_cpu
 def test_triton_is_imported_where_kernels_run_and_only_there():
     code = (
-        "import sys; from redrafter.kernels import attention; import redrafter.engine.generate; attention.register(); "
+        "import sys; from redrafter.core import tree_attention as attention; import redrafter.engine.generate; "
+        "attention.register(); "
         "sys.exit('redrafter.kernels.triton' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
@@ -309,7 +316,7 @@ def test_triton_is_imported_where_kernels_run_and_only_there():
 def test_torch_compile_keeps_it_in_one_piece():
     tree, length = random_tree(2, 6), torch.tensor([4, 2])
     query, key, value = inputs(4, 2, 8, 8, 20, tree, length)
-    mask = packed(tree, length)
+    mask = bit_mask(tree, length)
 
     def twice(query):
         return torch.ops.redrafter.tree_attention(query, key, value, mask, 0.3, None, None, None) * 2

@@ -45,13 +45,6 @@ def test_a_path_is_a_drafter_a_draft_model_or_a_name(model, drafter_folder, draf
     assert not method.model.training
 
 
-def test_only_a_drafters_head_has_eight_bits(model, drafter_folder, draft_folder):
-    assert load_drafter(drafter_folder, model, 8).has_eight_bits
-    for path in ("prompt-lookup", draft_folder):
-        with pytest.raises(RedrafterError, match=f"head can have 8 bits, and {path} is none"):
-            load_drafter(path, model, 8)
-
-
 def test_medusa_heads_are_told_by_their_folder(model, tmp_path):
     MedusaHeads.fresh(model, heads=2).save_pretrained(tmp_path)
     heads = load_drafter(tmp_path, model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from interpreting import on_cpu, on_kernels
 
-from redrafter.kernels.kv_write import scatter, store
+from redrafter.kernels.kv_write import kv_write, scatter
 
 
 def case(device: str, *, batch: int, heads: int, positions: int, sizes: tuple[int, int], dtype=torch.float32):
@@ -30,7 +30,7 @@ def test_as_a_scatter(device, batch, heads, positions, sizes):
     keys, values, *told = case(device, batch=batch, heads=heads, positions=positions, sizes=sizes)
     expected = keys.clone(), values.clone()
     scatter(*expected, *told)
-    store(keys, values, *told)
+    kv_write(keys, values, *told)
     assert torch.equal(keys, expected[0])
     assert torch.equal(values, expected[1])
 
@@ -47,11 +47,11 @@ def test_torch_compile_does_not_copy_the_cache():
         return graph.forward
 
     def write(keys, values, key, value):
-        store(keys, values, slots, key, value)
+        kv_write(keys, values, slots, key, value)
         return keys[:, :, :6]
 
     got = torch.compile(write, backend=backend, fullgraph=True)(keys, values, key, value)
-    assert torch.ops.redrafter.store.default in seen
+    assert torch.ops.redrafter.kv_write.default in seen
     assert got.data_ptr() == keys.data_ptr()
     assert torch.equal(keys, expected[0])
     assert torch.equal(values, expected[1])

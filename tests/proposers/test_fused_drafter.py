@@ -1,4 +1,4 @@
-"""The drafter's products, joined, against the drafter's own.  test_drafting.py has the kernel."""
+"""The drafter's fused products against the drafter's own.  test_drafting.py tests the kernel."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 
 from conftest import tiny_model
 from redrafter import RecurrentDrafter
-from redrafter.proposers import RecurrentProposer
-from redrafter.proposers import fused_drafter as joined
+from redrafter.core.shapes import DraftShape
+from redrafter.proposers import fused_drafter as module
 from redrafter.proposers.fused_drafter import FusedDrafter
+from redrafter.proposers.recurrent import RecurrentProposer
 from redrafter.targets.target import Target
 
 
@@ -25,7 +26,7 @@ def drafter_of(**form):
 @pytest.mark.parametrize("form", [{}, {"exit_dim": 20, "draft_vocabulary": torch.arange(3, 50)}], ids=["whole", "own"])
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
-def test_what_is_joined_gives_what_the_drafter_gives(form, batch):
+def test_fused_products_give_the_results_of_the_drafter(form, batch):
     drafter, embed = drafter_of(**form)
     found = FusedDrafter.of(drafter, embed)
     state, context = torch.randn(2, batch, 5, 32, dtype=torch.double).unbind()
@@ -54,13 +55,15 @@ def test_other_forms_are_left_alone(form):
 
 def test_a_large_table_is_not_made(monkeypatch):
     drafter, embed = drafter_of()
-    monkeypatch.setattr(joined, "LARGEST", drafter.config.head_size * 32 * 8 - 1)
+    monkeypatch.setattr(module, "MAX_TABLE_BYTES", drafter.config.head_size * 32 * 8 - 1)
     assert FusedDrafter.of(drafter, embed) is None
-    monkeypatch.setattr(joined, "LARGEST", drafter.config.head_size * 32 * 8)
+    monkeypatch.setattr(module, "MAX_TABLE_BYTES", drafter.config.head_size * 32 * 8)
     assert FusedDrafter.of(drafter, embed) is not None
 
 
-def test_nothing_is_joined_where_no_kernel_runs():
+def test_nothing_is_fused_if_no_kernel_runs():
     model = tiny_model()
-    proposer = RecurrentProposer(RecurrentDrafter.for_target(model), Target(model), 3, 2)
+    proposer = RecurrentProposer(
+        RecurrentDrafter.for_target(model), Target(model), DraftShape(beam_width=3, beam_length=2)
+    )
     assert proposer.prepare() is proposer

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from redrafter.core.shapes import DraftShape
 from redrafter.heads.recurrent import DrafterConfig, RecurrentDrafter
-from redrafter.proposers.beam_search import beam_search
+from redrafter.proposers.recurrent import beam_search
 
 
 def random_drafter(*, seed: int, rnn: bool, exit_dim: int, vocabulary: int = 11, draft: int | None = None):
@@ -56,22 +57,30 @@ def plain_beam_search(
 def test_agrees_with_the_plain_search(seed, rnn, exit_dim, draft, width, length):
     drafter, embedding = random_drafter(seed=seed, rnn=rnn, exit_dim=exit_dim, draft=draft)
     context, root = torch.randn(3, 6, dtype=torch.double), torch.tensor([1, 4, 10])
-    beams, scores, levels = beam_search(drafter, embedding, context, root, width=width, length=length)
+    beams, scores, levels = beam_search(
+        drafter, embedding, context, root, DraftShape(beam_width=width, beam_length=length)
+    )
     for row in range(3):
         expected = plain_beam_search(drafter, embedding, context[row], int(root[row]), width, length)
         assert beams[row].tolist() == [tokens for tokens, _ in expected]
         assert scores[row].tolist() == pytest.approx([score for _, score in expected], abs=1e-4)
-        weighed = [[()]]
+        candidates = [[()]]
         for depth, level in enumerate(levels, start=1):
-            above = [weighed[-1][entry] for entry in level.parents[row].tolist()]
-            weighed.append([(*path, token) for path, token in zip(above, level.tokens[row].tolist(), strict=True)])
-            assert len(set(weighed[-1])) == len(level.tokens[row]) == width * (1 if depth == 1 else width)
+            above = [candidates[-1][entry] for entry in level.parents[row].tolist()]
+            candidates.append([(*path, token) for path, token in zip(above, level.tokens[row].tolist(), strict=True)])
+            assert len(set(candidates[-1])) == len(level.tokens[row]) == width * (1 if depth == 1 else width)
             found = plain_beam_search(drafter, embedding, context[row], int(root[row]), width, depth)
-            known = dict(zip(weighed[-1], level.scores[row].tolist(), strict=True))
+            known = dict(zip(candidates[-1], level.scores[row].tolist(), strict=True))
             assert all(known[tuple(tokens)] == pytest.approx(score, abs=1e-4) for tokens, score in found)
 
 
 def test_wider_than_the_vocabulary_is_refused():
     drafter, embedding = random_drafter(seed=0, rnn=True, exit_dim=12)
     with pytest.raises(ValueError, match="exceeds the 11 tokens"):
-        beam_search(drafter, embedding, torch.zeros(1, 6, dtype=torch.double), torch.tensor([0]), width=12, length=1)
+        beam_search(
+            drafter,
+            embedding,
+            torch.zeros(1, 6, dtype=torch.double),
+            torch.tensor([0]),
+            DraftShape(beam_width=12, beam_length=1),
+        )

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, generate
-from redrafter.engine import generate as decoding
+from redrafter import RecurrentDrafter, RedrafterError, generate, stream
+from redrafter.decoding.step import Decoder
 from redrafter.engine.cuda_graph import Captured, RefuseSynchronization, Synchronizes
 
 LAWS = {"greedy": {}, "sampled": {"do_sample": True, "top_p": 0.9, "seed": 7}}
@@ -97,22 +97,6 @@ def test_a_model_on_another_gpu_than_the_current_one(captured):
     assert [one.replaying for one in captured] == [False, True, True]
 
 
-def test_a_model_on_several_devices_is_called_and_that_is_said(monkeypatch):
-    class Wanted(Captured):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.refused = None  # as on a GPU
-
-    model = tiny_model()
-    drafter = RecurrentDrafter.for_target(model)
-    expected = generate(model, drafter, PROMPTS, max_new_tokens=9).new_tokens
-    monkeypatch.setattr(decoding, "Captured", Wanted)
-    assert generate(model, drafter, PROMPTS, max_new_tokens=9).new_tokens == expected, "without a warning"
-    model.elsewhere = torch.nn.Linear(1, 1, device="meta")
-    with pytest.warns(UserWarning, match="without a CUDA graph: the model lies on several devices"):
-        assert generate(model, drafter, PROMPTS, max_new_tokens=9).new_tokens == expected
-
-
 READS = {
     "item": lambda x: x.sum().item(),
     "branch": lambda x: bool(x.sum() > 0),
@@ -157,11 +141,11 @@ def test_a_tensor_made_of_numbers_is_found():
 
 
 @pytest.mark.gpu
-def test_a_function_that_reads_the_device_is_called_and_that_is_said():
+def test_a_function_that_reads_the_device_is_called_with_a_warning():
     x = torch.zeros(3, device="cuda")
     captured = Captured(lambda: float(x.add_(1)[0]), torch.device("cuda"))
     captured()
-    with pytest.warns(UserWarning, match="goes on without a CUDA graph: .* reads the device"):
+    with pytest.warns(UserWarning, match="continues without a CUDA graph: .* reads the device"):
         captured()
     captured()
     assert captured.refused is not None
@@ -182,7 +166,9 @@ def test_replayed_text_is_plain_text(family, drafting, law, captured):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("default", "error:Decoding goes on without torch.compile")  # torch has warnings of its own
+@pytest.mark.filterwarnings(
+    "default", "error:Decoding continues without torch.compile"
+)  # torch has warnings of its own
 def test_compiled_text_is_plain_text_by_one_code_for_all_layers(monkeypatch, caplog):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # torch does not see through its checks
     caplog.set_level(logging.INFO, logger="redrafter")
@@ -203,7 +189,7 @@ def test_the_graph_is_freed_with_the_last_event():
     before = torch.cuda.memory_allocated()
     for _ in range(3):
         generate(model, RecurrentDrafter.for_target(model), PROMPTS, max_new_tokens=20)
-    events = decoding.stream(model, None, PROMPTS, max_new_tokens=20)
+    events = stream(model, None, PROMPTS, max_new_tokens=20)
     for _ in range(12):
         next(events)
     events.close()
@@ -212,25 +198,25 @@ def test_the_graph_is_freed_with_the_last_event():
 
 def test_a_model_that_is_moved_meanwhile_is_not_replayed():
     model = tiny_model()
-    events = decoding.stream(model, None, PROMPTS, max_new_tokens=9)
+    events = stream(model, None, PROMPTS, max_new_tokens=9)
     next(events)
-    events_of_another = decoding.stream(tiny_model(), None, PROMPTS, max_new_tokens=9)
+    events_of_another = stream(tiny_model(), None, PROMPTS, max_new_tokens=9)
     next(events_of_another)
     model.double()
-    with pytest.raises(RedrafterError, match="moved or converted while it was writing"):
+    with pytest.raises(RedrafterError, match="moved or converted during generation"):
         list(events)
     assert len(list(events_of_another)) == len(PROMPTS) * 8 + 4
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_streams_side_by_side_do_not_heed_each_other(device):
+def test_streams_side_by_side_are_independent(device):
     """Of one model with and without a drafter, and of another model with its own."""
     model, other = tiny_model().to(device), tiny_model(seed=1).to(device)
     drafters = [RecurrentDrafter.for_target(one, beam_width=2, beam_length=2) for one in (model, other)]
     pairs = [(model, drafters[0]), (model, None), (other, drafters[1])]
     expected = [generate(one, None, PROMPTS, max_new_tokens=9).new_tokens for one, _ in pairs]
     found = [[[] for _ in PROMPTS] for _ in pairs]
-    streams = [decoding.stream(*pair, PROMPTS, max_new_tokens=9) for pair in pairs]
+    streams = [stream(*pair, PROMPTS, max_new_tokens=9) for pair in pairs]
     for events in itertools.zip_longest(*streams):
         for texts, event in zip(found, events, strict=True):
             if event is not None:
@@ -238,7 +224,7 @@ def test_streams_side_by_side_do_not_heed_each_other(device):
     assert found == expected
 
 
-def test_full_memory_is_told_in_a_sentence_and_the_model_goes_on(monkeypatch):
+def test_full_memory_is_a_redrafter_error_and_the_model_still_works(monkeypatch):
     model = tiny_model()
     plain = generate(model, None, PROMPTS, max_new_tokens=6).new_tokens
 
@@ -246,7 +232,7 @@ def test_full_memory_is_told_in_a_sentence_and_the_model_goes_on(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(decoding, "step", full)
+        patched.setattr(Decoder, "step", full)
         with pytest.raises(RedrafterError, match=r"memory of cpu is full: lower batch_size \(now 5\)"):
             generate(model, None, PROMPTS, max_new_tokens=6)
     assert generate(model, None, PROMPTS, max_new_tokens=6).new_tokens == plain

@@ -119,7 +119,7 @@ def test_a_stream_that_is_open_when_python_ends_prints_nothing():
         "from conftest import tiny_model\nfrom redrafter import RecurrentDrafter, stream\nmodel = tiny_model()\n"
         "events = stream(model, RecurrentDrafter.for_target(model), [[5, 9]], max_new_tokens=30)\nnext(events)\n"
     )
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]  # of conftest.py
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0
     assert "Exception" not in done.stderr
@@ -237,8 +237,8 @@ def test_a_function_in_place_of_forward_runs_unless_it_would_run_dropout():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.filterwarnings("default")  # torch.compile has warnings of its own
-def test_forward_passes_beside_captured_steps(compile):
+@pytest.mark.filterwarnings("default", "error:Decoding continues without torch.compile")  # torch has other warnings
+def test_forward_passes_beside_captured_steps(compile, unchecked):
     """Captures of this thread raise no error in another one, and change no result there."""
     model = tiny_model().cuda().train()
     drafter = RecurrentDrafter.for_target(model, beam_width=3, beam_length=3)

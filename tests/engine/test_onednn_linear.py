@@ -12,11 +12,11 @@ from torch import nn
 from conftest import greedy, tiny_model
 from redrafter import RecurrentDrafter, generate
 from redrafter.engine import onednn_linear as module
-from redrafter.engine.onednn_linear import pack
+from redrafter.engine.onednn_linear import pack_linears, why_not_packed
 from redrafter.targets.isolation import isolated
 
 PROMPT = [5, 9, 12, 3]
-pytestmark = pytest.mark.skipif(not module._works(), reason="packs on x86 CPUs with oneDNN alone")
+pytestmark = pytest.mark.skipif(why_not_packed(nn.Linear(2, 2)) is not None, reason="needs an x86 CPU and oneDNN")
 
 
 def logits(model, tokens=PROMPT):
@@ -27,7 +27,7 @@ def logits(model, tokens=PROMPT):
 def packed(model):
     """A copy whose products are packed, and their number."""
     own = isolated(model)
-    return own, pack(own)
+    return own, pack_linears(own)
 
 
 @pytest.fixture
@@ -106,10 +106,10 @@ def test_unchanged_weights_are_packed_once_and_freed_with_the_model(packings):
     assert count == packed(model)[1]
     assert len(packings) == count
     gc.collect()  # what other tests left
-    before = len(module._kept)
+    before = len(module._packed)
     del model
     gc.collect()
-    assert len(module._kept) == before - count
+    assert len(module._packed) == before - count
 
 
 def test_the_model_is_as_before():
@@ -129,7 +129,11 @@ def test_what_cannot_be_packed_is_left_alone(monkeypatch):
     model.model.layers[0].self_attn.k_proj = Adapted(32, 16, bias=False)
     assert packed(model)[1] == 10  # q and v of that layer each by itself
     assert packed(tiny_model().bfloat16())[1] == 0
+    assert "float32" in why_not_packed(tiny_model().bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert packed(model)[1] == 0
-    monkeypatch.setattr(module, "LARGEST", 1000)
+        assert "autocast" in why_not_packed(model)
+    assert why_not_packed(model) is None
+    monkeypatch.setattr(module, "MAX_BYTES", 1000)
     assert packed(model)[1] == 0
+    assert "GiB" in why_not_packed(model)

@@ -1,10 +1,11 @@
-"""One compiled code serves all layers that are alike, gives the plain text and leaves the model as it was.
+"""Compiled code serves all equal layers, gives the same text and does not change the model.
 
-The step of a CUDA device is imitated on a CPU: packed masks, the operators that stand for kernels, trees of one size.
+The step of a CUDA device is imitated on a CPU: bit masks, the kernels' operators, trees of one size, fused layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import jaxtyping
@@ -14,38 +15,48 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from conftest import tiny_model
-from redrafter import RecurrentDrafter, generate
+from redrafter import RecurrentDrafter, generate, stream
 from redrafter.core.cache import LayerShape, SlotCache
 from redrafter.core.tree import DraftTree
 from redrafter.engine import compiled as module
-from redrafter.engine import fused_linear as merged
-from redrafter.engine import generate as decoding
+from redrafter.engine import runner
+from redrafter.engine.backend import Backend
 from redrafter.engine.compiled import compiled
-from redrafter.kernels import product
 
 PROMPTS = [[5, 9, 12], [7, 3]]
+KERNEL_USERS = ("targets.target", "targets.probe", "core.cache")
+"""Modules whose kernels are replaced by PyTorch's equivalents inside operators."""
 
 
 class Uncaptured:
-    """A step as CUDA runs it, but for the graph."""
+    """A step as on CUDA, but without the graph."""
 
     refused = None
     replaying = False
 
-    def __init__(self, function, device, **told):
+    def __init__(self, function, device, **options):
         self._function = function
 
     def __call__(self):
         return self._function()
 
 
+choose = Backend.choose
+
+
+def choose_as_on_cuda(decoder, *, fast, compile):
+    chosen = choose(decoder, fast=fast, compile=compile)
+    return dataclasses.replace(chosen, graph=None, linears=None) if fast else chosen
+
+
 @pytest.fixture
 def backend(monkeypatch):
-    """Imitates CUDA; what is called sets the function that compiles a graph."""
-    for name in ("target", "cache"):
+    """Imitates CUDA.  Returns a function that sets the backend of torch.compile."""
+    for name in KERNEL_USERS:
         monkeypatch.setattr(f"redrafter.{name}.has_kernels", lambda *_: True)
     monkeypatch.setattr(DraftTree, "trimmed", lambda tree: tree)
-    monkeypatch.setattr(decoding, "Captured", Uncaptured)
+    monkeypatch.setattr(runner, "Captured", Uncaptured)
+    monkeypatch.setattr(Backend, "choose", choose_as_on_cuda)
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # torch does not see through its checks
     module._compiled.cache_clear()
     torch._dynamo.reset()
@@ -90,20 +101,6 @@ def test_layers_that_are_alike_are_compiled_once_for_a_shape(family, kinds, chan
             assert len(graphs) == kinds * (shapes if count == 8 else 2)
 
 
-def test_products_of_few_rows_are_one_operator_in_the_same_code(graphs, monkeypatch):
-    """Torch stands in for their kernel; a layer's query, key and value, output, gate and up, and down."""
-    monkeypatch.setattr(merged, "measured", lambda weight: True)
-    monkeypatch.setattr(merged, "LARGE", 0)
-    monkeypatch.setattr(product, "_launched", lambda x, weight, bias, *_: nn.functional.linear(x, weight, bias))
-    model = tiny_model("qwen2", num_hidden_layers=4)
-    for drafter in (None, RecurrentDrafter.for_target(model, beam_width=3, beam_length=3)):
-        plain = generate(model, drafter, PROMPTS, max_new_tokens=8, fast=False)
-        assert generate(model, drafter, PROMPTS, max_new_tokens=8, compile=True).new_tokens == plain.new_tokens
-    calls = [[node.target for node in graph.graph.nodes if node.op == "call_function"] for graph in graphs]
-    operator = torch.ops.redrafter.product.default
-    assert [one.count(operator) for one in calls] == [4, 0]  # of 2 rows, and of 2 trees with 10 nodes each
-
-
 def test_another_model_of_the_same_shape_needs_no_compilation(graphs):
     for seed in (0, 1):
         model = tiny_model(seed=seed)
@@ -116,7 +113,7 @@ def test_the_model_is_as_before_also_between_events(graphs):
     model = tiny_model()
     kinds = [type(part) for part in model.modules()]
     names = [set(vars(part)) for part in model.modules()]
-    events = decoding.stream(model, None, PROMPTS, max_new_tokens=8, compile=True)
+    events = stream(model, None, PROMPTS, max_new_tokens=8, compile=True)
     for _ in range(5):
         next(events)
     assert graphs
@@ -220,10 +217,8 @@ def test_the_command_says_how_long_it_compiled(model_folder, say, graphs):
 
 
 def test_shapes_are_tuned_for_compiled_layers_where_that_is_asked_for(
-    model_folder, drafter_folder, tmp_path, say, graphs, monkeypatch
+    model_folder, drafter_folder, tmp_path, say, graphs
 ):
-    for name in ("decoding", "profiling"):  # which a CPU packs and a GPU merges
-        monkeypatch.setattr(f"redrafter.{name}.optimize_linears", lambda *_, captured: 0)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Once"}')
     words = ["tune", "--model", model_folder, "--drafter", drafter_folder, "--prompts", tmp_path / "rows.jsonl"]
     words += ["--batch-sizes", 1, "--widths", 2, "--lengths", 2, "--budgets", 4, "--repeats", 1, "--context", 8]
@@ -240,7 +235,7 @@ def test_shapes_are_tuned_for_compiled_layers_where_that_is_asked_for(
 @pytest.mark.parametrize("told", [{"fast": False}, {}])
 def test_nothing_is_compiled_where_the_kernels_do_not_run(told, graphs, monkeypatch):
     if not told:
-        for name in ("target", "cache"):
+        for name in KERNEL_USERS:
             monkeypatch.setattr(f"redrafter.{name}.has_kernels", lambda *_: False)
     model = tiny_model()
     generate(model, None, PROMPTS, max_new_tokens=4, compile=True, **told)
