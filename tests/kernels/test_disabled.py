@@ -43,10 +43,10 @@ def launches(monkeypatch):
 @pytest.mark.parametrize(
     ("method", "shape", "expected"),
     [
-        ("none", None, {"_store", "_attend", "_walk"}),
+        ("none", None, {"_kv_write", "_attend", "_walk"}),
         ("recurrent", "beams", {"_best_of_row", "_extend_beams", "_prefix_tree", "_moved", "_silu_add"}),
         ("recurrent", "budget", {"_most_probable"}),
-        ("eagle", "beams", {"_attend", "_store"}),
+        ("eagle", "beams", {"_attend", "_kv_write"}),
         ("medusa", "budget", {"_best_of_row"}),
         ("two models", "beams", {"_prefix_tree"}),
     ],

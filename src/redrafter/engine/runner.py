@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -116,13 +116,17 @@ class Runner:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The context of every use of the models: exclusive, in inference mode, with the backend's optimisations."""
+        """The context of every use of the models: exclusive, in inference mode, with the backend's kernels."""
         with ExitStack() as stack:
             stack.enter_context(self._lock)
             stack.enter_context(torch.inference_mode())
             stack.enter_context(kernels_enabled(self._fast))
-            if self._layers:
-                stack.enter_context(compiled(self._layers))
+            yield
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """Within the context, steps run compiled layers.  Prompts do not: their lengths would all be compiled."""
+        with compiled(self._layers) if self._layers else nullcontext():
             yield
 
     def admit(self, slots: list[int], rows: list[Row], owners: Owners) -> StepResult:
@@ -140,7 +144,7 @@ class Runner:
         begin = time.perf_counter()
         length, size = self.decoder.length, self.decoder.size
         limit = 2 if self._launches_ahead else 1
-        with self.running():
+        with self.running(), self._compiled():
             while len(self._pending) < limit:
                 unread = len(self._pending) * (length + 1)  # tokens, at most
                 if self._pending and not more(unread):
@@ -168,7 +172,7 @@ class Runner:
 
     def milliseconds(self, function: Callable[[], object], repeats: int) -> float:
         """The median duration of a function of the state: CUDA graph replays between events, otherwise wall time."""
-        with self.running():
+        with self.running(), self._compiled():
             return milliseconds(function, self.backend.device, repeats)
 
     @property
