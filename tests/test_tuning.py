@@ -23,6 +23,7 @@ from redrafter import (
 from redrafter.core.shapes import DraftShape
 from redrafter.decoding.settings import ONE_TEXT
 from redrafter.evaluation import tuning
+from redrafter.evaluation.profiling import StepProfiler
 from redrafter.evaluation.tuning import Texts, Tuned, interval, promising, record, shapes, tune
 from redrafter.heads.eagle import EagleHead
 from redrafter.heads.medusa import MedusaHeads
@@ -59,9 +60,12 @@ def test_drafting_is_switched_on_only_where_the_gain_exceeds_the_spread(ratios, 
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says():
-    assert interval(range(1, 10)) == (2, 8)  # both ends together miss in 2 * (1 + 9) / 2**9 = 3.9 % of all cases
-    assert interval(range(1, 7)) == (1, 6)  # 2 / 2**6 = 3.1 %
-    assert interval(range(1, 6)) == (-math.inf, math.inf)  # 2 / 2**5 = 6.3 %
+    assert interval([float(i) for i in range(1, 10)]) == (
+        2,
+        8,
+    )  # both ends together miss in 2 * (1 + 9) / 2**9 = 3.9 % of all cases
+    assert interval([float(i) for i in range(1, 7)]) == (1, 6)  # 2 / 2**6 = 3.1 %
+    assert interval([float(i) for i in range(1, 6)]) == (-math.inf, math.inf)  # 2 / 2**5 = 6.3 %
     torch.manual_seed(0)
     drawn = torch.randn(4000, tuning.PAIRS).exp()  # skewed, of median 1
     held = sum(low <= 1 <= high for low, high in (interval(row.tolist()) for row in drawn)) / len(drawn)
@@ -77,7 +81,7 @@ def test_shapes_are_whole_beams_and_budgets_that_cut_what_is_weighed():
     ]  # fmt: skip
 
 
-class FakeProfiler:
+class FakeProfiler(StepProfiler):
     """Durations by formula.  Counts what is measured."""
 
     def __init__(self, batch: int):

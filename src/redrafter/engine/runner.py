@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -115,23 +115,19 @@ class Runner:
         )
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """The context of every use of the models: exclusive, in inference mode, with the backend's kernels."""
+    def running(self, *, compile: bool = True) -> Iterator[None]:
+        """The context of every use of the models: exclusive, in inference mode, with the backend's optimisations."""
         with ExitStack() as stack:
             stack.enter_context(self._lock)
             stack.enter_context(torch.inference_mode())
             stack.enter_context(kernels_enabled(self._fast))
-            yield
-
-    @contextmanager
-    def _compiled(self) -> Iterator[None]:
-        """Within the context, steps run compiled layers.  Prompts do not: their lengths would all be compiled."""
-        with compiled(self._layers) if self._layers else nullcontext():
+            if compile and self._layers:
+                stack.enter_context(compiled(self._layers))
             yield
 
     def admit(self, slots: list[int], rows: list[Row], owners: Owners) -> StepResult:
         """Rows enter free slots.  Pending steps keep their owners."""
-        with self.running():
+        with self.running(compile=False):  # prompts of every length would be compiled anew
             emitted = self.decoder.admit(self.state, slots, rows)
         return PendingStep(owners, emitted, emitted.report).result()
 
@@ -144,7 +140,7 @@ class Runner:
         begin = time.perf_counter()
         length, size = self.decoder.length, self.decoder.size
         limit = 2 if self._launches_ahead else 1
-        with self.running(), self._compiled():
+        with self.running():
             while len(self._pending) < limit:
                 unread = len(self._pending) * (length + 1)  # tokens, at most
                 if self._pending and not more(unread):
@@ -172,7 +168,7 @@ class Runner:
 
     def milliseconds(self, function: Callable[[], object], repeats: int) -> float:
         """The median duration of a function of the state: CUDA graph replays between events, otherwise wall time."""
-        with self.running(), self._compiled():
+        with self.running():
             return milliseconds(function, self.backend.device, repeats)
 
     @property
