@@ -107,5 +107,5 @@ def test_adapters_that_change_the_prompt_are_refused():
 
 
 def test_what_is_no_model_of_transformers_is_refused():
-    with pytest.raises(RedrafterError, match="Linear is not a model of transformers"):
+    with pytest.raises(RedrafterError, match="Linear is not a transformers model"):
         generate(torch.nn.Linear(2, 2), None, [[5]])

@@ -110,13 +110,13 @@ def test_a_draft_asks_the_device_nothing(law):
 @pytest.mark.parametrize(
     ("method", "told", "sentence"),
     [
-        (PromptLookup(), {"beam_width": 4}, "Prompt lookup drafts one beam, not 4: leave beam_width out"),
-        (PromptLookup(), {"node_budget": 40}, "so node_budget means nothing: leave it out"),
+        (PromptLookup(), {"beam_width": 4}, "Prompt lookup drafts one beam, not 4: leave out beam_width"),
+        (PromptLookup(), {"node_budget": 40}, "supports no node_budget"),
         (PromptLookup(), {"beam_length": -1}, "beam_length must be at least 1, or 0 to decode without drafting"),
-        (PromptLookup(0), {}, "Prompt lookup looks for at least 1 token, not 0"),
+        (PromptLookup(0), {}, "ngram must be at least 1, not 0"),
     ],
 )
-def test_what_means_nothing_is_refused_in_a_sentence(method, told, sentence):
+def test_unsupported_settings_are_refused(method, told, sentence):
     with pytest.raises(RedrafterError, match=sentence):
         stream(MODEL, method, [[5]], **told)
 

@@ -170,7 +170,7 @@ def test_a_step_runs_the_draft_model_as_often_as_the_draft_is_long(monkeypatch):
         (OTHER, {"beam_length": -1}, "beam_length must be at least 1, or 0 to decode without drafting, not -1"),
         (OTHER, {"beam_width": 62}, "beam_width must lie between 1 and the drafter's 61 tokens, not 62"),
         (OTHER, {"node_budget": 5}, "node_budget must hold the root and 5 drafted tokens, not be 5"),
-        (torch.nn.Linear(2, 2), {}, "Linear is not a model of transformers"),
+        (torch.nn.Linear(2, 2), {}, "Linear is not a transformers model"),
     ],
 )
 def test_what_cannot_draft_is_refused_in_a_sentence(draft, told, sentence):
@@ -196,7 +196,7 @@ def test_a_draft_model_that_is_moved_meanwhile_is_told():
     events = stream(MODEL, TwoModel(draft), [[5, 9]], max_new_tokens=20)
     next(events)
     draft.double()
-    with pytest.raises(RedrafterError, match="or its drafter was moved or converted while it was writing"):
+    with pytest.raises(RedrafterError, match="or its drafter was moved or converted during generation"):
         list(events)
 
 

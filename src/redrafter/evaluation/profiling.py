@@ -137,7 +137,10 @@ class StepProfiler:
             state.context.copy_(context)  # the rows' positions do not change, because they are not alive
             return runner.decoder.step(state)
 
-        return self._timed(step, runner, runner.decoder.size)
+        duration = self._timed(step, runner, runner.decoder.size)
+        with torch.inference_mode():
+            state.context.copy_(context)  # the next measurement starts from the same state
+        return duration
 
     def verify_ms(self, nodes: int) -> float:
         """The target's forward pass over a chain of random tokens.  The form of the tree does not matter."""
