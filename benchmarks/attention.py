@@ -1,12 +1,12 @@
-"""What a layer's attention over a draft tree takes on a GPU, next to torch's with the dense mask that says the same.
+"""Times a layer's attention over a draft tree on a GPU: our kernels, and torch's with an equivalent dense mask.
 
     python benchmarks/attention.py [--sweep] [--shape 7b 8b] [--nodes 1 16 64]
 
-Heads of a 7B (32 of queries, 32 of keys, 128 wide) and of an 8B model (32, 8), one row that has filled most of its
-slots, bfloat16.  A CUDA graph runs the attention of 32 layers, each with keys and values of its own, so that the cache
-of the chip holds none of them; the time is the median over replays, by layer.  GB/s count each key and value once.
-`sdpa` is what transformers calls, the copies that it makes of shared heads with it.  `--sweep` tries block sizes and
-numbers of parts instead, and names the best of each shape.  The last line is JSON.
+Heads of a 7B model (32 query heads, 32 key heads of size 128) and of an 8B model (32, 8), one row that fills most of
+its slots, bfloat16.  A CUDA graph runs the attention of 32 layers with separate keys and values, so that no cache level
+holds them; the time is the median over replays, per layer.  GB/s count each key and value once.  `sdpa` is what
+transformers calls, including its copies of shared heads.  `--sweep` tries block sizes and numbers of splits instead,
+and prints the best of each shape.  The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from redrafter.core.tree import DraftTree, ancestors_of, tree_mask
-from redrafter.core.tree_attention import packed, reference
+from redrafter.core.tree_attention import bit_mask, reference
 
 HEADS = {"7b": (32, 32), "8b": (32, 8)}
 SIZE = 128
@@ -52,7 +52,7 @@ class Case:
         depth = ancestors.sum(dim=-1) - 1
         tree = DraftTree(*(x.to(DEVICE) for x in (parents, parents, depth, depth >= 0, ancestors)))
         lengths = torch.tensor([length], device=DEVICE)
-        self.mask = packed(tree, lengths)
+        self.mask = bit_mask(tree, lengths)
         visible = tree_mask(tree, lengths, slots=slots)[:, None]
         self.dense = torch.zeros(visible.shape, **told).masked_fill_(~visible, torch.finfo(torch.bfloat16).min)
 
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Of keys and values that must be read."""
+        """Bytes of the keys and values that must be read."""
         return 2 * self.kv_heads * (self.length + self.nodes) * SIZE * 2
 
     def ours(self, layer: int, **trial: Any) -> Tensor:
@@ -73,19 +73,19 @@ class Case:
         )
 
     def sdpa(self, layer: int) -> Tensor:
-        """What transformers calls."""
+        """torch's attention, as transformers calls it."""
         module: Any = SimpleNamespace(num_key_value_groups=self.heads // self.kv_heads, is_causal=True)
         key, value = self.keys[layer], self.values[layer]
         return sdpa_attention_forward(module, self.query, key, value, self.dense, scaling=SIZE**-0.5)[0]
 
     def error(self, found: Tensor) -> float:
-        """Greatest distance from the plain way in float32, of the first layer."""
+        """Largest difference from PyTorch in float32, in the first layer."""
         told = (self.query.float(), self.keys[0].float(), self.values[0].float())
         return float((found.float() - reference(*told, self.mask, scaling=SIZE**-0.5)).abs().max())
 
 
 def microseconds(run: Any, layers: int, replays: int) -> float:
-    """Of one layer, in a graph that runs all of them."""
+    """Microseconds of one layer, in a graph that runs all layers."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -108,13 +108,13 @@ def microseconds(run: Any, layers: int, replays: int) -> float:
 
 
 def cases(given: argparse.Namespace, layers: int) -> Any:
-    """One after another, so that the memory of only one is held; small ones first."""
+    """All cases, one at a time to limit memory, small ones first."""
     for (length, slots), shape, nodes in itertools.product(CONTEXTS[: given.contexts], given.shape, given.nodes):
         yield Case(shape, nodes, length, slots, layers)
 
 
 def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Both ways on every shape."""
+    """Times both implementations on each shape."""
     found = []
     for case in cases(given, given.layers):
         row: dict[str, Any] = {"shape": case.shape, "nodes": case.nodes, "length": case.length, "slots": case.slots}
@@ -134,7 +134,7 @@ def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def tilings(rows: int) -> list[tuple[int, int, int, int]]:
-    """Block sizes worth trying for that many queries of a head of keys."""
+    """Block sizes to try for that many queries per key head."""
     most = max(16, min(128, 1 << (rows - 1).bit_length()))
     heights = {most, 64} if most == 128 else {most}
     return [
@@ -145,7 +145,7 @@ def tilings(rows: int) -> list[tuple[int, int, int, int]]:
 
 
 def compiled(shape: str, nodes: int, tiling: tuple[int, int, int, int]) -> None:
-    """Leaves the kernels of these block sizes in Triton's cache of compiled code; run in a process of its own."""
+    """Compiles the kernels of these block sizes into Triton's cache; runs in a separate process."""
     from redrafter.kernels.triton import attention as kernels
 
     length, slots = CONTEXTS[0]
@@ -157,7 +157,7 @@ def compiled(shape: str, nodes: int, tiling: tuple[int, int, int, int]) -> None:
 
 
 def sweep(given: argparse.Namespace, until: float) -> list[dict[str, Any]]:
-    """The best block sizes and numbers of parts of every shape, as far as time allows."""
+    """The best block sizes and numbers of splits of each shape, within the time limit."""
     from redrafter.kernels.triton import attention as kernels
 
     trials = {

@@ -1,15 +1,14 @@
-"""A decoder's chain of 32 layers by torch's products and by kernels of our own, next to reading every byte once.
+"""Times 32 decoder layers with torch's products and with custom kernels, compared with reading every byte once.
 
     python benchmarks/chain.py [--shape 7b 8b] [--nodes 1 16 32 64] [--megabytes 0 1 2 4 8 16 32] [--replays N]
 
-A step in bfloat16 without embedding, rotations, cache writes and output head: for each layer the norm, joined products
-of queries, keys and values, this package's attention over 1,850 slots, its output product, and the joined MLP, each
-with weights and cache of its own, as one CUDA graph.  By torch: with each of its libraries of products, the compiled
-small kernels launched as usual and dependently, and, from the moment that a small kernel or attention begins, a second
-branch of the graph that asks the second cache for the first megabytes of the product that comes next.  By kernels of
-our own, attention aside: in the quickest blocks of each product; launched dependently, so that a kernel begins while
-the one before it ends and asks for the first tiles of its weights before it waits; with SiLU inside the product.
-Milliseconds of a step; the last line is JSON.
+A step in bfloat16 without embedding, rotary embeddings, cache writes and output head: for each layer the norm, the
+fused projection of queries, keys and values, this package's attention over 1,850 slots, the output projection and the
+fused MLP, each with separate weights and cache, as one CUDA graph.  With torch: each of its BLAS libraries, the
+compiled small kernels launched normally and with programmatic dependent launch, and a second branch of the graph that
+prefetches the first megabytes of the next weight into the L2 cache.  With custom kernels, except for attention: the
+fastest tiling of each product, dependent launches that prefetch the first tiles of their weights before they wait, and
+SiLU fused into the product.  Milliseconds per step; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ import argparse
 import contextlib
 import itertools
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,17 +29,17 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from products import median
 from redrafter.core.tree import DraftTree, ancestors_of
-from redrafter.core.tree_attention import packed
-from redrafter.evaluation.profiling import bandwidth, milliseconds
+from redrafter.core.tree_attention import bit_mask
+from redrafter.engine.runner import milliseconds
+from redrafter.evaluation.profiling import bandwidth
 from redrafter.kernels.triton import attention
-from redrafter.kernels.triton.product import FEW, Tiling
 
 DEVICE = "cuda"
 SHAPES = {"7b": (32, 32, 11_008), "8b": (32, 8, 14_336)}  # heads of queries and of keys, width of the MLP
 HIDDEN, SIZE, LAYERS = 4096, 128, 32
 LENGTH, SLOTS = 1_850, 2_048
+FEW = 16  # smallest number of rows of a tensor core instruction
 LINE = tl.constexpr(64)  # numbers of 16 bits in a line of the second cache
 FAR = 0.02  # of a result in bfloat16, that a product may be away from torch's
 
@@ -52,9 +52,38 @@ SOME += [(64, 256, 3, 8)]
 MANY = [(32, 128, 4, 4), (64, 128, 3, 4), (64, 64, 5, 4), (16, 256, 3, 4), (32, 64, 6, 4)]
 
 
+class Tiling(NamedTuple):
+    """Block sizes of a product: powers of two; pipeline stages and warps."""
+
+    rows: int
+    columns: int
+    inner: int
+    stages: int
+    warps: int
+
+
+def median(calls: list[Callable[[], object]], replays: int) -> float:
+    """Median microseconds per call, of replays of a CUDA graph that contains all calls."""
+    for _ in range(2):
+        calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(start.elapsed_time(end) for start, end in events) / len(calls)
+
+
 @triton.jit
 def _prefetch(line):
-    """Asks the second cache for what these addresses point to, and waits for none."""
+    """Prefetches these addresses into the L2 cache without waiting."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -62,14 +91,14 @@ def _prefetch(line):
 
 @triton.jit
 def _fetch(weight, lines, BLOCK: tl.constexpr):
-    """Asks for the first lines of a weight."""
+    """Prefetches the first lines of a weight."""
     line = tl.minimum(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), lines - 1)
     _prefetch(weight + line.to(tl.int64) * LINE)
 
 
 @triton.jit
 def _ask(place, tiles, BLOCK_K: tl.constexpr):
-    """Asks for the first tiles of a program's rows of a weight, which begin at `place`."""
+    """Prefetches the first tiles of a program's rows of a weight, which begin at `place`."""
     line = place[:, None] + LINE * tl.arange(0, BLOCK_K // LINE)[None, :]
     for tile in range(tiles):
         _prefetch(line + tile * BLOCK_K)
@@ -77,7 +106,7 @@ def _ask(place, tiles, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _silu(gate, up):
-    """SiLU(gate) * up of numbers in bfloat16, as torch rounds; the last rounding is left to the store."""
+    """SiLU(gate) * up in bfloat16 with the rounding of torch; the store does the last rounding."""
     gate = gate.to(tl.float32)
     return (gate / (1.0 + tl.exp(-gate))).to(tl.bfloat16).to(tl.float32) * up.to(tl.float32)
 
@@ -106,7 +135,10 @@ def _gated(x, y, inner, BLOCK: tl.constexpr):
 
 @triton.jit
 def _added(total, x, w):
-    """The product of a tile of rows and one of columns; a lone row's is without tensor cores and summed at the end."""
+    """Accumulates the product of a tile of rows and a tile of columns.
+
+    A single row avoids tensor cores and is summed at the end.
+    """
     if x.shape[0] == 1:
         total += x.to(tl.float32) * w.to(tl.float32)
     else:
@@ -159,7 +191,10 @@ def _product(
 def product(
     tile: Tiling, x: Tensor, weight: Tensor, out: Tensor, dependent: bool = False, ahead: int = 0, gate: bool = False
 ) -> None:
-    """Into `out`; `ahead` is in tiles, and `gate` says that the weight is gate and up, with SiLU to follow."""
+    """Writes the product into `out`.
+
+    `ahead` counts prefetched tiles, and `gate` means that the weight is gate and up, followed by SiLU.
+    """
     rows, (columns, inner) = len(x), weight.shape
     block = tile.columns
     if gate:  # two halves are as much work
@@ -173,20 +208,20 @@ def product(
 
 
 def normed(x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual stream with what was added, and its norm."""
+    """The residual stream after the addition, and its norm."""
     x = x + more
     wide = x.float()
     return x, (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def gated(x: Tensor) -> Tensor:
-    """Of a joined product of gate and up."""
+    """SiLU(gate) * up of the fused product of gate and up."""
     gate, up = x.chunk(2, dim=-1)
     return nn.functional.silu(gate) * up
 
 
 class Step:
-    """Weights, cache and inputs of one shape, and the step over them by torch."""
+    """Weights, cache and inputs of one shape, and the step over them with torch."""
 
     def __init__(self, shape: str, nodes: int):
         self.heads, kv_heads, inner = SHAPES[shape]
@@ -201,19 +236,19 @@ class Step:
         ancestors = ancestors_of(parents, max_depth=nodes)
         depth = ancestors.sum(dim=-1) - 1
         tree = DraftTree(*(part.to(DEVICE) for part in (parents, parents, depth, depth >= 0, ancestors)))
-        self.mask = packed(tree, torch.tensor([LENGTH], device=DEVICE))
+        self.mask = bit_mask(tree, torch.tensor([LENGTH], device=DEVICE))
         self.side = torch.cuda.Stream()
         cached = 2 * LAYERS * kv_heads * (LENGTH + nodes) * SIZE * 2
         self.bytes = sum(weight.nbytes for layer in self.layers for weight in layer) + cached
 
     def attended(self, layer: int, made: Tensor) -> Tensor:
-        """By the queries among joined queries, keys and values."""
+        """Attention of the queries in fused queries, keys and values."""
         query = made.view(1, len(made), -1, SIZE)[:, :, : self.heads].transpose(1, 2)
         told = (self.keys[layer], self.values[layer], self.mask, SIZE**-0.5, None, None, None)
         return attention.launch(query, *told).view(len(made), -1)
 
     def ask(self, weight: Tensor, megabytes: int) -> None:
-        """For the beginning of a weight, on the second branch, from here on."""
+        """Prefetches the beginning of a weight on the second branch."""
         if megabytes:
             lines = min(megabytes << 20, weight.nbytes) // (2 * LINE.value)
             self.side.wait_stream(torch.cuda.current_stream())
@@ -240,10 +275,10 @@ class Step:
 
 
 class Chain:
-    """The same step by kernels of our own, into tensors made once.
+    """The same step with custom kernels and preallocated tensors.
 
-    A kernel launched dependently waits for the end of the one before, which has itself waited, until it reads what
-    others write or writes; attention, which knows nothing of that, is launched as usual.
+    A kernel with dependent launch waits for the end of the previous one before it reads what others write, or writes
+    itself.  Attention does not support this and is launched normally.
     """
 
     def __init__(self, step: Step, tiles: list[Tiling]):
@@ -254,7 +289,7 @@ class Chain:
         self.x, self.y, self.more, self.out = (torch.empty_like(step.x) for _ in range(4))
 
     def norm(self, x: Tensor, more: Tensor, dependent: bool) -> None:
-        """Into `self.x` and `self.y`."""
+        """Writes `self.x` and `self.y`."""
         _normed[(len(x),)](x, more, self.x, self.y, WIDTH=x.shape[1], num_warps=8, launch_pdl=dependent)
 
     def run(self, dependent: bool = False, ahead: int = 0, fused: bool = False) -> Tensor:
@@ -277,12 +312,15 @@ class Chain:
 
 
 def apart(found: Tensor, right: Tensor) -> float:
-    """How far, as a part of what is right."""
+    """Relative difference from the correct result."""
     return float((found.float() - right.float()).norm() / right.float().norm())
 
 
 def quickest(step: Step, replays: int) -> tuple[list[Tiling], dict[str, Any]]:
-    """The tiling of each product; and microseconds by name, torch's too.  ValueError where none of them will do."""
+    """The fastest tiling of each product; and microseconds by name, including torch's.
+
+    ValueError if no tiling is correct.
+    """
     rows = len(step.x)
     height = 1 if rows == 1 else max(FEW, triton.next_power_of_2(rows))
     tiles, told = [], {}
@@ -312,7 +350,7 @@ def quickest(step: Step, replays: int) -> tuple[list[Tiling], dict[str, Any]]:
 
 @contextlib.contextmanager
 def library(name: str) -> Iterator[None]:
-    """Of torch's products."""
+    """Selects one of torch's BLAS libraries."""
     before = torch.backends.cuda.preferred_blas_library()
     torch.backends.cuda.preferred_blas_library(name)
     try:
@@ -323,14 +361,14 @@ def library(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def small(dependent: bool) -> Iterator[tuple[Any, Any]]:
-    """The small kernels, compiled anew at their first call within."""
+    """The small kernels, compiled again at their first call in this context."""
     torch._dynamo.reset()
     with torch._inductor.config.patch({"triton.enable_pdl": dependent}):
         yield torch.compile(normed, dynamic=False), torch.compile(gated, dynamic=False)
 
 
 def by_torch(step: Step, megabytes: list[int], replays: int) -> Iterator[tuple[str, float]]:
-    """Names of ways and their milliseconds."""
+    """Names and milliseconds of the variants with torch."""
     for dependent in (False, True):
         with small(dependent) as (norm, gate):
             for blas, ahead in itertools.product(("cublas", "cublaslt"), megabytes):
@@ -340,9 +378,9 @@ def by_torch(step: Step, megabytes: list[int], replays: int) -> Iterator[tuple[s
 
 
 def by_kernels(step: Step, tiles: list[Tiling], replays: int) -> Iterator[tuple[str, float]]:
-    """Names of ways and their milliseconds, of those that compute what torch does.
+    """Names and milliseconds of the variants with custom kernels whose results agree with torch.
 
-    Rounding is carried through all layers, so torch's other ways are away from torch too: twice that is allowed.
+    Rounding accumulates over the layers, and torch's own variants differ too; twice their difference is allowed.
     """
     with small(False) as (norm, gate), library("cublas"):
         right = step.run(norm, gate)

@@ -1,13 +1,12 @@
-"""What one draft of a row costs on a GPU, replayed as a CUDA graph: the kernels of drafting and the plain ways.
+"""Times one draft of one row on a GPU, replayed as a CUDA graph: with the drafting kernels and in PyTorch.
 
     python benchmarks/drafting.py [--only NAME] [--replays N] [--seconds S]
 
-Drafters with random weights in bfloat16, the head of one in 8 bits, next to an embedding of the target's vocabulary;
-4 tokens deep, 10 and 50 beams wide.  Medians over replays, of the whole draft and of its pieces: the best tokens of the
-head's logits, a step of the beam search, folding, the most probable of 64 nodes, and the head's products; "library" is
-the fast way but for products in 16 bits, which torch's library computes.  Whether the plain and the fast way give the
-same is said too: the same tree for the same beams, the same tokens where scores are not tied.  What fails is reported,
-and the rest is measured.  The last line is JSON.
+Drafters with random weights in bfloat16 and an embedding of the target's vocabulary; 10 and 50 beams of 4 tokens.
+Medians over replays of the complete draft and of its parts: the best tokens of the head's logits, a step of the beam
+search, the prefix tree, the 64 most probable nodes, and the head's products.  Also checks that both ways agree: the
+same tree for the same beams, and the same tokens unless scores are tied.  A failure is reported, and the rest is
+measured.  The last line is JSON.
 """
 
 from __future__ import annotations
@@ -19,28 +18,26 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 
 from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import most_probable, prefix_tree
-from redrafter.engine import fused_linear as merged
 from redrafter.engine.cuda_graph import Captured
 from redrafter.heads.recurrent import DrafterConfig, RecurrentDrafter
-from redrafter.kernels import product
-from redrafter.kernels.topk import Top, top
-from redrafter.proposers import RecurrentProposer
-from redrafter.proposers.beam_search import Level, beam_search, grow
+from redrafter.kernels import kernels_enabled
+from redrafter.kernels.topk import TopK, topk
+from redrafter.proposers.beam_search import Level, extend_beams
+from redrafter.proposers.recurrent import RecurrentProposer, beam_search
 
 LENGTH, BUDGET = 4, 64
 SHAPES: dict[str, dict[str, Any]] = {
     "7B, 32,000, 2H": {"hidden": 4096, "vocabulary": 32_000, "exit": 8192},
     "7B, 32,000, H, 8,192": {"hidden": 4096, "vocabulary": 32_000, "exit": 4096, "draft": 8192},
-    "7B, 32,000, 2H, 8 bits": {"hidden": 4096, "vocabulary": 32_000, "exit": 8192, "bits": 8},
     "7B, 128,256, H, 8,192": {"hidden": 4096, "vocabulary": 128_256, "exit": 4096, "draft": 8192},
     "7B, 128,256, H, 16,384": {"hidden": 4096, "vocabulary": 128_256, "exit": 4096, "draft": 16_384},
     "110M, 16,000, 2H": {"hidden": 768, "vocabulary": 16_000, "exit": 1536},
@@ -49,25 +46,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden": 768, "vocabulary": 16_000, "exit": 3072, "draft": 4000, "blocks": 3,
     },
 }  # fmt: skip
-PLACES = [f"redrafter.{name}.has_kernels" for name in ("beam", "fast.joined", "fast.product", "fast.top", "tree")]
-WAYS = ("plain", "library", "fast")
-"""Without kernels; with all but that of products in 16 bits; with all."""
-
-
-@contextlib.contextmanager
-def way(name: str, drafter: RecurrentDrafter) -> Iterator[None]:
-    """A draft as decoding makes it, in one of the ways."""
-    with contextlib.ExitStack() as stack:
-        for place in PLACES if name == "plain" else []:
-            stack.enter_context(mock.patch(place, return_value=False))
-        for module in [] if name == "fast" else [product, merged]:
-            stack.enter_context(mock.patch.object(module, "FEW", 0))
-        stack.enter_context(merged.merged(drafter))
-        yield
+WAYS = ("plain", "fast")
+"""In PyTorch, and with kernels."""
 
 
 def timed(function: Callable[[], object], device: torch.device, replays: int) -> float:
-    """Median microseconds of a replay; NaN where nothing could be captured."""
+    """Median microseconds of a replay; NaN if the function cannot be captured."""
     captured = Captured(function, device)
     for _ in range(4):
         captured()
@@ -84,7 +68,7 @@ def timed(function: Callable[[], object], device: torch.device, replays: int) ->
 
 
 def launches(function: Callable[[], object]) -> int:
-    """Kernels, copies and fills that the GPU ran for one call."""
+    """Number of kernels, copies and fills that the GPU runs for one call."""
     function()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -107,7 +91,7 @@ def drafter_of(shape: dict[str, Any], device: torch.device) -> tuple[RecurrentDr
     with torch.device(device):
         drafter = RecurrentDrafter(config).to(torch.bfloat16).eval()
         embed = torch.nn.Embedding(vocabulary, hidden, dtype=torch.bfloat16)
-    return drafter.to_eight_bits() if shape.get("bits") == 8 else drafter, embed
+    return drafter, embed
 
 
 def same_trees(one: Any, other: Any) -> bool:
@@ -115,19 +99,19 @@ def same_trees(one: Any, other: Any) -> bool:
     return all(getattr(one, name).equal(getattr(other, name)) for name in vars(one))
 
 
-def agreement(pieces: dict[str, dict[str, Callable[[], Any]]], drafter: RecurrentDrafter) -> dict[str, bool | float]:
-    """What the fast way gives next to the plain way."""
+def agreement(pieces: dict[str, dict[str, Callable[[], Any]]]) -> dict[str, bool | float]:
+    """Whether the kernels and PyTorch give the same results."""
     results = {}
     for name in WAYS:
-        with way(name, drafter):
+        with kernels_enabled(name == "fast"):
             results[name] = {piece: call() for piece, call in pieces[name].items()}
     plain, fast_one = results["plain"], results["fast"]
     found: dict[str, bool | float] = {}
     one, other = plain["top"], fast_one["top"]
     close = torch.allclose(one.logsumexp, other.logsumexp, rtol=1e-4)
     found["top"] = bool(one.values.equal(other.values) and close)
-    one, other = plain["grow"], fast_one["grow"]
-    found["grow"] = bool(torch.allclose(one.scores, other.scores, rtol=1e-5) and one.above.equal(other.above))
+    one, other = plain["extend"], fast_one["extend"]
+    found["extend"] = bool(torch.allclose(one.scores, other.scores, rtol=1e-5) and one.parents.equal(other.parents))
     for piece in ("prefix_tree", "most probable"):
         found[piece] = same_trees(plain[piece], fast_one[piece])
     one, other = (set(map(tuple, result["search"].beams[0].tolist())) for result in (plain, fast_one))
@@ -136,20 +120,21 @@ def agreement(pieces: dict[str, dict[str, Callable[[], Any]]], drafter: Recurren
 
 
 def measure(shape: dict[str, Any], width: int, device: torch.device, replays: int) -> dict[str, Any]:
-    """Times of both ways by piece, the number of launches of a draft, and whether they agree."""
+    """Microseconds of both ways by part, the number of launches of a draft, and whether the results agree."""
     drafter, embed = drafter_of(shape, device)
     hidden, head = shape["hidden"], drafter.config.head_size
     context = torch.randn(1, hidden, device=device, dtype=torch.bfloat16)
     root = torch.tensor([5], device=device)
     here = RowState(root, root, text=root[:, None], length=torch.zeros_like(root), alive=root)
     target: Any = SimpleNamespace(embed=embed)
-    plain = RecurrentProposer(drafter, target, width, LENGTH)
-    proposers = {"plain": plain} | dict.fromkeys(("library", "fast"), plain.quickened())
+    draft = DraftShape(beam_width=width, beam_length=LENGTH)
+    plain = RecurrentProposer(drafter, target, draft)
+    proposers = {"plain": plain, "fast": plain.prepare()}
 
     state = torch.randn(1, width, hidden, device=device, dtype=torch.bfloat16)
     rows = torch.stack([torch.randperm(head, device=device) for _ in range(width)])
     logits = rows.to(torch.bfloat16)
-    best = Top(*(part.contiguous() for part in top(torch.randn(width, head, device=device), width)))
+    best = TopK(*(part.contiguous() for part in topk(torch.randn(width, head, device=device), width)))
     begun = torch.randint(0, 9, (1, width, 2), device=device)
     scores = -torch.rand(1, width, device=device)
     above = torch.arange(width, device=device)[None]
@@ -163,11 +148,11 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
     read = drafter.read(once)
 
     def searched(by: RecurrentProposer) -> Any:
-        return beam_search(drafter, embed, context, root, width=width, length=LENGTH, joined=by.joined)
+        return beam_search(drafter, embed, context, root, draft, fused=by.fused)
 
     alike: dict[str, Callable[[], Any]] = {
-        "top": lambda: top(logits, width),
-        "grow": lambda: grow(best, drafter.draft_vocabulary, begun, scores, above),
+        "top": lambda: topk(logits, width),
+        "extend": lambda: extend_beams(best, drafter.draft_vocabulary, begun, scores, above),
         "prefix_tree": lambda: prefix_tree(root, beams),
         "most probable": lambda: most_probable(root, levels, size=BUDGET),
         "step": lambda: drafter.step(state, state),
@@ -182,9 +167,9 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
         | alike
         for name, by in proposers.items()
     }
-    out: dict[str, Any] = {"agreement": agreement(pieces, drafter)}
+    out: dict[str, Any] = {"agreement": agreement(pieces)}
     for name in WAYS:
-        with way(name, drafter):
+        with kernels_enabled(name == "fast"):
             out[name] = {piece: round(timed(call, device, replays), 1) for piece, call in pieces[name].items()}
             with contextlib.suppress(RuntimeError, AttributeError):  # profilers differ
                 out[name]["launches"] = launches(pieces[name]["propose"])
@@ -192,7 +177,7 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
 
 
 def trials(device: torch.device, replays: int) -> dict[str, float]:
-    """Chunks of the search for the best tokens, at sizes of drafters."""
+    """Microseconds of the top-k kernel by chunk size, at sizes of drafters."""
     from redrafter.kernels.triton import drafting
 
     found = {}
@@ -203,7 +188,7 @@ def trials(device: torch.device, replays: int) -> dict[str, float]:
                 continue
             name = f"{rows}x{columns} chunk {chunk}"
             try:
-                found[name] = round(timed(lambda x=logits, c=chunk: drafting.top(x, len(x), c), device, replays), 1)
+                found[name] = round(timed(lambda x=logits, c=chunk: drafting.topk(x, len(x), c), device, replays), 1)
             except Exception as error:
                 print(name, type(error).__name__, str(error)[:300])
     return found
@@ -212,9 +197,9 @@ def trials(device: torch.device, replays: int) -> dict[str, float]:
 def main() -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="shapes whose names hold this")
+    parser.add_argument("--only", help="shapes whose names contain this")
     parser.add_argument("--replays", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=50, help="after which no other shape is begun")
+    parser.add_argument("--seconds", type=float, default=50, help="time after which no further shape is started")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print("A CUDA device is needed.", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""Thousands of texts in double precision, drafted against undrafted: none may differ.
+"""Compares thousands of texts with and without a drafter in double precision: all must be equal.
 
     python benchmarks/exactness.py [--sequences 10000] [--first 0]
 
-Every round takes a small random model of another shape (four families, windows and soft caps among them), random
-settings, random prompts of unequal length, a random drafter and random limits, and writes all texts twice: without a
-drafter and with it, each in batches of a random size.  Double precision, so that no rounding can be told as an excuse.
-Exit status 1 where a text differs; the round that made it can be repeated by `--first`.
+Each round takes a small random model (one of four families, with or without sliding windows and soft caps), random
+settings, random prompts of unequal length, a random drafter and random limits, and generates all texts twice: without a
+drafter and with it, each in batches of a random size.  Double precision excludes rounding as an explanation.  Exit
+status 1 if a text differs; `--first` repeats the round.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PER_ROUND = 100
 
 
 def random_model(dice: random.Random) -> PreTrainedModel:
-    """A model of one to three layers in float64, with weights large enough that its choices vary."""
+    """A model of one to three layers in float64, with weights large enough for varied texts."""
     heads = dice.choice([2, 4])
     shape = {
         "vocab_size": dice.choice([13, 61, 300]),
@@ -54,7 +54,7 @@ def random_model(dice: random.Random) -> PreTrainedModel:
 
 
 def random_settings(dice: random.Random, vocabulary: int, rows: int) -> dict[str, Any]:
-    """A law and what else a request may say."""
+    """Random sampling settings and other arguments of a call."""
     settings: dict[str, Any] = {"max_new_tokens": dice.randint(1, 32)}
     if dice.random() < 0.7:
         settings |= {"do_sample": True, "temperature": dice.choice([0.3, 0.7, 1.0, 1.4])}
@@ -78,7 +78,7 @@ def random_settings(dice: random.Random, vocabulary: int, rows: int) -> dict[str
 
 
 def texts_that_differ(number: int, sequences: int, seen: Counter[str]) -> int:
-    """Runs one round; says what differs."""
+    """Runs one round; describes the differences."""
     dice = random.Random(number)
     torch.manual_seed(number)
     model = random_model(dice)
@@ -102,19 +102,19 @@ def texts_that_differ(number: int, sequences: int, seen: Counter[str]) -> int:
 
 
 def main() -> None:
-    """Parses the command line, runs the rounds and says how many texts differ."""
+    """Parses the command line, runs the rounds and prints how many texts differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sequences", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first round")
-    given = parser.parse_args()
+    options = parser.parse_args()
     seen: Counter[str] = Counter()
-    different, begin, left, number = 0, time.perf_counter(), given.sequences, given.first
+    different, begin, left, number = 0, time.perf_counter(), options.sequences, options.first
     while left > 0:
         different += texts_that_differ(number, min(PER_ROUND, left), seen)
         left, number = left - PER_ROUND, number + 1
     print(", ".join(f"{name} {count:,}" for name, count in seen.most_common()))
     seconds = time.perf_counter() - begin
-    print(f"{different} of {given.sequences:,} texts differ ({number - given.first} rounds, {seconds:.0f} s)")
+    print(f"{different} of {options.sequences:,} texts differ ({number - options.first} rounds, {seconds:.0f} s)")
     raise SystemExit(bool(different))
 
 

@@ -1,9 +1,9 @@
-"""Seeded noise beside its earlier form, and the walk by its kernel beside PyTorch's.
+"""Times the seeded noise and its earlier form, and the walk by its kernel and in PyTorch.
 
     python benchmarks/noise.py [--device cuda] [--repeats 100]
 
-The earlier noise had 23 random bits.  On CUDA each function is replayed as a graph.  Medians in microseconds, both
-measured in turn.  The last line is JSON.
+The earlier noise had 23 random bits.  On CUDA each function is replayed as a graph.  Both are measured alternately;
+medians are in microseconds.  The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from redrafter.core import noise
-from redrafter.core.tree import fold
+from redrafter.core.tree import prefix_tree
 from redrafter.decoding import verify
 from redrafter.engine.cuda_graph import Captured
 
@@ -35,7 +35,7 @@ def earlier(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
 
 
 def medians(functions: list[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
-    """Microseconds of each, measured in turn."""
+    """Median microseconds of each function; they are measured alternately."""
     calls = [Captured(function, device) for function in functions]
     times: list[list[float]] = [[] for _ in calls]
     for repeat in range(repeats + 5):
@@ -47,13 +47,13 @@ def medians(functions: list[Callable[[], object]], device: torch.device, repeats
                     call()
                 end.record()
                 end.synchronize()
-                took = begin.elapsed_time(end) * 1e3 / 20
+                duration = begin.elapsed_time(end) * 1e3 / 20
             else:
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 call()
-                took = (time.perf_counter() - begun) * 1e6
+                duration = (time.perf_counter() - start) * 1e6
             if repeat >= 5:
-                own.append(took)
+                own.append(duration)
     return [statistics.median(own) for own in times]
 
 
@@ -62,27 +62,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=100)
-    words = parser.parse_args()
-    device = torch.device(words.device)
+    options = parser.parse_args()
+    device = torch.device(options.device)
     found = []
     with torch.inference_mode():
         for rows, depths, vocabulary in ((1, 6, 32_000), (1, 6, 49_152), (1, 6, 131_072), (16, 6, 49_152)):
             seed = torch.arange(rows, device=device)
             position = torch.arange(depths, device=device).expand(rows, -1)
-            told = [lambda s=seed, p=position, v=vocabulary, f=f: f(s, p, v) for f in (earlier, noise.gumbel)]
-            before, now = medians(told, device, words.repeats)
+            functions = [lambda s=seed, p=position, v=vocabulary, f=f: f(s, p, v) for f in (earlier, noise.gumbel)]
+            before, now = medians(functions, device, options.repeats)
             found.append({"noise": [rows, depths, vocabulary], "before_us": before, "now_us": now})
             print(
                 f"noise [{rows}, {depths}, {vocabulary}]: 23 bits {before:.1f}, 32 bits {now:.1f} ({now / before:.3f})"
             )
         for rows, width, length in ((1, 4, 4), (1, 10, 4), (16, 10, 4)):
-            tree = fold(torch.zeros(rows, dtype=torch.long, device=device),
-                        torch.randint(0, 3, (rows, width, length), device=device))  # fmt: skip
+            beams = torch.randint(0, 3, (rows, width, length), device=device)
+            tree = prefix_tree(torch.zeros(rows, dtype=torch.long, device=device), beams)
             choice = torch.randint(0, 3, tree.tokens.shape, device=device)
             walks = [
                 lambda f=f, t=tree, c=choice, n=length: f(t, c, length=n) for f in (verify.plain_walk, verify.walk)
             ]
-            plain, kernel = medians(walks, device, words.repeats)
+            plain, kernel = medians(walks, device, options.repeats)
             found.append({"walk": [rows, tree.size], "plain_us": plain, "walk_us": kernel})
             print(f"walk of {rows} x {tree.size} nodes: PyTorch {plain:.1f}, as used {kernel:.1f}")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"

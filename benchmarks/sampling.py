@@ -1,10 +1,10 @@
-"""What drawing a token costs next to taking the best one, per step, at a vocabulary of 32,768.
+"""Times a decoding step with sampling and with greedy decoding, at a vocabulary of 32,768.
 
     python benchmarks/sampling.py [--sharpness X]
 
-A Llama of 8 layers of width 512 with random weights, one row of 64 prompt tokens; without a drafter, and with an
-untrained one whose drafts are all but never accepted, so that every step does the same work.  The ways take turns, so
-that a drifting machine favours none; medians over rounds of a step's time, and their ratios to greedy decoding.
+A Llama with 8 layers of width 512 and random weights, one row of 64 prompt tokens; without a drafter, and with an
+untrained one whose drafts are almost never accepted, so that all steps do the same work.  The settings alternate, so
+that drift of the machine favours none; medians over rounds, and their ratios to greedy decoding.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of a measurement")
     parser.add_argument("--sharpness", type=float, default=14.0, help="scale of the logits; trained models are sharp")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.manual_seed(0)
     shape = {"vocab_size": 32_768, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8, eos_token_id=None)).eval()
     with torch.no_grad():
-        model.lm_head.weight.mul_(given.sharpness)
+        model.lm_head.weight.mul_(options.sharpness)
     drafter = RecurrentDrafter.for_target(model, beam_width=4, beam_length=5)
     with torch.no_grad():
-        drafter.lm_head[-1].weight.mul_(given.sharpness)
+        drafter.lm_head[-1].weight.mul_(options.sharpness)
     prompt = torch.randint(0, 32_768, (1, 64))
 
     for title, head in (("without a drafter", None), ("4 beams of 5 tokens", drafter)):
         seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-        for _ in range(1 + given.rounds):  # the first round only warms up
-            for name, law in WAYS.items():
-                stats = generate(model, head, prompt, max_new_tokens=given.tokens, **law).stats
+        for _ in range(1 + options.rounds):  # the first round only warms up
+            for name, settings in WAYS.items():
+                stats = generate(model, head, prompt, max_new_tokens=options.tokens, **settings).stats
                 seconds[name].append(stats.seconds / stats.steps)
         middle = {name: statistics.median(found[1:]) for name, found in seconds.items()}
         print(title)

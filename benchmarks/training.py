@@ -1,9 +1,9 @@
-"""What a step of training costs: tokens a second, beside the frozen target's own forward, and memory.
+"""Times training steps: tokens per second, compared with the frozen target's forward pass, and memory.
 
     python benchmarks/training.py --shape 1.1b [--objective cross-entropy] [--share 1 0.25]
 
-Targets are of random weights, so nothing is loaded; every token of a batch is to be learnt; the head is the released
-one (exit width 2 H, two blocks).  Prints a table and one JSON line last.
+Targets have random weights, so nothing is loaded; every token of a batch is trained on; the head is the released one
+(exit width 2 H, two blocks).  Prints a table and a final JSON line.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def config(shape: str) -> LlamaConfig:
 
 
 def median_seconds(act: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Of `rounds` calls, after two more."""
+    """Median over `rounds` calls, after two warm-up calls."""
     times = []
     for _ in range(rounds + 2):
         begin = time.perf_counter()
@@ -61,7 +61,7 @@ def median_seconds(act: Callable[[], object], device: torch.device, rounds: int)
 def measure(
     model: torch.nn.Module, name: str, share: float, given: argparse.Namespace
 ) -> dict[str, float | str | None]:
-    """One objective and share of the windows."""
+    """Times one objective and one share of the windows."""
     target = Target(model)
     device = target.device
     on_gpu = device.type == "cuda"

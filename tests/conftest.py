@@ -1,4 +1,4 @@
-"""Shared by all tests: shapes are checked at every call, `torch.empty` holds NaN, models are tiny and random."""
+"""Shared by all tests: shapes are checked at every call, `torch.empty` returns NaN, models are tiny and random."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import warnings
 
 import checked_imports
 
-with warnings.catch_warnings():  # third parties' own warnings at import are not ours to mend
+with warnings.catch_warnings():  # other packages warn at import
     warnings.simplefilter("ignore")
     gc.disable()
     import transformers
@@ -63,18 +63,18 @@ transformers.logging.disable_progress_bar()
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first: no process is to end with one of them while another has nothing left to do."""
+    """The longest tests first, so that no process ends with one of them while another is idle."""
     items.sort(key=lambda item: item.path.name != "test_interpreted.py")
 
 
 def pytest_collection_finish():
-    """What was imported stays: to search it for garbage, meanwhile and ever again, takes seconds."""
+    """Excludes imported modules from garbage collection, which would take seconds."""
     gc.freeze()
     gc.enable()
 
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
-"""Models that others trained; tests that use them skip where they are absent."""
+"""Models that others trained; tests that use them are skipped if they are absent."""
 
 
 TINY = {
@@ -89,11 +89,11 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""The shape of a model for tests, in the words of most families' configs."""
+"""The shape of a model for tests, with the names of most families' configs."""
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, spread: float = 0.4, **changes: object):
-    """A random causal language model of two layers; `spread` sets logits far enough apart for a clear choice."""
+    """A random causal language model of two layers; a large `spread` avoids near ties between logits."""
     torch.manual_seed(seed)
     shape = TINY | {"initializer_range": spread}
     if family == "gpt2":
@@ -108,7 +108,7 @@ def tiny_model(family: str = "llama", *, seed: int = 0, spread: float = 0.4, **c
     config = transformers.AutoConfig.for_model(family, **(shape | changes))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     if model.generation_config is not None:
-        model.generation_config.eos_token_id = None  # a random model must not end by chance
+        model.generation_config.eos_token_id = None  # a random model would stop at random
     return model
 
 
@@ -119,7 +119,7 @@ def llama():
 
 @pytest.fixture
 def say(capsys, monkeypatch):
-    """Runs the command line; returns exit status, stdout and stderr, in which time does not decide about progress."""
+    """Runs the command line in this process; returns exit status, stdout and stderr, without progress lines."""
     from redrafter.cli import main
     from redrafter.utils import progress
 
@@ -160,7 +160,7 @@ def unchecked():
 
 
 def refusal(answer: tuple[int, str, str]) -> str:
-    """The one sentence of a refusal."""
+    """The sentence of an error that a command reports."""
     status, out, err = answer
     assert status == 2, (out, err)
     assert out == ""
@@ -171,7 +171,7 @@ def refusal(answer: tuple[int, str, str]) -> str:
 
 
 class AsksNothing(TorchDispatchMode):
-    """Fails where the host reads a tensor, or a shape comes of what one holds: no CUDA graph could hold that."""
+    """Fails if the host reads a tensor or a shape depends on its values, which a CUDA graph cannot capture."""
 
     READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "repeat_interleave.Tensor")
 
@@ -198,7 +198,7 @@ class Given:
 
 
 def random_tree(batch: int, size: int, *, vocabulary: int, malformed: bool, generator: torch.Generator):
-    """Trees in which siblings may be equal and nodes come in any order; malformed ones contradict themselves."""
+    """Random trees with equal siblings and nodes in any order; malformed ones have contradictory fields."""
     from redrafter.core.tree import DraftTree, ancestors_of
 
     def draw(high: int, *shape: int) -> torch.Tensor:
@@ -214,7 +214,7 @@ def random_tree(batch: int, size: int, *, vocabulary: int, malformed: bool, gene
     ancestors = ancestors_of(parents, max_depth=size)
     valid = draw(6, batch, size) > 0
     tokens = draw(vocabulary, batch, size)
-    if malformed:  # about one field in eight, the root's too
+    if malformed:  # about one field in eight, also of the root
         wrong = draw(8, batch, size) == 0
         parents = torch.where(wrong, draw(3 * size, batch, size) - size, parents)
         depth = torch.where(draw(8, batch, size) == 0, draw(2 * size, batch, size) - 2, depth)
@@ -223,7 +223,7 @@ def random_tree(batch: int, size: int, *, vocabulary: int, malformed: bool, gene
 
 
 def rooted(root: torch.Tensor):
-    """Where drafts begin that ask for nothing of the text but its last token."""
+    """The state of rows whose text is only its last token."""
     from redrafter.core.rows import RowState
 
     none = torch.zeros_like(root)
@@ -231,7 +231,7 @@ def rooted(root: torch.Tensor):
 
 
 def greedy(model, prompt: list[int], count: int) -> list[int]:
-    """What transformers' own greedy generation adds to a prompt."""
+    """The tokens that transformers' greedy generation adds to a prompt."""
     ids = torch.tensor([prompt])
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, pad_token_id=0
@@ -242,7 +242,7 @@ def greedy(model, prompt: list[int], count: int) -> list[int]:
 @pytest.fixture
 def shared_models() -> Path:
     if not MODELS.is_dir():
-        pytest.skip("the models that others trained are not here")
+        pytest.skip("the shared models are not available")
     return MODELS
 
 

@@ -124,7 +124,7 @@ MUTATIONS = {
         "sampling",
         "gumbel(S, P, V)",
         "gumbel(S + torch.arange(len(S)), P, V)",
-        "test_eagle_drafts.py::test_every_draft",
+        "test_eagle_drafts.py::test_every_draft_is_that_of_a_plain_search[sampled-True-shape0",
     ),
     "noise: the same at every position": Mutation(
         "noise", "_splitmix(S)[:, None] + P", "_splitmix(S)[:, None] + 0 * P", "test_noise.py"
@@ -159,13 +159,16 @@ MUTATIONS = {
         "proposers.eagle", "(I + 1).minimum(E)", "I.minimum(E)", "test_a_head_that_knows_the_target"
     ),
     "eagle: the last token of the last step is not read": Mutation(
-        "proposers.eagle", "F.clamp(min=0)", "(F + 1).clamp(min=0)", "test_eagle_drafts.py::test_every_draft"
+        "proposers.eagle",
+        "F.clamp(min=0)",
+        "(F + 1).clamp(min=0)",
+        "test_eagle_drafts.py::test_every_draft_is_that_of_a_plain_search[greedy-False-shape3",
     ),
     "eagle: beams keep the features of other beams": Mutation(
         "proposers.eagle",
         "P[..., None, None]",
         "(0 * P)[..., None, None]",
-        "test_eagle_drafts.py::test_every_draft",
+        "test_eagle_drafts.py::test_every_draft_is_that_of_a_plain_search[greedy-False-shape1",
     ),
     "cache: nothing is moved": Mutation(
         "Decoder.step", "S.cache.keep(P, L)", "None", "test_any_tree_gives_the_same_text"
@@ -204,7 +207,7 @@ MUTATIONS = {
         "two_model",
         "R.length - self.length",
         "R.length - self.length + 1",
-        "test_two_model.py::test_every_draft",
+        "test_two_model.py::test_every_draft_is_that_of_a_plain_search[False-greedy-shape3",
     ),
     "memory: prompts are not read": Mutation(
         "step", "P.read(M, R, H, S)", "None", "test_eagle_drafts.py::test_every_draft"
@@ -213,7 +216,10 @@ MUTATIONS = {
         "State.insert_rows", "self.memory.insert_rows(S, O)", "None", "test_eagle_drafts.py::test_every_draft"
     ),
     "memory: attention does not reach the beams": Mutation(
-        "State.set_visible", "S + self.memory.slots - self.cache.slots", "S", "test_two_model.py::test_every_draft"
+        "State.set_visible",
+        "S + self.memory.slots - self.cache.slots",
+        "S",
+        "test_two_model.py::test_every_draft_is_that_of_a_plain_search[False-greedy-shape2",
     ),
     "draft: beams see their neighbours": Mutation("parallel_chains", "A % W == 0", "A % W >= 0", "test_tree.py"),
     "draft: the root is found at its own position": Mutation(

@@ -1,6 +1,6 @@
-"""Every decoder family that is said to work, on tiny random models: drafted text is undrafted text is transformers'.
+"""Every supported decoder family, with tiny random models: drafted and undrafted text equal that of transformers.
 
-`docs/families.md` is written from the tables here: `python tests/test_families.py > docs/families.md`.
+`docs/families.md` is generated from these tables: `python tests/test_families.py > docs/families.md`.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ WORKS = {
     "mixtral": ("mixture of experts", BASE | {"num_local_experts": 4}),
     "gpt_oss": ("attention sinks, sliding and full layers", BASE | HEADS | MIXED | {"num_local_experts": 4}),
     "deepseek_v3": ("latent attention: keys and values differ in width", BASE | LATENT),
-    "gpt2": ("learnt positions, tied head", GPT2),
-    "gpt_bigcode": ("one head of keys and values", GPT2),
+    "gpt2": ("learned positions, tied head", GPT2),
+    "gpt_bigcode": ("multi-query attention", GPT2),
     "gpt_neox": ("", BASE | {"rotary_pct": 0.5}),
     "gptj": ("", GPT2 | {"rotary_dim": 4}),
     "codegen": ("", GPT2 | {"rotary_dim": 4}),
-    "opt": ("learnt positions", BASE | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "opt": ("learned positions", BASE | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "exaone4": ("sliding and full layers", BASE | MIXED),
     "falcon": ("rotary positions only; alibi is refused", BASE),
     "nemotron": ("", BASE),
@@ -145,19 +145,19 @@ def test_what_cannot_verify_trees_is_refused_with_the_reason(family):
 def page() -> str:
     works = "\n".join(f"| {family} | {what} |" for family, (what, _) in WORKS.items())
     refused = "\n".join(f"| {family} | {reason} |" for family, (reason, _) in REFUSED.items())
-    return f"""# Families
+    return f"""# Model families
 
-Written from the tables of `tests/test_families.py`, whose tests hold for every row; do not edit.
+Generated from the tables of `tests/test_families.py`, which tests every row; do not edit.
 
-Any decoder is taken that passes a probe of its own forward when it is first used, whether listed or not.
+Decoders that are not listed are supported too if they pass a probe of their forward pass, which runs on first use.
 
 ## Tested
 
-Greedy text equal to that of transformers' own `generate`, and sampled text of a seed equal with and without a drafter,
-in float32, in a batch of unequal rows, past the sliding window where there is one, with sdpa and with eager attention
-where the family has both.
+Greedy text equals that of transformers' `generate`, and seeded samples are equal with and without a drafter: in
+float32, in a batch of unequal rows, past the sliding window if there is one, with sdpa and with eager attention if the
+family has both.
 
-| model type | notable |
+| model type | features |
 |---|---|
 {works}
 

@@ -12,6 +12,9 @@ SOURCES = Path(__file__).resolve().parents[1] / "src" / "redrafter"
 LAZY = ("cli", "assets")
 """Folders whose functions may import: commands start fast because they import heavy modules late."""
 
+OPTIONAL = ("redrafter.kernels.triton", "redrafter.bench.plots")
+"""Modules that import packages which may be absent: triton and matplotlib."""
+
 
 def inner_imports(tree: ast.Module) -> Iterator[str]:
     """Modules of the package that functions import."""
@@ -29,7 +32,7 @@ def modules() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCES)))
-def test_functions_import_only_optional_kernels(path):
-    """An import inside a function would hide a cycle. Triton kernels are optional: `triton` may be absent."""
+def test_functions_import_only_modules_that_need_optional_packages(path):
+    """Any other import inside a function would hide a cycle."""
     found = [name for name in inner_imports(ast.parse(path.read_text())) if name.startswith("redrafter")]
-    assert [name for name in found if not name.startswith("redrafter.kernels.triton")] == []
+    assert [name for name in found if not name.startswith(OPTIONAL)] == []

@@ -1,6 +1,6 @@
-"""Prompts from conversations, and what the target answers to them.
+"""Prompts from conversations, and the target's answers to them.
 
-Promises that nothing held out is answered in training.  Uses the package as any user would.
+Guarantees that held-out rows are not used in training.  Uses only the package's public interface.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ CPU_ROWS = 32  # decoded together
 def contexts(
     corpus: Corpus, name: str, tokenizer, *, held_out: bool | None, count: int | None = None, seed: int = 0
 ) -> list[Row]:
-    """Conversations of one file up to a turn of the assistant, shuffled; that turn, where there is one, is `trained`.
+    """Conversations of one file up to a turn of the assistant, shuffled; that turn, if present, is `trained`.
 
-    `held_out=None` takes every row: of files that are there to be evaluated on.  `count` rows at most.
+    `held_out=None` takes all rows, for files that are only used in evaluation.  At most `count` rows.
     """
     draw = random.Random(seed)
     places: list[tuple[list[dict], int]] = []
@@ -55,33 +55,33 @@ def contexts(
 
 
 def answered(prompt: list[int], answer: list[int]) -> Row:
-    """A prompt and what follows it, which alone is learnt."""
+    """A prompt and its answer, which is the only trained part."""
     return Row(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
 def prompt_of(row: Row) -> list[int]:
-    """What stands before the turn to be answered."""
+    """The tokens before the turn to be answered."""
     return [token for token, trained in zip(row.input_ids, row.trained, strict=True) if not trained]
 
 
 def draft_vocabulary(rows: list[Row], count: int) -> torch.Tensor:
-    """The `count` tokens that are learnt most often, or as many as there are."""
+    """The `count` most frequent trained tokens, or all of them if they are fewer."""
     kinds = {token for row in rows for token, trained in zip(row.input_ids, row.trained, strict=True) if trained}
     return most_frequent(rows, min(count, len(kinds)))
 
 
 def stored(rows: list[Row]) -> list[tuple[list[int], list[int]]]:
-    """Prompts and answers, as a file holds them."""
+    """Prompts and answers as JSON values."""
     return [(prompt := prompt_of(row), row.input_ids[len(prompt) :]) for row in rows]
 
 
 def restored(told: list[tuple[list[int], list[int]]]) -> list[Row]:
-    """What was `stored`."""
+    """The inverse of `stored`."""
     return [answered(*pair) for pair in told]
 
 
 def put(file: Path, told: Any) -> None:
-    """Writes a file of JSON that no other process ever sees half written."""
+    """Writes a JSON file atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps(told))
@@ -89,7 +89,7 @@ def put(file: Path, told: Any) -> None:
 
 
 def answers(model: PreTrainedModel, asked: list[Row], *, sampled: bool = False) -> list[Row]:
-    """The rows by length of their prompts, with the target's own answers: greedy, or drawn at temperature 1."""
+    """The rows sorted by prompt length, with the target's answers: greedy, or sampled at temperature 1."""
     prompts = sorted(map(prompt_of, asked), key=len)
     batch = None if model.device.type == "cuda" else CPU_ROWS
     new: list[list[int]] = []
@@ -102,7 +102,7 @@ def answers(model: PreTrainedModel, asked: list[Row], *, sampled: bool = False) 
 
 
 def _calls(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Rows that end before others enter, as many as SLOTS allow: a step on a GPU costs launches, not rows."""
+    """Batches of rows within SLOTS; a step on a GPU costs launches rather than rows."""
     part: list[list[int]] = []
     for prompt in prompts:  # the longest comes last
         if (len(part) + 1) * (len(prompt) + ANSWER) > SLOTS:

@@ -1,7 +1,7 @@
 """Reads public data files and turns them into token streams.
 
-Promises: the same rows held out in every run (by a hash of the row's id), nothing read that a recipe's README does not
-name.  Knows nothing of models.
+Guarantees that the same rows are held out in every run (by a hash of the row's id) and that only files named in a
+recipe's README are read.  Does not know models.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a target learns: files of conversations and of plain text, each seen so many times in a pass."""
+    """Training data of a target: files of conversations and of plain text, each repeated a given number of times."""
 
     folder: Path
     chat: dict[str, float]
@@ -31,7 +31,7 @@ class Corpus:
 
     @property
     def files(self) -> list[str]:
-        """All names."""
+        """Names of all files."""
         return [*self.chat, *self.text]
 
 
@@ -44,14 +44,14 @@ CHAT_TEMPLATE = (
 
 
 def data_folder(text: str) -> Path:
-    """What `--data` of a recipe names.  Raises argparse's error where there is no such folder."""
+    """The folder given by `--data`.  Raises argparse's error if it does not exist."""
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {text}")
     return Path(text)
 
 
 def rows(folder: Path, name: str) -> Iterator[dict]:
-    """The rows of one data file; tool-calling rows of gpteacher are left out, the models have no tools."""
+    """The rows of one data file without tool-calling rows of gpteacher, because the models have no tools."""
     with lzma.open(folder / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
@@ -61,19 +61,19 @@ def rows(folder: Path, name: str) -> Iterator[dict]:
 
 
 def is_held_out(row: dict) -> bool:
-    """One row in 64, decided by its id alone."""
+    """Whether a row is held out: one in 64, decided by its id only."""
     return hashlib.sha256(row["id"].encode()).digest()[0] < 4
 
 
 def render(row: dict) -> str:
-    """A row as the text the model sees; chat rows exactly as CHAT_TEMPLATE renders them."""
+    """A row as text; conversations exactly as CHAT_TEMPLATE renders them."""
     if "text" in row:
         return row["text"] + "<|end|>"
     return "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in row["messages"])
 
 
 def train_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, digits apart, fitted to the chat files and a tenth of the rest."""
+    """A byte-level BPE with separate digits, trained on the chat files and a tenth of the rest."""
 
     def texts() -> Iterator[str]:
         for name in corpus.chat:
@@ -123,7 +123,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[np.nda
 def streams(
     folder: Path, tokenizer: PreTrainedTokenizerFast, files: dict[str, float], *, held_out: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The files' training (or held-out) rows as one stream, in file order, each file as often as it says."""
+    """The files' training (or held-out) rows as one stream, in file order, repeated as configured."""
     texts: list[str] = []
     for name, times in files.items():
         own = [render(row) for row in rows(folder, name) if is_held_out(row) == held_out]

@@ -1,7 +1,7 @@
-"""Ways to draft for one target that have something to train, each on the target's answers for the same time.
+"""Trains drafting methods for one target on the target's answers, each for the same time.
 
-Promises folders that `redrafter bench` takes, weights in bfloat16, and beside them `training.json`, written last, with
-what was trained and how long.  Does not know how targets are trained or drafts measured.
+Guarantees folders that `redrafter bench` accepts, weights in bfloat16, and a `training.json`, written last, that
+describes the training.  Does not know how targets are trained or drafters are measured.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Effort:
-    """What all are given alike."""
+    """The training budget, the same for all methods."""
 
     seconds: float
     """Of training by the clock."""
@@ -47,7 +47,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Way:
-    """A head to train: what it is made of, given the target and the answers, and what it is taught."""
+    """A head to train: how it is created from the target and the answers, and its objective."""
 
     make: Callable[[PreTrainedModel, list[Row]], Head]
     objective: Objective
@@ -60,7 +60,7 @@ EAGLE = Objective(0.0, kl=1.0, features=FEATURE_WEIGHT)
 
 
 def train_head(way: Way, model: PreTrainedModel, rows: list[Row], folder: Path, effort: Effort) -> Record:
-    """A head in `folder`; what a run that was cut short left there goes."""
+    """Trains a head in `folder`; replaces an interrupted run."""
     torch.manual_seed(0)
     head = way.make(model, rows)
     recipe = Recipe(
@@ -76,7 +76,7 @@ def train_head(way: Way, model: PreTrainedModel, rows: list[Row], folder: Path, 
     head.to(torch.bfloat16).save_pretrained(folder)
     record = {
         "kind": head.config.kind,
-        "head": head.config.head_in_words,
+        "head": head.config.head_description,
         "parameters": sum(one.numel() for one in head.parameters()),
         "seconds": round(ended.seconds, 1),
         "steps": ended.steps,
@@ -90,7 +90,7 @@ def train_head(way: Way, model: PreTrainedModel, rows: list[Row], folder: Path, 
 def train_draft_model(
     before: Path, model: PreTrainedModel, tokenizer, rows: list[Row], folder: Path, effort: Effort
 ) -> Record:
-    """A small model, trained on text before, learns the target's distribution at every place of its answers."""
+    """Trains a small model, pretrained on text, on the target's distribution over its answers."""
     torch.manual_seed(0)
     own = Target(model)
     draft = AutoModelForCausalLM.from_pretrained(before, dtype=torch.float32).to(own.device)

@@ -1,7 +1,7 @@
-"""Trains a chat model from scratch, for so many minutes.
+"""Trains a chat model from scratch for a given number of minutes.
 
-Promises: a folder that `AutoModelForCausalLM.from_pretrained` loads, weights rounded to bfloat16, and `training.json`
-with what was measured on the way.  Does not know drafters.
+Guarantees a folder that `AutoModelForCausalLM.from_pretrained` loads, weights rounded to bfloat16, and `training.json`
+with the measurements of the run.  Does not know drafters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DROPOUT = 0.1  # what every layer adds; the chat files are seen several times an
 
 
 def drop_out(model: PreTrainedModel) -> None:
-    """Dropout on what attention and MLP add to the residual stream, which such models themselves have not."""
+    """Adds dropout to the outputs of attention and MLP, which these models lack."""
 
     def hook(module: torch.nn.Module, _: tuple, output: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.dropout(output, DROPOUT, module.training)
@@ -41,7 +41,7 @@ def drop_out(model: PreTrainedModel) -> None:
 
 
 class Stream:
-    """One token stream on the device, read in windows of a context and one token more."""
+    """One token stream on the device, read in windows of one context plus one token."""
 
     def __init__(self, ids: np.ndarray, starts: np.ndarray, context: int, device: torch.device):
         self.ids = torch.from_numpy(ids.astype(np.int32)).to(device)
@@ -49,7 +49,7 @@ class Stream:
         self.window = torch.arange(context + 1, device=device)
 
     def from_row_starts(self, count: int) -> torch.Tensor:
-        """`count` windows, each of which begins with a row: what the model meets when a conversation opens."""
+        """`count` windows that begin with a row, as at the start of a conversation."""
         anywhere = torch.randint(len(self.ids) - len(self.window), (count,), device=self.ids.device)
         picks = torch.searchsorted(self.starts, anywhere, right=True) - 1  # rows are met in proportion to their length
         return self.ids[self.starts[picks][:, None] + self.window].long()
@@ -69,9 +69,9 @@ def fit(
     weight_decay: float = WEIGHT_DECAY,
     tell: Callable[[int, torch.Tensor, float], None] = lambda *_: None,
 ) -> int:
-    """AdamW on what `loss` gives, for so many seconds after a first one that may compile; the number of steps.
+    """Minimises `loss` with AdamW for some seconds after a first step that may compile; returns the number of steps.
 
-    `tell` hears of each step's number, its loss and the share of the time that was over.
+    `tell` receives each step's number, its loss and the fraction of the time that has passed.
     """
     decay = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
@@ -110,10 +110,10 @@ def train(
     dtype: str,
     seed: int = 0,
 ) -> None:
-    """Trains for `minutes` of wall time (after compiling) on windows of a context and writes `output`.
+    """Trains for `minutes` of wall time (after compiling) on windows of one context and writes `output`.
 
-    `chat_share` of each batch are windows that begin with a conversation, the others lie anywhere in the plain text;
-    `dtype` is the arithmetic that the saved config asks for.
+    `chat_share` of each batch are windows that begin with a conversation, the others start anywhere in the plain text;
+    `dtype` is the dtype in the saved config.
     """
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
@@ -184,13 +184,13 @@ def train(
 
 
 def in_bfloat16(model: torch.nn.Module) -> None:
-    """Rounds the weights, so that what is measured next is what is saved."""
+    """Rounds the weights, so that the saved weights are the ones that are measured."""
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().to(parameter.dtype)
 
 
 def save(model: PreTrainedModel, tokenizer, output: Path, record: dict, dtype: str) -> None:
-    """Writes the model in bfloat16 under a config that asks for arithmetic in `dtype`."""
+    """Writes the model in bfloat16 with a config for `dtype`."""
     output.mkdir(parents=True, exist_ok=True)
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]

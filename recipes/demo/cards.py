@@ -1,4 +1,4 @@
-"""Writes the model cards from what the stages measured."""
+"""Writes the model cards from the measurements of the stages."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ NAMES = {"medusa": "Medusa heads", "eagle": "EAGLE head", "draft": "Small draft 
 
 
 def write_rivals(target: Path, output: Path) -> None:
-    """Writes `README.md` for the other ways to draft."""
+    """Writes `README.md` for the other drafting methods."""
     for name, title in NAMES.items():
         made = json.loads((output / name / "training.json").read_text())
         kind = made["kind"][0].upper() + made["kind"][1:]

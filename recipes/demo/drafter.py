@@ -1,7 +1,7 @@
-"""Trains the demo's drafter on answers that the target itself wrote.
+"""Trains the demo's drafter on answers of the target.
 
-Promises a drafter folder in bfloat16 beside the target, and `training.json` with tokens per step on held-out prompts.
-Uses the package as any user would; knows nothing of how the target was trained.
+Guarantees a drafter folder in bfloat16 beside the target, and `training.json` with tokens per step on held-out prompts.
+Uses only the package's public interface; does not know how the target was trained.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HELD_OUT_PROMPTS = 64  # of each file
 
 
 def figures(corpus: Corpus, model, drafter: RecurrentDrafter, tokenizer) -> dict[str, dict]:
-    """Tokens per step and share of drafts accepted at each position, on held-out prompts of each file."""
+    """Tokens per step and acceptance rate by position, on held-out prompts of each file."""
     found = {}
     for name in corpus.chat:
         held_out = contexts(corpus, name, tokenizer, held_out=True, count=HELD_OUT_PROMPTS)
@@ -46,7 +46,7 @@ def figures(corpus: Corpus, model, drafter: RecurrentDrafter, tokenizer) -> dict
 
 
 def learnt(corpus: Corpus, model, tokenizer, output: Path, limit: int | None) -> list[Row]:
-    """The target's answers to `limit` prompts a file at most, half of them greedy; kept in `output/answers.json`."""
+    """The target's answers to at most `limit` prompts per file, half of them greedy; kept in `output/answers.json`."""
     file = output / "answers.json"
     if file.exists():
         return restored(json.loads(file.read_text()))
@@ -62,7 +62,7 @@ def learnt(corpus: Corpus, model, tokenizer, output: Path, limit: int | None) ->
 def train(
     corpus: Corpus, target: Path, output: Path, *, epochs: float, device: torch.device, limit: int | None
 ) -> None:
-    """Answers, then training, then the figures on held-out prompts; `limit` prompts a file at most."""
+    """Generates answers, trains, and measures on held-out prompts; at most `limit` prompts per file."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     begin = time.perf_counter()

@@ -33,7 +33,7 @@ def picture() -> str:
     environment = os.environ | {"FORCE_COLOR": "1", "COLUMNS": str(WIDTH)}
     output = subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
     console = Console(record=True, width=WIDTH, file=StringIO())
-    console.print(Text("$ " + " ".join(COMMAND), style="bold"))
+    console.print(Text("$ " + " ".join(COMMAND) + " --prompt … --prompt … --prompt …", style="bold"))
     console.print(Text.from_ansi(output))
     svg = console.export_svg(title="redrafter demo")
     return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # no fonts from other hosts

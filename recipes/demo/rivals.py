@@ -1,7 +1,7 @@
-"""Other ways to draft for the demo's target, trained on the same answers for as long as its drafter was.
+"""Trains the other drafting methods of the demo on the same answers and for the same time as its drafter.
 
-Promises folders that `redrafter bench --demo` measures, each below 5 MB.  Does not know how the target was trained, nor
-its drafter.
+Guarantees folders that `redrafter bench --demo` measures, each below 5 MB.  Does not know how the target or its drafter
+was trained.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ def train(
     device: torch.device,
     limit: int | None,
 ) -> None:
-    """Each that is not there yet, in `output`; the draft model after `minutes` on text, as the target was trained."""
+    """Trains each method that is missing in `output`.
+
+    The draft model is first pretrained on text for `minutes`, as the target was.
+    """
     torch.set_float32_matmul_precision("high")
     model = AutoModelForCausalLM.from_pretrained(target).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(target)

@@ -1,8 +1,8 @@
-"""The demo pair, from data files to the two folders that ship: one command, one GPU, under 15 minutes.
+"""Trains the demo's target and drafter, from data files to the folders that ship: one command, one GPU, 15 minutes.
 
     python -m recipes.demo.run --data DATA --output OUT [--rivals]
 
-A stage whose `training.json` exists is not run again.
+A stage whose `training.json` exists is skipped.
 """
 
 from __future__ import annotations

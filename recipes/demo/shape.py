@@ -1,4 +1,4 @@
-"""What the demo's pair is made of."""
+"""Shapes of the demo's target and drafters."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ CATEGORIES = {"dialogue": "sgd", "instructions": "gpteacher", "maths": "gsm8k_tr
 
 
 def corpus(folder: Path) -> Corpus:
-    """Sets whose licences let trained weights be shared."""
+    """Data sets whose licences allow sharing the trained weights."""
     chat = {"sgd": 1.0, "gsm8k_train": 1.0, "gpteacher": 1.0}
     text = {"books": 1.0, "cpp_docs": 1.0, "python_stdlib": 1.0}
     return Corpus(folder, chat, text, vocabulary=4096, context=1024)
 
 
 def draft_configuration(data: Corpus) -> LlamaConfig:
-    """A model of 1.7 million parameters that drafts for the target: few layers, for a draft runs it token by token."""
+    """A draft model of 1.7 million parameters with few layers, because a draft runs it once per token."""
     return _llama(data, width=192, inner=512, layers=2)
 
 
 def configuration(data: Corpus) -> LlamaConfig:
-    """Thin and deep: on a CPU a step then costs launches rather than arithmetic, and small models learn better so."""
+    """Thin and deep: small models learn better this way, and on a CPU a step costs launches rather than arithmetic."""
     return _llama(data, width=256, inner=576, layers=16)
 
 

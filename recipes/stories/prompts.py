@@ -1,8 +1,8 @@
-"""Openings of children's stories, for small models that were trained on such.
+"""Openings of children's stories, as prompts for small models that were trained on such stories.
 
     python recipes/stories/prompts.py FOLDER
 
-Writes FOLDER/prompts.jsonl (1,136 openings to let a model write on from) and FOLDER/held_out.jsonl (64 others).
+Writes FOLDER/prompts.jsonl (1,136 openings for training) and FOLDER/held_out.jsonl (64 others).
 """
 
 from __future__ import annotations

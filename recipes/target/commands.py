@@ -1,7 +1,7 @@
-"""`redrafter bench` and `sweep` as the comparison calls them, each in a process of its own.
+"""Runs `redrafter bench` and `sweep` in separate processes for the comparison.
 
-Promises that the first can be tried, from the first option to the report, before anything is trained for it.  Does not
-know what is compared.
+Guarantees that the benchmark can be rehearsed with all its options before anything is trained for it.  Does not know
+what is compared.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def bench(
     rounds: int,
     minutes: float | None = None,
 ) -> int:
-    """Measures methods, each told as NAME=PATH, and prompt lookup; the exit status.
+    """Measures methods, given as NAME=PATH, and prompt lookup; returns the exit status.
 
-    `minutes`: after which nothing more is begun.
+    `minutes`: time after which no further measurement is started.
     """
     words = ["bench", "--model", model, "--prompts", data, "--output", output, "--limit", prompts, "--rounds", rounds]
     words += ["--max-new-tokens", new_tokens, "--answers", new_tokens, "--transformers", *_compiled()]
@@ -49,7 +49,7 @@ def bench(
 def sweep(
     model: Path, data: Path, output: Path, methods: Sequence[str], until: float, *, minutes: float | None = None
 ) -> int:
-    """Measures the first method in all shapes, a prompt of each category once, the others beside; the exit status."""
+    """Measures the first method in all shapes with one prompt per category, and the others; returns the exit status."""
     words = ["sweep", "--model", model, "--prompts", data, "--output", output, "--limit", 1, "--rounds", 1]
     for told in methods:
         words += ["--method", told]
@@ -57,7 +57,7 @@ def sweep(
 
 
 def _measured(words: Sequence[object], minutes: float | None, until: float) -> int:
-    """A command that goes on where it was stopped, or anew where it is refused: perhaps it was begun with others."""
+    """Resumes a command, or starts again if it was begun with other arguments."""
     words = [*words, *([] if minutes is None else ["--minutes", minutes])]
     status = command(words, until)
     return command([*words, "--overwrite"], until) if status == 2 else status
@@ -68,9 +68,9 @@ def _compiled() -> list[str]:
 
 
 def command(words: Sequence[object], until: float) -> int:
-    """Runs a command of redrafter in a process of its own, which frees the GPU's memory; 124 where time ran out.
+    """Runs a redrafter command in a separate process, which frees the GPU's memory; returns 124 after a timeout.
 
-    It finds there what this process keeps but does not use.
+    This process's unused cached memory is released first.
     """
     torch.cuda.empty_cache()  # nothing where there is no GPU
     left = None if until == math.inf else max(1.0, until - time.monotonic())
@@ -82,7 +82,7 @@ def command(words: Sequence[object], until: float) -> int:
 
 
 def rehearse(folder: Path, corpus: Corpus, tokenizer: Path, until: float) -> None:
-    """Measures a random drafter of a tiny random model.  Ends the process where the command fails."""
+    """Measures a random drafter of a tiny random model.  Exits if the command fails."""
     read = AutoTokenizer.from_pretrained(tokenizer)
     config = shape.configuration(corpus, "llama", width=shape.HEAD, layers=1)
     config.vocab_size, config.eos_token_id = len(read), None  # so that no text ends early

@@ -1,10 +1,10 @@
-"""All ways to draft on equal terms: a target, its answers, every method trained for the same time, and measured.
+"""Compares all drafting methods under equal conditions: one target, its answers, and the same training time.
 
     python -m recipes.target.compare --data DATA --output OUT [--spec-bench spec_bench.jsonl.xz] [--seconds 1600]
 
-Promises that a stage which is done is not run again, that one which fails is named and the others go on, and that
-nothing is begun for which `--seconds` are not enough.  Several processes, each with a GPU of its own, share the work by
-`--part`.  What is measured, `redrafter bench` measures, as any user would.
+Guarantees that a finished stage is skipped, that a failed one is reported while the others continue, and that nothing
+is started for which `--seconds` do not suffice.  Several processes, each with one GPU, share the work with `--part`.
+All measurements are made by `redrafter bench`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from recipes.target.variants import Variant, variants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from redrafter import EagleHead, MedusaHeads, RecurrentDrafter
-from redrafter.bench.tables import Table, equal, law, overall, temperatures, times
+from redrafter.bench.tables import Table, equal_texts, overall, sampling_name, spread, temperatures
 from redrafter.data.examples import Row
 
 NOT_DISTILLED = "recurrent-text"
@@ -161,7 +161,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def heads(target: Any) -> dict[str, Way]:
-    """All that is trained but the draft models, for a target of this config."""
+    """The heads to train for a target of this config (draft models are trained elsewhere)."""
     known = {variant.name: variant for variant in variants(target)}
 
     def recurrent(variant: Variant) -> Way:
@@ -185,7 +185,7 @@ def _folders_file(output: Path, cost: str) -> Path:
 
 
 def _forget_failures(given: argparse.Namespace, methods: list[str]) -> None:
-    """Those of this process in a run before: all is tried again, and others shall wait for what comes of that."""
+    """Removes the failures of an earlier run of this process, so that they are tried again and other processes wait."""
     part, parts = given.part
     costs_here = [cost for number, cost in enumerate(COSTS) if number % parts == part]
     records = [_record(given.output, name) for name in methods]
@@ -207,7 +207,7 @@ def _pretrain_draft_model(given: argparse.Namespace, corpus: Corpus, name: str) 
 def _train(
     given: argparse.Namespace, corpus: Corpus, target: Path, names: list[str], begin: float, until: float
 ) -> None:
-    """The methods of these names that are not there; what came of each goes into a file, failures too."""
+    """Trains the named methods that are missing; writes a record of each, also of failures."""
     torch.set_float32_matmul_precision("high")
     output, rows = given.output, None
     model = AutoModelForCausalLM.from_pretrained(target).to(stages.device()).eval()
@@ -240,7 +240,7 @@ def _train(
 
 
 def _write_prompts(given: argparse.Namespace, corpus: Corpus, target: Path) -> None:
-    """What `redrafter bench` reads; every process writes the same, none half of it."""
+    """Writes the prompts for `redrafter bench` atomically; all processes write the same."""
     (given.output / "prompts").mkdir(exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(target)
     asked = {"held-out": prompts.rows(corpus, tokenizer, given.held_out)}
@@ -262,7 +262,7 @@ def _prompts(given: argparse.Namespace, name: str) -> Path:
 
 
 def by_task(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of Spec-Bench under its task."""
+    """A row of Spec-Bench with its task as category."""
     many = row["category"] in MULTI_TURN
     return {"category": "multi-turn" if many else row["category"].replace("_", " "), "turns": row["turns"]}
 
@@ -270,7 +270,7 @@ def by_task(row: dict[str, Any]) -> dict[str, Any]:
 def _measure(
     given: argparse.Namespace, cost: str, data: str, target: Path, there: dict[str, Path], begin: float, until: float
 ) -> str | None:
-    """Runs `redrafter bench`, or `sweep`, unless its results are there; a sentence where it could not."""
+    """Runs `redrafter bench` or `sweep` unless its results exist; returns a sentence if it failed."""
     folder = given.output / "bench" / f"{cost}-{data}"
     if _is_whole(folder):
         return None
@@ -314,19 +314,19 @@ def _measure(
 def _prepared(
     given: argparse.Namespace, cost: str, target: Path, there: dict[str, Path], begin: float, until: float
 ) -> dict[str, str]:
-    """Folders of the target and of all that drafts for it at a cost."""
+    """Folders of the target and its drafters at a compute cost."""
     folders = costs.grown(given, target, there, begin) if cost == "grown" else {"target": target} | there
     return {name: str(path) for name, path in folders.items()}
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether nothing is left to measure there for want of time."""
+    """Whether all measurements of a folder are complete."""
     file = folder / "results.json"
     return file.exists() and not any("no time was left" in one for one in json.loads(file.read_text())["failed"])
 
 
 def page(output: Path) -> str:
-    """What was trained and measured so far, as Markdown."""
+    """The results so far, as Markdown."""
     head = ["method", "parameters", "seconds", "steps", "tokens", "loss"]
     rows = []
     for name in SHAPES:
@@ -344,11 +344,11 @@ def page(output: Path) -> str:
 
 
 def _measured(found: Record) -> Table:
-    """A row for each method over all categories: tokens a step, times as fast, and the time of a draft."""
+    """A row per method over all categories: tokens per step, speed-up and draft time."""
     speed = {(one["method"], one["temperature"]): one for one in overall(found["speed"])}
     drafts = {one["method"]: one["draft_ms"] for one in reversed(found["parts"])}
     kinds = temperatures(found["speed"])
-    titles = ("tokens per step", "times as fast", "of transformers'", "texts equal")
+    titles = ("tokens per step", "speed-up", "speed-up over transformers", "equal texts")
     rows = []
     for one in found["methods"]:
         name = one["method"]
@@ -361,11 +361,11 @@ def _measured(found: Record) -> Table:
         for kind in kinds:
             cell = speed.get((name, kind), {})
             row += [f"{cell['tokens_per_step']:.2f}" if "tokens_per_step" in cell else ""]
-            row += [times(cell.get(key)) for key in ("speed_up", "speed_up_over_transformers")]
-            row += [equal(cell)]
+            row += [spread(cell.get(key)) for key in ("speed_up", "speed_up_over_transformers")]
+            row += [equal_texts(cell)]
         rows.append(row)
-    laws = [f"{title}, {law(kind)}" for kind in kinds for title in titles]
-    return Table(["method", "drafts", "parameters", "ms a draft", *laws], rows)
+    columns = [f"{title}, {sampling_name(kind)}" for kind in kinds for title in titles]
+    return Table(["method", "drafts", "parameters", "draft, ms", *columns], rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What is measured at a cost: the target's own, or that of a larger one, to which all that drafts for it grows too.
+"""Compute costs of a comparison: the target's native size, or padded to a larger one together with its drafters.
 
-Promises that draft models keep the proportions of published pairs.  Does not know how any of them was trained.
+Guarantees that draft models keep the proportions of published pairs.  Does not know how they were trained.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXIT = {"recurrent-released": 2}
 
 
 def grown(given: argparse.Namespace, target: Path, there: Mapping[str, Path], begin: float) -> dict[str, Path]:
-    """Folders of `target` and of all that drafts for it, at the cost of a larger shape; without what cannot grow."""
+    """Folders of `target` and its drafters, padded to a larger shape; without drafters that cannot be padded."""
     folder = given.output / "grown"
     sizes = {"hidden": given.hidden, "heads": given.heads, "inner": given.inner}
     kind: dict[str, Any] = {"device": stages.device(), "dtype": torch.bfloat16}
@@ -73,9 +73,9 @@ def grown(given: argparse.Namespace, target: Path, there: Mapping[str, Path], be
 
 
 def grown_draft(name: str, larger: dict[str, int], own: Any, target: Any) -> dict[str, int]:
-    """The shape that a draft model grows to where its target grows to `larger`; the configs of both before.
+    """The shape of a draft model whose target is padded to `larger`; both configs are those before padding.
 
-    The larger one keeps its proportions to the target, the small one becomes as PUBLISHED.
+    The larger draft model keeps its proportions to the target, the small one becomes as PUBLISHED.
     """
     if name == SMALL:
         return PUBLISHED

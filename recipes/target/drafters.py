@@ -1,7 +1,7 @@
-"""Drafters of one target, trained in several ways on the same prompts for the same number of steps.
+"""Trains drafters of one target with different recipes on the same prompts and for the same number of steps.
 
-Promises figures on prompts that no training saw, by category, greedy and sampled, written after each drafter; and that
-processes which share a folder share the work.  Does not know how the target was trained.
+Guarantees figures on held-out prompts by category, greedy and sampled, written after each drafter, and that processes
+with a common folder share the work.  Does not know how the target was trained.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is trained and measured, and which share of it by this process."""
+    """The amount of training and measurement, and the share of this process."""
 
     steps: int
     batch: int
@@ -58,11 +58,11 @@ class Plan:
     """The name of a drafter must hold one of these."""
 
     def takes(self, number: int, variant: Variant) -> bool:
-        """Whether this process trains it."""
+        """Whether this process trains the variant."""
         return number % self.parts == self.part and self.wants(variant)
 
     def wants(self, variant: Variant) -> bool:
-        """Whether any process trains it."""
+        """Whether any process trains the variant."""
         return any(part in variant.name for part in self.only)
 
 
@@ -75,9 +75,9 @@ def compare(
     plan: Plan,
     begin: float,
 ) -> bool:
-    """Trains this part's drafters that its results lack; False where one of them failed.
+    """Trains the drafters of this part that its results lack; False if one of them failed.
 
-    `begin` is when the run began, by `time.monotonic`.
+    `begin` is the start time of the run, from `time.monotonic`.
     """
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,7 +140,7 @@ def compare(
 
 
 def _begun(file: Path, plan: Plan) -> Record:
-    """The results so far; those of another plan are not gone on with."""
+    """The results so far; results of another plan are discarded."""
     sizes = {name: value for name, value in asdict(plan).items() if name not in ("part", "seconds", "only")}
     found = json.loads(file.read_text()) if file.exists() else {"variants": {}}
     if found.get("plan", sizes) != sizes:
@@ -150,9 +150,9 @@ def _begun(file: Path, plan: Plan) -> Record:
 
 
 def prompts_of(corpus: Corpus, tokenizer, shares: dict[str, float], count: int, output: Path) -> list[Row]:
-    """Conversations of the training files that end in an answer, by length of the prompt; kept in a file.
+    """Conversations of the training files that end in an answer, sorted by prompt length; cached in a file.
 
-    Of each file `count` times its share.
+    `count` times its share of each file.
     """
     file = output / "answers" / "asked.json"
     if file.exists():
@@ -169,7 +169,7 @@ def prompts_of(corpus: Corpus, tokenizer, shares: dict[str, float], count: int, 
 
 
 def measured_on(corpus: Corpus, categories: dict[str, str], tokenizer, count: int) -> Texts:
-    """Prompts that no training saw, so many of each category."""
+    """Held-out prompts, a number per category."""
     return {
         category: contexts(corpus, name, tokenizer, held_out=True if name in corpus.chat else None, count=count)
         for category, name in categories.items()  # a file that nothing is learnt from is there to be evaluated on
@@ -186,7 +186,7 @@ def written_by(
     begin: float,
     until: float = math.inf,
 ) -> tuple[dict[str, list[Row]], dict[str, Texts]]:
-    """The target's answers to `asked`, and its texts to the held-out prompts, both ways; each way by one process."""
+    """The target's answers to `asked` and its texts for the held-out prompts, greedy and sampled; one process each."""
     folder = output / "answers"
     for number, way in enumerate(WAYS):
         file = folder / f"{way}.json"
@@ -206,13 +206,13 @@ def written_by(
 
 
 def drafter_of(variant: Variant, model: PreTrainedModel, vocabulary: torch.Tensor | None) -> RecurrentDrafter:
-    """A fresh one."""
+    """A new, untrained drafter."""
     torch.manual_seed(0)
     return RecurrentDrafter.for_target(model, beam_length=LENGTH, draft_vocabulary=vocabulary, **variant.head)
 
 
 def _time(model: PreTrainedModel, listed: list[Variant], widths: list[int], found: dict[str, dict[str, float]]) -> None:
-    """Milliseconds of a draft by width, of each shape of a head once; what weights it has does not matter."""
+    """Draft time in milliseconds by width, once for each head shape, since the weights do not matter."""
 
     def measured(variant: Variant) -> dict[str, float]:
         ids = torch.arange(model.config.vocab_size // variant.vocabulary)
@@ -227,7 +227,7 @@ def _time(model: PreTrainedModel, listed: list[Variant], widths: list[int], foun
 
 
 def shape_of(variant: Variant) -> str:
-    """One string for all variants whose heads are of one shape."""
+    """A key that is equal for variants with the same head shape."""
     return json.dumps([variant.head, variant.vocabulary])
 
 
@@ -263,7 +263,7 @@ def _folder(output: Path, name: str) -> Path:
 
 
 def _coverage(texts: Texts, vocabulary: set[int]) -> dict[str, float]:
-    """The share of each category's tokens that can be drafted."""
+    """The share of each category's tokens that are in the draft vocabulary."""
     found = {}
     for name, rows in texts.items():
         new = [token for row in rows for token in row.input_ids[len(prompt_of(row)) :]]
@@ -272,7 +272,7 @@ def _coverage(texts: Texts, vocabulary: set[int]) -> dict[str, float]:
 
 
 def _tokens_per_step(counted: dict[str, dict[str, list[int]]]) -> float:
-    """Over all ways, widths and categories."""
+    """Tokens per step for all settings, widths and categories."""
     pairs = [pair for categories in counted.values() for pair in categories.values()]
     return sum(tokens for tokens, _ in pairs) / sum(steps for _, steps in pairs)
 
@@ -280,7 +280,7 @@ def _tokens_per_step(counted: dict[str, dict[str, list[int]]]) -> float:
 def _checked(
     model: PreTrainedModel, folder: Path, counted: dict[str, dict[str, list[int]]], texts: dict[str, Texts], plan: Plan
 ) -> Record:
-    """Real decoding with one drafter, beside what was counted on the texts: tokens and steps."""
+    """Tokens and steps of actual decoding with one drafter, next to those counted on the texts."""
     width = plan.widths[0]
     drafter = RecurrentDrafter.from_pretrained(folder, target=model)
     check: Record = {"width": width}

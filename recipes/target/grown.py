@@ -1,12 +1,12 @@
-"""A trained target and heads that draft for it at the cost of a larger shape, their function kept.
+"""Pads a trained target and its draft heads to a larger shape without changing their outputs.
 
     python -m recipes.target.grown --target T --drafter D --output OUT [--hidden 4096 --layers 32 --heads 64 ...]
 
-Speed depends on the shape and on how often drafts are accepted; a small pair can be trained in minutes, and grown it
-costs what a large one does.  Promises the same logits and the same drafts, up to rounding.  All that is added is
-random, normal with a deviation of 0.02, but for zeros where it would reach what was there: a GPU multiplies zeros
-faster.  Llama alone, whose function is known here weight by weight; a recurrent drafter that sees the last hidden
-state alone, Medusa heads, and an EAGLE head, whose layer is Llama's.
+Speed depends on the shape and on the acceptance rate.  A small pair can be trained in minutes; padded, it costs as much
+compute as a large one.  Guarantees the same logits and drafts, up to rounding.  Added weights are random, normal with a
+standard deviation of 0.02, except for zeros where they would affect the original outputs, because a GPU multiplies
+zeros faster.  Supports Llama, a recurrent drafter that reads only the last hidden state, Medusa heads, and an EAGLE
+head, whose layer is a Llama layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEVIATION = 0.02
 
 @dataclass(frozen=True)
 class Places:
-    """Where the numbers of a Llama's layers, or of one that is like them, stand in larger ones."""
+    """Indices of the original weights of a Llama layer, or of a similar layer, in a larger layer."""
 
     hidden: tuple[int, int]
     """Width of the residual stream: as it was and as it becomes."""
@@ -41,41 +41,41 @@ class Places:
 
     @property
     def share(self) -> float:
-        """Of the stream's width that was there."""
+        """Original share of the width of the residual stream."""
         return self.hidden[0] / self.hidden[1]
 
     @cached_property
     def width(self) -> Tensor:
-        """Of the residual stream."""
+        """Indices in the residual stream."""
         return torch.arange(self.hidden[0])
 
     @cached_property
     def columns(self) -> Tensor:
-        """Of the MLP."""
+        """Indices in the MLP."""
         return torch.arange(self.inner)
 
     @cached_property
     def keys(self) -> Tensor:
-        """Of keys and values."""
+        """Indices of keys and values."""
         return _within(torch.arange(self.kv_heads[0]), self.head_dim)
 
     @cached_property
     def queries(self) -> Tensor:
-        """Of queries: a head keeps the key that it shared with others."""
+        """Indices of queries; each head keeps its key head."""
         heads = torch.arange(self.heads[0])
         group, new = self.heads[0] // self.kv_heads[0], self.heads[1] // self.kv_heads[1]
         return _within(heads // group * new + heads % group, self.head_dim)
 
     def layer(self, there: nn.Module, here: nn.Module) -> None:
-        """A layer in a larger one, which writes nothing to the widths that are added."""
+        """Copies a layer into a larger one, which writes nothing to the added widths."""
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            _among(getattr(there, norm).weight, getattr(here, norm).weight * self.share**0.5, self.width)
+            _copy_block(getattr(there, norm).weight, getattr(here, norm).weight * self.share**0.5, self.width)
         for name, places in {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys}.items():
-            _among(getattr(there.self_attn, name).weight, getattr(here.self_attn, name).weight, places, self.width)
+            _copy_block(getattr(there.self_attn, name).weight, getattr(here.self_attn, name).weight, places, self.width)
         for name in ("gate_proj", "up_proj"):
-            _among(getattr(there.mlp, name).weight, getattr(here.mlp, name).weight, self.columns, self.width)
-        per_row_config(there.self_attn.o_proj.weight, here.self_attn.o_proj.weight, self.width, self.queries)
-        per_row_config(there.mlp.down_proj.weight, here.mlp.down_proj.weight, self.width, self.columns)
+            _copy_block(getattr(there.mlp, name).weight, getattr(here.mlp, name).weight, self.columns, self.width)
+        _copy_and_zero(there.self_attn.o_proj.weight, here.self_attn.o_proj.weight, self.width, self.queries)
+        _copy_and_zero(there.mlp.down_proj.weight, here.mlp.down_proj.weight, self.width, self.columns)
 
 
 @torch.no_grad()
@@ -90,11 +90,11 @@ def grown_target(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> LlamaForCausalLM:
-    """A model of the larger shape with the logits of `model`; heads keep their size and, unless told, their groups.
+    """A model of the larger shape with the logits of `model`; the head size stays, and by default the grouping.
 
-    The residual stream is zero in the added widths: nothing writes to them.  A root mean square over more, all zeros,
-    is smaller by the root of their share, which the weights of the norms make up for.  Added layers write nothing.
-    Raises RedrafterError where the model is no plain Llama, or larger than what it is to become.
+    The residual stream is zero in the added widths, because nothing writes to them.  The zeros shrink the root mean
+    square by the root of the original share, which the norm weights compensate.  Added layers write nothing.  Raises
+    RedrafterError if the model is not a plain Llama or is larger than the new shape.
     """
     old = model.config
     if old.model_type != "llama" or old.attention_bias or old.mlp_bias or old.pretraining_tp != 1:
@@ -128,9 +128,9 @@ def grown_target(
     for parameter in new.parameters():
         nn.init.normal_(parameter, std=DEVIATION)
 
-    per_row_config(new.model.embed_tokens.weight, model.model.embed_tokens.weight, columns=places.width)
-    _among(new.lm_head.weight, model.lm_head.weight, columns=places.width)
-    _among(new.model.norm.weight, model.model.norm.weight * places.share**0.5, places.width)
+    _copy_and_zero(new.model.embed_tokens.weight, model.model.embed_tokens.weight, columns=places.width)
+    _copy_block(new.lm_head.weight, model.lm_head.weight, columns=places.width)
+    _copy_block(new.model.norm.weight, model.model.norm.weight * places.share**0.5, places.width)
     for there, here in zip(new.model.layers, model.model.layers, strict=False):
         places.layer(there, here)
     for there in new.model.layers[old.num_hidden_layers :]:
@@ -149,11 +149,11 @@ def grown_drafter(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> RecurrentDrafter:
-    """A drafter for the grown target, named `target`, with the logits of `drafter`; its blocks become `exit_dim` wide.
+    """A drafter for the padded target, named `target`, with the logits of `drafter` and blocks of width `exit_dim`.
 
-    What was there reads nothing of what is added.  `exit_dim` is `hidden` unless told.  A head without a projection
-    (`exit_dim` twice the hidden size) gets one that copies, unless it is to be without one again.  Raises
-    RedrafterError where the drafter sees layers or positions, or is larger than what it is to become.
+    Original weights read nothing of the added widths.  `exit_dim` defaults to `hidden`.  A head without a projection
+    (`exit_dim` twice the hidden size) gets one that copies, unless the result has none either.  Raises RedrafterError
+    if the drafter reads several layers or positions, or is larger than the new shape.
     """
     old, exit_dim = drafter.config, exit_dim or hidden
     if old.context_size != old.hidden_size:
@@ -178,11 +178,11 @@ def grown_drafter(
         _linear(new.input_proj, drafter.input_proj, inside, both)
     elif hasattr(new, "input_proj"):
         copies = torch.eye(old.exit_dim)
-        _apart(new.input_proj.weight, copies, inside, both)
-        _among(new.input_proj.bias, torch.zeros(old.exit_dim), inside)
+        _copy_isolated(new.input_proj.weight, copies, inside, both)
+        _copy_block(new.input_proj.bias, torch.zeros(old.exit_dim), inside)
     for there, here in zip(new.lm_head[:-1], drafter.lm_head[:-1], strict=True):
         _linear(there.linear, here.linear, inside, inside)
-    _apart(new.lm_head[-1].weight, drafter.lm_head[-1].weight, torch.arange(old.head_size), inside)
+    _copy_isolated(new.lm_head[-1].weight, drafter.lm_head[-1].weight, torch.arange(old.head_size), inside)
     return new
 
 
@@ -195,10 +195,10 @@ def grown_medusa(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> MedusaHeads:
-    """Heads for the grown target, named `target`, with the logits of `heads` and their tree.
+    """Heads for the padded target, named `target`, with the logits of `heads` and their tree.
 
-    What was there reads nothing of what is added.  Raises RedrafterError where they are larger than what they are to
-    become.
+    Original weights read nothing of the added widths.  Raises RedrafterError if the heads are larger than the new
+    shape.
     """
     _check_growth(heads.config, {"hidden_size": hidden})
     new = _larger(heads, {"hidden_size": hidden}, target, device, dtype)
@@ -206,7 +206,7 @@ def grown_medusa(
     for there, here in zip(new.heads, heads.heads, strict=True):
         for block, old in zip(there[:-1], here[:-1], strict=True):
             _linear(block.linear, old.linear, width, width)
-        _apart(there[-1].weight, here[-1].weight, torch.arange(heads.config.head_size), width)
+        _copy_isolated(there[-1].weight, here[-1].weight, torch.arange(heads.config.head_size), width)
     return new
 
 
@@ -222,10 +222,10 @@ def grown_eagle(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> EagleHead:
-    """A head for the grown target, named `target`, whose features are those of `head`, and zero in the added widths.
+    """A head for the padded target, named `target`, with the features of `head`, and zeros in the added widths.
 
-    As in `grown_target`, nothing writes to those.  Raises RedrafterError where the head is larger than what it is to
-    become, or its heads would change their size, which a head of this kind cannot tell apart from its width.
+    As in `grown_target`, nothing writes to those.  Raises RedrafterError if the head is larger than the new shape, or
+    if its head size would change, which cannot be told apart from its width.
     """
     old = head.config
     kv_heads = _kv_heads(old, heads, kv_heads)
@@ -248,8 +248,8 @@ def grown_eagle(
     )
     new = _larger(head, sizes | {"rms_norm_eps": old.rms_norm_eps * places.share}, target, device, dtype)
     new.fc.weight[old.hidden_size :] = 0
-    _among(new.fc.weight, head.fc.weight, places.width, torch.cat((places.width, hidden + places.width)))
-    per_row_config(new.fc.bias, head.fc.bias, places.width)
+    _copy_block(new.fc.weight, head.fc.weight, places.width, torch.cat((places.width, hidden + places.width)))
+    _copy_and_zero(new.fc.bias, head.fc.bias, places.width)
     places.layer(new.layer, head.layer)
     return new
 
@@ -264,7 +264,7 @@ def grown_head(
     exit_dim: int | None = None,
     **more: Any,
 ) -> Head:
-    """A head of any of these kinds for the target that `grown_target` makes of such numbers.  Raises RedrafterError."""
+    """A head of any supported kind for the padded target.  Raises RedrafterError."""
     if isinstance(head, MedusaHeads):
         return grown_medusa(head, hidden=hidden, **more)
     if isinstance(head, EagleHead):
@@ -274,7 +274,10 @@ def grown_head(
 
 
 def _kv_heads(old: Any, heads: int, kv_heads: int | None) -> int:
-    """Told, or as many for each head as there are.  Raises RedrafterError where heads would part from their keys."""
+    """The number of key heads: as given, or with the same group size.
+
+    Raises RedrafterError if the groups would change.
+    """
     group = old.num_attention_heads // old.num_key_value_heads
     kv_heads = kv_heads or max(1, heads // group)
     if heads % kv_heads or heads // kv_heads < group:
@@ -291,7 +294,10 @@ def _check_growth(old: Any, sizes: dict[str, int]) -> None:
 def _larger(
     head: Any, sizes: dict[str, Any], target: str | None, device: torch.device | str, dtype: torch.dtype | None
 ) -> Any:
-    """One of the same kind and vocabulary with other sizes, all its weights random; not tuned, for steps cost more."""
+    """A head of the same kind and vocabulary with other sizes and random weights.
+
+    It has no tuned shapes, because its steps cost more.
+    """
     untuned = {"shapes": (), "tuned_on": None}
     named = {"target": target or head.config.target, "target_fingerprint": None}  # the padded target has other weights
     config = head.config.model_copy(update=sizes | untuned | named)
@@ -305,33 +311,33 @@ def _larger(
 
 
 def _within(heads: Tensor, size: int) -> Tensor:
-    """The places of these heads' numbers among those of all."""
+    """Indices of the weights of these heads among those of all heads."""
     return (heads[:, None] * size + torch.arange(size)).flatten()
 
 
-def _among(new: Tensor, old: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    """Puts a weight into a larger one, at its rows and columns."""
+def _copy_block(new: Tensor, old: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    """Copies a weight into the given rows and columns of a larger one."""
     rows = torch.arange(len(old)) if rows is None else rows
     place = (rows,) if columns is None else (rows[:, None], columns)
     new[tuple(one.to(new.device) for one in place)] = old.to(new)
 
 
-def per_row_config(new: Tensor, old: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    """As `_among`, everything else zero: of what writes to the residual stream."""
+def _copy_and_zero(new: Tensor, old: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    """As `_copy_block`, with zeros elsewhere: for weights whose results are added to the residual stream."""
     nn.init.zeros_(new)
-    _among(new, old, rows, columns)
+    _copy_block(new, old, rows, columns)
 
 
-def _apart(new: Tensor, old: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """As `_among`, what was there reading nothing else."""
+def _copy_isolated(new: Tensor, old: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """As `_copy_block`, with zeros in the other columns of these rows, so that they read nothing else."""
     new[rows.to(new.device)] = 0
-    _among(new, old, rows, columns)
+    _copy_block(new, old, rows, columns)
 
 
 def _linear(new: nn.Linear, old: nn.Linear, rows: Tensor, columns: Tensor) -> None:
-    _apart(new.weight, old.weight, rows, columns)
+    _copy_isolated(new.weight, old.weight, rows, columns)
     if old.bias is not None:
-        _among(new.bias, old.bias, rows)
+        _copy_block(new.bias, old.bias, rows)
 
 
 def main() -> None:

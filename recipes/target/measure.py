@@ -1,7 +1,7 @@
-"""What is measured of a target and of its drafters, on texts that the target wrote to held-out prompts.
+"""Measures a target and its drafters on texts that the target generated for held-out prompts.
 
-Promises decoding's own counts of drafts without decoding (up to rounding, as `redrafter.evaluation.acceptance` says), and
-the time of a draft alone.  Does not know how the drafters were trained.
+Guarantees the acceptance counts of decoding without decoding (up to rounding, see `redrafter.evaluation.acceptance`),
+and the time of a draft.  Does not know how the drafters were trained.
 """
 
 from __future__ import annotations
@@ -15,27 +15,29 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from redrafter import RecurrentDrafter, generate
-from redrafter.core.rows import RowState, SamplingNoise
 from redrafter.data.examples import Row, collate
 from redrafter.engine.request import request
 from redrafter.evaluation.acceptance import drafted_everywhere, walked
-from redrafter.evaluation.profiling import milliseconds
-from redrafter.proposers import Proposer
+from redrafter.evaluation.profiling import StepProfiler
+from redrafter.proposers import method_of
 from redrafter.targets.target import Target
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "temperature": 1.0, "seed": 1},
 }
-REPEATS = 100  # of a draft that is timed
-TOGETHER = 32  # rows that the target reads at once
+REPEATS = 100
+"""Timed drafts."""
+
+BATCH_SIZE = 32
+"""Rows that the target processes together."""
 
 Texts = dict[str, list[Row]]
-"""By category, in one order everywhere: a row's number, and so its noise, is its place in all of them together."""
+"""Rows by category.  The order determines each row's number and therefore its sampling noise."""
 
 
 def written(model: PreTrainedModel, asked: Texts, way: str, new_tokens: int) -> Texts:
-    """The prompts with the target's own text."""
+    """The prompts, each followed by the text that the target generates."""
     prompts = [prompt_of(row) for rows in asked.values() for row in rows]
     new = iter(generate(model, None, prompts, max_new_tokens=new_tokens, **WAYS[way]).new_tokens)
     return {name: [answered(prompt_of(row), next(new)) for row in rows] for name, rows in asked.items()}
@@ -44,24 +46,25 @@ def written(model: PreTrainedModel, asked: Texts, way: str, new_tokens: int) -> 
 def counts(
     model: PreTrainedModel, drafter: RecurrentDrafter, texts: Texts, way: str, width: int
 ) -> dict[str, list[int]]:
-    """Tokens and steps of each category, as decoding that writes these texts would count them."""
+    """Tokens and steps of each category that decoding would need for these texts."""
     rows = [row for own in texts.values() for row in own]
-    asked = request(model, drafter, [prompt_of(row) for row in rows], beam_width=width, **WAYS[way])
-    assert asked.proposer is not None
+    parsed = request(model, drafter, [prompt_of(row) for row in rows], beam_width=width, **WAYS[way])
+    proposer = parsed.decoder.proposer
+    assert proposer is not None
     verdicts = iter(
         drafted_everywhere(
-            asked.target,
-            asked.proposer,
+            parsed.target,
+            proposer,
             rows,
-            sampler=asked.sampler,
-            seeds=[row.seed for row in asked.rows],
-            batch_size=TOGETHER,
+            sampler=parsed.sampler,
+            seeds=[row.seed for row in parsed.rows],
+            batch_size=BATCH_SIZE,
         )
     )
     return {
         name: [
             sum(sum(row.trained) for row in own),
-            sum(1 + len(walked(next(verdicts))) for _ in own),  # the prompt's own run is a step
+            sum(1 + len(walked(next(verdicts))) for _ in own),  # the prompt is a step too
         ]
         for name, own in texts.items()
     }
@@ -70,7 +73,7 @@ def counts(
 def decoded(
     model: PreTrainedModel, drafter: RecurrentDrafter, texts: Texts, way: str, width: int, new_tokens: int
 ) -> list[int]:
-    """Tokens and steps of decoding in truth, over all categories: what `counts` must come to."""
+    """Actual tokens and steps of decoding over all categories; `counts` must give the same sum."""
     prompts = [prompt_of(row) for own in texts.values() for row in own]
     stats = generate(model, drafter, prompts, beam_width=width, max_new_tokens=new_tokens, **WAYS[way]).stats
     return [stats.tokens, stats.steps]
@@ -78,11 +81,11 @@ def decoded(
 
 @torch.no_grad()
 def quality(model: PreTrainedModel, tokenizer, rows: list[Row]) -> dict[str, Any]:
-    """Distinct 4-grams in a text, entropy in nats of each next token, and two texts as prompt and answer."""
+    """Share of distinct 4-grams, mean entropy of the next token in nats, and two samples of prompt and answer."""
     target = Target(model)
     entropies: list[Tensor] = []
-    for begin in range(0, len(rows), TOGETHER):
-        batch = {name: part.to(target.device) for name, part in collate(rows[begin : begin + TOGETHER]).items()}
+    for begin in range(0, len(rows), BATCH_SIZE):
+        batch = {name: part.to(target.device) for name, part in collate(rows[begin : begin + BATCH_SIZE]).items()}
         hidden = target.hidden_states(batch["input_ids"], batch["segments"])
         for states in hidden[:, :-1][batch["trained"][:, 1:]].split(1024):
             log = target.logits(states).float().log_softmax(-1)
@@ -102,34 +105,12 @@ def quality(model: PreTrainedModel, tokenizer, rows: list[Row]) -> dict[str, Any
     }
 
 
-class _Recorded:
-    """A proposer that remembers what it was asked last."""
-
-    asked: tuple[RowState, Tensor, SamplingNoise]
-
-    def __init__(self, proposer: Proposer):
-        self.proposer = proposer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.proposer, name)
-
-    def propose(self, memory: None, place: RowState, context: Tensor, draw: SamplingNoise) -> Any:
-        """As the proposer's."""
-        self.asked = place, context, draw
-        return self.proposer.propose(memory, place, context, draw)
-
-
 def draft_ms(model: PreTrainedModel, drafter: RecurrentDrafter, width: int) -> float:
-    """Milliseconds of one greedy draft for one row, from the target's state to the tree; the median of many.
+    """Median milliseconds of one greedy draft of one row, from the target's state to the tree.
 
-    On CUDA replayed as a graph, so of the device alone; elsewhere as it is called.
+    On CUDA it is replayed as a graph, so device time alone is measured.
     """
-    asked = request(model, drafter, [[2, 3]], beam_width=width, do_sample=False)
-    assert asked.proposer is not None
-    recorded = _Recorded(asked.proposer)
-    drafted_everywhere(asked.target, recorded, [answered([2, 3], [4, 5])])  # one draft, whose context is kept
-
-    def draft() -> None:
-        recorded.proposer.propose(None, *recorded.asked)
-
-    return milliseconds(draft, model.device, REPEATS)
+    method = method_of(drafter)
+    shape = method.shape(0).model_copy(update={"beam_width": width})
+    parsed = request(model, method, [[2, 3]], shape=shape, do_sample=False)
+    return StepProfiler(parsed, method, repeats=REPEATS).draft_ms(shape)

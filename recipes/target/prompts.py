@@ -1,8 +1,8 @@
-"""The held-out prompts of the three categories as JSON lines, for `redrafter bench --prompts`.
+"""Writes the held-out prompts of the three categories as JSON lines, for `redrafter bench --prompts`.
 
     python -m recipes.target.prompts --target OUT/target --data DATA --output prompts.jsonl [--count 12]
 
-Promises the very tokens that the recipe measures on, or no row at all.
+Guarantees that each row is tokenized to exactly the tokens that the recipe measures on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from redrafter.data.prompts import prompt_ids
 
 
 def rows(data: Corpus, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, str]]:
-    """So many prompts of each category as text; those that would be read as other tokens are left out."""
+    """A number of prompts per category as text, without those that would be tokenized differently."""
     found = []
     for category, own in measured_on(data, CATEGORIES, tokenizer, count).items():
         for ids in map(prompt_of, own):

@@ -1,8 +1,8 @@
-"""The page of results from what the runs wrote.
+"""Renders the page of results from the files of the runs.
 
     python -m recipes.target.report OUT [OUT …] > docs/target.md
 
-Promises that every figure on it was measured by those runs.
+Guarantees that each figure was measured by those runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def load(folder: Path) -> Record:
-    """The results of all parts of a run as one record, its drafters by number."""
+    """The results of all parts of a run as one record, with the drafters by number."""
     parts = [json.loads(file.read_text()) for file in sorted(folder.glob("results-*.json"))]
     if not parts:
         raise SystemExit(f"{folder} holds no results.")
@@ -46,7 +46,7 @@ def load(folder: Path) -> Record:
 
 
 def page(runs: list[Record]) -> str:
-    """The Markdown of all runs."""
+    """The results of all runs, as Markdown."""
     lines = [
         "# Drafters compared",
         "",
@@ -65,7 +65,7 @@ def page(runs: list[Record]) -> str:
 
 
 def _target(found: Record) -> list[str]:
-    """How the target was trained and what its texts are like."""
+    """How the target was trained, and samples of its texts."""
     config, made = found["config"], found["training"]
     lines = [
         f"{config['parameters'] / 1e6:,.0f} M parameters ({config['model_type']}: {config['num_hidden_layers']} layers "
@@ -131,7 +131,7 @@ def _is(one: Record, **wanted: Any) -> bool:
 
 
 def _like(changed: list[Record], drafters: list[Record]) -> Record | None:
-    """The drafter with the paper's head that was trained as these were."""
+    """The drafter with the paper's head that was trained in the same way."""
     return next(
         (
             one
@@ -145,7 +145,7 @@ def _like(changed: list[Record], drafters: list[Record]) -> Record | None:
 def _compared(
     found: Record, rows: list[Record], base: Record | None, name: str, *, costs: bool = False, coverage: bool = False
 ) -> list[str]:
-    """A table of drafters: tokens per step by category, over all, and in proportion to `base`."""
+    """A table of drafters: tokens per step by category and overall, relative to `base`."""
     if not rows:
         return ["Not measured."]
     categories, widths = [*found["target"]["greedy"]], found["plan"]["widths"]
@@ -174,7 +174,7 @@ def _compared(
 
 
 def _rates(one: Record, way: str, widths: list[int], categories: list[str]) -> list[float]:
-    """Tokens per step over these categories together, by width."""
+    """Tokens per step over these categories, by width."""
     found = []
     for width in widths:
         pairs = [one["counts"][f"{way} {width}"][category] for category in categories]
@@ -183,7 +183,7 @@ def _rates(one: Record, way: str, widths: list[int], categories: list[str]) -> l
 
 
 def _ms(found: Record, one: Record) -> list[float]:
-    """Times of a draft by width, where this shape of a head was timed."""
+    """Draft times by width, if this head shape was timed."""
     return list(found.get("drafts", {}).get(one["shape"], {}).values())
 
 
@@ -196,7 +196,7 @@ def _both(values: Iterable[float], digits: int = 2, unit: str = "") -> str:
 
 
 def _samples(found: Record) -> list[str]:
-    """One text of each category, both ways; the prompts are other people's, and not shown."""
+    """One text per category, greedy and sampled; the prompts belong to others and are not shown."""
     lines = ["### Sample texts", "", "What the target wrote to the first prompt of each category.", ""]
     for way, categories in found["target"].items():
         for category, one in categories.items():
@@ -208,7 +208,7 @@ def _samples(found: Record) -> list[str]:
 
 
 def _checks(found: Record) -> list[str]:
-    """What decoding in truth counted."""
+    """Tokens per step of actual decoding."""
     lines = []
     for check in found["checks"]:
         told = [

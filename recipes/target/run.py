@@ -1,9 +1,9 @@
-"""Drafters compared on one target, from data files to a table of results.
+"""Compares drafters of one target, from data files to a table of results.
 
     python -m recipes.target.run --data DATA --output OUT
 
-A stage that is done is not run again: the tokenizer and the target are there where their folders are, a drafter where a
-`results-*.json` names it.  Several processes, each with a GPU of its own, share the work by `--part`.
+A finished stage is skipped: the tokenizer and the target if their folders exist, a drafter if a `results-*.json`
+contains it.  Several processes, each with one GPU, share the work with `--part`.
 """
 
 from __future__ import annotations

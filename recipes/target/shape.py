@@ -1,4 +1,4 @@
-"""What the benchmark target is made of."""
+"""Shape and training data of the benchmark target."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SHARES = {"sgd": 3.0, "gpteacher": 0.5, "t0": 0.25}
 
 
 def corpus(folder: Path) -> Corpus:
-    """Conversations alone; small sets are seen more often."""
+    """Conversations only; small data sets are repeated more often."""
     chat = {"alpaca_eval": 1.0, "gsm8k_train": 3.0, "gpteacher": 2.0, "sgd": 2.0, "t0": 0.3}
     return Corpus(folder, chat, {}, vocabulary=16_000, context=1024)
 
 
 def configuration(data: Corpus, family: str, width: int = 768, layers: int = 12) -> PretrainedConfig:
-    """About 110 million parameters, of any of these families in Llama's proportions."""
+    """About 110 million parameters with Llama's proportions, for each supported family."""
     return AutoConfig.for_model(
         family,
         vocab_size=data.vocabulary,

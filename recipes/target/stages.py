@@ -1,6 +1,6 @@
-"""The target, made once for all that is done with it, and the options that say which.
+"""The target, trained once for all comparisons, and the options that select it.
 
-Promises that a stage which is done is not run again, and that of several processes one makes what the others wait for.
+Guarantees that a finished stage is skipped, and that one process does what the others wait for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """A parser with those of the target and of the processes that share the work."""
+    """A parser with the options of the target and of the processes that share the work."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=data_folder, required=True, help="folder with the files that README.md names")
     parser.add_argument("--output", type=Path, required=True, help="where all is written")
@@ -41,12 +41,12 @@ def options(description: str) -> argparse.ArgumentParser:
 
 
 def device() -> torch.device:
-    """CUDA where there is one."""
+    """CUDA if available."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def tokenizer(given: argparse.Namespace, corpus: Corpus) -> Path:
-    """The folder of the tokenizer, which part 0 fits."""
+    """The folder of the tokenizer, which part 0 trains."""
     folder: Path = given.tokenizer or given.output / "tokenizer"
     if given.part[0] == 0 and not folder.exists():
         part = folder.with_name(f"{folder.name}.part")
@@ -58,7 +58,7 @@ def tokenizer(given: argparse.Namespace, corpus: Corpus) -> Path:
 def pretrained(
     given: argparse.Namespace, corpus: Corpus, folder: Path, *, width: int, layers: int, minutes: float
 ) -> None:
-    """Trains a model of the target's family from scratch, unless it is there."""
+    """Trains a model of the target's family from scratch, unless it exists."""
     if (folder / "training.json").exists():
         return
     pretrain.train(
@@ -76,7 +76,7 @@ def pretrained(
 
 
 def target(given: argparse.Namespace, corpus: Corpus, until: float = math.inf) -> Path:
-    """The folder of the target, told or trained by part 0."""
+    """The folder of the target: as given, or trained by part 0."""
     if given.target:
         if not (given.target / "config.json").exists():
             raise SystemExit(f"{given.target} holds no model.")
@@ -90,7 +90,7 @@ def target(given: argparse.Namespace, corpus: Corpus, until: float = math.inf) -
 
 
 def awaited(file: Path, until: float = math.inf) -> Path:
-    """The file or folder, once another process has written it; ends this one after `until`, by `time.monotonic`."""
+    """The file or folder, as soon as another process has written it; exits after `until`, from `time.monotonic`."""
     if not file.exists():
         print(f"waiting for {file}", flush=True)
     while not file.exists():
@@ -101,12 +101,12 @@ def awaited(file: Path, until: float = math.inf) -> Path:
 
 
 def say(begin: float, what: str) -> None:
-    """A line of progress, with the seconds since the run began, by `time.monotonic`."""
+    """Prints a line of progress with the seconds since the start of the run, from `time.monotonic`."""
     print(f"{time.monotonic() - begin:.0f} s: {what}", flush=True)
 
 
 def survived(make: Callable[[], Any]) -> Any:
-    """What is made, or the error as a line: what comes after one that fails is still wanted."""
+    """The result of a function, or its error as one line, so that later stages still run."""
     try:
         return make()
     except Exception as error:

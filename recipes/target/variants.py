@@ -1,6 +1,6 @@
-"""The ways to train a drafter that are compared.
+"""The training recipes for a drafter that are compared.
 
-Promises that all of them stand in order of importance, so that a run cut short has the ones that matter.
+Guarantees an order by importance, so that an interrupted run has the most important ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from redrafter.training.objective import Objective
 
 @dataclass(frozen=True)
 class Variant:
-    """One drafter: what it learns from, by which loss, and the shape of its head."""
+    """One drafter: its training data, loss and head shape."""
 
     name: str
     data: Literal["text", "continuations", "greedy", "sampled", "both"]
@@ -31,12 +31,12 @@ class Variant:
     """The head scores one token in so many of the target's vocabulary."""
 
     def scored(self, rows: list[Row], vocabulary: int) -> Tensor | None:
-        """Ids of those, of a target's vocabulary of that size, by what the rows teach; None for all."""
+        """Ids of the draft vocabulary, chosen by frequency in the rows; None for the target's complete vocabulary."""
         return None if self.vocabulary == 1 else draft_vocabulary(rows, vocabulary // self.vocabulary)
 
 
 def variants(target: PretrainedConfig) -> list[Variant]:
-    """All of them, for a target of this shape."""
+    """All variants, for a target of this config."""
     hidden, depth = target.hidden_size, target.num_hidden_layers
     layers = sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)})
 

@@ -16,7 +16,7 @@ import pytest
 from test_bench_results import CALLS, RECORDS
 
 from redrafter import RedrafterError
-from redrafter.bench import charts, plots, readme, report
+from redrafter.bench import charts, plots, readme, report, summary
 from redrafter.bench.methods import AUTOREGRESSIVE, TRANSFORMERS
 from redrafter.bench.results import calls, parts, speeds
 
@@ -148,18 +148,18 @@ def test_missing_figures_have_no_section_and_failures_are_listed():
     page = Page(report.html(found))
     assert page.headings[-2:] == ["Not measured", "Terms"]
     assert "ours on a: No memory." in page.words
-    assert "Not measured" in report.lead(found)[-1]
-    assert "Not measured" not in " ".join(report.lead(results()))
+    assert "Not measured" in summary.lead(found)[-1]
+    assert "Not measured" not in " ".join(summary.lead(results()))
     assert not {"Batch size", "Time of a step"} & set(page.headings)
 
 
 def test_the_lead_names_the_fastest_method_and_compares_texts():
-    lead = " ".join(report.lead(results()))
+    lead = " ".join(summary.lead(results()))
     assert f"In greedy decoding, {NAME} is the fastest method: 20 tokens/s, a speed-up of 1.33" in lead
     assert "4 of 6 drafted texts" in lead
     assert "1 diverge beyond rounding, which is a bug" in lead
     explained = [one for one in RECORDS if one["category"] != "b"]
-    lead = " ".join(report.lead(results(explained)))
+    lead = " ".join(summary.lead(results(explained)))
     assert "3.00 (2.00 to 3.00) over autoregressive decoding and 3.50 (3.00 to 4.00) over transformers" in lead
     assert "3 of 4 drafted texts" in lead
     assert "closer than the rounding error" in lead
@@ -206,7 +206,7 @@ def test_plots_are_deterministic():
 
 def test_a_report_begins_with_complete_calls():
     found = with_calls()
-    first, second, *_ = report.lead(found)
+    first, second, *_ = summary.lead(found)
     assert first.startswith(f"In greedy decoding, {NAME} is the fastest method end to end: a call that generates 200")
     assert "2.25 s, a speed-up of 1.57 (1.00 to 2.14) over autoregressive decoding and 2.00 over transformers" in first
     assert second.startswith(f"In greedy decoding, {NAME} is the fastest method in decoding only: 20 tokens/s")

@@ -17,7 +17,7 @@ from redrafter.bench.units import Comparison, Unit, comparison_units, rotated, r
 from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import chain
 from redrafter.proposers import Proposer, method_of
-from redrafter.training.journal import Journal
+from redrafter.utils.journal import Journal
 
 MODEL = tiny_model()
 TASKS = Tasks({"a": [[5, 9, 12], [7, 8]], "b": [[30]]}, {"a": 2, "b": 1}, 0)

@@ -59,23 +59,23 @@ def lines_of(folder):
 def test_methods_are_compared(say, command, drafter_folder, tmp_path):
     words = ["--method", f"ours, wide={drafter_folder}@10x2:9", "--transformers", "--temperatures", "0,1"]
     words += ["--rounds", 2, "--batches", "2", "--answers", "4,12,512", "--seed", 4]
-    status, told, err = say(*command, *words)
+    status, output, err = say(*command, *words)
     assert status == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    check_output(told, err, tmp_path / "out")
+    check_output(output, err, tmp_path / "out")
     check_conditions(results)
     check_speeds(results)
     check_calls(results)
 
 
-def check_output(told: str, err: str, out: Path) -> None:
+def check_output(output: str, err: str, out: Path) -> None:
     assert err.count("not measured") == 1
     assert "not measured: Answers of 512 tokens" in err
-    assert told.startswith("In greedy decoding, ours")
-    assert "At temperature 1, ours" in told
-    assert "the fastest method end to end: a call that generates 12 tokens takes" in told
-    assert f"Wrote {out / 'results.json'}, {out / 'report.md'}, {out / 'report.html'}." in told
-    assert told[told.index("Wrote") :].count("\n| 12 | ours |") == 2, "a short table comes last"
+    assert output.startswith("In greedy decoding, ours")
+    assert "At temperature 1, ours" in output
+    assert "the fastest method end to end: a call that generates 12 tokens takes" in output
+    assert f"Wrote {out / 'results.json'}, {out / 'report.md'}, {out / 'report.html'}." in output
+    assert output[output.index("Wrote") :].count("\n| 12 | ours |") == 2, "a short table comes last"
     page = (out / "report.md").read_text()
     assert page.index("## End to end") < page.index("## Decoding speed by category")
     assert "Answers of 512 tokens" in page
@@ -221,7 +221,7 @@ def test_a_sweep_varies_shapes_batches_and_temperatures(say, common, drafter_fol
     words = ["sweep", *common, "--method", f"ours={drafter_folder}@4x3:9", "--limit", 1, "--rounds", 1]
     words += ["--method", "lookup=prompt-lookup@1x2"]
     words += ["--widths", "1,3,300", "--lengths", "1,2", "--budgets", "3,4,6,99", "--batches", "2"]
-    status, told, err = say(*words, "--temperatures", "0,1", "--max-new-tokens", 10)
+    status, output, err = say(*words, "--temperatures", "0,1", "--max-new-tokens", 10)
     assert status == 0, err
     refused = "not measured: 300 beams of 1 token; 300 beams of 2 tokens: beam_width must lie between 1 and"
     assert refused in " ".join(err.split())
@@ -261,15 +261,15 @@ def test_a_sweep_varies_shapes_batches_and_temperatures(say, common, drafter_fol
             assert one["acceptance_by_position"] == chains[place]["acceptance_by_position"]
             assert one["nodes_per_draft"] < chains[place]["nodes_per_draft"] == 3 * place[0]
     assert "<h2>Width and length</h2>" in (tmp_path / "out" / "report.html").read_text()
-    assert "Wrote" in told
+    assert "Wrote" in output
 
 
 def test_the_demo_measures_all_bundled_drafters(say, quick, tmp_path):
     words = ["bench", "--demo", "--output", tmp_path, "--rounds", 1, "--limit", 1, "--max-new-tokens", 8]
     words += ["--answers", 4]
-    status, told, err = say(*words, "--temperatures", "0", "--device", "cpu")
+    status, output, err = say(*words, "--temperatures", "0", "--device", "cpu")
     assert status == 0, err
-    assert "20 of 20 drafted texts" in told
+    assert "20 of 20 drafted texts" in output
     found = json.loads((tmp_path / "results.json").read_text())
     assert list(found["data"]["categories"]) == ["dialogue", "maths", "code", "open question"]
     assert [one["method"] for one in found["methods"]] == [
@@ -336,3 +336,10 @@ def test_missing_options_are_named(say, tmp_path, model_folder, drafter_folder):
     assert "--method" in refusal(say("bench", *out, "--model", model_folder))
     assert "--prompts" in refusal(say("sweep", *out, "--model", model_folder, "--method", f"a={drafter_folder}"))
     assert "--widths takes whole numbers" in refusal(say("sweep", *out, "--demo", "--widths", "x"))
+
+
+@pytest.mark.parametrize("command", ["bench", "sweep"])
+def test_a_missing_extra_is_one_sentence(say, tmp_path, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert "pip install 'redrafter[bench]'" in refusal(say(command, "--demo", "--output", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -60,8 +61,16 @@ def usage(name: str, kind: type, info: OptionInfo | ArgumentInfo) -> str:
     own = [one for one in (info.default, *(info.param_decls or ())) if isinstance(one, str)]  # typer accepts either
     if kind is bool:
         return " / ".join(own or (f"--{option}", f"--no-{option}"))
-    choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else None
-    return f"{' / '.join(own or (f'--{option}',))} {info.metavar or choices or VALUES[(*get_args(kind), kind)[0]]}"
+    return f"{' / '.join(own or (f'--{option}',))} {info.metavar or placeholder(kind)}"
+
+
+def placeholder(kind: Any) -> str:
+    """The choices of a closed set, or a word for the values of a type."""
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "|".join(one.value for one in kind)
+    return VALUES[(*get_args(kind), kind)[0]]
 
 
 def row(name: str, kind: type, default: Any, info: OptionInfo | ArgumentInfo) -> str:
@@ -74,7 +83,7 @@ def row(name: str, kind: type, default: Any, info: OptionInfo | ArgumentInfo) ->
     elif kind is bool:
         value = f"`{usage(name, kind, info).split(' / ')[0]}`" if default else ""
     else:
-        value = "" if default is None else f"`{default}`"
+        value = "" if default is None else f"`{default.value if isinstance(default, Enum) else default}`"
     cells = (f"`{usage(name, kind, info)}`", text.replace("\\[", "["), value)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
 

@@ -40,7 +40,8 @@ def test_data_shows_rows_as_training_reads_them(say, model_folder, tmp_path):
     assert err.endswith("1 bad rows were skipped.\n")
     assert [line.split() for line in out.splitlines()[:6]] == [
         ["rows", "2"], ["tokens", "14"], ["tokens", "to", "learn", "5,", "6", "different", "ones"],
-        ["rows", "without", "tokens", "to", "learn", "1"], ["lengths", "6", "to", "14,", "median", "14,", "95", "%", "up", "to", "14"],
+        ["rows", "without", "tokens", "to", "learn", "1"],
+        ["lengths", "6", "to", "14,", "median", "14,", "95", "%", "up", "to", "14"],
         ["cut", "to", "8", "1", "rows"],
     ]  # fmt: skip
     assert "<s>u:hi</" in out

@@ -237,8 +237,8 @@ def test_a_function_in_place_of_forward_runs_unless_it_would_run_dropout():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.filterwarnings("default")  # torch.compile has warnings of its own
-def test_forward_passes_beside_captured_steps(compile):
+@pytest.mark.filterwarnings("default", "error:Decoding continues without torch.compile")  # torch has other warnings
+def test_forward_passes_beside_captured_steps(compile, unchecked):
     """Captures of this thread raise no error in another one, and change no result there."""
     model = tiny_model().cuda().train()
     drafter = RecurrentDrafter.for_target(model, beam_width=3, beam_length=3)

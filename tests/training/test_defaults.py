@@ -7,7 +7,7 @@ import torch
 
 from conftest import tiny_model
 from redrafter import RecurrentDrafter
-from redrafter.data.examples import Row, coverage, kinds_for, most_frequent
+from redrafter.data.examples import Row, coverage, most_frequent, vocabulary_size_for
 from redrafter.targets.target import Target
 from redrafter.training.defaults import COVERAGE, default_epochs, default_vocabulary, default_width, head_parameters
 
@@ -39,7 +39,7 @@ def test_rare_tokens_are_not_drafted():
     assert default_vocabulary(rows, 9001, GPU).value is None, "nearly all of it"
     assert default_vocabulary(rows_with(600), 2000, CPU).value is None, "a small vocabulary"
     assert default_vocabulary(rows_with(50), 49_152, CPU).value is None, "too few tokens to draft from"
-    assert kinds_for(rows, 1.0) == 9000
+    assert vocabulary_size_for(rows, 1.0) == 9000
 
 
 def test_a_head_that_is_large_for_its_target_is_narrower_on_a_cpu():

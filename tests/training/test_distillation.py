@@ -29,7 +29,7 @@ from redrafter.training.dialogues import Dialogue, SamplingConfig, check_prompt,
 from redrafter.training.distillation import CompletedPrompt, DistillProgress, PartialPrompt, distil, read, survey
 from redrafter.training.endpoint import Endpoint
 from redrafter.training.endpoint_answers import EndpointAnswers
-from redrafter.training.journal import Journal
+from redrafter.utils.journal import Journal
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}
 RECORDS = [

@@ -112,7 +112,7 @@ def method_bars(
 
     `points` are figures by the name of the point and by method; `label` names the bars in the legend.
     """
-    names = [name for name in reversed(style) if name in bars]
+    names = [name for name in reversed([*style]) if name in bars]
     figures = [bars[name] for name in names]
     centres, rows = [one["median"] for one in figures], range(len(names))
     axis.barh(rows, centres, 0.62, color=[style[name].colour for name in names], alpha=0.55)

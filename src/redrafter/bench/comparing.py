@@ -25,7 +25,7 @@ from redrafter.core.shapes import DraftShape, counted
 from redrafter.errors import RedrafterError
 from redrafter.proposers.base import draftable
 from redrafter.targets.target import Target
-from redrafter.training.journal import Journal
+from redrafter.utils.journal import Journal
 from redrafter.utils.outputs import MEASUREMENTS
 
 OnUnit = Callable[[Unit, int, int], None]

@@ -65,7 +65,8 @@ class MethodSpec:
             )
         name = Path(path).name or path
         coupled = None if coupling is None else coupling == "coupled"
-        return cls(label or (f"{name} {suffix}" if suffix else name), path, *numbers, coupled=coupled)
+        width, length, budget = numbers
+        return cls(label or (f"{name} {suffix}" if suffix else name), path, width, length, budget, coupled)
 
     @property
     def location(self) -> str:

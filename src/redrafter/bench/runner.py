@@ -220,8 +220,8 @@ class Runner:
         tokens = itertools.cycle(itertools.chain.from_iterable(texts))
         rows = [list(itertools.islice(tokens, context)) for _ in range(unit.batch)]
         settings = method.settings(unit.batch) | self.options.sampling(unit.temperature)
-        asked = request(self.model, method.method, rows, **settings)
-        profiler = StepProfiler(asked, method.method, repeats=REPEATS, compile=self.options.compile)
+        parsed = request(self.model, method.method, rows, **settings)
+        profiler = StepProfiler(parsed, method.method, repeats=REPEATS, compile=self.options.compile)
         record: Record = {"context": context, "step_ms": profiler.step_ms(shape), "draft_ms": 0.0, "nodes": 1}
         if shape is not None:
             record |= {"nodes": profiler.tree(shape).size, "draft_ms": profiler.draft_ms(shape)}

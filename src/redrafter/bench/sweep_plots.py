@@ -86,7 +86,10 @@ def prefix_sharing(results: Results) -> Figure | None:
     for number, length in enumerate(sorted({one["shape"]["length"] for one in entries})):
         points = {o["shape"]["width"]: o["nodes_per_draft"] for o in entries if o["shape"]["length"] == length}
         shares = [100 * points[width] / (width * length) for width in sorted(points)]
-        look = {"color": COLOURS[number % len(COLOURS)], "linestyle": "-" if number < len(COLOURS) else "--"}
+        look: dict[str, Any] = {
+            "color": COLOURS[number % len(COLOURS)],
+            "linestyle": "-" if number < len(COLOURS) else "--",
+        }
         axis.plot(sorted(points), shares, marker="o", markersize=4, label=f"length {length}", **look)
     widths = sorted({one["shape"]["width"] for one in entries})
     axis.set_xscale("log", base=2)

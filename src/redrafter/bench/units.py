@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from redrafter.bench.methods import AUTOREGRESSIVE, TRANSFORMERS
 from redrafter.bench.tasks import ALL
 from redrafter.errors import RedrafterError
-from redrafter.training.journal import Journal
+from redrafter.utils.journal import Journal
 
 Kind = Literal["calls", "decode", "together", "parts", "texts"]
 Record = dict[str, Any]

@@ -34,7 +34,8 @@ def _usage_error(error: Exception) -> str | None:
     if not isinstance(error, usage_error):
         return None
     command = error.ctx.command_path if error.ctx else "redrafter"
-    return f"{error.format_message().rstrip('.')}; see {command} --help."
+    message = error.format_message().rstrip(".").replace("Value error, ", "")  # which some versions of typer add
+    return f"{message}; see {command} --help."
 
 
 def _with_flags(message: str, words: list[str]) -> str:

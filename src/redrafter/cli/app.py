@@ -9,16 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.models import OptionInfo
 
 from redrafter import __version__
-
-CONTEXT = "typer_context"
-"""Name of the parameter for typer's context, which is not an option."""
 
 PANELS = ("Generate text", "Train a drafter", "Measure", "Drafter folders")
 """Groups of commands in `redrafter --help`, in order."""
@@ -47,32 +44,23 @@ def _global_options(
     """Options of all commands."""
 
 
-def command(panel: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a function as a command.  Its parameters are dataclasses of options, and perhaps typer's `context`.
+def command(panel: str, name: str | None = None) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Registers a function as a command; its parameter `options` is annotated with a dataclass.
 
-    The fields of the dataclasses are annotated as typer expects, with `Annotated`; a field of several dataclasses is
-    one option.  In `--help`, a dataclass's own options precede those of its base classes; a class's options appear
-    under the heading that it names in `PANEL`.
+    The fields of the dataclass are annotated as typer expects, with `Annotated`.  In `--help`, its own options precede
+    those of its base classes; a class's options appear under the heading that it names in `PANEL`.
     """
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(function)
-        groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
-        parameters = {one.name: one for kind in groups.values() for one in _parameters(kind)}
-        contexts = [name for name, kind in hints.items() if kind is typer.Context]
-        if contexts:  # named differently from all options, since some commands have an option --context
-            parameters[CONTEXT] = _parameter(CONTEXT, MISSING, typer.Context)
+    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        options: Any = get_type_hints(function)["options"]
+        parameters = list(_parameters(options))
 
         def run(**values: Any) -> None:
-            options: dict[str, Any] = {
-                name: kind(**{field.name: values[field.name] for field in fields(kind)})
-                for name, kind in groups.items()
-            }
-            function(**options, **{name: values[CONTEXT] for name in contexts})
+            function(options(**values))
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
-        run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in parameters.values()}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
         app.command(name, rich_help_panel=panel)(run)
         return function
 
@@ -92,9 +80,10 @@ def _parameters(options: Any) -> Iterator[inspect.Parameter]:
             for info in metadata:
                 if isinstance(info, OptionInfo) and "PANEL" in vars(owner):
                     info.rich_help_panel = vars(owner)["PANEL"]
-            yield _parameter(name, defaults.pop(name), Annotated[(kind, *metadata)])
-
-
-def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
-    default = inspect.Parameter.empty if default is MISSING else default
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            default = defaults.pop(name)
+            yield inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if default is MISSING else default,
+                annotation=Annotated[(kind, *metadata)],
+            )

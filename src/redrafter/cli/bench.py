@@ -195,7 +195,7 @@ def bench(options: BenchOptions) -> None:
     from redrafter.bench.comparing import compare
 
     batches = [comparison.batch, *comparison.batches]
-    run(options, batches, arguments, lambda *parts: compare(*parts, options=comparison))
+    run(options, batches, arguments, lambda setup, methods, on_unit: compare(setup, methods, on_unit, comparison))
 
 
 def run(options: SharedOptions, batches: list[int], arguments: dict[str, Any], measure: Measure) -> None:
@@ -251,7 +251,8 @@ def _progress() -> Iterator[OnUnit]:
 
 def _write(results: Results, output: Path) -> None:
     """Writes the report and prints its summary, what is missing, and last the table of complete calls."""
-    from redrafter.bench.report import lead, write
+    from redrafter.bench.report import write
+    from redrafter.bench.summary import lead
     from redrafter.bench.tables import calls, temperatures
 
     files = write(results, output)

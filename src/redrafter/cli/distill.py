@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from redrafter.data.files import Skip
     from redrafter.training.distillation import DistillProgress, Prompt, Work
-    from redrafter.training.journal import Journal
+    from redrafter.utils.journal import Journal
     from redrafter.utils.progress import Progress
 
 
@@ -48,8 +48,8 @@ def _distill(options: DistillOptions) -> None:
     from rich.console import Console
 
     from redrafter.training.distillation import saved
-    from redrafter.training.journal import Journal
     from redrafter.utils.interrupt import StoppedRun, interruptible
+    from redrafter.utils.journal import Journal
 
     if options.endpoint is not None:
         teacher = _endpoint_teacher(options)

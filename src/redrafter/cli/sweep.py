@@ -65,4 +65,5 @@ def sweep(options: SweepOptions) -> None:
     }
     from redrafter.bench import comparing
 
-    run(options, [1, *axes.batches], arguments, lambda *parts: comparing.sweep(*parts, axes=axes))
+    batches = [1, *axes.batches]
+    run(options, batches, arguments, lambda setup, methods, on_unit: comparing.sweep(setup, methods, on_unit, axes))

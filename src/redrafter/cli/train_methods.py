@@ -6,8 +6,7 @@ A new method adds a dataclass and an entry of `METHODS`.  Imports nothing heavy;
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from typer import Option
 
@@ -23,12 +22,7 @@ if TYPE_CHECKING:
     from redrafter.training.defaults import Default
 
 
-class TrainingMethod(StrEnum):
-    """Kinds of heads."""
-
-    RECURRENT = "recurrent"
-    MEDUSA = "medusa"
-    EAGLE = "eagle"
+TrainingMethod = Literal["recurrent", "medusa", "eagle"]
 
 
 @dataclass(kw_only=True)
@@ -195,9 +189,9 @@ class EagleOptions(HeadOptions):
 
 
 METHODS: dict[TrainingMethod, type[HeadOptions]] = {
-    TrainingMethod.RECURRENT: RecurrentOptions,
-    TrainingMethod.MEDUSA: MedusaOptions,
-    TrainingMethod.EAGLE: EagleOptions,
+    "recurrent": RecurrentOptions,
+    "medusa": MedusaOptions,
+    "eagle": EagleOptions,
 }
 
 

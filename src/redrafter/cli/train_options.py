@@ -159,7 +159,7 @@ class TrainOptions(DataOptions, RecipeOptions, RecurrentOptions, MedusaOptions, 
     method: Annotated[
         TrainingMethod,
         Option(help="recurrent (the paper's head), medusa (parallel heads) or eagle (a layer over features)."),
-    ] = TrainingMethod.RECURRENT
+    ] = "recurrent"
     licence: Annotated[str | None, Option("--license", help="License of the data, for the model card.")] = None
     push_to_hub: Annotated[str | None, Option(metavar="OWNER/NAME", help="Upload the drafter after training.")] = None
     public: Annotated[

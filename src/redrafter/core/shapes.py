@@ -67,6 +67,13 @@ class DraftShape(BaseModel):
             raise RedrafterError(
                 f"beam_width must lie between 1 and the drafter's {vocabulary} tokens, not {self.beam_width}."
             )
+        check_budget(self.beam_length, self.node_budget)
+
+
+def check_budget(length: int, budget: int | None) -> None:
+    """Raises RedrafterError if a node budget cannot contain a path of `length` drafted tokens."""
+    if budget is not None and budget < length + 1:
+        raise RedrafterError(f"node_budget must hold the root and {length} drafted tokens, not be {budget}.")
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,5 @@ class ShapeOverrides:
             raise RedrafterError(f"beam_length must be at least 1, or 0 to decode without drafting, not {length}.")
         if width < 1:
             raise RedrafterError(f"beam_width must be at least 1, not {width}.")
-        if budget is not None and budget < length + 1:
-            raise RedrafterError(f"node_budget must hold the root and {length} drafted tokens, not be {budget}.")
+        check_budget(length, budget)
         return DraftShape(batch=shape.batch, beam_width=width, beam_length=length, node_budget=budget)

@@ -214,7 +214,7 @@ def most_frequent(rows: list[Row], count: int) -> Tensor:
     return counts.argsort(descending=True, stable=True)[:count]
 
 
-def kinds_for(rows: list[Row], share: float) -> int:
+def vocabulary_size_for(rows: list[Row], share: float) -> int:
     """The size of the smallest draft vocabulary that covers this share of the tokens to learn."""
     counts = _counts(rows).sort(descending=True).values
     return int((counts.cumsum(0) < share * counts.sum()).sum()) + 1

@@ -106,12 +106,8 @@ class Measured:
     @classmethod
     def total(cls, parts: list[Measured]) -> Measured:
         """The sum over texts."""
-        return cls(
-            sum(part.tokens for part in parts),
-            Acceptance.total([part.decoding for part in parts]),
-            Acceptance.total([part.walked for part in parts]),
-            Acceptance.total([part.teacher_forced for part in parts]),
-        )
+        counts = zip(*((part.decoding, part.walked, part.teacher_forced) for part in parts), strict=True)
+        return cls(sum(part.tokens for part in parts), *(Acceptance.total(list(each)) for each in counts))
 
 
 def acceptance(
@@ -278,24 +274,14 @@ def evaluate(
 
 def _measure(request: Request, generation: Generation, batch_size: int) -> list[Measured]:
     """Compares generated texts with drafts at every position."""
-    proposer, new = request.decoder.proposer, generation.new_tokens
+    proposer, new, seeds = request.decoder.proposer, generation.new_tokens, [row.seed for row in request.rows]
     assert proposer is not None
-    length = proposer.length
+    length, rows = proposer.length, answered(request, new)
     verdicts = drafted_everywhere(
-        request.target,
-        proposer,
-        answered(request, new),
-        sampler=request.sampler,
-        seeds=[row.seed for row in request.rows],
-        batch_size=batch_size,
+        request.target, proposer, rows, sampler=request.sampler, seeds=seeds, batch_size=batch_size
     )
     return [
-        Measured(
-            len(tokens),
-            _decoded(stats),
-            Acceptance.of(walked(own), proposer.length),
-            Acceptance.of(own, proposer.length),
-        )
+        Measured(len(tokens), _decoded(stats), Acceptance.of(walked(own), length), Acceptance.of(own, length))
         for tokens, stats, own in zip(new, generation.stats.rows, verdicts, strict=True)
     ]
 

@@ -63,7 +63,7 @@ def check_objective(rows: list[Row], drafter: Head, recipe: Recipe) -> None:
 
 def check_sharded(drafter: Head, recipe: Recipe) -> None:
     """Raises RedrafterError if training needs logits that a sharded target cannot compute from hidden states."""
-    problem = "This target's logits need the whole model, so a sharded one"
+    problem = "This target's logits need the complete model, so a sharded one"
     if drafter.reads_text:
         raise RedrafterError(f"{problem} has no output head to train {drafter.config.kind} with.")
     if recipe.objective.of_distribution:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from redrafter.data.examples import Row, kinds_for
+from redrafter.data.examples import Row, vocabulary_size_for
 from redrafter.targets.target import Target
 from redrafter.training.recipe import processes
 
@@ -63,7 +63,7 @@ def default_vocabulary(rows: list[Row], vocabulary: int, device: torch.device) -
             None, f"all {vocabulary:,} tokens are drafted, because the vocabulary is small (--draft-vocabulary)"
         )
     share = COVERAGE["cpu" if device.type == "cpu" else "gpu"]
-    count = max(kinds_for(rows, share), min(MIN_DRAFT_VOCABULARY, kinds_for(rows, 1.0)))
+    count = max(vocabulary_size_for(rows, share), min(MIN_DRAFT_VOCABULARY, vocabulary_size_for(rows, 1.0)))
     if not MIN_DRAFT_VOCABULARY <= count <= MAX_VOCABULARY_SHARE * vocabulary:
         amount = "most" if count > MIN_DRAFT_VOCABULARY else "too few"
         reason = (

@@ -20,8 +20,8 @@ from typing import Any
 from redrafter.data.files import Skip, read_records
 from redrafter.engine.results import Event
 from redrafter.errors import RedrafterError
-from redrafter.training.journal import Journal
 from redrafter.utils.interrupt import deferred
+from redrafter.utils.journal import Journal
 
 SAVE_SECONDS = 30.0
 """Default number of seconds between checkpoints."""

@@ -64,8 +64,8 @@ def is_loopback(host: str) -> bool:
 
 def _pause(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
-    asked = error.pause if isinstance(error, TemporaryError) else None
-    return min(asked, MAX_PAUSE) if asked is not None else wait_exponential(PAUSE, MAX_PAUSE)(state)
+    requested = error.pause if isinstance(error, TemporaryError) else None
+    return wait_exponential(PAUSE, MAX_PAUSE)(state) if requested is None else min(requested, MAX_PAUSE)
 
 
 @dataclass(frozen=True)
