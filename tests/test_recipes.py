@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from redrafter import RecurrentDrafter, generate
-from redrafter.bench import units
+from redrafter.bench import runner
 from redrafter.proposers.loading import load_drafter
 from redrafter.training import clock
 
@@ -93,7 +93,7 @@ def target(corpus, tokenizer, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("family", shape.FAMILIES)
 def test_every_family_is_trained_drafted_for_and_measured(corpus, tokenizer, family, tmp_path, say, monkeypatch):
-    monkeypatch.setattr(units, "REPEATS", 1)
+    monkeypatch.setattr(runner, "REPEATS", 1)
     folder = trained(corpus, tokenizer, tmp_path / family, family)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert (model.config.model_type, model.dtype) == (family, torch.float32)
@@ -190,7 +190,7 @@ def test_the_rivals_of_the_demo_are_small_enough_to_ship(data):
 
 
 def test_a_comparison_goes_from_data_to_a_table_and_does_nothing_twice(corpus, tmp_path, monkeypatch, say, capsys):
-    monkeypatch.setattr(units, "REPEATS", 1)
+    monkeypatch.setattr(runner, "REPEATS", 1)
     monkeypatch.setattr(shape, "corpus", lambda folder: corpus)
     monkeypatch.setattr(shape, "CATEGORIES", {"dialogue": "sgd"})
     monkeypatch.setattr(compare.prompts, "CATEGORIES", {"dialogue": "sgd"})

@@ -272,7 +272,7 @@ def test_the_answers_that_a_row_requests():
     assert plan_answers({"prompt": "hi", "messages": [USER, ASSISTANT]}, "here").given == [[USER]]
     assert plan_answers({"prompt": "x"}, "here", chat=True).given == [[{"role": "user", "content": "x"}]]
     assert plan_answers({"prompt": [USER], "completion": [ASSISTANT]}, "here").given == [[USER]]
-    for messages, words in (([ASSISTANT], "no turn"), ([USER, ASSISTANT, {"role": "user", "content": ""}], "empty")):
+    for messages, words in (([ASSISTANT], "no message"), ([USER, ASSISTANT, {"role": "user", "content": ""}], "empty")):
         with pytest.raises(RedrafterError, match=f"here: .*{words}"):
             given(messages)
 
@@ -485,7 +485,7 @@ def test_a_file_of_another_run_is_refused(sources, tmp_path):
     with pytest.raises(RedrafterError, match="has lost lines"):
         run_saved(sources, path, CopyRows(), {"temperature": 0, "gone": 1})
     (tmp_path / "out.jsonl.state").write_text("{}")
-    with pytest.raises(RedrafterError, match="note"):
+    with pytest.raises(RedrafterError, match="not written by this command"):
         run_saved(sources, path, CopyRows())
     (tmp_path / "out.jsonl.state").unlink()
     with pytest.raises(RedrafterError, match=r"out\.jsonl\.state"):

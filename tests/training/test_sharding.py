@@ -20,7 +20,7 @@ from redrafter.training.trainer import run
 
 SHARDED = """
 import json, os, sys, torch
-from redrafter.cli import _end
+from redrafter.cli import _exit
 from redrafter.cli.loading import load_model
 from redrafter.targets.target import Target
 from redrafter.training.sharding import bytes_here, is_sharded
@@ -33,7 +33,7 @@ found = [torch.equal(*states), torch.equal(*logits), is_sharded(whole), is_shard
 size = [bytes_here(model) for model in (whole, divided)] + [bytes_here(whole.model.layers)]
 with open(sys.argv[2] + os.environ["RANK"], "w") as file:
     json.dump([found, size], file)
-_end(0)
+_exit(0)
 """
 
 
