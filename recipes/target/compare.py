@@ -235,8 +235,8 @@ def _train(
         result = survived(partial(train, name))
         record = {"failed": result} if isinstance(result, str) else result
         put(file, record)
-        told = ("failed", "parameters", "seconds", "steps", "tokens", "loss")
-        say(begin, f"{name}: {', '.join(f'{key} {record[key]}' for key in told if key in record)}")
+        shown = ("failed", "parameters", "seconds", "steps", "tokens", "loss")
+        say(begin, f"{name}: {', '.join(f'{key} {record[key]}' for key in shown if key in record)}")
 
 
 def _write_prompts(given: argparse.Namespace, corpus: Corpus, target: Path) -> None:

@@ -198,9 +198,9 @@ def written_by(
         say(begin, f"wrote {sum(row.learnt for row in learnt):,} tokens of answers, {way}")
     own, texts = {}, {}
     for way in WAYS:
-        told = json.loads(awaited(folder / f"{way}.json", until).read_text())
-        own[way] = restored(told["answers"])
-        texts[way] = {name: restored(rows) for name, rows in told["texts"].items()}
+        record = json.loads(awaited(folder / f"{way}.json", until).read_text())
+        own[way] = restored(record["answers"])
+        texts[way] = {name: restored(rows) for name, rows in record["texts"].items()}
     say(begin, "all answers are there")
     return own, texts
 

@@ -211,12 +211,12 @@ def _checks(found: Record) -> list[str]:
     """Tokens per step of actual decoding."""
     lines = []
     for check in found["checks"]:
-        told = [
+        counts = [
             f"{NAMES[way]} {check[way]['decoded'][0]:,} tokens in {check[way]['decoded'][1]:,} steps (by the texts "
             f"{check[way]['counted'][0]:,} in {check[way]['counted'][1]:,})"
             for way in WAYS
         ]
-        lines.append(f"- {check['variant']}, W = {check['width']}: {'; '.join(told)}.")
+        lines.append(f"- {check['variant']}, W = {check['width']}: {'; '.join(counts)}.")
     return ["Drafts are counted on texts that the target wrote once; decoding itself counted:", "", *lines, ""]
 
 

@@ -80,8 +80,8 @@ def target(given: argparse.Namespace, corpus: Corpus, until: float = math.inf) -
     if given.target:
         if not (given.target / "config.json").exists():
             raise SystemExit(f"{given.target} holds no model.")
-        told: Path = given.target
-        return told
+        target: Path = given.target
+        return target
     folder: Path = given.output / "target"
     if given.part[0] == 0:
         pretrained(given, corpus, folder, width=given.width, layers=given.layers, minutes=given.minutes)
