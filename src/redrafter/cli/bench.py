@@ -51,7 +51,8 @@ class SharedOptions(opt.LoadingOptions):
     output: Annotated[Path, typer.Option(help="Folder for measurements.jsonl, results.json, report.md, report.html.")]
     model: Annotated[str | None, typer.Option(help=opt.MODEL)] = None
     method: Annotated[
-        list[str] | None, typer.Option(metavar="METHOD", help=f"May be repeated; a sweep varies the first.  {METHOD}")
+        list[str] | None,
+        typer.Option("--method", metavar="METHOD", help=f"May be repeated; a sweep varies the first.  {METHOD}"),
     ] = None
     prompts: Annotated[list[str] | None, typer.Option(metavar="FILE", help=opt.PROMPT_ROWS)] = None
     by: Annotated[
