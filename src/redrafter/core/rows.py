@@ -75,6 +75,11 @@ class SamplingNoise:
         return self.warp(logits) + (noise if names is None else noise[:, names])[:, None]
 
 
+def at_positions(states: Float[Tensor, "B P size"], index: Int[Tensor, "B M"]) -> Float[Tensor, "B M size"]:
+    """The vectors of each row at the positions in `index`."""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+
 def precise(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """float32 or wider, as transformers' scores."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

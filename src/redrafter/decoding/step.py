@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from redrafter.core.cache import SlotCache
-from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.rows import RowState, SamplingNoise, at_positions
 from redrafter.core.tree import DraftTree, chain
 from redrafter.decoding.sampling import Sampler, TargetTokens
 from redrafter.decoding.verify import walk
@@ -122,7 +122,7 @@ class Decoder:
         if self.sampler.lazy:
             following = following.clamp(min=0)  # -1 if the walk stopped at the end of a text
         rows.text.scatter_(1, rows.length[:, None] + 1 + index, following)
-        states = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
+        states = at_positions(hidden, path)
         state.context.copy_(_latest(state.context, states, accepted))
         rows.length.add_(rows.alive * (accepted + 1))
         return emitted
@@ -213,7 +213,7 @@ def _latest(
 ) -> Float[Tensor, "B positions state"]:
     """The last `positions` states up to and including entry `end` of `after`."""
     index = end[:, None] + 1 + torch.arange(before.shape[1], device=end.device)
-    return torch.cat((before, after), dim=1).gather(1, index[..., None].expand(-1, -1, before.shape[-1]))
+    return at_positions(torch.cat((before, after), dim=1), index)
 
 
 def _emission(

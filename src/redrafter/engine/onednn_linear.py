@@ -28,6 +28,20 @@ _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def why_not_packed(*models: nn.Module) -> str | None:
     """The reason why nothing would be packed; None if something would."""
+    return _refusal(_groups(models))
+
+
+def pack_linears(*models: nn.Module) -> int:
+    """Makes the layers of these copies compute from packed weights.  Returns the number of products."""
+    groups = _groups(models)
+    if _refusal(groups) is not None:
+        return 0
+    for layers in groups:
+        _PackedGroup(layers).attach()
+    return len(groups)
+
+
+def _refusal(groups: list[list[nn.Linear]]) -> str | None:
     if platform.machine() not in ("x86_64", "AMD64"):
         return "the CPU is not x86"
     operators = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
@@ -35,20 +49,10 @@ def why_not_packed(*models: nn.Module) -> str | None:
         return "torch was built without oneDNN"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is enabled"
-    size = sum(layer.weight.nbytes for layers in _groups(models) for layer in layers)
+    size = sum(layer.weight.nbytes for layers in groups for layer in layers)
     if size > MAX_BYTES:
         return f"{size / 2**30:.1f} GiB of weights are more than {MAX_BYTES / 2**30:.0f} GiB"
     return None if size else "no plain float32 layers"
-
-
-def pack_linears(*models: nn.Module) -> int:
-    """Makes the layers of these copies compute from packed weights.  Returns the number of products."""
-    if why_not_packed(*models) is not None:
-        return 0
-    groups = _groups(models)
-    for layers in groups:
-        _PackedGroup(layers).attach()
-    return len(groups)
 
 
 def _groups(models: tuple[nn.Module, ...]) -> list[list[nn.Linear]]:

@@ -113,14 +113,14 @@ class ActiveRow:
             )
         reason: FinishReason | None = None
         for count, token in enumerate(tokens, start=1):
-            node = int(emitted.path[index, count - 1]) if not is_finite[count - 1] or request.criteria else 0
             if not is_finite[count - 1]:
-                raise self._no_token(emitted.logits[index, node], begin + count - 1)
+                raise self._no_token(emitted.logits[index, emitted.path[index, count - 1]], begin + count - 1)
             if token in request.ends:
                 reason = "eos"
             elif request.criteria:
-                scores = emitted.choice.scores[index, node]
-                reason = self._stopped(request, text[self.slot : self.slot + 1, : begin + count], scores)
+                if request.output_scores:
+                    self.scores.append(precise(emitted.choice.scores[index, emitted.path[index, count - 1]])[None])
+                reason = self._stopped(request, text[self.slot : self.slot + 1, : begin + count])
             if reason is not None:
                 tokens = tokens[:count]
                 break
@@ -138,10 +138,8 @@ class ActiveRow:
             logits=precise(emitted.logits[index, nodes]) if request.output_logits else None,
         )
 
-    def _stopped(self, request: Request, text: Int[Tensor, "1 T"], score: Tensor) -> FinishReason | None:
+    def _stopped(self, request: Request, text: Int[Tensor, "1 T"]) -> FinishReason | None:
         """Whether a stopping criterion ends the row after this text.  Criteria receive scores if they are requested."""
-        if request.output_scores:
-            self.scores.append(precise(score)[None])
         scores = tuple(self.scores) if request.output_scores else None
         return "stop" if any(_holds(criterion, text, scores) for criterion in request.criteria) else None
 

@@ -64,9 +64,9 @@ class StepProfiler:
         self._sampler = Sampler(request.sampler.do_sample, request.sampler.processors[:1])
         self.batch, self.context = len(request.rows), len(request.rows[0].prompt)
         default = None if drafter is None else drafter.proposer(self.target, drafter.shape(0))
-        self._base = Decoder(self.target, default, self._sampler)
-        self._nodes = max(nodes, self._base.size, self._base.length + 1)
-        self._filled = self._prefilled(self._base, self._nodes)
+        base = Decoder(self.target, default, self._sampler)
+        self._nodes = max(nodes, base.size, base.length + 1)
+        self._filled = self._prefilled(base, self._nodes)
         self._runners: dict[DraftShape | None, Runner] = {}
 
     def runner(self, shape: DraftShape | None) -> Runner:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from redrafter.core.cache import SlotCache
-from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.rows import RowState, SamplingNoise, at_positions
 from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import DraftTree, chain, parallel_chains, tree_mask
 from redrafter.core.tree_attention import MAX_ATTENTION_NODES, bit_mask
@@ -83,8 +83,8 @@ class EagleProposer(Proposer):
         index = begin + torch.arange(self.length + 1, device=begin.device)
         seen = (index - first).clamp(max=self.length)
         tokens = rows.text.gather(1, (index + 1).minimum(rows.length[:, None]))
-        output = self._run(memory, chain(tokens), _gather(features, seen), begin[:, 0])
-        return _gather(output, rows.length[:, None] - 1 - begin)
+        output = self._run(memory, chain(tokens), at_positions(features, seen), begin[:, 0])
+        return at_positions(output, rows.length[:, None] - 1 - begin)
 
     def _run(
         self,
@@ -107,7 +107,3 @@ class EagleProposer(Proposer):
     def _features(self, states: Float[Tensor, "B P state"]) -> Float[Tensor, "B P hidden"]:
         """The output head's inputs in the head's dtype."""
         return states[..., -self.target.hidden_size :].to(self.head.dtype)
-
-
-def _gather(features: Float[Tensor, "B P hidden"], index: Int[Tensor, "B M"]) -> Float[Tensor, "B M hidden"]:
-    return features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from redrafter.core.cache import SlotCache
-from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.rows import RowState, SamplingNoise, at_positions
 from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import DraftTree
 from redrafter.heads.recurrent import RecurrentDrafter
@@ -89,7 +89,7 @@ def beam_search(
         depth = beams.shape[2]
         if fused is None or read is None:
             if depth:
-                previous = state.gather(1, parents[..., None].expand(-1, -1, state.shape[-1]))
+                previous = at_positions(state, parents)
                 state = drafter.step(previous, embed(beams[..., -1]))
             return drafter.logits(context.expand_as(state), state, read)
         if depth:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from redrafter.core.cache import LayerShape, SlotCache
+from redrafter.core.rows import at_positions
 from redrafter.core.tree import DraftTree, tree_mask
 from redrafter.core.tree_attention import MAX_ATTENTION_NODES, NAME, bit_mask
 from redrafter.kernels import has_kernels
@@ -205,7 +206,8 @@ class Target:
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             captured.append(args[0])
-            return (_selected(args[0], select), *args[1:])
+            selected = args[0] if select is None else at_positions(args[0], select.to(args[0].device))
+            return (selected, *args[1:])
 
         def layer_hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             captured.append(output[0] if isinstance(output, tuple) else output)
@@ -245,9 +247,3 @@ class Target:
             yield
         finally:
             self.config._attn_implementation = before
-
-
-def _selected(hidden: Float[Tensor, "B N H"], select: Int[Tensor, "B M"] | None) -> Float[Tensor, "B M H"]:
-    if select is None:
-        return hidden
-    return hidden.gather(1, select.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))
