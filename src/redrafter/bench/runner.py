@@ -174,7 +174,7 @@ class Runner:
                 prompts,
                 max_new_tokens=new_tokens,
                 batch=unit.batch,
-                ends=request(self.model, None, prompts, **sampling).ends,
+                ends=request(self.model, None, prompts, **sampling).tasks[0].ends,
                 fixed_batch=fixed_batch,
                 skip=untimed_steps(self.model.device),
                 **sampling,

@@ -129,7 +129,7 @@ class TimedRun:
             "seconds": sum(self.times),
             "steps": len(self.times),
             "first_token_seconds": self.first,
-            "drafts": self.stats.steps - len(self.texts),
+            "drafts": self.stats.steps,
             "drafted": self.stats.drafted,
             "accepted": self.stats.accepted,
             "accepted_by_position": self.stats.accepted_by_position,
@@ -144,12 +144,12 @@ def time_stream(events: Iterator[Event], *, positions: int, skip: int = 0, fixed
     """
     run, steps = TimedRun(stats=Stats(accepted_by_position=[0] * positions)), 0
     for seconds, events_of_step in _steps(events):
-        is_prompt = events_of_step[0].row not in run.texts
+        entered = {event.row for event in events_of_step} - run.texts.keys()
         for event in events_of_step:
             run.texts.setdefault(event.row, []).extend(event.tokens)
             run.stats.count(event)
-        if is_prompt:
-            run.first += [seconds] * len(events_of_step)
+        if entered:  # the time includes their prompts
+            run.first += [seconds] * len(entered)
             continue
         if fixed_batch and any(event.finish_reason for event in events_of_step):
             break
@@ -161,20 +161,16 @@ def time_stream(events: Iterator[Event], *, positions: int, skip: int = 0, fixed
 
 
 def _steps(events: Iterator[Event]) -> Iterator[tuple[float, list[Event]]]:
-    """Groups events into steps, each with its seconds: the prompts of new rows, or one step of all active rows."""
+    """Groups events into steps, each with its seconds, which include prompts that were read before it."""
     step: list[Event] = []
-    rows: set[int] = set()
-    known: set[int] = set()
     seconds, begin = 0.0, time.perf_counter()
     for event in events:
         elapsed = time.perf_counter() - begin
-        if step and (event.row in rows or (event.row in known) != (step[0].row in known)):
+        if step and event.step != step[0].step:
             yield seconds, step
-            known |= rows
-            step, rows, seconds = [], set(), 0.0
+            step, seconds = [], 0.0
         seconds += elapsed
         step.append(event)
-        rows.add(event.row)
         begin = time.perf_counter()
     if step:
         yield seconds, step

@@ -104,7 +104,7 @@ class _FixedCoupling(SamplingNoise):
 
 
 def _with_coupling(noise: SamplingNoise, coupled: bool) -> SamplingNoise:
-    return _FixedCoupling(noise.warpers, noise.gumbel, coupled)
+    return _FixedCoupling(**vars(noise), ranks=coupled)
 
 
 def flat_beams(tree: DraftTree, width: int) -> DraftTree:

@@ -151,8 +151,7 @@ def _print_table(rows: list[dict[str, Any]], accepted: list[int], speed_up: floa
     columns = ("prompt", "tokens", "tokens/step", "undrafted", "drafted", "speed-up", "same")
     print_figures(columns, cells, left=("prompt", "same"))
     tokens, steps = sum(row["tokens"] for row in rows), sum(row["steps"] for row in rows)
-    drafts = steps - len(rows)  # the first step of each prompt drafts nothing
-    shares = ", ".join(f"{count / max(1, drafts):.0%}" for count in accepted)
+    shares = ", ".join(f"{count / max(1, steps):.0%}" for count in accepted)
     typer.echo(f"tokens per step: {tokens / steps:.2f}")
     typer.echo(f"drafts accepted at positions 1 to {len(accepted)}: {shares}")
     typer.echo(f"median end-to-end speed-up on this machine: {speed_up:.2f}x (complete calls, prompts included)")

@@ -37,6 +37,10 @@ class Window:
     """Destination of the new keys and values."""
     visible: int | None
     """Number of leading slots that attention sees; None for all, if attention knows each row's length."""
+    rows: Int[Tensor, " B"] | None = None
+    """The cache's rows that receive them; None for the first B rows in order."""
+    only_new: bool = False
+    """Whether attention sees the new states alone, because the texts begin with them."""
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -48,16 +52,20 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self._write = kv_write if has_kernels(keys.device, keys.dtype) else scatter
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes the new states [B, heads, Q, size] at the window's slots; returns all visible slots."""
-        slots = self.window.slots.to(self.keys.device)
-        self._write(self.keys, self.values, slots, key_states, value_states)
-        if self.window.visible is None:
+        """Writes the new states [B, heads, Q, size] at the window's slots; returns what attention sees."""
+        window, device = self.window, self.keys.device
+        rows = None if window.rows is None else window.rows.to(device)
+        self._write(self.keys, self.values, window.slots.to(device), rows, key_states, value_states)
+        if window.only_new:
+            return key_states, value_states
+        if window.visible is None:
             return self.keys, self.values
-        visible = self.window.visible
-        return self.keys[:, :, :visible], self.values[:, :, :visible]
+        return self.keys[:, :, : window.visible], self.values[:, :, : window.visible]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Visible slots and no offset.  Only used by models that ignore the mask."""
+        """Visible slots and no offset.  Used by models that make or ignore the mask."""
+        if self.window.only_new:
+            return query_length if isinstance(query_length, int) else len(query_length), 0
         return self.window.visible or self.keys.shape[2], 0
 
     def get_seq_length(self) -> int:
@@ -92,21 +100,32 @@ class SlotCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, shapes: list[LayerShape], *, batch: int, slots: int):
-        self.window = Window(torch.zeros((batch, 0), dtype=torch.long), slots)
-        self.shapes, self.batch, self.slots = shapes, batch, slots
-        self.pools: list[Tensor] = []
-        layers: dict[int, SlotLayer] = {}
+        pools = []
         for shape in dict.fromkeys(shapes):
+            layers = sum(other == shape for other in shapes)
+            for size in (shape.key_size, shape.value_size):
+                sizes = (layers, batch, shape.heads, slots, size)
+                pools.append(torch.zeros(sizes, dtype=shape.dtype, device=shape.device))
+        self._share(shapes, pools)
+
+    def _share(self, shapes: list[LayerShape], pools: list[Tensor]) -> None:
+        """Makes a cache of pools: a pair of keys and values [layers, B, heads, S, size] for each shape of layer."""
+        self.shapes, self.pools = shapes, pools
+        self.batch, self.slots = pools[0].shape[1], pools[0].shape[3]
+        self.window = Window(torch.zeros((self.batch, 0), dtype=torch.long), self.slots)
+        layers: dict[int, SlotLayer] = {}
+        for shape, keys, values in zip(dict.fromkeys(shapes), pools[::2], pools[1::2], strict=True):
             members = [i for i, other in enumerate(shapes) if other == shape]
-            keys, values = (
-                torch.zeros((len(members), batch, shape.heads, slots, size), dtype=shape.dtype, device=shape.device)
-                for size in (shape.key_size, shape.value_size)
-            )
-            self.pools += [keys, values]
             layers |= {member: SlotLayer(self.window, keys[i], values[i]) for i, member in enumerate(members)}
         super().__init__(layers=[layers[i] for i in range(len(shapes))])
         self.per_layer = [OneLayer(layer) for layer in self.layers]
         """A cache for each layer alone."""
+
+    def view(self, rows: slice) -> SlotCache:
+        """A cache of some of the rows, which shares their memory and has its own window."""
+        cache = object.__new__(SlotCache)
+        cache._share(self.shapes, [pool[:, rows] for pool in self.pools])
+        return cache
 
     @property
     def visible(self) -> int:
@@ -123,11 +142,10 @@ class SlotCache(Cache):  # type: ignore[misc]
             moved = pool.gather(3, source[None, :, None, :, None].expand(shape))
             pool.scatter_(3, target[None, :, None, :, None].expand(shape), moved)
 
-    def insert_rows(self, rows: list[int], other: SlotCache) -> None:
-        """Copies the rows of another cache, as far as they fit, into the given rows."""
-        fit = min(self.slots, other.slots)
-        for pool, source in zip(self.pools, other.pools, strict=True):
-            pool[:, rows, :, :fit] = source[..., :fit, :]
+    def copy_row(self, source: int, target: int, slots: int) -> None:
+        """Copies the first `slots` slots of a row to another row."""
+        for pool in self.pools:
+            pool[:, target, :, :slots] = pool[:, source, :, :slots]
 
     def of_rows(self, rows: Int[Tensor, " R"]) -> SlotCache:
         """A new cache with copies of the given rows, which may repeat."""

@@ -75,6 +75,20 @@ class DraftTree:
         tokens = torch.cat((root[:, None], self.tokens[:, 1:].clamp(0, vocabulary - 1)), dim=1)
         return replace(self, tokens=tokens, depth=self.depth.clamp(0, length))
 
+    def padded(self, size: int) -> DraftTree:
+        """With padding up to `size` nodes."""
+        missing = size - self.size
+        if not missing:
+            return self
+        pad = torch.nn.functional.pad
+        ancestors = pad(self.ancestors, (0, missing, 0, missing))
+        ancestors[:, self.size :, 0] = True
+        ancestors.diagonal(dim1=1, dim2=2)[:, self.size :] = True
+        tokens, parents, depth, valid = (
+            pad(one, (0, missing)) for one in (self.tokens, self.parents, self.depth, self.valid)
+        )
+        return DraftTree(tokens, parents, depth, valid, ancestors)
+
     def trimmed(self) -> DraftTree:
         """Without padding that no row needs.  Synchronizes with the device, so it is meant for the CPU."""
         node = torch.arange(self.size, device=self.valid.device)
@@ -88,6 +102,13 @@ class DraftTree:
             self.valid[:, :size],
             self.ancestors[:, :size, :size],
         )
+
+
+def concatenated(first: DraftTree, second: DraftTree) -> DraftTree:
+    """The rows of both batches of trees.  Trees of fewer nodes are padded."""
+    size = max(first.size, second.size)
+    fields = zip(vars(first.padded(size)).items(), vars(second.padded(size)).values(), strict=True)
+    return DraftTree(**{name: torch.cat((own, other)) for (name, own), other in fields})
 
 
 def chain(tokens: Int[Tensor, "B N"], valid: Bool[Tensor, "B N"] | None = None) -> DraftTree:

@@ -35,8 +35,11 @@ _SCHEMA = (
 _BITS = 32  # per word, so that the sum stays positive
 
 
-def bit_mask(tree: DraftTree, length: Int[Tensor, " B"]) -> Int64[Tensor, "B 1 N words"]:
-    """A tree's mask as integers: the row's length, the node's depth, then its ancestors' bits, 32 per word.
+def bit_mask(
+    tree: DraftTree, length: Int[Tensor, " B"], rows: Int[Tensor, " B"] | None = None
+) -> Int64[Tensor, "B 1 N words"]:
+    """A tree's mask as integers: the row's length, the node's depth, the row's row in the cache (`rows`; default: its
+    own number), then the node's ancestors as bits, 32 per word.
 
     Does not synchronize with the device, so a CUDA graph can contain it.
     """
@@ -44,23 +47,26 @@ def bit_mask(tree: DraftTree, length: Int[Tensor, " B"]) -> Int64[Tensor, "B 1 N
     bits = nn.functional.pad(tree.ancestors, (0, -size % _BITS)).view(batch, size, -1, _BITS)
     words = (bits << torch.arange(_BITS, device=length.device)).sum(dim=-1)
     own = length[:, None, None].expand(-1, size, 1)
-    return torch.cat((own, tree.depth[..., None], words), dim=-1)[:, None]
+    cached = torch.arange(batch, device=length.device) if rows is None else rows
+    return torch.cat((own, tree.depth[..., None], cached[:, None, None].expand(-1, size, 1), words), dim=-1)[:, None]
 
 
-def from_bit_mask(mask: Int64[Tensor, "B 1 N words"]) -> tuple[DraftTree, Int[Tensor, " B"]]:
-    """The tree and the lengths of a bit mask, without tokens, parents and validity."""
+def from_bit_mask(
+    mask: Int64[Tensor, "B 1 N words"],
+) -> tuple[DraftTree, Int[Tensor, " B"], Int[Tensor, " B"]]:
+    """The tree, lengths and cache rows of a bit mask, without tokens, parents and validity."""
     size = mask.shape[2]
     depth = mask[:, 0, :, 1]
-    bits = mask[:, 0, :, 2:, None] >> torch.arange(_BITS, device=mask.device) & 1
+    bits = mask[:, 0, :, 3:, None] >> torch.arange(_BITS, device=mask.device) & 1
     ancestors = bits.bool().flatten(2)[..., :size]
     nothing = torch.zeros_like(depth)
-    return DraftTree(nothing, nothing, depth, depth >= 0, ancestors), mask[:, 0, 0, 0]
+    return DraftTree(nothing, nothing, depth, depth >= 0, ancestors), mask[:, 0, 0, 0], mask[:, 0, 0, 2]
 
 
 def tree_attention(
     query: Float[Tensor, "B Hq N D"],
-    key: Float[Tensor, "B Hkv S D"],
-    value: Float[Tensor, "B Hkv S Dv"],
+    key: Float[Tensor, "R Hkv S D"],
+    value: Float[Tensor, "R Hkv S Dv"],
     mask: Int64[Tensor, "B 1 N words"],
     *,
     scaling: float,
@@ -70,16 +76,17 @@ def tree_attention(
 ) -> Float[Tensor, "B N Hq Dv"]:
     """Each node attends to its row's committed slots, its ancestors and itself; node n is at slot length + n.
 
-    `mask` comes from `bit_mask`.  `window` limits attention to positions at most `window - 1` back.  `softcap` replaces
-    logits by cap·tanh(logit / cap).  `sinks` is one logit per head that takes probability but contributes no value.
+    `mask` comes from `bit_mask`, which also says which of the R rows of `key` and `value` belong to each row.  `window`
+    limits attention to positions at most `window - 1` back.  `softcap` replaces logits by cap·tanh(logit / cap).
+    `sinks` is one logit per head that takes probability but contributes no value.
     """
     return _operator(query, key, value, mask, scaling, window, softcap, sinks)  # type: ignore[no-any-return]
 
 
 def reference(
     query: Float[Tensor, "B Hq N D"],
-    key: Float[Tensor, "B Hkv S D"],
-    value: Float[Tensor, "B Hkv S Dv"],
+    key: Float[Tensor, "R Hkv S D"],
+    value: Float[Tensor, "R Hkv S Dv"],
     mask: Int64[Tensor, "B 1 N words"],
     *,
     scaling: float,
@@ -88,7 +95,8 @@ def reference(
     sinks: Float[Tensor, " Hq"] | None = None,
 ) -> Float[Tensor, "B N Hq Dv"]:
     """`tree_attention` in PyTorch, with the dense mask."""
-    tree, length = from_bit_mask(mask)
+    tree, length, rows = from_bit_mask(mask)
+    key, value = key[rows], value[rows]
     visible = tree_mask(tree, length, slots=key.shape[2], window=window)
     written = torch.arange(key.shape[2], device=length.device) < length[:, None] + tree.size
     return _dense(query, key, _without(value, ~written), visible[:, None], scaling, softcap, sinks)

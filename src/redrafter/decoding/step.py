@@ -1,75 +1,30 @@
-"""The decode step, the state that it advances, and how rows enter it.
+"""The decode step, and how prompts are read.
 
 Guarantees that drafted and undrafted decoding are the same function of tensors with fixed shapes; without a proposer, a
 step is autoregressive decoding.  A step does not synchronize with the device unless a processor must see the text.
+Prompts are read up to their last token, which is the first root: the first new token comes from a step like any other.
 Does not know the loop around it, nor when rows finish.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from redrafter.core.cache import SlotCache
-from redrafter.core.rows import RowState, SamplingNoise, at_positions
-from redrafter.core.tree import DraftTree, chain
+from redrafter.core.rows import PromptChunk, SamplingNoise, at_positions, precise
+from redrafter.core.tree import DraftTree, chain, concatenated
 from redrafter.decoding.sampling import Sampler, TargetTokens
+from redrafter.decoding.state import Row, State
 from redrafter.decoding.verify import walk
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Proposer
 from redrafter.targets.target import Target
-
-PREFILL_CHUNK = 512
-"""Prompt tokens per forward pass; limits the memory of masks and activations."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One text to write."""
-
-    number: int
-    prompt: list[int]
-    seed: int
-    """Seed of the sampling noise; unused in greedy decoding."""
-    budget: int
-    """Maximum number of new tokens."""
-
-
-@dataclass(frozen=True)
-class State:
-    """Everything that a step passes to the next one, in tensors that are updated in place.  Rows are independent."""
-
-    rows: RowState
-    """The texts.  The last token, the root, was chosen by the target and is not yet in the cache."""
-    context: Float[Tensor, "B positions state"]
-    """The target's hidden states at the last positions; the target chose the root from the last of them."""
-    cache: SlotCache
-    memory: SlotCache | None
-    """The proposer's memory, with extra slots for its drafts."""
-
-    def set_visible(self, slots: int) -> None:
-        """Limits attention to the first `slots` of the cache."""
-        self.cache.window.visible = slots
-        if self.memory is not None:
-            self.memory.window.visible = slots + self.memory.slots - self.cache.slots
-
-    def end(self, slot: int) -> None:
-        """Frees a slot.  It stays at its beginning, which attention always sees, until another row enters."""
-        self.rows.alive[slot], self.rows.length[slot] = 0, 1
-
-    def insert_rows(self, slots: list[int], other: State) -> None:
-        """Copies the rows of another state, with at most as many slots of text, into the given slots."""
-        self.cache.insert_rows(slots, other.cache)
-        if self.memory is not None and other.memory is not None:
-            self.memory.insert_rows(slots, other.memory)
-        index = torch.tensor(slots, device=self.context.device)
-        self.context.index_copy_(0, index, other.context)
-        for name, own in vars(self.rows).items():
-            new = getattr(other.rows, name)
-            (own[:, : new.shape[1]] if new.ndim == 2 else own).index_copy_(0, index, new)
 
 
 @dataclass(frozen=True)
@@ -86,15 +41,25 @@ class Emission:
     """The node after which each token was chosen."""
     choice: TargetTokens
     logits: Float[Tensor, "B N V"]
+    logprobs: Float[Tensor, "B path values"] | None
+    """If requested: the log-probability of each token, then those of the most likely tokens, then their ids."""
+
+
+class PromptPart(NamedTuple):
+    """Tokens `start … stop - 1` of the prompt of a row in a slot."""
+
+    slot: int
+    row: Row
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """The parts of a step: the target, a proposer (None for autoregressive decoding) and a sampler."""
+    """The parts of a step: the target and a proposer (None for autoregressive decoding)."""
 
     target: Target
     proposer: Proposer | None
-    sampler: Sampler
 
     @property
     def length(self) -> int:
@@ -106,33 +71,69 @@ class Decoder:
         """N, the number of nodes of a tree."""
         return 1 if self.proposer is None else self.proposer.size
 
-    def step(self, state: State) -> Emission:
-        """Draft, verify, keep: one forward pass of the target over one tree per row.  Updates the state."""
+    def empty(self, *, batch: int, slots: int) -> State:
+        """A state of `batch` free slots for texts of `slots` positions each."""
+        return State.empty(self.target, [self.proposer], batch=batch, slots=slots)
+
+    def step(
+        self, state: State, sampler: Sampler, reading: tuple[State, Int[Tensor, "V packed"]] | None = None
+    ) -> Emission:
+        """Draft, verify, keep: one forward pass of the target over one tree per row.  Updates the state.
+
+        With `reading`, the same forward pass also reads prompt tokens, packed by `packed_parts` for N tokens per entry,
+        into the complete state of which `state` is a part.  That needs the kernels for tree attention.
+        """
         rows = state.rows
-        noise = self.sampler.noise(rows, depths=self.length + 1, vocabulary=self.target.vocab_size)
+        noise = sampler.noise(rows, depths=self.length + 1, vocabulary=self.target.vocab_size)
         tree = self.draft(state, noise)
-        hidden, logits = self.target.forward(tree, rows.length, state.cache)
-        choice = self.sampler.choose(noise, tree, logits, rows)
+        if sampler.features.drafter_off and rows.drafting is not None:
+            used = tree.valid & (rows.drafting == 1)[:, None]
+            tree = replace(tree, valid=torch.cat((tree.valid[:, :1], used[:, 1:]), dim=1))
+        if reading is None:
+            hidden, logits = self.target.forward(tree, rows.length, state.cache)
+        else:
+            hidden, logits = self._forward_both(tree, state, *reading)
+        choice = sampler.choose(noise, tree, logits, rows)
         path, accepted = walk(tree, choice.tokens, length=self.length)
         if self.length:  # a path of the root alone is in place already
             state.cache.keep(path, rows.length)
-        emitted = _emission(accepted, tree.valid[:, 1:].sum(dim=1), path, choice, logits)
+        emitted = _emission(sampler.features.logprobs, accepted, tree.valid[:, 1:].sum(dim=1), path, choice, logits)
         index = torch.arange(self.length + 1, device=path.device)
         following = emitted.following
-        if self.sampler.lazy:
+        if sampler.own:
             following = following.clamp(min=0)  # -1 if the walk stopped at the end of a text
         rows.text.scatter_(1, rows.length[:, None] + 1 + index, following)
         states = at_positions(hidden, path)
         state.context.copy_(_latest(state.context, states, accepted))
         rows.length.add_(rows.alive * (accepted + 1))
+        if reading is not None:
+            whole, packed = reading
+            whole.revive(packed[:, -2], packed[:, -1])
         return emitted
+
+    def _forward_both(
+        self, tree: DraftTree, state: State, whole: State, packed: Int[Tensor, "V packed"]
+    ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B N V"]]:
+        """One forward pass over the trees of rows and over parts of prompts."""
+        chunk, destination = _unpacked(packed)
+        batch = len(tree.tokens)
+        own = torch.arange(batch, device=tree.tokens.device)
+        hidden, logits = self.target.forward(
+            concatenated(tree, chain(chunk.tokens)),
+            torch.cat((state.rows.length, chunk.begin)),
+            whole.cache,
+            rows=torch.cat((own, chunk.rows)),
+            heads=batch,
+        )
+        self._store(whole, chunk, destination, hidden[batch:])
+        return hidden[:batch], logits
 
     def draft(self, state: State, noise: SamplingNoise) -> DraftTree:
         """The tree to verify."""
         root, target = state.rows.root, self.target
         if self.proposer is None:
             return chain(root[:, None])
-        proposed = self.proposer.propose(state.memory, state.rows, state.context, noise)
+        proposed = self.proposer.propose(state.memory, state.rows, state.context[:, -self.proposer.positions :], noise)
         if proposed.size > self.proposer.size:
             raise RedrafterError(
                 f"{type(self.proposer).__name__} proposed a tree of {proposed.size} nodes; its size is "
@@ -141,71 +142,67 @@ class Decoder:
         tree = proposed.bounded(root, length=self.length, vocabulary=target.vocab_size)
         return tree.trimmed() if target.device.type == "cpu" else tree
 
-    def prefill(self, entering: list[Row], state: State) -> Emission:
-        """Fills all slots of a state: runs the prompts, chunk by chunk as chains, and chooses each row's first
-        token."""
-        rows, target = state.rows, self.target
-        lengths = torch.tensor([len(row.prompt) for row in entering], device=target.device)
-        prompts = [torch.tensor(row.prompt) for row in entering]
-        padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(target.device)
-        rows.row.copy_(torch.tensor([row.number for row in entering]))
-        rows.seed.copy_(torch.tensor([row.seed for row in entering]))
-        rows.text[:, : padded.shape[1]] = padded
-        rows.length.copy_(lengths - 1)
-        rows.alive.fill_(1)
-        state.context.zero_()
-        logits = self._run_prompts(padded, lengths, state)
-        noise = self.sampler.noise(rows, depths=1, vocabulary=target.vocab_size)
-        choice = self.sampler.choose(noise, chain(rows.root[:, None]), logits, rows)
-        rows.text.scatter_(1, lengths[:, None], choice.tokens)
-        rows.length.add_(1)
-        none = torch.zeros_like(lengths)
-        return _emission(none, none, none[:, None], choice, logits)
+    def read(self, state: State, packed: Int[Tensor, "V packed"], *, from_start: bool = False) -> None:
+        """Reads prompt tokens, packed by `packed_parts`.  `from_start`: all of them begin at position 0."""
+        chunk, destination = _unpacked(packed, from_start)
+        hidden = self.target.read_prompt(chunk, state.cache)
+        self._store(state, chunk, destination, hidden)
+        state.revive(packed[:, -2], packed[:, -1])
 
-    def _run_prompts(
-        self, padded: Int[Tensor, "B P"], lengths: Int[Tensor, " B"], state: State
-    ) -> Float[Tensor, "B 1 V"]:
-        """Runs padded prompts and returns the logits after each row's last token."""
-        logits: Tensor | None = None
-        for start in range(0, padded.shape[1], PREFILL_CHUNK):
-            tokens = padded[:, start : start + PREFILL_CHUNK]
-            last = lengths - 1 - start
-            select = last.clamp(0, tokens.shape[1] - 1)
-            state.set_visible(start + tokens.shape[1])
-            begin = torch.full_like(lengths, start)
-            hidden, output = self.target.forward(chain(tokens), begin, state.cache, select[:, None])
-            if self.proposer is not None:
-                self.proposer.read(state.memory, state.rows, hidden, start)
-            unfinished = (last >= 0)[:, None, None]  # rows whose prompt did not end in an earlier chunk
-            state.context.copy_(torch.where(unfinished, _latest(state.context, hidden, select), state.context))
-            logits = output if logits is None else torch.where(unfinished, output, logits)
-        assert logits is not None
-        return logits
+    def _store(
+        self, state: State, chunk: PromptChunk, destination: Int[Tensor, " tokens"], hidden: Float[Tensor, "V N state"]
+    ) -> None:
+        """Writes the text, the states that the first draft reads, and the proposer's memory."""
+        text, index = state.rows.text, torch.arange(chunk.tokens.shape[1], device=chunk.begin.device)
+        where = chunk.rows[:, None], (chunk.begin[:, None] + index).clamp(max=text.shape[1] - 2)
+        text.index_put_(where, chunk.tokens)
+        text.index_put_((where[0], where[1] + 1), chunk.following)
+        state.flat_context.index_copy_(0, destination, hidden.flatten(0, 1).to(state.flat_context.dtype))
+        if self.proposer is not None:
+            self.proposer.read(state.memory, chunk, hidden)
 
-    def admit(self, state: State, slots: list[int], entering: list[Row]) -> Emission:
-        """Rows enter the given slots of a running batch.  Other rows are not affected."""
-        if len(slots) == len(state.context):
-            return self.prefill(entering, state)
-        longest = max(len(row.prompt) for row in entering)
-        entered = self.empty(batch=len(slots), slots=longest + 1)
-        emitted = self.prefill(entering, entered)
-        state.insert_rows(slots, entered)
-        return emitted
 
-    @torch.inference_mode()  # compiled code distinguishes inference tensors, so all states must consist of them
-    def empty(self, *, batch: int, slots: int) -> State:
-        """A state of `batch` free slots for texts of `slots` positions each."""
-        target = self.target
+def packed_parts(
+    parts: Sequence[PromptPart], state: State, *, width: int, entries: int | None = None
+) -> Int[Tensor, "V packed"]:
+    """Parts of prompts as one tensor on the host: entries of `width` tokens, padded to the number of `entries`.
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=target.device)
+    Per entry: the tokens, those after them, the rows of `State.flat_context` that receive their states, the first
+    position, the slot, and whether the row is alive afterwards.
+    """
+    positions, nowhere = state.context.shape[1], len(state.flat_context) - 1
+    lines: list[list[int]] = []
+    for slot, row, start, stop in parts:
+        prompt, last = row.prompt, len(row.prompt) - 2
+        for begin in range(start, stop, width):
+            end = min(begin + width, stop)
+            spare = [0] * (width - (end - begin))
+            places = [slot * positions + positions - 1 - (last - p) for p in range(begin, end)]
+            first = slot * positions
+            context = [place if place >= first else nowhere for place in places]
+            tokens = [
+                *prompt[begin:end],
+                *spare,
+                *prompt[begin + 1 : end + 1],
+                *spare,
+                *context,
+                *(nowhere for _ in spare),
+            ]
+            lines.append([*tokens, begin, slot, int(end == len(prompt) - 1)])
+    unused = [0] * (2 * width) + [nowhere] * width + [state.rows.text.shape[1] - width, 0, 0]
+    return torch.tensor([*lines, *([unused] * ((entries or 0) - len(lines)))])
 
-        positions = 1 if self.proposer is None else self.proposer.positions
-        rows = RowState(zeros(batch), zeros(batch), zeros(batch, slots), zeros(batch), zeros(batch))
-        context = zeros(batch, positions, target.state_size, dtype=target.dtype)
-        cache = target.new_cache(batch=batch, slots=slots)
-        memory = None if self.proposer is None else self.proposer.memory(batch=batch, slots=slots)
-        return State(rows, context, cache, memory)
+
+def tokens_of(parts: Sequence[PromptPart]) -> int:
+    """The number of tokens in parts of prompts."""
+    return sum(part.stop - part.start for part in parts)
+
+
+def _unpacked(packed: Int[Tensor, "V packed"], from_start: bool = False) -> tuple[PromptChunk, Int[Tensor, " tokens"]]:
+    """A chunk, and where the state of each of its tokens goes."""
+    width = (packed.shape[1] - 3) // 3
+    tokens, following, destination = islice(packed.split(width, dim=1), 3)
+    return PromptChunk(tokens, following, packed[:, -3], packed[:, -2], from_start), destination.flatten()
 
 
 def _latest(
@@ -217,6 +214,7 @@ def _latest(
 
 
 def _emission(
+    most_likely: int | None,
     accepted: Int[Tensor, " B"],
     drafted: Int[Tensor, " B"],
     path: Int[Tensor, "B path"],
@@ -226,4 +224,10 @@ def _emission(
     """The target's token after each node of the path is the token of the next node."""
     following = choice.tokens.gather(1, path)
     report = torch.cat((accepted[:, None], drafted[:, None], following, choice.is_finite.gather(1, path)), dim=1)
-    return Emission(report, following, path, choice, logits)
+    logprobs = None
+    if most_likely is not None:
+        own = precise(at_positions(logits, path)).log_softmax(dim=-1)
+        chosen = own.gather(2, following.clamp(min=0)[..., None])
+        values, ids = own.topk(min(most_likely, own.shape[-1]), dim=-1)
+        logprobs = torch.cat((chosen, values, ids.to(own.dtype)), dim=-1)  # ids below 2**24 are exact in float32
+    return Emission(report, following, path, choice, logits, logprobs)

@@ -46,8 +46,6 @@ class Backend:
         graph = None
         if device.type != "cuda":
             graph = f"the device is {device.type}, not cuda"
-        elif decoder.sampler.lazy:
-            graph = "a logits processor must see the text"
         elif len({parameter.device for model in models for parameter in model.parameters()}) > 1:
             graph = "the model is on several devices"
         compiling = None if compile else "not requested"
@@ -67,7 +65,7 @@ class Backend:
             (fuse_linears if self.graph is None else pack_linears)(*models)
         if self.kernels is not None or decoder.proposer is None:
             return decoder
-        return Decoder(decoder.target, decoder.proposer.prepare(), decoder.sampler)
+        return Decoder(decoder.target, decoder.proposer.prepare())
 
     def describe(self) -> dict[str, str]:
         """What runs, in words, with the reason for each optimisation that is not used."""

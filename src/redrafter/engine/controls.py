@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers as hf
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -16,16 +18,24 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StopStringCriteria,
-    TopPLogitsWarper,
 )
 
-from redrafter.decoding.processors import Nucleus, OccurrencePenalty
-from redrafter.decoding.sampling import Sampler
+from redrafter.decoding.processors import OccurrencePenalty
+from redrafter.decoding.sampling import RowProcessors
 from redrafter.decoding.settings import check_numbers, plain
-from redrafter.decoding.step import Row
+from redrafter.decoding.state import Row, Sampling
 from redrafter.engine.inputs import end_tokens
 from redrafter.errors import RedrafterError
 from redrafter.targets.target import Target
+
+_AS_TENSORS = {
+    hf.RepetitionPenaltyLogitsProcessor: ("repetition", "penalty"),
+    hf.TemperatureLogitsWarper: ("temperature", "temperature"),
+    hf.TopKLogitsWarper: ("top_k", "top_k"),
+    hf.TopPLogitsWarper: ("top_p", "top_p"),
+    hf.MinPLogitsWarper: ("min_p", "min_p"),
+}
+"""Processors that a step holds as tensors: the field of `Sampling`, and the processor's attribute."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +47,61 @@ class Controls:
     """`prefix_allowed_tokens_fn`."""
     presence_penalty: float
     frequency_penalty: float
+    bias: dict[int, float]
+    """`logit_bias`."""
 
     @classmethod
-    def of(cls, processors: list[LogitsProcessor], allowed_tokens: Any, presence: Any, frequency: Any) -> Controls:
-        """Raises RedrafterError for penalties that are not numbers."""
+    def of(
+        cls, processors: list[LogitsProcessor], allowed_tokens: Any, presence: Any, frequency: Any, bias: Any = None
+    ) -> Controls:
+        """Raises RedrafterError for penalties that are not numbers, and biases that are not numbers by token id."""
         penalties = {"presence_penalty": plain(presence), "frequency_penalty": plain(frequency)}
         check_numbers(penalties)
-        return cls(processors, allowed_tokens, **{name: value or 0.0 for name, value in penalties.items()})
+        bias = plain({} if bias is None else bias)
+        if not isinstance(bias, dict) or not all(isinstance(token, int) for token in bias):
+            raise RedrafterError(f"logit_bias must map token ids to numbers, not be {bias!r}.")
+        check_numbers({f"The logit_bias of token {token}": value for token, value in bias.items()})
+        return cls(processors, allowed_tokens, **{name: value or 0.0 for name, value in penalties.items()}, bias=bias)
 
 
-def make_sampler(target: Target, config: GenerationConfig, rows: list[Row], controls: Controls) -> Sampler:
-    """The sampler of a call: one list of processors for each row, or for all rows if they ignore input_ids."""
-    sampler = Sampler(bool(config.do_sample), [_processors(target, config, rows[0], controls)])
-    if not sampler.lazy:
-        return sampler
-    return Sampler(sampler.do_sample, [_processors(target, config, row, controls) for row in rows])
+def with_sampling(target: Target, config: GenerationConfig, rows: list[Row], controls: Controls) -> list[Row]:
+    """The rows with their sampling settings.
+
+    A setting without a tensor form turns all settings of the row into processors; those that look at scores alone are
+    the same for all rows.
+    """
+    own = Sampling(
+        bool(config.do_sample),
+        presence=controls.presence_penalty,
+        frequency=controls.frequency_penalty,
+        bias=controls.bias,
+    )
+    found: list[Row] = []
+    for row in rows:
+        processors = _processors(target, config, row, controls)
+        tensors = [one for one in processors if _is_tensor(one)]
+        fields = (_AS_TENSORS[type(one)] + (one,) for one in tensors if type(one) in _AS_TENSORS)
+        sampling = replace(own, **{name: getattr(one, attribute) for name, attribute, one in fields})
+        if len(tensors) == len(processors):
+            found.append(replace(row, sampling=sampling))
+            continue
+        if own.bias:
+            bias = {(token,): value for token, value in own.bias.items()}
+            processors.insert(0, hf.SequenceBiasLogitsProcessor(bias))
+        limit = min(
+            len(row.prompt) + row.budget, math.inf if target.context_length is None else target.context_length + 1
+        )
+        rule = RowProcessors(tuple(processors), end_tokens(config), int(limit))
+        if not rule.lazy:
+            return [replace(row, sampling=Sampling(own.do_sample), processors=rule) for row in rows]
+        found.append(replace(row, sampling=sampling, processors=rule))
+    return found
+
+
+def _is_tensor(processor: LogitsProcessor) -> bool:
+    """Whether a step holds a processor's setting as a tensor."""
+    known = type(processor) is OccurrencePenalty or type(processor) in _AS_TENSORS
+    return known and getattr(processor, "prompt_ignore_length", None) is None
 
 
 def _processors(target: Target, config: GenerationConfig, row: Row, controls: Controls) -> list[LogitsProcessor]:
@@ -61,21 +111,21 @@ def _processors(target: Target, config: GenerationConfig, row: Row, controls: Co
     config.num_beams = 1
     ends = sorted(end_tokens(config))
     config._eos_token_tensor = torch.tensor(ends, device=target.device) if ends else None
-    penalties = (controls.presence_penalty, controls.frequency_penalty)
-    own = [OccurrencePenalty(len(row.prompt), *penalties)] if any(penalties) else []
     allowed = controls.allowed_tokens
+    penalties = (controls.presence_penalty, controls.frequency_penalty)
+    occurrence = [OccurrencePenalty(len(row.prompt), *penalties)] if any(penalties) else []
     try:
         processors = target.model._get_logits_processor(
             config,
             input_ids_seq_length=len(row.prompt),
             encoder_input_ids=torch.tensor([row.prompt], device=target.device),
             prefix_allowed_tokens_fn=None if allowed is None else lambda _, text: allowed(row.number, text),
-            logits_processor=[*own, *controls.processors],
+            logits_processor=[*occurrence, *controls.processors],
             device=target.device,
         )
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise RedrafterError(f"transformers refuses a setting: {str(error).strip().rstrip('.')}.") from error
-    return [Nucleus.like(one) if type(one) is TopPLogitsWarper else one for one in processors]
+    return list(processors)
 
 
 def make_criteria(
@@ -106,6 +156,13 @@ def check_token_settings(config: GenerationConfig, vocabulary: int) -> None:
         for token in _ids_in(getattr(config, name)):
             if not 0 <= token < vocabulary:
                 raise RedrafterError(f"{name} names token {token}, outside the vocabulary of {vocabulary}.")
+
+
+def check_logprobs(logprobs: Any, vocabulary: int) -> None:
+    """Raises RedrafterError for a number of log-probabilities that is impossible."""
+    check_numbers({"logprobs": plain(logprobs)}, whole=True)
+    if logprobs is not None and not 0 <= logprobs <= vocabulary:
+        raise RedrafterError(f"logprobs must lie between 0 and the vocabulary's {vocabulary} tokens, not {logprobs}.")
 
 
 def callables(name: str, value: Any) -> list[Any]:

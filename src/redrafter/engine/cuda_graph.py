@@ -78,9 +78,10 @@ class RefuseSynchronization(TorchDispatchMode):
 class Captured(Generic[T]):
     """Calls a function without arguments that works on fixed tensors; on CUDA, its third call is captured and replayed.
 
-    Earlier calls initialise what is created on first use.  Every replay writes into the tensors that the captured call
-    returned.  `refused` is a reason not to capture.  `valid` returns whether the captured memory is still in use: the
-    graph would otherwise read memory that belongs to others, so RedrafterError is raised instead.
+    Earlier calls initialise what is created on first use; one is enough if the function is `known` not to
+    synchronize.  Every replay writes into the tensors that the captured call returned.  `refused` is a reason not to
+    capture.  `valid` returns whether the captured memory is still in use: the graph would otherwise read memory that
+    belongs to others, so RedrafterError is raised instead.
     """
 
     def __init__(
@@ -90,13 +91,14 @@ class Captured(Generic[T]):
         *,
         refused: str | None = None,
         valid: Callable[[], bool] = lambda: True,
+        known: bool = False,
     ):
         self._function = function
         self._device = device
         self._valid = valid
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: T
-        self._calls = 0
+        self._known, self._calls = known, int(known)
         self.refused = refused
         """Why nothing is captured; None if it is or may still be."""
         if device.type != "cuda" and refused is None:
@@ -121,10 +123,10 @@ class Captured(Generic[T]):
             self._graph.replay()
             return self._result
         self._calls += 1
-        if self.refused is not None or self._calls == 1:
+        if self.refused is not None or (self._calls == 1 and not self._known):
             return self._function()
         if self._calls == 2:
-            return self._watched()
+            return self._function() if self._known else self._watched()
         return self._capture()
 
     def _watched(self) -> T:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from redrafter.decoding.settings import CompleteConfig
+from redrafter.engine.active import Failure
 from redrafter.engine.inputs import check_padding
 from redrafter.engine.request import Request, request
 from redrafter.engine.results import Event, Finished, Generation, Stats, finished
@@ -26,6 +27,7 @@ from redrafter.engine.scheduler import Scheduler
 from redrafter.engine.text import with_text
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Drafter
+from redrafter.utils.memory import within_memory
 
 
 def stream(
@@ -70,11 +72,10 @@ def stream(
 
 def describe_backend(model: nn.Module) -> dict[str, str]:
     """How a model's steps run on its device, in words.  Takes a few undrafted steps to find out."""
-    checked = request(model, None, [[0]], generation_config=CompleteConfig(max_new_tokens=6))
-    runner = Runner(checked.decoder, checked.decoder.empty(batch=1, slots=16))
-    runner.admit([0], checked.rows, [])
-    for _ in range(4):
-        runner.step([], 8, lambda _: True)
+    checked = request(model, None, [[0]], generation_config=CompleteConfig(max_new_tokens=4))
+    runner = _runner(checked)
+    for _ in _decoded(checked, runner):
+        pass
     return runner.describe()
 
 
@@ -127,8 +128,31 @@ def _checked(model: nn.Module, drafter: Any, input_ids: Any, attention_mask: Any
 
 
 def _stream(checked: Request) -> Iterator[Event]:
-    events = Scheduler(checked).events()
+    events = _decoded(checked)
     return events if checked.tokenizer is None else with_text(events, checked.tokenizer)
+
+
+def _decoded(checked: Request, runner: Runner | None = None) -> Iterator[Event]:
+    """Decodes all rows.  Raises RedrafterError if memory runs out, with the settings to lower."""
+    remedy = f"lower batch_size (now {checked.batch}), max_new_tokens or the beams that are drafted"
+    device = checked.target.device
+    with within_memory(device, remedy):
+        runner = runner or _runner(checked)
+    scheduler = Scheduler(runner, ahead=not checked.output_scores and not checked.output_logits)
+    for task in checked.tasks:
+        scheduler.add(task)
+    while not scheduler.idle:
+        with within_memory(device, remedy):  # left before each event: the caller may never resume
+            outcomes = scheduler.step()
+        for outcome in outcomes:
+            if isinstance(outcome, Failure):
+                raise outcome.error
+            yield outcome
+
+
+def _runner(checked: Request) -> Runner:
+    longest = max(len(row.prompt) + row.budget for row in checked.rows)
+    return Runner({1: checked.decoder}, batch=checked.batch, slots=longest, fast=checked.fast, compile=checked.compile)
 
 
 def _feeding(streamer: BaseStreamer, checked: Request) -> Iterator[Event]:

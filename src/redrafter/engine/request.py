@@ -5,7 +5,7 @@ Guarantees that nothing runs before all arguments are valid.  Does not know the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -17,8 +17,16 @@ from redrafter.core.noise import row_seeds
 from redrafter.core.shapes import DraftShape, ShapeOverrides
 from redrafter.decoding.sampling import Sampler
 from redrafter.decoding.settings import check_numbers, plain, resolve
-from redrafter.decoding.step import Decoder, Row
-from redrafter.engine.controls import Controls, callables, check_token_settings, make_criteria, make_sampler
+from redrafter.decoding.state import Row, sampler_of
+from redrafter.decoding.step import Decoder
+from redrafter.engine.controls import (
+    Controls,
+    callables,
+    check_logprobs,
+    check_token_settings,
+    make_criteria,
+    with_sampling,
+)
 from redrafter.engine.inputs import end_tokens, padding_token, read_prompts
 from redrafter.errors import RedrafterError
 from redrafter.kernels import kernels_enabled
@@ -32,15 +40,26 @@ NEW_TOKENS = 256
 """Default for the maximum number of new tokens."""
 
 
+@dataclass(eq=False)
+class Task:
+    """A row to decode, and when it finishes."""
+
+    row: Row
+    ends: frozenset[int]
+    """End tokens."""
+    criteria: list[StoppingCriteria]
+    output_scores: bool = False
+    output_logits: bool = False
+
+
 @dataclass(frozen=True)
 class Request:
     """The checked arguments of one call."""
 
     decoder: Decoder
-    rows: list[Row]
+    tasks: list[Task]
     batch: int
     """Maximum number of rows decoded together."""
-    criteria: list[StoppingCriteria]
     tokenizer: PreTrainedTokenizerBase | None
     pad: int
     """The token that pads shorter rows."""
@@ -59,14 +78,14 @@ class Request:
         return self.decoder.target
 
     @property
-    def sampler(self) -> Sampler:
-        """The sampler."""
-        return self.decoder.sampler
+    def rows(self) -> list[Row]:
+        """One row for each returned sequence."""
+        return [task.row for task in self.tasks]
 
     @property
-    def ends(self) -> frozenset[int]:
-        """The end tokens."""
-        return self.decoder.sampler.ends
+    def sampler(self) -> Sampler:
+        """How all rows are sampled if they are decoded together."""
+        return sampler_of(dict(enumerate(self.rows)))
 
 
 def request(
@@ -75,52 +94,37 @@ def request(
     input_ids: Tensor | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
     *,
-    generation_config: GenerationConfig | None = None,
     batch_size: int | None = None,
     beam_width: int | None = None,
     beam_length: int | None = None,
     node_budget: int | None = None,
     shape: DraftShape | None = None,
-    seed: SupportsIndex | Sequence[int] | None = None,
-    logits_processor: Sequence[LogitsProcessor] | None = None,
-    stopping_criteria: Sequence[StoppingCriteria] | None = None,
-    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
-    presence_penalty: float | None = None,
-    frequency_penalty: float | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    eos_token_id: SupportsIndex | Sequence[int] | None = None,
     fast: bool = True,
     compile: bool = False,
     **settings: Any,
 ) -> Request:
-    """Checks the arguments of `generate` and `stream`.  `settings` are fields of a `GenerationConfig`.
+    """Checks the arguments of `generate` and `stream`.  `settings` are those of `tasks`.
 
     Raises RedrafterError.
     """
     sizes = _integers(batch_size=batch_size, beam_width=beam_width, beam_length=beam_length, node_budget=node_budget)
     batch_size = sizes.pop("batch_size")
-    processors = callables("logits_processor", logits_processor)
-    controls = Controls.of(processors, prefix_allowed_tokens_fn, presence_penalty, frequency_penalty)
     if isinstance(drafter, str | Path):
         drafter = cached_drafter(drafter, unwrapped(model))
     method = None if drafter is None else method_of(drafter)
     with kernels_enabled(fast):
         target = Target(model, () if method is None else method.layers)
-    config = resolve(target.model, generation_config, settings)
-    if eos_token_id is not None:
-        config.eos_token_id = plain(eos_token_id)
-    check_token_settings(config, target.vocab_size)
-    rows = _rows(target, config, read_prompts(target, config, input_ids, attention_mask), plain(seed))
-    batch = min(batch_size or len(rows), len(rows))
+    config, checked = tasks(target, input_ids, attention_mask, tokenizer=tokenizer, **settings)
+    batch = min(batch_size or len(checked), len(checked))
     proposer = None
     if method is not None:
         with kernels_enabled(fast):
             proposer = method.proposer(target, _shape(method, batch, ShapeOverrides(**sizes), shape))
     return Request(
-        Decoder(target, proposer, _sampler(target, config, rows, controls)),
-        _within_context(target, rows),
+        Decoder(target, proposer),
+        checked,
         batch=batch,
-        criteria=make_criteria(config, tokenizer, callables("stopping_criteria", stopping_criteria)),
         tokenizer=tokenizer,
         pad=padding_token(config),
         inferred_padding=None if config.pad_token_id in end_tokens(config) else config.pad_token_id,
@@ -129,6 +133,47 @@ def request(
         fast=fast,
         compile=compile,
     )
+
+
+def tasks(
+    target: Target,
+    input_ids: Any,
+    attention_mask: Any = None,
+    *,
+    generation_config: GenerationConfig | None = None,
+    seed: SupportsIndex | Sequence[int] | None = None,
+    logits_processor: Sequence[LogitsProcessor] | None = None,
+    stopping_criteria: Sequence[StoppingCriteria] | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    logprobs: int | None = None,
+    drafter: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    eos_token_id: SupportsIndex | Sequence[int] | None = None,
+    **settings: Any,
+) -> tuple[GenerationConfig, list[Task]]:
+    """The rows of a call with their settings, and the merged config.  `settings` are fields of a `GenerationConfig`.
+
+    `drafter=False` decodes without drafts.  Raises RedrafterError.
+    """
+    processors = callables("logits_processor", logits_processor)
+    controls = Controls.of(processors, prefix_allowed_tokens_fn, presence_penalty, frequency_penalty, logit_bias)
+    config = resolve(target.model, generation_config, settings)
+    if eos_token_id is not None:
+        config.eos_token_id = plain(eos_token_id)
+    check_token_settings(config, target.vocab_size)
+    check_logprobs(logprobs, target.vocab_size)
+    prompts = read_prompts(target, config, input_ids, attention_mask)
+    rows = [
+        replace(row, drafting=bool(drafter), logprobs=plain(logprobs))
+        for row in _rows(target, config, prompts, plain(seed))
+    ]
+    rows = with_sampling(target, config, rows, controls)
+    criteria = make_criteria(config, tokenizer, callables("stopping_criteria", stopping_criteria))
+    shared = (end_tokens(config), criteria, bool(config.output_scores), bool(config.output_logits))
+    return config, [Task(row, *shared) for row in _within_context(target, rows)]
 
 
 def _integers(**values: Any) -> dict[str, Any]:
@@ -178,9 +223,3 @@ def _within_context(target: Target, rows: list[Row]) -> list[Row]:
         return rows
     room = target.context_length + 1
     return [replace(row, budget=min(row.budget, room - len(row.prompt))) for row in rows]
-
-
-def _sampler(target: Target, config: GenerationConfig, rows: list[Row], controls: Controls) -> Sampler:
-    """Processors depend on the requested length, limits on the length that fits the context."""
-    limits = [len(row.prompt) + row.budget for row in _within_context(target, rows)]
-    return replace(make_sampler(target, config, rows, controls), ends=end_tokens(config), limits=limits)

@@ -14,15 +14,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-FinishReason = Literal["eos", "stop", "length"]
-"""An end token; a stop string or another criterion; the maximum length."""
+FinishReason = Literal["eos", "stop", "length", "cancelled"]
+"""An end token; a stop string or another criterion; the maximum length; the caller."""
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """The log-probability of a token, and those of the most likely tokens, best first.
+
+    They are natural logarithms of the model's own probabilities, before penalties, temperature and truncation.
+    """
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass
 class Event:
     """Tokens of one row from one step: `accepted` drafted tokens, then at most one token of the target.
 
-    `text` is the text that they add, if a tokenizer was given; `scores` and `logits` [tokens, V] are set if requested.
+    `step` numbers the forward passes of the batch.  `text` is the text that the tokens add, if a tokenizer was given;
+    `scores` and `logits` [tokens, V], and one entry of `logprobs` per token, are set if requested.
     """
 
     row: int
@@ -30,16 +43,18 @@ class Event:
     accepted: int
     drafted: int
     finish_reason: FinishReason | None
+    step: int = 0
     text: str | None = None
     scores: Float[Tensor, "tokens V"] | None = None
     logits: Float[Tensor, "tokens V"] | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass
 class Stats:
     """Counts of a generation; `rows` holds the same for every row.
 
-    `steps`: forward passes of the target that wrote tokens; a prompt counts as one, so without a drafter
+    `steps`: forward passes of the target that wrote tokens, without those that only read prompts; without a drafter
     `tokens == steps`.  `drafted`: proposed tokens.  `accepted`: proposed tokens that were kept.
     `accepted_by_position[i]`: steps that accepted a token at depth i + 1.  `seconds`: wall time including the prompt;
     for a row, until it finished.
@@ -109,6 +124,24 @@ class Finished:
     text: str
     scores: Tensor
     logits: Tensor
+    logprobs: list[TokenLogprob] | None = None
+
+    @classmethod
+    def of(cls, events: list[Event], stats: Stats) -> Finished:
+        """The row of these events, the last of which has a finish reason."""
+        last = events[-1]
+        assert last.finish_reason is not None
+        logprobs = [one for event in events for one in event.logprobs or ()]
+        return cls(
+            last.row,
+            [token for event in events for token in event.tokens],
+            last.finish_reason,
+            stats,
+            text="".join(event.text or "" for event in events),
+            scores=_concatenated([event.scores for event in events]),
+            logits=_concatenated([event.logits for event in events]),
+            logprobs=logprobs if any(event.logprobs is not None for event in events) else None,
+        )
 
 
 def finished(events: Iterable[Event], *, rows: int, positions: int) -> Iterator[Finished]:
@@ -124,15 +157,7 @@ def finished(events: Iterable[Event], *, rows: int, positions: int) -> Iterator[
         for one in own:
             stats.count(one)
         stats.seconds = time.perf_counter() - begin
-        yield Finished(
-            event.row,
-            [token for one in own for token in one.tokens],
-            event.finish_reason,
-            stats,
-            text="".join(one.text or "" for one in own),
-            scores=_concatenated([one.scores for one in own]),
-            logits=_concatenated([one.logits for one in own]),
-        )
+        yield Finished.of(own, stats)
         own.clear()
 
 

@@ -1,156 +1,243 @@
-"""The decode loop: rows enter free slots, and each step yields one event per row.
+"""The decode loop: rows wait, enter free slots, have their prompts read, are decoded step by step, and finish.
 
-Guarantees that every row of a request finishes, in any order of entry.  Does not know how a step is run.
+Guarantees that every row ends, that a row which fails ends alone, and that slots are reused.  Reads of prompts are
+bounded while other rows are being decoded, so that these wait no longer than one such read between two steps.  Does not
+know how a step is run, nor who receives the results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import heapq
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-from transformers import StoppingCriteria
+from redrafter.decoding.step import PromptPart
+from redrafter.engine.active import ActiveRow, Failure
+from redrafter.engine.request import Task
+from redrafter.engine.results import Event
+from redrafter.engine.runner import PendingStep, Runner
 
-from redrafter.core.rows import precise
-from redrafter.decoding.step import Emission, Row
-from redrafter.engine.request import Request
-from redrafter.engine.results import Event, FinishReason
-from redrafter.engine.runner import Runner, StepResult
-from redrafter.errors import RedrafterError
-from redrafter.kernels import kernels_enabled
-from redrafter.utils.memory import within_memory
+MAX_READ = 8192
+"""Prompt tokens in one forward pass, counting padding; limits the memory of activations."""
 
+MAX_LATER_READ = 512
+"""The same for text that does not begin with the pass, which needs a dense mask or the kernels."""
 
-class Scheduler:
-    """Assigns the rows of a request to slots and cuts steps into events."""
+MAX_PADDING = 1.25
+"""The longest prompt of a forward pass has at most this many times the tokens of the shortest."""
 
-    def __init__(self, request: Request):
-        self._request = request
-        self._waiting = iter(request.rows)
-        self._active: dict[int, ActiveRow] = {}
-        """The row in each slot."""
-
-    def events(self) -> Iterator[Event]:
-        """Decodes all rows.  Raises RedrafterError if memory runs out, with the settings to lower."""
-        request = self._request
-        remedy = f"lower batch_size (now {request.batch}), max_new_tokens or the beams that are drafted"
-        device = request.target.device
-        with within_memory(device, remedy):
-            runner = self._runner()
-        while True:
-            with within_memory(device, remedy):  # left before each event: the caller may never resume
-                events = self._advance(runner)
-            if events is None:
-                return
-            yield from events
-
-    def _runner(self) -> Runner:
-        request, decoder = self._request, self._request.decoder
-        longest = max(len(row.prompt) + row.budget for row in request.rows)
-        slots = longest + 2 * decoder.length + 1 + decoder.size  # the last two steps may exceed the budget
-        with kernels_enabled(request.fast):
-            state = decoder.empty(batch=request.batch, slots=slots)
-        ahead = not request.output_scores and not request.output_logits
-        return Runner(decoder, state, fast=request.fast, compile=request.compile, ahead=ahead)
-
-    def _advance(self, runner: Runner) -> list[Event] | None:
-        """Admits rows or runs a step; None after the last one."""
-        free = (slot for slot in range(self._request.batch) if slot not in self._active)
-        entering = dict(zip(free, self._waiting, strict=False))
-        if entering:
-            rows = {slot: ActiveRow(row, slot, row.budget, len(row.prompt)) for slot, row in entering.items()}
-            self._active |= rows
-            owners = list(enumerate(rows.values()))
-            return self._events(runner, runner.admit(list(entering), list(entering.values()), owners), entered=True)
-        if not self._active:
-            return None
-        rows = dict(self._active)
-        committed = max(row.committed for row in rows.values())
-        result = runner.step(list(rows.items()), committed, lambda tokens: any(r.left > tokens for r in rows.values()))
-        return self._events(runner, result, entered=False)
-
-    def _events(self, runner: Runner, result: StepResult, *, entered: bool) -> list[Event]:
-        events = []
-        for index, owner in result.owners:
-            row: ActiveRow = owner
-            if self._active.get(row.slot) is not row:
-                continue  # it finished in an earlier step
-            report = result.reports[index]
-            event = row.event(self._request, report, runner.state.rows.text, result.emitted, index)
-            row.committed += 0 if entered else report[0] + 1
-            if event.finish_reason is not None:
-                del self._active[row.slot]
-                runner.end(row.slot)
-            events.append(event)
-        return events
+SHRINK_AFTER = 8
+"""Steps with few rows after which rows move together, so that later steps compute fewer slots."""
 
 
 @dataclass
-class ActiveRow:
-    """A row that occupies a slot."""
+class _Reading:
+    """A row whose prompt is being read."""
 
-    row: Row
-    slot: int
-    left: int
-    """Tokens that it may still write."""
-    committed: int
-    """Cache slots that it uses."""
-    scores: list[Tensor] = field(default_factory=list)
-    """Scores [1, V] of its tokens, for stopping criteria that read them."""
+    active: ActiveRow
+    start: int = 0
 
-    def event(self, request: Request, report: list[int], text: Tensor, emitted: Emission, index: int) -> Event:
-        """Cuts the tokens of one step where the row finishes.  `index` is the row's index in the emission."""
-        accepted, drafted, *following = report
-        tokens, is_finite = following[: len(following) // 2], following[len(following) // 2 :]
-        tokens = tokens[: min(accepted + 1, self.left)]
-        begin = len(self.row.prompt) + self.row.budget - self.left
-        if accepted < 0:
-            raise RedrafterError(
-                f"The proposer returned a malformed tree for row {self.row.number}, position {begin}: node 0 must have "
-                "depth 0 and no ancestor but itself."
-            )
-        reason: FinishReason | None = None
-        for count, token in enumerate(tokens, start=1):
-            if not is_finite[count - 1]:
-                raise self._no_token(emitted.logits[index, emitted.path[index, count - 1]], begin + count - 1)
-            if token in request.ends:
-                reason = "eos"
-            elif request.criteria:
-                if request.output_scores:
-                    self.scores.append(precise(emitted.choice.scores[index, emitted.path[index, count - 1]])[None])
-                reason = self._stopped(request, text[self.slot : self.slot + 1, : begin + count])
-            if reason is not None:
-                tokens = tokens[:count]
+
+class Scheduler:
+    """Assigns rows to the slots of a runner and cuts steps into events."""
+
+    def __init__(self, runner: Runner, *, read_tokens: int | None = None, ahead: bool = True):
+        """`read_tokens`: how many prompt tokens are read between two steps of other rows; None for complete prompts.
+
+        `ahead` allows launching a step before the previous one was read, which overwrites the emission of the latter.
+        """
+        self._runner, self._ahead = runner, ahead
+        self._budget = MAX_READ if read_tokens is None else read_tokens
+        self.waiting: deque[Task] = deque()
+        """Rows that have no slot yet, in order."""
+        self.active: dict[int, ActiveRow] = {}
+        """The row that is being decoded in each slot."""
+        self._reading: dict[int, _Reading] = {}
+        self._free = [*range(runner.state.batch)]
+        self._ended: set[int] = set()  # free slots that the device still decodes
+        self._pending: deque[PendingStep] = deque()
+        self._small = 0  # steps since which fewer slots would suffice
+        self.steps = 0
+        """Steps so far."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether no row waits or is being decoded."""
+        return not (self.waiting or self._reading or self.active)
+
+    @property
+    def running(self) -> int:
+        """Rows that have a slot."""
+        return len(self.active) + len(self._reading)
+
+    @property
+    def used_positions(self) -> int:
+        """Cache slots that hold keys and values of running rows."""
+        return sum(row.committed for row in self.active.values()) + sum(one.start for one in self._reading.values())
+
+    def add(self, task: Task) -> None:
+        """A row joins the end of the queue."""
+        self.waiting.append(task)
+
+    def cancel(self, task: Task) -> bool:
+        """Removes a row, wherever it is.  Returns whether it was there."""
+        if task in self.waiting:
+            self.waiting.remove(task)
+            return True
+        for slot, row in [*self.active.items(), *((slot, one.active) for slot, one in self._reading.items())]:
+            if row.task is task:
+                self._release(slot)
+                return True
+        return False
+
+    def step(self) -> list[Event | Failure]:
+        """Admits rows, reads prompts and returns the results of one step; empty if there was only reading."""
+        if self.active or self._pending:
+            self._admit()
+        else:
+            self.read_prompts()
+        limit = 2 if self._ahead and self._runner.launches_ahead else 1
+        while len(self._pending) < limit and self.active:
+            if self._pending and not self._continues():
                 break
-        self.left -= len(tokens)
-        if reason is None and self.left == 0:
-            reason = "length"
-        nodes = emitted.path[index, : len(tokens)]
-        return Event(
-            self.row.number,
-            tokens,
-            min(accepted, len(tokens)),
-            drafted,
-            reason,
-            scores=precise(emitted.choice.scores[index, nodes]) if request.output_scores else None,
-            logits=precise(emitted.logits[index, nodes]) if request.output_logits else None,
-        )
+            self._pending.append(self._launch())
+        if not self._pending:
+            return []
+        pending = self._pending.popleft()
+        result = self._runner.result(pending, waited=limit == 1)
+        self.steps += 1
+        found: list[Event | Failure] = []
+        for index, owner in result.owners:
+            row: ActiveRow = owner
+            if self.active.get(row.slot) is not row:
+                continue  # it ended in an earlier step, or was cancelled
+            outcome = row.outcome(result, index, self._runner.state.rows.text)
+            if isinstance(outcome, Event):
+                outcome.step = self.steps
+            if isinstance(outcome, Failure) or outcome.finish_reason is not None:
+                self._release(row.slot)
+            found.append(outcome)
+        return found
 
-    def _stopped(self, request: Request, text: Int[Tensor, "1 T"]) -> FinishReason | None:
-        """Whether a stopping criterion ends the row after this text.  Criteria receive scores if they are requested."""
-        scores = tuple(self.scores) if request.output_scores else None
-        return "stop" if any(_holds(criterion, text, scores) for criterion in request.criteria) else None
+    def read_prompts(self) -> None:
+        """Admits rows and reads their prompts, without a step."""
+        self._admit()
+        self._read_alone()
 
-    def _no_token(self, logits: Tensor, position: int) -> RedrafterError:
-        """The error for a position at which the largest score is not finite."""
-        where = f"row {self.row.number}, position {position}"
-        if bool(logits.max().isfinite()):
-            return RedrafterError(f"The settings leave no token to choose at {where}.")
-        return RedrafterError(f"The model's logits for {where} hold NaN or infinity.")
+    def abandon(self) -> list[Task]:
+        """Ends all rows that have a slot, after an error of the device or the model.  Returns their tasks."""
+        rows = [*self.active.values(), *(one.active for one in self._reading.values())]
+        self._pending.clear()
+        for row in rows:
+            self._release(row.slot)
+        return [row.task for row in rows]
 
+    def _admit(self) -> None:
+        """Gives free slots to waiting rows."""
+        entering: dict[int, ActiveRow] = {}
+        while self._free and self.waiting:
+            slot = heapq.heappop(self._free)
+            entering[slot] = ActiveRow(self.waiting.popleft(), slot)
+        if entering:
+            self._runner.enter({slot: row.task.row for slot, row in entering.items()})
+        for slot, row in entering.items():
+            self._ended.discard(slot)
+            self._reading[slot] = _Reading(row)
+        self._start_read_rows()
 
-def _holds(criterion: StoppingCriteria, text: Tensor, scores: tuple[Tensor, ...] | None) -> bool:
-    result = criterion(text, scores)  # a tensor, or a bool, which transformers allows too
-    return bool(torch.as_tensor(result).all())
+    def _start_read_rows(self) -> None:
+        """Rows whose prompts are read begin to be decoded."""
+        for slot in [slot for slot, one in self._reading.items() if one.start >= one.active.to_read]:
+            self.active[slot] = self._reading.pop(slot).active
+
+    def _read_alone(self) -> None:
+        """Reads prompts while no row is being decoded: together if their lengths are similar."""
+        while self._reading:
+            fresh = sorted((one for one in self._reading.values() if not one.start), key=lambda one: one.active.to_read)
+            if not fresh:
+                self._read([self._part(next(iter(self._reading.values())), MAX_LATER_READ)])
+                continue
+            shortest = max(1, fresh[0].active.to_read)
+            parts: list[PromptPart] = []
+            for one in fresh:
+                width = min(one.active.to_read, MAX_READ)
+                if parts and (width * (len(parts) + 1) > MAX_READ or width > MAX_PADDING * shortest):
+                    break
+                parts.append(self._part(one, MAX_READ))
+            self._read(parts)
+
+    def _part(self, one: _Reading, most: int) -> PromptPart:
+        return PromptPart(one.active.slot, one.active.task.row, one.start, min(one.active.to_read, one.start + most))
+
+    def _read(self, parts: list[PromptPart]) -> None:
+        parts = [part for part in parts if part.stop > part.start]
+        if parts:
+            self._runner.read(parts)
+        self._have_read(parts)
+
+    def _have_read(self, parts: Iterable[PromptPart]) -> None:
+        for part in parts:
+            self._reading[part.slot].start = part.stop
+        self._start_read_rows()
+
+    def _launch(self) -> PendingStep:
+        """Starts a step of all rows that are being decoded, and reads parts of prompts beside or before it."""
+        if self._ended:
+            self._runner.end(sorted(self._ended))
+            self._ended.clear()
+        self._move_together()
+        parts = self._next_parts()
+        if parts and not self._runner.reads_while_decoding:
+            for part in parts:
+                self._read([part])
+            parts = []
+        rows = {slot: row.task.row for slot, row in self.active.items()}
+        unread = len(self._pending) * (self._runner.length + 1)  # tokens, at most
+        committed = unread + max(row.committed for row in self.active.values())
+        pending = self._runner.launch(rows, [*self.active.items()], committed, parts)
+        self._have_read(parts)
+        return pending
+
+    def _next_parts(self) -> list[PromptPart]:
+        """What to read now, first come, first served, within the budget."""
+        parts: list[PromptPart] = []
+        left = min(self._budget, MAX_LATER_READ) if self._runner.reads_while_decoding else self._budget
+        for one in self._reading.values():
+            part = self._part(one, min(left, MAX_LATER_READ) if one.start else left)
+            parts.append(part)
+            left -= part.stop - part.start
+            if left <= 0:
+                break
+        return parts
+
+    def _continues(self) -> bool:
+        """Whether some row is still being decoded after all steps that were launched."""
+        unread = len(self._pending) * (self._runner.length + 1)
+        return any(row.left > unread for row in self.active.values())
+
+    def _release(self, slot: int) -> None:
+        if self.active.pop(slot, None) is None:
+            del self._reading[slot]
+        heapq.heappush(self._free, slot)
+        self._ended.add(slot)
+
+    def _move_together(self) -> None:
+        """Moves rows from the last slots to free ones if later steps then compute fewer slots."""
+        rounded = self._runner.rounded
+        occupied = [*self.active, *self._reading]
+        if rounded(len(occupied)) >= rounded(1 + max(self.active)):
+            self._small = 0
+            return
+        self._small += 1
+        if self._small < SHRINK_AFTER:
+            return
+        for source in sorted(self.active, reverse=True):
+            if source <= self._free[0]:
+                break
+            target = heapq.heapreplace(self._free, source)
+            row = self.active.pop(source)
+            unread = len(self._pending) * (self._runner.length + 1) + self._runner.size
+            self._runner.move(source, target, row.committed + unread)
+            row.slot = target
+            self.active[target] = row

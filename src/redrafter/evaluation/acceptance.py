@@ -18,12 +18,11 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from redrafter.core.cache import SlotCache
-from redrafter.core.rows import RowState
+from redrafter.core.rows import PromptChunk, RowState
 from redrafter.core.shapes import ShapeOverrides
 from redrafter.data.examples import Row, collate
-from redrafter.decoding.sampling import Sampler
+from redrafter.decoding import state as decoding
 from redrafter.decoding.settings import ONE_TEXT, with_stop_strings
-from redrafter.decoding.step import PREFILL_CHUNK
 from redrafter.decoding.verify import walk
 from redrafter.engine.generate import generate
 from redrafter.engine.request import Request, request
@@ -44,7 +43,7 @@ MAX_SCORES = 2**24
 MAX_MEMORY_BYTES = 2**28
 """Approximate bytes of proposers' caches, copied for each window, that exist at a time."""
 
-GREEDY = Sampler()
+GREEDY = decoding.Row(0, [0], seed=0, budget=1)
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def acceptance(
     proposer: Proposer,
     rows: Iterable[Row],
     *,
-    sampler: Sampler = GREEDY,
+    sampled_as: decoding.Row = GREEDY,
     seeds: list[int] | None = None,
     batch_size: int = 8,
     chunk: int | None = None,
@@ -123,12 +122,12 @@ def acceptance(
     """Teacher-forced acceptance of drafts at every window of the rows (`evaluation.windows`, as in training).
 
     A draft follows the guaranteed token t+1, and its position i is accepted if t+2 … t+1+i are trained tokens and
-    drafted on one path.  Rows with continuations are compared with those.  `sampler` and the rows' `seeds` give a
-    proposer the noise of decoding.  `batch_size`: rows per run of the target; `chunk`: windows drafted at a time
-    (default: as MAX_WINDOWS and MAX_SCORES allow).
+    drafted on one path.  Rows with continuations are compared with those.  The sampling settings of `sampled_as` and
+    the rows' `seeds` give a proposer the noise of decoding.  `batch_size`: rows per run of the target; `chunk`: windows
+    drafted at a time (default: as MAX_WINDOWS and MAX_SCORES allow).
     """
     verdicts = drafted_everywhere(
-        target, proposer, list(rows), sampler=sampler, seeds=seeds, batch_size=batch_size, chunk=chunk
+        target, proposer, list(rows), sampled_as=sampled_as, seeds=seeds, batch_size=batch_size, chunk=chunk
     )
     return Acceptance.of(torch.cat([torch.zeros((0, 2), dtype=torch.long), *verdicts]), proposer.length)
 
@@ -139,7 +138,7 @@ def drafted_everywhere(
     proposer: Proposer,
     rows: list[Row],
     *,
-    sampler: Sampler = GREEDY,
+    sampled_as: decoding.Row = GREEDY,
     seeds: list[int] | None = None,
     batch_size: int = 8,
     chunk: int | None = None,
@@ -153,14 +152,18 @@ def drafted_everywhere(
         parts = [torch.zeros((0, 2), dtype=torch.long, device=ids.device)]
         if hidden is not None:
             ids = pad(ids, (0, proposer.length + proposer.size))  # as many slots as in decoding
-            memory = _read_rows(proposer, ids, hidden, seed)
+            memory = _read_rows(proposer, ids, hidden)
             size = chunk if memory is None else min(chunk, max(1, MAX_MEMORY_BYTES // memory.row_bytes))
             for row, t, tokens, wanted in batch.chunks(size):
                 context = context_at(hidden, row, t, proposer.positions).unflatten(1, (proposer.positions, -1))
                 texts = ids[row].scatter(1, t[:, None] + 1, tokens[:, :1])  # a continuation has another token there
-                state = RowState(row, seed[row], texts, length=t + 1, alive=torch.ones_like(row))
+                settings = decoding.settings_of(
+                    sampled_as, count=len(row), vocabulary=target.vocab_size, device=ids.device
+                )
+                alive = torch.ones_like(row)
+                state = RowState(row, seed[row], texts, length=t + 1, alive=alive, settings=settings)
                 own = None if memory is None else memory.of_rows(row)
-                parts.append(_verdicts(target, proposer, sampler, own, state, context, tokens, wanted))
+                parts.append(_verdicts(target, proposer, sampled_as, own, state, context, tokens, wanted))
         verdicts += torch.cat(parts).cpu().split(batch.row.bincount(minlength=len(ids)).tolist())
     return verdicts
 
@@ -187,27 +190,25 @@ def window_batches(target: Target, rows: list[Row], *, length: int, batch_size: 
         collated = collate(rows[begin : begin + batch_size])
         batch = {name: value.to(target.device) for name, value in collated.items()}
         ids = batch["input_ids"]
-        found = windows(ids, batch["trained"], length=length, continuations=batch.get("continuations"))
+        continuations = batch.get("continuations")
+        found = windows(ids, batch["trained"], length=length, continuations=continuations, from_start=True)
         hidden = target.hidden_states(ids[:, :-1], batch["segments"][:, :-1]) if len(found[0]) else None
         yield WindowBatch(ids, hidden, *found)
 
 
-def _read_rows(
-    proposer: Proposer, ids: Int[Tensor, "B slots"], hidden: Float[Tensor, "B P state"], seed: Int[Tensor, " B"]
-) -> SlotCache | None:
+def _read_rows(proposer: Proposer, ids: Int[Tensor, "B slots"], hidden: Float[Tensor, "B P state"]) -> SlotCache | None:
     """The proposer's cache after reading complete rows; a draft at any position uses only the tokens before it."""
-    memory = proposer.memory(batch=len(ids), slots=ids.shape[1])
-    last = torch.full_like(seed, hidden.shape[1] - 1)
-    state = RowState(torch.arange(len(ids), device=ids.device), seed, ids, last, torch.ones_like(seed))
-    for start in range(0, hidden.shape[1], PREFILL_CHUNK):
-        proposer.read(memory, state, hidden[:, start : start + PREFILL_CHUNK], start)
+    memory, count = proposer.memory(batch=len(ids), slots=ids.shape[1]), hidden.shape[1]
+    rows = torch.arange(len(ids), device=ids.device)
+    chunk = PromptChunk(ids[:, :count], ids[:, 1 : count + 1], torch.zeros_like(rows), rows, from_start=True)
+    proposer.read(memory, chunk, hidden)
     return memory
 
 
 def _verdicts(
     target: Target,
     proposer: Proposer,
-    sampler: Sampler,
+    sampled_as: decoding.Row,
     memory: SlotCache | None,
     state: RowState,
     context: Float[Tensor, "C positions state"],
@@ -215,6 +216,7 @@ def _verdicts(
     wanted: Bool[Tensor, "C length"],
 ) -> Int[Tensor, "C 2"]:
     """Accepted and drafted tokens of one draft per window; `tokens` are the root and the `wanted` ones that follow."""
+    sampler = decoding.sampler_of({0: sampled_as})
     noise = sampler.noise(state, depths=proposer.length + 1, vocabulary=target.vocab_size)
     tree = proposer.propose(memory, state, context, noise)
     following = tokens[:, 1:].masked_fill(~wanted, -1)
@@ -278,7 +280,7 @@ def _measure(request: Request, generation: Generation, batch_size: int) -> list[
     assert proposer is not None
     length, rows = proposer.length, answered(request, new)
     verdicts = drafted_everywhere(
-        request.target, proposer, rows, sampler=request.sampler, seeds=seeds, batch_size=batch_size
+        request.target, proposer, rows, sampled_as=request.rows[0], seeds=seeds, batch_size=batch_size
     )
     return [
         Measured(len(tokens), _decoded(stats), Acceptance.of(walked(own), length), Acceptance.of(own, length))
@@ -287,13 +289,13 @@ def _measure(request: Request, generation: Generation, batch_size: int) -> list[
 
 
 def answered(request: Request, new: list[list[int]]) -> list[Row]:
-    """The rows of a request with their new tokens, which are marked as trained."""
+    """The rows of a request with their new tokens, which are marked as trained, as is the token that they follow."""
     return [
-        Row(row.prompt + tokens, [False] * len(row.prompt) + [True] * len(tokens))
+        Row(row.prompt + tokens, [False] * (len(row.prompt) - 1) + [True] * (1 + len(tokens)))
         for row, tokens in zip(request.rows, new, strict=True)
     ]
 
 
 def _decoded(row: Stats) -> Acceptance:
-    """The counts of one row; its first step reads the prompt and drafts nothing."""
-    return Acceptance(row.steps - 1, row.drafted, row.accepted, row.accepted_by_position)
+    """The counts of one row."""
+    return Acceptance(row.steps, row.drafted, row.accepted, row.accepted_by_position)

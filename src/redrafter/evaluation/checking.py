@@ -18,6 +18,7 @@ from redrafter.core.rows import RowState
 from redrafter.core.shapes import ShapeOverrides
 from redrafter.core.tree import chain
 from redrafter.decoding.settings import ONE_TEXT
+from redrafter.decoding.state import sampler_of, settings_of
 from redrafter.engine.generate import generate
 from redrafter.engine.request import request
 from redrafter.engine.results import Finished
@@ -77,7 +78,7 @@ def compare(
     `on_row` is called with every finished text, two per prompt.  Raises RedrafterError for bad prompts and settings.
     """
     settings = settings | ONE_TEXT | {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    if request(model, None, prompts, **settings).sampler.do_sample:  # both must sample with the same seeds
+    if request(model, None, prompts, **settings).sampler.features.sampling:  # both must sample with the same seeds
         settings["seed"] = row_seeds(settings.get("seed"), len(prompts))
     plain = generate(model, None, prompts, on_row=on_row, **settings)
     batch = min(batch_size, len(prompts))
@@ -103,20 +104,21 @@ def find_divergence(
     shorter = min(len(one), len(other))
     position = next((i for i in range(shorter) if one[i] != other[i]), shorter)
     made = request(model, None, prompts, **settings)
+    own = made.rows[row]
     text = torch.tensor([prompts[row] + one[:position]], device=made.target.device)
     with torch.inference_mode():
         logits = made.target.module(input_ids=text, use_cache=False).logits[:, -1:]
         state = RowState(
             row=torch.tensor([row], device=text.device),
-            seed=torch.tensor([made.rows[row].seed], device=text.device),
+            seed=torch.tensor([own.seed], device=text.device),
             text=text,
             length=torch.tensor([text.shape[1] - 1], device=text.device),
             alive=torch.tensor([1], device=text.device),
+            settings=settings_of(own, count=1, vocabulary=logits.shape[-1], device=text.device),
         )
-        noise = made.sampler.noise(state, depths=1, vocabulary=logits.shape[-1])
-        scores = made.sampler.choose(noise, chain(text[:, -1:]), logits, state).scores[0, 0]
+        sampler = sampler_of({0: own})
+        noise = sampler.noise(state, depths=1, vocabulary=logits.shape[-1])
+        scores = sampler.choose(noise, chain(text[:, -1:]), logits, state).scores[0, 0]
         best = (scores if noise.gumbel is None else scores + noise.gumbel[0, 0]).double().topk(2).values
-    rounding = ROUNDING * torch.finfo(logits.dtype).eps * logits.double().abs().max()
-    for processor in made.sampler.processors[0]:
-        rounding = rounding / getattr(processor, "temperature", 1.0)
+    rounding = ROUNDING * torch.finfo(logits.dtype).eps * logits.double().abs().max() / own.sampling.temperature
     return Divergence(row, position, float(best[0] - best[1]), float(rounding))

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from redrafter.core.rows import SamplingNoise
 from redrafter.core.shapes import DraftShape, counted
 from redrafter.core.tree import DraftTree, chain
-from redrafter.decoding.sampling import Sampler
-from redrafter.decoding.step import Decoder, Emission, State
+from redrafter.decoding.step import Decoder, Emission
 from redrafter.decoding.verify import walk
-from redrafter.engine.request import Request
+from redrafter.engine.request import Request, Task
 from redrafter.engine.runner import Runner, milliseconds
+from redrafter.engine.scheduler import Scheduler
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Method, Proposer
 from redrafter.targets.target import Target
@@ -60,13 +60,9 @@ class StepProfiler:
         """
         self.target: Target = request.target
         self.drafter, self.repeats, self._compile = drafter, repeats, compile
-        self._rows = request.rows
-        self._sampler = Sampler(request.sampler.do_sample, request.sampler.processors[:1])
+        self._rows, self._sampler = request.rows, request.sampler
         self.batch, self.context = len(request.rows), len(request.rows[0].prompt)
-        default = None if drafter is None else drafter.proposer(self.target, drafter.shape(0))
-        base = Decoder(self.target, default, self._sampler)
-        self._nodes = max(nodes, base.size, base.length + 1)
-        self._filled = self._prefilled(base, self._nodes)
+        self._nodes = nodes
         self._runners: dict[DraftShape | None, Runner] = {}
 
     def runner(self, shape: DraftShape | None) -> Runner:
@@ -80,32 +76,27 @@ class StepProfiler:
                 proposer = None if self.drafter is None else self.drafter.proposer(self.target, shape)
                 if proposer is None:
                     raise RedrafterError("A length of 0 drafts nothing that could be timed.")
-            decoder = Decoder(self.target, proposer, self._sampler)
-            state = self._state(decoder)
-            if shape is not None:  # other shapes release their memory
+                # other shapes release their memory
                 self._runners = {key: runner for key, runner in self._runners.items() if key is None}
-            self._runners[shape] = Runner(decoder, state, compile=self._compile)
+            self._runners[shape] = self._filled(Decoder(self.target, proposer))
         return self._runners[shape]
 
-    def _state(self, decoder: Decoder) -> State:
-        """A state with the prompts.  Proposers of one drafter share the target's cache."""
-        base, proposer = self._filled, decoder.proposer
-        positions = 1 if proposer is None else proposer.positions
-        if positions > base.context.shape[1] or max(decoder.size, decoder.length + 1) > self._nodes:
-            return self._prefilled(decoder, max(decoder.size, decoder.length + 1))
-        memory = None if proposer is None else proposer.memory(batch=self.batch, slots=base.cache.slots)
-        if memory is not None and base.memory is not None:
-            memory.insert_rows([*range(self.batch)], base.memory)
-        return replace(base, memory=memory, context=base.context[:, -positions:].clone())
-
-    def _prefilled(self, decoder: Decoder, nodes: int) -> State:
-        """A new state with the prompts and room for trees of that many nodes."""
+    def _filled(self, decoder: Decoder) -> Runner:
+        """A runner that has read the prompts.  All runners share one cache of the target if it is large enough."""
+        nodes = max(self._nodes, decoder.size, decoder.length + 1)
         slots = self.context + 2 * nodes  # a step writes the tokens of its path behind its nodes
-        with within_memory(self.target.device, self._remedy), torch.inference_mode():
-            state = decoder.empty(batch=self.batch, slots=slots)
-            decoder.prefill(self._rows, state)
-            state.rows.alive.zero_()  # steps leave the rows where they are
-        return state
+        shared = self._runners[None].state.cache if None in self._runners else None
+        if shared is not None and shared.slots < slots:
+            shared = None
+        with within_memory(self.target.device, self._remedy):
+            runner = Runner({1: decoder}, batch=self.batch, slots=slots, compile=self._compile, cache=shared)
+            scheduler = Scheduler(runner)
+            for row in self._rows:
+                scheduler.add(Task(row, frozenset(), []))
+            scheduler.read_prompts()
+        with torch.inference_mode():
+            runner.state.rows.alive.zero_()  # steps leave the rows where they are
+        return runner
 
     @property
     def weight_bytes(self) -> int:
@@ -119,11 +110,11 @@ class StepProfiler:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values of the context."""
-        return sum(pool.nbytes // pool.shape[3] for pool in self._filled.cache.pools) * self.context
+        return sum(pool.nbytes // pool.shape[3] for pool in self.runner(None).state.cache.pools) * self.context
 
     def proposer(self, shape: DraftShape) -> Proposer:
         """The proposer of a shape, as decoding uses it."""
-        proposer = self.runner(shape).decoder.proposer
+        proposer = self.runner(shape).decoders[1].proposer
         assert proposer is not None
         return proposer
 
@@ -135,9 +126,9 @@ class StepProfiler:
 
         def step() -> Emission:
             state.context.copy_(context)  # the rows' positions do not change, because they are not alive
-            return runner.decoder.step(state)
+            return runner.decoders[1].step(state, self._sampler)
 
-        duration = self._timed(step, runner, runner.decoder.size)
+        duration = self._timed(step, runner, runner.decoders[1].size)
         with torch.inference_mode():
             state.context.copy_(context)  # the next measurement starts from the same state
         return duration
@@ -175,9 +166,9 @@ class StepProfiler:
     def tree(self, shape: DraftShape) -> DraftTree:
         """A draft as the target receives it."""
         runner = self.runner(shape)
-        runner.state.set_visible(self.context + runner.decoder.size)
+        runner.state.set_visible(self.context + runner.decoders[1].size)
         with runner.running():
-            return runner.decoder.draft(runner.state, self._noise(shape))
+            return runner.decoders[1].draft(runner.state, self._noise(shape))
 
     def _noise(self, shape: DraftShape) -> SamplingNoise:
         rows, depths = self.runner(shape).state.rows, shape.beam_length + 1

@@ -187,7 +187,7 @@ class Texts:
             self.request.target,
             proposer,
             self.rows,
-            sampler=self.request.sampler,
+            sampled_as=self.request.rows[0],
             seeds=[row.seed for row in self.request.rows],
             batch_size=BATCH,
         )

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from redrafter.core.cache import SlotCache
-from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.rows import PromptChunk, RowState, SamplingNoise
 from redrafter.core.shapes import DraftShape, ShapeOverrides
 from redrafter.core.tree import DraftTree
 from redrafter.errors import RedrafterError
@@ -44,10 +44,10 @@ class Proposer:
         """
         return None
 
-    def read(self, memory: SlotCache | None, rows: RowState, states: Float[Tensor, "B P state"], start: int) -> None:
-        """Receives the target's hidden states at positions `start … start + P - 1` of the prompts in `rows.text`.
+    def read(self, memory: SlotCache | None, chunk: PromptChunk, states: Float[Tensor, "V N state"]) -> None:
+        """Receives the target's hidden states of prompt tokens.  Ignored by default.
 
-        `rows.length` is the last position of each prompt; what follows it is padding.  Ignored by default.
+        Chunks cover a prompt without its last token, which is the first root, in order.
         """
 
     def propose(

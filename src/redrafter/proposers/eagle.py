@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from redrafter.core.cache import SlotCache
-from redrafter.core.rows import RowState, SamplingNoise, at_positions
+from redrafter.core.rows import PromptChunk, RowState, SamplingNoise, at_positions
 from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import DraftTree, chain, parallel_chains, tree_mask
 from redrafter.core.tree_attention import MAX_ATTENTION_NODES, bit_mask
@@ -26,7 +26,7 @@ class EagleProposer(Proposer):
     """Drafts beams; with a budget, the tree of the most probable candidates.
 
     Slot p of the memory holds the layer's keys and values for the target's feature at position p and the token after
-    it. The last slot of a prompt therefore waits for the root.  A draft begins by running the last L + 1 positions
+    it.  A draft begins by running the last L + 1 positions
     before the root, which include everything that the last step wrote.  Beams go behind them and are overwritten later.
     """
 
@@ -40,11 +40,23 @@ class EagleProposer(Proposer):
         """Keys and values of the layer, with room for the beams."""
         return self.head.new_cache(batch=batch, slots=slots + self.shape.extra_slots)
 
-    def read(self, memory: SlotCache | None, rows: RowState, states: Float[Tensor, "B P state"], start: int) -> None:
-        """Runs the prompt's features with the tokens after them.  After the last feature, any token will do."""
-        index = start + 1 + torch.arange(states.shape[1], device=states.device)
-        tokens = rows.text[:, index.clamp(max=rows.text.shape[1] - 1)]
-        self._run(memory, chain(tokens), self._features(states), torch.full_like(rows.length, start))
+    def read(self, memory: SlotCache | None, chunk: PromptChunk, states: Float[Tensor, "V N state"]) -> None:
+        """Runs the prompt's features with the tokens after them."""
+        assert memory is not None
+        features = self._features(states)
+        trees = chain(chunk.following)
+        if chunk.from_start:
+            memory.window.rows, memory.window.only_new = chunk.rows, True
+            index = torch.arange(trees.size, device=features.device)
+            self._run(memory, trees, features, chunk.begin, (index[:, None] >= index)[None, None])
+        elif self._has_kernels(features, trees):
+            memory.window.rows, memory.window.only_new = chunk.rows, False
+            self._run(memory, trees, features, chunk.begin, bit_mask(trees, chunk.begin, chunk.rows))
+        else:
+            for i, row in enumerate(chunk.rows.tolist()):
+                view, one = memory.view(slice(row, row + 1)), slice(i, i + 1)
+                view.window.visible = memory.window.visible
+                self._run(view, chain(chunk.following[one]), features[one], chunk.begin[one])
 
     def propose(
         self,
@@ -55,9 +67,10 @@ class EagleProposer(Proposer):
     ) -> DraftTree:
         """Trees below the root."""
         features = self._features(context)
+        assert memory is not None
         latest = self._run_latest(memory, rows, features)  # [B, beams, H]: the feature at each beam's last token
         given = latest[:, :, None][:, :, :0]  # [B, beams, depth, H]: those before its tokens
-        root = rows.root
+        root, begin = rows.root, rows.length.clamp(min=1) - 1  # a text of one token has no feature yet
 
         def following(beams: Tensor, parents: Tensor) -> Tensor:
             nonlocal given, latest
@@ -65,44 +78,56 @@ class EagleProposer(Proposer):
                 given = torch.cat((given, latest[:, :, None]), dim=2)
                 given = given.gather(1, parents[..., None, None].expand(-1, -1, *given.shape[2:]))
                 inputs = torch.cat((features[:, -1:], given.transpose(1, 2).flatten(1, 2)), dim=1)
-                latest = self._run(memory, parallel_chains(root, beams), inputs, rows.length - 1)[:, -beams.shape[1] :]
+                latest = self._run(memory, parallel_chains(root, beams), inputs, begin)[:, -beams.shape[1] :]
             return self.target.logits(latest.flatten(0, 1)).view(*latest.shape[:2], -1)
 
         beams = search(following, root, self.shape, adjust=noise.ranking(self.head.config.coupled))
         return tree_of(root, beams, self.shape)
 
     def _run_latest(
-        self, memory: SlotCache | None, rows: RowState, features: Float[Tensor, "B positions hidden"]
+        self, memory: SlotCache, rows: RowState, features: Float[Tensor, "B positions hidden"]
     ) -> Float[Tensor, "B 1 hidden"]:
         """Runs the last L + 1 positions before the root, each into its slot, and returns the feature at the root.
 
         A shorter text runs completely, padded with its last position in slots that are not read.
         """
-        first = rows.length[:, None] - 1 - self.length  # position of the first feature
+        end = rows.length[:, None].clamp(min=1)
+        first = end - 1 - self.length  # position of the first feature
         begin = first.clamp(min=0)
         index = begin + torch.arange(self.length + 1, device=begin.device)
         seen = (index - first).clamp(max=self.length)
-        tokens = rows.text.gather(1, (index + 1).minimum(rows.length[:, None]))
+        tokens = rows.text.gather(1, (index + 1).minimum(end))
         output = self._run(memory, chain(tokens), at_positions(features, seen), begin[:, 0])
-        return at_positions(output, rows.length[:, None] - 1 - begin)
+        return at_positions(output, end - 1 - begin)
 
     def _run(
         self,
-        memory: SlotCache | None,
+        memory: SlotCache,
         tree: DraftTree,
         features: Float[Tensor, "B N hidden"],
         begin: Int[Tensor, " B"],
+        mask: Tensor | None = None,
     ) -> Float[Tensor, "B N hidden"]:
-        """Runs the head over nodes in slots `begin … begin + N - 1`.  A node's token follows its feature."""
-        assert memory is not None
+        """Runs the head over nodes in slots `begin … begin + N - 1`.  A node's token follows its feature.
+
+        Without a `mask`, nodes attend to the text and their ancestors in the first rows of the memory.
+        """
         memory.window.slots = begin[:, None] + torch.arange(tree.size, device=begin.device)
-        if has_kernels(features.device, features.dtype) and tree.size <= MAX_ATTENTION_NODES:
+        if mask is None:
+            memory.window.rows, memory.window.only_new = None, False
+            if self._has_kernels(features, tree):
+                memory.window.visible = None
+                mask = bit_mask(tree, begin)
+            else:
+                mask = tree_mask(tree, begin, slots=memory.visible)[:, None]
+        elif not memory.window.only_new:
             memory.window.visible = None
-            mask = bit_mask(tree, begin)
-        else:
-            mask = tree_mask(tree, begin, slots=memory.visible)[:, None]
         embeddings = self.target.embed(tree.tokens)
         return self.head(embeddings, features, begin[:, None] + tree.depth, mask, memory)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _has_kernels(features: Tensor, tree: DraftTree) -> bool:
+        return has_kernels(features.device, features.dtype) and tree.size <= MAX_ATTENTION_NODES
 
     def _features(self, states: Float[Tensor, "B P state"]) -> Float[Tensor, "B P hidden"]:
         """The output head's inputs in the head's dtype."""

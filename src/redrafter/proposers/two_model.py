@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from redrafter.core.cache import SlotCache
-from redrafter.core.rows import RowState, SamplingNoise
+from redrafter.core.rows import PromptChunk, RowState, SamplingNoise
 from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import DraftTree, chain, parallel_chains
 from redrafter.errors import RedrafterError
@@ -76,12 +76,10 @@ class TwoModelProposer(Proposer):
         """Keys and values of the draft model, with room for the beams."""
         return self.draft.new_cache(batch=batch, slots=slots + self.shape.extra_slots)
 
-    def read(self, memory: SlotCache | None, rows: RowState, states: Tensor, start: int) -> None:
+    def read(self, memory: SlotCache | None, chunk: PromptChunk, states: Float[Tensor, "V N state"]) -> None:
         """Runs the same tokens as the target."""
         assert memory is not None
-        tokens = rows.text[:, start : start + states.shape[1]]
-        begin = torch.full_like(rows.length, start)
-        self.draft.forward(chain(tokens), begin, memory, select=begin[:, None] * 0)
+        self.draft.read_prompt(chunk, memory)
 
     def propose(
         self,

@@ -7,13 +7,15 @@ its weights move or change their dtype.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from redrafter.core.cache import LayerShape
+from redrafter.core.cache import LayerShape, SlotCache
+from redrafter.core.rows import PromptChunk
 from redrafter.core.tree import DraftTree, ancestors_of, chain
 from redrafter.core.tree_attention import register
 from redrafter.errors import RedrafterError
@@ -32,6 +34,8 @@ class Probe:
     """Cached tensors of each layer."""
     head_alone: bool
     """Whether the output head alone computes the logits from its input."""
+    causal_prompts: bool
+    """Whether the model reads prompts into a cache with its own causal attention."""
     tree_kernels: bool | None
     """Whether the kernels of `core.tree_attention` give the model's results; None if kernels did not run."""
 
@@ -57,8 +61,9 @@ def _run(target: Target) -> Probe:
     target.shapes = shapes
     cache = target.new_cache(batch=2, slots=8)
     start = torch.zeros(2, dtype=torch.long, device=target.device)
+    padded = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
     try:
-        target.forward(chain(nn.utils.rnn.pad_sequence(prompts, batch_first=True)), start, cache)
+        target.forward(chain(padded), start, cache)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise refusal(target.model, f"its forward takes no tree mask ({error})") from error
     tokens = torch.stack((ids[5], ids[7], ids[6])).expand(2, 3)  # a root and two children; the second is compared
@@ -73,6 +78,8 @@ def _run(target: Target) -> Probe:
 
     if not agrees():
         raise refusal(target.model, "its states at the nodes of a tree differ from those of plain text")
+    prompt = PromptChunk(padded, padded, start, torch.arange(2, device=target.device), from_start=True)
+    causal = _reads_prompts(target, prompt, cache, agrees)
     kernels: bool | None = None
     if has_kernels(target.device, target.dtype):
         register()
@@ -83,7 +90,21 @@ def _run(target: Target) -> Probe:
             raise
         except Exception:  # attention that does not use transformers' interface, or kernels that are too large
             kernels = False
-    return Probe(shapes, head_alone, kernels)
+    return Probe(shapes, head_alone, causal, kernels)
+
+
+def _reads_prompts(target: Target, chunk: PromptChunk, cache: SlotCache, agrees: Callable[[], bool]) -> bool:
+    """Whether trees are verified after prompts that the model's own causal attention has read."""
+    for pool in cache.pools:
+        pool.zero_()
+    target.causal_prompts = True
+    try:
+        target.read_prompt(chunk, cache)
+        return agrees()
+    except torch.OutOfMemoryError:  # not a property of the model
+        raise
+    except Exception:  # a model that makes its masks in another way
+        return False
 
 
 def _plain(target: Target, texts: list[Tensor]) -> tuple[list[LayerShape], bool, Tensor]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from redrafter.core.cache import LayerShape, SlotCache
-from redrafter.core.rows import at_positions
-from redrafter.core.tree import DraftTree, tree_mask
+from redrafter.core.rows import PromptChunk, at_positions
+from redrafter.core.tree import DraftTree, chain, tree_mask
 from redrafter.core.tree_attention import MAX_ATTENTION_NODES, NAME, bit_mask
 from redrafter.kernels import has_kernels
 from redrafter.targets import structure
@@ -76,9 +76,12 @@ class Target:
         """Cached tensors of each layer."""
         self.tree_kernels = False
         """Whether the kernels of `core.tree_attention` verify trees."""
+        self.causal_prompts = False
+        """Whether the model's own causal attention reads prompts into a cache."""
         with ModelLock(self.model):
             probed = probe(self)
         self.shapes, self.head_alone = probed.shapes, probed.head_alone
+        self.causal_prompts = probed.causal_prompts
         self.tree_kernels = bool(probed.tree_kernels) and has_kernels(self.device, self.dtype)
 
     @property
@@ -107,22 +110,47 @@ class Target:
         length: Int[Tensor, " B"],
         cache: SlotCache,
         select: Int[Tensor, "B M"] | None = None,
+        rows: Int[Tensor, " B"] | None = None,
+        heads: int | None = None,
     ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B M V"]]:
         """Runs the model over trees whose nodes go into slots `length … length + N - 1` of their rows.
 
         Returns the hidden states of all nodes (those of `layers`, then the output head's input), and the logits of all
-        nodes (M = N) or of the nodes in `select`.
+        nodes (M = N) or of the nodes in `select`, of all rows or of the first `heads` rows.  `rows` are the rows of the
+        cache, None for the first B in order; others than these need the kernels for tree attention.
         """
         slots = length[:, None] + torch.arange(tree.size, device=length.device)
         position = length[:, None] + tree.depth
+        cache.window.rows, cache.window.only_new = rows, False
         if self.tree_kernels and tree.size <= MAX_ATTENTION_NODES:
             cache.window.visible = None
-            mask = bit_mask(tree, length)
+            mask = bit_mask(tree, length, rows)
             masks = mask if self._layer_types is None else dict.fromkeys(self._layer_types, mask)
             with self._attention(NAME):
-                return self._run(tree.tokens, position, slots, masks, cache, select)
+                return self._run(tree.tokens, position, slots, masks, cache, select, heads)
         visible = partial(tree_mask, tree, length, slots=cache.visible)
-        return self.run(tree.tokens, position, slots, visible, cache, select)
+        return self._run(tree.tokens, position, slots, self._masks(visible), cache, select, heads)
+
+    def read_prompt(self, chunk: PromptChunk, cache: SlotCache) -> Float[Tensor, "V N state"]:
+        """Runs prompt tokens into their rows of the cache and returns the hidden states of all of them.
+
+        Texts that begin with the chunk run through the model's own causal attention.  Later chunks need the kernels for
+        tree attention, or one row at a time.
+        """
+        slots = chunk.begin[:, None] + torch.arange(chunk.tokens.shape[1], device=chunk.begin.device)
+        first = torch.zeros_like(chunk.begin[:, None])
+        if chunk.from_start and self.causal_prompts:
+            cache.window.rows, cache.window.only_new = chunk.rows, True
+            return self._run(chunk.tokens, slots, slots, None, cache, first)[0]
+        if self.tree_kernels and chunk.tokens.shape[1] <= MAX_ATTENTION_NODES:
+            return self.forward(chain(chunk.tokens), chunk.begin, cache, first, chunk.rows)[0]
+        states = []
+        for i, row in enumerate(chunk.rows.tolist()):
+            view = cache.view(slice(row, row + 1))
+            view.window.visible = cache.window.visible
+            one = slice(i, i + 1)
+            states.append(self.forward(chain(chunk.tokens[one]), chunk.begin[one], view, first[one])[0])
+        return torch.cat(states)
 
     def run(
         self,
@@ -143,14 +171,15 @@ class Target:
         tokens: Int[Tensor, "B N"],
         position: Int[Tensor, "B N"],
         slots: Int[Tensor, "B N"],
-        masks: Tensor | dict[str, Tensor],
+        masks: Tensor | dict[str, Tensor] | None,
         cache: SlotCache,
         select: Int[Tensor, "B M"] | None,
+        heads: int | None = None,
     ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B M V"]]:
         if self.context_length is not None:  # nodes beyond the end are never kept, but must not overrun tables
             position = position.clamp(max=self.context_length - 1)
         cache.window.slots = slots
-        with self.captured(select) as captured:
+        with self.captured(select, heads) as captured:
             output = self.module(
                 input_ids=tokens,
                 position_ids=position,
@@ -197,17 +226,17 @@ class Target:
         return fingerprint(self.model, self.embed, self.vocab_size)
 
     @contextmanager
-    def captured(self, select: Int[Tensor, "B M"] | None) -> Iterator[list[Tensor]]:
+    def captured(self, select: Int[Tensor, "B M"] | None, heads: int | None = None) -> Iterator[list[Tensor]]:
         """Captures the outputs of `layers`, then the output head's input, of the runs within the context.
 
-        The head receives only the positions in `select`.
+        The head receives only the positions in `select`, and only the first `heads` rows.
         """
         captured: list[Tensor] = []
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             captured.append(args[0])
             selected = args[0] if select is None else at_positions(args[0], select.to(args[0].device))
-            return (selected, *args[1:])
+            return (selected[:heads], *args[1:])
 
         def layer_hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             captured.append(output[0] if isinstance(output, tuple) else output)

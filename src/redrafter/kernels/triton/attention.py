@@ -60,8 +60,8 @@ def _block(
         node = slot - length
         known = (node >= 0) & (slot < end)
         word = tl.maximum(start - length, 0) // 32  # a block of at most 32 keys has its bits in two words
-        low = tl.load(mask_row + 2 + word)
-        high = tl.load(mask_row + 3 + word, mask=word + 1 < words, other=0)
+        low = tl.load(mask_row + 3 + word)
+        high = tl.load(mask_row + 4 + word, mask=word + 1 < words, other=0)
         bits = (low | (high << 32))[:, None] >> tl.where(known, node - 32 * word, 0)[None, :]
         seen = (node < 0)[None, :] | (known[None, :] & ((bits & 1) != 0))
         if WINDOW > 0:
@@ -111,8 +111,9 @@ def _attend(
     q = tl.load(q_ptr, mask=inside[:, None] & (d < D)[None, :], other=0.0)
     mask_base = mask + b * stride_mb
     mask_row = mask_base + n * stride_mn
-    k_base = key + b * stride_kb + h.to(tl.int64) * stride_kh
-    v_base = value + b * stride_vb + h.to(tl.int64) * stride_vh
+    cached = tl.load(mask_base + 2)  # the row's row of keys and values
+    k_base = key + cached * stride_kb + h.to(tl.int64) * stride_kh
+    v_base = value + cached * stride_vb + h.to(tl.int64) * stride_vh
     depth = tl.load(mask_row + 1).to(tl.int32)
     length = tl.minimum(tl.load(mask_base).to(tl.int32), slots)
 
@@ -270,7 +271,7 @@ def launch(
         scale, cap = 2 * scale / softcap, softcap * math.log2(math.e)
     _attend[(splits, batch * kv_heads, tiles)](
         query, key, value, mask, sinks if sinks is not None else out, out, part, tops, totals,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], mask.stride(0), mask.stride(2), mask.shape[3] - 2,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], mask.stride(0), mask.stride(2), mask.shape[3] - 3,
         slots, nodes, splits, scale, cap,
         WINDOW=window or 0, SOFTCAP=softcap is not None, SINKS=sinks is not None, WHOLE=splits == 1,
         HEADS=kv_heads, GROUP=group, D=size, DV=value_size,
