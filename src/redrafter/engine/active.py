@@ -19,14 +19,6 @@ from redrafter.engine.runner import StepResult
 from redrafter.errors import RedrafterError
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A row that cannot continue."""
-
-    task: Task
-    error: Exception
-
-
 @dataclass(eq=False)
 class ActiveRow:
     """A row in a slot."""
@@ -48,12 +40,15 @@ class ActiveRow:
         """Tokens of the prompt to read before the first step: all but the last."""
         return len(self.task.row.prompt) - 1
 
-    def outcome(self, result: StepResult, index: int, text: Int[Tensor, "B S"]) -> Event | Failure:
-        """What a step brought; `index` is the row's index in it, `text` the texts of all slots."""
+    def outcome(self, result: StepResult, index: int, text: Int[Tensor, "B S"]) -> Event | Exception:
+        """What a step brought: an event, or why the row cannot continue.
+
+        `index` is the row's index in the step, `text` the texts of all slots.
+        """
         try:
             event = self._event(result, index, text)
         except Exception as error:  # of any kind: it ends this row alone
-            return Failure(self.task, error)
+            return error
         self.committed += result.reports[index][0] + 1
         return event
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from redrafter.decoding.settings import CompleteConfig
-from redrafter.engine.active import Failure
 from redrafter.engine.inputs import check_padding
 from redrafter.engine.request import Request, request
 from redrafter.engine.results import Event, Finished, Generation, Stats, finished
@@ -144,9 +143,9 @@ def _decoded(checked: Request, runner: Runner | None = None) -> Iterator[Event]:
     while not scheduler.idle:
         with within_memory(device, remedy):  # left before each event: the caller may never resume
             outcomes = scheduler.step()
-        for outcome in outcomes:
-            if isinstance(outcome, Failure):
-                raise outcome.error
+        for _, outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
             yield outcome
 
 

@@ -110,9 +110,7 @@ def request(
     """
     sizes = _integers(batch_size=batch_size, beam_width=beam_width, beam_length=beam_length, node_budget=node_budget)
     batch_size = sizes.pop("batch_size")
-    if isinstance(drafter, str | Path):
-        drafter = cached_drafter(drafter, unwrapped(model))
-    method = None if drafter is None else method_of(drafter)
+    method = method_for(model, drafter)
     with kernels_enabled(fast):
         target = Target(model, () if method is None else method.layers)
     config, checked = tasks(target, input_ids, attention_mask, tokenizer=tokenizer, **settings)
@@ -133,6 +131,13 @@ def request(
         fast=fast,
         compile=compile,
     )
+
+
+def method_for(model: nn.Module, drafter: Drafter | str | Path | None) -> Method | None:
+    """What a caller passed as `drafter`, loaded if it is a name.  Raises RedrafterError."""
+    if isinstance(drafter, str | Path):
+        drafter = cached_drafter(drafter, unwrapped(model))
+    return None if drafter is None else method_of(drafter)
 
 
 def tasks(

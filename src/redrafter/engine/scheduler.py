@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from redrafter.decoding.step import PromptPart
-from redrafter.engine.active import ActiveRow, Failure
+from redrafter.engine.active import ActiveRow
 from redrafter.engine.request import Task
 from redrafter.engine.results import Event
 from redrafter.engine.runner import PendingStep, Runner
@@ -91,8 +91,11 @@ class Scheduler:
                 return True
         return False
 
-    def step(self) -> list[Event | Failure]:
-        """Admits rows, reads prompts and returns the results of one step; empty if there was only reading."""
+    def step(self) -> list[tuple[Task, Event | Exception]]:
+        """Admits rows, reads prompts and returns the results of one step; empty if there was only reading.
+
+        An exception ends its row; the exceptions that this method raises concern all rows.
+        """
         if self.active or self._pending:
             self._admit()
         else:
@@ -107,7 +110,7 @@ class Scheduler:
         pending = self._pending.popleft()
         result = self._runner.result(pending, waited=limit == 1)
         self.steps += 1
-        found: list[Event | Failure] = []
+        found: list[tuple[Task, Event | Exception]] = []
         for index, owner in result.owners:
             row: ActiveRow = owner
             if self.active.get(row.slot) is not row:
@@ -115,9 +118,9 @@ class Scheduler:
             outcome = row.outcome(result, index, self._runner.state.rows.text)
             if isinstance(outcome, Event):
                 outcome.step = self.steps
-            if isinstance(outcome, Failure) or outcome.finish_reason is not None:
+            if isinstance(outcome, Exception) or outcome.finish_reason is not None:
                 self._release(row.slot)
-            found.append(outcome)
+            found.append((row.task, outcome))
         return found
 
     def read_prompts(self) -> None:
