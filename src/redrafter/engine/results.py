@@ -14,8 +14,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-FinishReason = Literal["eos", "stop", "length"]
-"""An end token; a stop string or another criterion; the maximum length."""
+FinishReason = Literal["eos", "stop", "length", "cancelled"]
+"""An end token; a stop string or another criterion; the maximum length; cancelled by the caller."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The log probability of a generated token, and the most likely tokens, best first."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class Event:
     text: str | None = None
     scores: Float[Tensor, "tokens V"] | None = None
     logits: Float[Tensor, "tokens V"] | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass
