@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from prometheus_client.parser import text_string_to_metric_families
 
+from redrafter.server.protocol import ChatRequest, CompletionRequest
+
+DOCS = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text()
 LABELS = {"model_name": "tiny", "engine": "0"}
 
 
@@ -62,3 +68,17 @@ def test_waiting_requests_are_counted(make_server):
     values = samples(server)
     assert values["vllm:num_requests_running", ""] == 2
     assert values["vllm:num_requests_waiting", ""] == 1
+
+
+def test_the_docs_list_all_metrics(make_server):
+    text = make_server().get("/metrics").text
+    families = [one for one in text_string_to_metric_families(text) if not one.name.endswith("_created")]
+    exposed = {(family.name, family.type) for family in families}
+    assert set(re.findall(r"^\| `(vllm:\w+)` \| (\w+) \|", DOCS, re.MULTILINE)) == exposed
+
+
+def test_the_docs_list_all_fields_of_requests():
+    fields = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+    table = DOCS[DOCS.index("| field |") : DOCS.index("Any other field")]
+    named = set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines() if row)))
+    assert named == fields

@@ -188,7 +188,7 @@ def _print_start(described: dict[str, str], url: str, settings: ServerSettings, 
 
     console = Console(stderr=True, highlight=False)
     console.print(description(described))
-    console.print(f"Serving [bold]{settings.model_name}[/bold] at {url} (documentation: {url}/docs).  Try:\n")
+    console.print(f"Serving [bold]{settings.model_name}[/bold] at {url}.  Try:\n")
     console.print(_example(url, settings, chats=chats), markup=False, soft_wrap=True)
 
 

@@ -23,7 +23,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": 
 
 def make_app(service: Service) -> FastAPI:
     """The ASGI application of a server."""
-    app = FastAPI(title="redrafter", version=__version__, responses=_ERRORS)
+    # no pages of FastAPI, which load scripts from other hosts
+    app = FastAPI(title="redrafter", version=__version__, responses=_ERRORS, docs_url=None, redoc_url=None)
     install_handlers(app)
     _add_completions(app, service)
     _add_information(app, service)

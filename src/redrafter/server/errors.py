@@ -102,7 +102,7 @@ def install_handlers(app: FastAPI) -> None:
             message = "The body is not valid JSON."
         if error.status_code in (404, 405):
             phrase = HTTPStatus(error.status_code).phrase
-            message = f"{request.method} {request.url.path}: {phrase.lower()}; /docs lists what the server offers."
+            message = f"{request.method} {request.url.path}: {phrase.lower()}; /openapi.json lists what exists."
         return ApiError(error.status_code, message, headers=error.headers).response()
 
     for kind in (ApiError, RedrafterError, Exception):

@@ -93,7 +93,7 @@ class GenerationRequest(Strict):
     max_tokens: NewTokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: PositiveProbability | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Probability | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     stop: Stop | None = None
