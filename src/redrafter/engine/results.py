@@ -14,17 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-FinishReason = Literal["eos", "stop", "length", "cancelled"]
-"""An end token; a stop string or another criterion; the maximum length; cancelled by the caller."""
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """The log probability of a generated token, and the most likely tokens, best first."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
+FinishReason = Literal["eos", "stop", "length"]
+"""An end token; a stop string or another criterion; the maximum length."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +33,6 @@ class Event:
     text: str | None = None
     scores: Float[Tensor, "tokens V"] | None = None
     logits: Float[Tensor, "tokens V"] | None = None
-    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass
