@@ -229,10 +229,10 @@ def test_required_allows_several_calls_and_a_named_function_one(form):
     parser, size = tool_parser(tokenizer), len(tokenizer)
     call = {"name": "get_weather", "arguments": {"city": "Rome", "day": 1}}
     text = written(form, [call, call]).replace("</tool_call><", "</tool_call>\n<")
-    ids = [5, *tokenizer.encode(text, add_special_tokens=False)]
 
-    def accepted(choice) -> bool:
+    def accepted(text: str, choice) -> bool:
         processor = make_processor(tokenizer, size, grammar=parser.grammar(TOOLS, choice))
+        ids = [5, *tokenizer.encode(text, add_special_tokens=False)]
         try:
             for end in (1, len(ids)):
                 scores = processor(torch.tensor([ids[:end]]), torch.zeros(1, size))[0]
@@ -240,8 +240,9 @@ def test_required_allows_several_calls_and_a_named_function_one(form):
             return False
         return bool(scores[tokenizer.eos_token_id].isfinite())
 
-    assert accepted("required")
-    assert not accepted(NAMED)
+    assert accepted(text, "required")
+    assert not accepted(text, NAMED)
+    assert not accepted(text.replace('"city":', '"city":' + 100 * " "), "required")
 
 
 @pytest.mark.parametrize("choice", [None, "auto", "none"])
@@ -270,6 +271,7 @@ def test_malformed_tools_and_choices_are_refused(tools, choice, cause):
     ("template", "cause"),
     [
         (None, "has none"),
+        ({"one": TEMPLATES["hermes"], "two": TEMPLATES["llama"]}, "No chat template"),
         (CHAT + "{% endfor %}", "does not support tools"),
         (TEMPLATES["hermes"].replace("tool_call>", "call>"), "unknown form"),
         ("{{ tools }}<tool_call><function=name><parameter=arguments>", "unknown form"),  # calls in XML

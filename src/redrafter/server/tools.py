@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from redrafter.errors import RedrafterError
+from redrafter.errors import RedrafterError, reason
 from redrafter.server.structured import WHITESPACE
 
 
@@ -82,7 +82,10 @@ def tool_parser(tokenizer: PreTrainedTokenizerBase) -> ToolParser:
     """
     if not tokenizer.chat_template:
         raise RedrafterError("Tools need a chat template: the tokenizer has none.")
-    template = tokenizer.get_chat_template(tools=[])  # of several templates, the one for tools
+    try:
+        template = tokenizer.get_chat_template(tools=[])  # of several templates, the one for tools
+    except ValueError as error:
+        raise RedrafterError(f"No chat template can be chosen for tools: {reason(error)}.") from error
     if not re.search(r"\btools\b", template):
         raise RedrafterError("The model's chat template does not support tools: leave out tools.")
     if not any(sign in template for sign in _OTHER_FORMS):
@@ -109,7 +112,10 @@ class ToolParser:
         self._skipped = {id for id, token in added if token.special and str(token) not in markers}
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of new tokens, with the form's markers and without other special tokens."""
+        """The text of new tokens, with the form's markers and without other special tokens.
+
+        It ends with U+FFFD if the last token ends inside a character.
+        """
         return str(self._tokenizer.decode([token for token in tokens if token not in self._skipped]))
 
     def may_be_call(self, text: str) -> bool:
