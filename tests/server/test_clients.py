@@ -10,11 +10,11 @@ import httpx
 import openai
 import pytest
 from fake_engine import FakeEngine
-from serving import eventually, listening
 
 from redrafter.errors import RedrafterError
 from redrafter.server import lifecycle
 from redrafter.server.service import ServerSettings, Service
+from serving import eventually, listening
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 

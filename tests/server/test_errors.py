@@ -6,6 +6,7 @@ import json
 import logging
 
 import pytest
+
 from serving import error_of, events
 
 USER = {"role": "user", "content": "Hi"}

@@ -7,6 +7,7 @@ import schemathesis
 from hypothesis import given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
+
 from serving import make_local
 
 POST = ("/v1/chat/completions", "/v1/completions")

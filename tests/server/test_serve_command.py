@@ -11,9 +11,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import eventually
 
 from conftest import refusal
+from serving import eventually
 
 SCRIPT = """
 import sys

@@ -14,8 +14,9 @@ from typing import Any
 
 from starlette.types import Receive
 
-from redrafter.engine.engine import Engine, Submission
+from redrafter.engine.engine import Engine
 from redrafter.engine.results import Event, TokenLogprob
+from redrafter.engine.submission import Submission
 from redrafter.errors import RedrafterError
 from redrafter.server.errors import ApiError, log
 from redrafter.server.metrics import Metrics
