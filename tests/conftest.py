@@ -38,6 +38,7 @@ with warnings.catch_warnings():  # other packages warn at import
     )
     checked_imports.install([f"redrafter.{name}" for name in checked_modules])
 
+from functools import partial
 from pathlib import Path
 
 import jaxtyping
@@ -279,3 +280,17 @@ def drafter_folder(model_folder) -> Path:
     folder = model_folder.parent / "drafter"
     RecurrentDrafter.for_target(model, beam_length=3, beam_width=4).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(model_folder) -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer of `model_folder`: one token per byte."""
+    return transformers.AutoTokenizer.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def make_server(byte_tokenizer):
+    """Makes HTTP servers over an engine without a model (`tests/server/serving.py`)."""
+    from serving import make_local
+
+    return partial(make_local, byte_tokenizer)

@@ -81,6 +81,8 @@ finally:
         "profile --model MODEL",
         "tune --model MODEL --drafter x --prompts x",
         "tune --model here --drafter DRAFTER --prompts x",
+        "serve --model MODEL",
+        "serve --model here --drafter DRAFTER",
         "info --model MODEL",
         "info DRAFTER",
         "export DRAFTER --output new",

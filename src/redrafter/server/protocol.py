@@ -1,0 +1,279 @@
+"""Request bodies of OpenAI's API, and the fields that vLLM adds to it.
+
+Guarantees that a field that the server does not know is refused, and that values have the right type and range.  Does
+not know the model: whether a prompt fits is checked later.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+
+MAX_SEED = 2**63 - 1
+GREEDY_BELOW = 1e-5
+"""Temperatures below this mean greedy decoding; logits divided by them would overflow."""
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""New tokens of `/v1/completions` if the request does not say, as in OpenAI's API."""
+
+
+def _described(rule: str) -> WrapValidator:
+    """One error for a value that fits no member of a union, instead of one for each member."""
+
+    def check(value: Any, validate: Any) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(rule) from None
+
+    return WrapValidator(check)
+
+
+def _only_text(value: Any) -> Any:
+    """Names the first part of a message's content that is not text."""
+    for part in value if isinstance(value, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise ValueError(f"has a part of type {kind}, and only text is supported")
+    return value
+
+
+class Strict(BaseModel):
+    """Base of all parts of a request: no unknown fields, no conversion between types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+Token = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+PositiveProbability = Annotated[float, Field(gt=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+NewTokens = Annotated[int, Field(ge=1)]
+StopString = Annotated[str, Field(min_length=1)]
+Stop = Annotated[
+    StopString | Annotated[list[StopString], Field(max_length=4)],
+    _described("must be a string or up to 4 strings, none of them empty"),
+]
+TokenText = Annotated[str, Field(pattern="^[0-9]+$")]
+"""A token id as a key of a JSON object."""
+
+
+class StreamOptions(Strict):
+    """`include_usage`: a last chunk with the counts of tokens.  The other field is ignored."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class JsonSchema(Strict):
+    """The schema of `response_format`."""
+
+    name: str
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class GenerationRequest(Strict):
+    """What both kinds of completion have in common.  A field that is null has its default."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: NewTokens | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: PositiveProbability | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Probability | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    stop: Stop | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: dict[TokenText, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    drafter: bool | None = None
+
+    response_format: ResponseFormat | None = None
+    guided_regex: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+
+    user: str | None = None  # from here on: accepted and ignored
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_characters(cls, value: Any) -> Any:
+        """Tokenizers cannot encode lone surrogates, which JSON can express."""
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise ValueError("The request holds half a character (a lone surrogate): remove it") from None
+        except RecursionError:
+            raise ValueError("The request is nested too deeply") from None
+        return value
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether tokens are chosen without sampling."""
+        return self.temperature is not None and self.temperature < GREEDY_BELOW
+
+    def new_tokens(self, room: int) -> int:
+        """The maximum number of new tokens, if `room` is what fits after the prompt."""
+        raise NotImplementedError
+
+    @property
+    def requested_logprobs(self) -> int | None:
+        """How many of the most likely tokens to report at each position; None for no log probabilities."""
+        raise NotImplementedError
+
+
+Prompt = Annotated[
+    str
+    | Annotated[list[str], Field(min_length=1)]
+    | Annotated[list[Token], Field(min_length=1)]
+    | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)],
+    _described("must be a string, a list of strings, a list of token ids or a list of such lists, and not empty"),
+]
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of `POST /v1/completions`."""
+
+    prompt: Prompt
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    def new_tokens(self, room: int) -> int:
+        """`max_tokens`, or OpenAI's default if it fits."""
+        return self.max_tokens or min(DEFAULT_COMPLETION_TOKENS, room)
+
+    @property
+    def requested_logprobs(self) -> int | None:
+        """As in the base class."""
+        return self.logprobs
+
+
+class TextPart(Strict):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Strict):
+    """A call of a function; `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A call of a tool in an earlier answer of the assistant."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Strict):
+    """A message of a chat.  Those after `tool_call_id` occur in answers that clients send back, and must be null."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[
+        Annotated[
+            str | Annotated[list[TextPart], Field(min_length=1)],
+            _described("must be a string or a list of text parts"),
+        ]
+        | None,
+        BeforeValidator(_only_text),
+    ] = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("needs a content")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it: the content as one text, arguments of calls as objects."""
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        message = {
+            "role": self.role,
+            "content": content,
+            "name": self.name,
+            "tool_calls": [_call_for_template(call) for call in self.tool_calls or ()] or None,
+            "tool_call_id": self.tool_call_id,
+        }
+        return {name: value for name, value in message.items() if value is not None}
+
+
+def _call_for_template(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments: Any = json.loads(call.function.arguments)
+    except ValueError:  # a model may have written it
+        arguments = call.function.arguments
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"type": "function", "function": function} | ({"id": call.id} if call.id else {})
+
+
+class ChatRequest(GenerationRequest):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: NewTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if None not in (limits := (self.max_tokens, self.max_completion_tokens)) and limits[0] != limits[1]:
+            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        return self
+
+    def new_tokens(self, room: int) -> int:
+        """The limit of the request, or all that fits."""
+        return self.max_completion_tokens or self.max_tokens or room
+
+    @property
+    def requested_logprobs(self) -> int | None:
+        """As in the base class."""
+        return (self.top_logprobs or 0) if self.logprobs else None
