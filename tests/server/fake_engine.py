@@ -21,7 +21,7 @@ class FakeSubmission:
     def __init__(self, engine: FakeEngine, prompt: list[int], tokens: list[int], settings: dict[str, Any]):
         self.engine, self.prompt, self.tokens, self.settings = engine, prompt, tokens, settings
         self.stats = Stats(accepted_by_position=[0])
-        self.cancelled = False
+        self.cancelled, self.queued_seconds = False, 0.25
         self.ended: str | None = None
 
     def cancel(self) -> None:
@@ -75,6 +75,7 @@ class FakeEngine:
 
     def __init__(self, tokenizer: Any, answer: str | Callable[[list[int]], str] = "Hello", **options: Any):
         self.tokenizer, self.answer = tokenizer, answer
+        self.end_tokens = frozenset({tokenizer.eos_token_id})
         self.max_length, self.max_waiting = options.get("max_length") or 128, 4
         self.delay, self.failure = 0.0, ""
         self.alive, self.closed = True, False

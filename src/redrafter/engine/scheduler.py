@@ -8,6 +8,7 @@ know how a step is run, nor who receives the results.
 from __future__ import annotations
 
 import heapq
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -142,6 +143,7 @@ class Scheduler:
         while self._free and self.waiting:
             slot = heapq.heappop(self._free)
             entering[slot] = ActiveRow(self.waiting.popleft(), slot)
+            entering[slot].task.admitted = time.perf_counter()
         if entering:
             self._runner.enter({slot: row.task.row for slot, row in entering.items()})
         for slot, row in entering.items():

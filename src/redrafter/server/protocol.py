@@ -40,10 +40,10 @@ class StreamOptions(Strict):
 
 
 class JsonSchema(Strict):
-    """The schema of `response_format`."""
+    """The schema of `response_format`, which is always followed strictly."""
 
     name: str
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: dict[str, Any] = Field(alias="schema")
     description: str | None = None
     strict: bool | None = None
 
@@ -53,6 +53,31 @@ class ResponseFormat(Strict):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('needs a json_schema if its type is "json_schema", and only then')
+        return self
+
+
+class StructuredOutputs(Strict):
+    """vLLM's way to set the form of the answer: one of a JSON schema and a regular expression."""
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.json_ is None) == (self.regex is None):
+            raise ValueError("needs either json or regex")
+        return self
+
+
+class Extras(Strict):
+    """Fields of this server alone.  `details`: chunks of a stream tell which of their tokens were drafted."""
+
+    details: bool | None = None
 
 
 class GenerationRequest(Strict):
@@ -73,11 +98,14 @@ class GenerationRequest(Strict):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: dict[TokenText, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     drafter: bool | None = None
+    redrafter: Extras | None = None
 
     response_format: ResponseFormat | None = None
     guided_regex: str | None = None
-    structured_outputs: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     user: str | None = None  # from here on: accepted and ignored
     metadata: dict[str, Any] | None = None
@@ -97,6 +125,40 @@ class GenerationRequest(Strict):
         except RecursionError:
             raise ValueError("The request is nested too deeply") from None
         return value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if len(self._forms()) > 1:
+            raise ValueError("response_format, guided_regex and structured_outputs exclude each other: give one")
+        return self
+
+    def _forms(self) -> list[dict[str, Any]]:
+        forms: list[dict[str, Any]] = []
+        if self.response_format is not None and self.response_format.type == "json_object":
+            forms.append({"json_object": True})
+        if self.response_format is not None and self.response_format.json_schema is not None:
+            forms.append({"json_schema": self.response_format.json_schema.schema_})
+        if self.guided_regex is not None:
+            forms.append({"regex": self.guided_regex})
+        if self.structured_outputs is not None:
+            given = {"json_schema": self.structured_outputs.json_, "regex": self.structured_outputs.regex}
+            forms.append({name: value for name, value in given.items() if value is not None})
+        return forms
+
+    @property
+    def form(self) -> dict[str, Any] | None:
+        """The form of the answer as an argument of `structured.make_processor`; None for any text."""
+        return next(iter(self._forms()), None)
+
+    @property
+    def details(self) -> bool:
+        """Whether chunks tell which of their tokens were drafted."""
+        return bool(self.redrafter and self.redrafter.details)
+
+    @property
+    def most_calls(self) -> int | None:
+        """How many tool calls an answer may have; None for any number."""
+        return None
 
     @property
     def stops(self) -> list[str]:
@@ -167,7 +229,21 @@ class ChatRequest(GenerationRequest):
             raise ValueError("top_logprobs needs logprobs: true")
         if None not in (limits := (self.max_tokens, self.max_completion_tokens)) and limits[0] != limits[1]:
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        if self.offered_tools and self.form is not None:
+            raise ValueError('tools and a form of the answer exclude each other, unless tool_choice is "none"')
         return self
+
+    @property
+    def most_calls(self) -> int | None:
+        """As in the base class."""
+        return 1 if self.parallel_tool_calls is False else None
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
     def new_tokens(self, room: int) -> int:
         """The limit of the request, or all that fits."""
