@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from redrafter.engine.engine import Engine
     from redrafter.engine.generate import generate, stream
     from redrafter.engine.results import Event, Generation, Stats
     from redrafter.errors import RedrafterError
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "DrafterConfig": "heads.recurrent",
     "EagleHead": "heads.eagle",
+    "Engine": "engine.engine",
     "Event": "engine.results",
     "Generation": "engine.results",
     "MedusaHeads": "heads.medusa",
@@ -40,6 +42,7 @@ _MODULES = {
 __all__ = [  # noqa: RUF022
     "generate",
     "stream",
+    "Engine",
     "custom_generate",
     "RecurrentDrafter",
     "MedusaHeads",

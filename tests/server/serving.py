@@ -18,6 +18,15 @@ from redrafter.server.app import make_app
 from redrafter.server.lifecycle import DrainingServer, bind, url_of
 from redrafter.server.service import ServerSettings, Service
 
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }} <tool_call> with name and arguments {% endif %}"
+    "{% for m in messages %}{{ m.role[0] + ':' + (m.content or '') }}"
+    "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function | tojson + '</tool_call>' }}{% endfor %}"
+    "{% endfor %}a:"
+)
+TOOL_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+"""A chat template with tools, and a call in its form."""
+
 
 @dataclass
 class Local:

@@ -141,6 +141,22 @@ def test_the_second_signal_ends_the_server(engine, monkeypatch, stuck):
         engine.open.clear()  # lets the thread that drains end
 
 
+def test_an_engine_that_stops_ends_the_server(engine):
+    engine.going.clear()
+    server = lifecycle.DrainingServer(Service(engine, engine.tokenizer, ServerSettings("tiny")))
+    with lifecycle.bind("127.0.0.1", 0) as bound, ThreadPoolExecutor(2) as pool:
+        url = lifecycle.url_of(bound)
+        serving = pool.submit(server.serve_on, bound)
+        eventually(lambda: server.started)
+        request = pool.submit(httpx.post, f"{url}/v1/completions", json={"prompt": "a"}, timeout=20)
+        eventually(lambda: len(engine.open) == 1)
+        engine.close()  # it is no longer alive, and nobody sent a signal
+        with pytest.raises(RedrafterError) as stopped:
+            serving.result(10)
+        assert stopped.value.status == 1
+        assert request.result().status_code == 503
+
+
 def test_a_port_in_use_is_an_error():
     with lifecycle.bind("127.0.0.1", 0) as bound:
         bound.listen()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import openai
 import pytest
 import torch
+from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 import redrafter
@@ -155,6 +157,16 @@ def test_a_schema_is_followed_with_and_without_drafts(client, settings):
     assert json.loads(drafted).keys() == {"city", "stars"}
 
 
+def test_openais_helper_for_structured_output(client):
+    class Hotel(BaseModel):
+        stars: Literal[1, 2, 3]
+
+    answer = client.chat.completions.parse(
+        model="tiny", messages=CHAT, temperature=0, max_tokens=60, response_format=Hotel
+    )
+    assert answer.choices[0].message.parsed.stars in (1, 2, 3)
+
+
 def test_a_required_tool_is_called(client, tokenizer, monkeypatch):
     monkeypatch.setattr(
         tokenizer,
@@ -179,9 +191,9 @@ def test_a_required_tool_is_called(client, tokenizer, monkeypatch):
 
 def test_lengths(client):
     long = client.chat.completions.create(
-        model="tiny", messages=CHAT, temperature=0, max_tokens=200, extra_body={"ignore_eos": True}
+        model="tiny", messages=CHAT, temperature=0, max_tokens=60, extra_body={"ignore_eos": True}
     )
-    assert (long.usage.completion_tokens, long.choices[0].finish_reason) == (200, "length")
+    assert (long.usage.completion_tokens, long.choices[0].finish_reason) == (60, "length")
     usual = client.chat.completions.create(model="tiny", messages=CHAT, temperature=0, max_tokens=200).usage
     more = usual.completion_tokens + 5
     longer = client.chat.completions.create(

@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,57 +17,58 @@ import pytest
 from conftest import refusal
 from serving import eventually
 
-SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-from redrafter.engine import engine
-from fake_engine import FakeEngine
-
-class Slow(FakeEngine):
-    def __init__(self, model, drafter, *, tokenizer, **options):
-        assert drafter is not None
-        super().__init__(tokenizer, "x" * 40)
-        self.delay, self.max_length, self.vocab_size = 0.05, 512, model.config.vocab_size
-
-engine.Engine = Slow
-from redrafter.cli import main
-main(sys.argv[1:])
-"""
+KEY = "secret"
 
 
-def test_the_command_serves_the_demo_and_drains_on_sigterm(tmp_path):
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), "serve", "--demo", "--port", "0"]
-    environment = os.environ | {"COLUMNS": "200", "REDRAFTER_API_KEY": "secret"}
-    log = tmp_path / "log"
+@contextmanager
+def served(folder: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen, httpx.Client, str]]:
+    """The command with the bundled pair: its process, a client, and what it printed."""
+    log = folder / f"log-{port}"
+    options = ["--demo", "--slots", "2", "--max-length", "512", "--port", str(port)]
+    environment = os.environ | {"COLUMNS": "200", "REDRAFTER_API_KEY": KEY}
     with log.open("w") as stderr:
-        process = subprocess.Popen(command, stderr=stderr, env=environment)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "redrafter", "serve", *options], stderr=stderr, env=environment
+        )
     try:
         eventually(lambda: "curl" in log.read_text() or process.poll() is not None, seconds=120)
         printed = log.read_text()
-        assert "Bearer $REDRAFTER_API_KEY" in printed
-        assert "secret" not in printed
         url = re.search(r"curl (http://127.0.0.1:\d+)", printed)[1]
-        with httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=30) as client:
-            drains(client, process)
-        assert process.wait(20) == 0, log.read_text()
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as client:
+            yield process, client, printed
     finally:
         process.kill()
         process.wait()
 
 
-def drains(client: httpx.Client, process: subprocess.Popen) -> None:
-    """After SIGTERM, a running stream is completed while new requests are refused."""
-    name = client.get("/v1/models").json()["data"][0]["id"]
-    body = {"model": name, "messages": [{"role": "user", "content": "Hello"}]}
-    with client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as response:
-        lines = response.iter_lines()
-        next(lines)
-        process.send_signal(signal.SIGTERM)
-        eventually(lambda: client.get("/health").status_code == 503)
-        assert client.post("/v1/chat/completions", json=body).status_code == 503
-        text = "".join(lines)
-    assert text.count('"content":"xx"') == 20
-    assert text.endswith("[DONE]")
+def stream(client: httpx.Client):
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 200, "ignore_eos": True}
+    return client.stream("POST", "/v1/chat/completions", json=body | {"stream": True})
+
+
+def test_a_killed_server_restarts_at_once_and_drains_on_sigterm(tmp_path):
+    with served(tmp_path) as (process, client, printed):
+        assert "Bearer $REDRAFTER_API_KEY" in printed
+        assert KEY not in printed
+        with stream(client) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.kill()
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(lines)
+        port = client.base_url.port
+    with served(tmp_path, port) as (process, client, _):
+        assert client.get("/v1/models").json()["data"][0]["id"] == "redrafter-demo-12m"
+        with stream(client) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            eventually(lambda: client.get("/health").status_code == 503)
+            assert client.post("/v1/completions", json={"prompt": "Hello"}).status_code == 503
+            text = "".join(lines)
+        assert text.count('"finish_reason":"length"') == 1
+        assert text.endswith("[DONE]")
+        assert process.wait(20) == 0
 
 
 @pytest.mark.parametrize(

@@ -7,23 +7,17 @@ import re
 
 import pytest
 
-from serving import error_of, events
+from serving import TOOL_CALL as CALL
+from serving import TOOL_TEMPLATE, error_of, events
 
-TEMPLATE = (
-    "{% if tools %}{{ tools | tojson }} <tool_call> with name and arguments {% endif %}"
-    "{% for m in messages %}{{ m.role[0] + ':' + (m.content or '') }}"
-    "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function | tojson + '</tool_call>' }}{% endfor %}"
-    "{% endfor %}a:"
-)
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 NAMED = {"type": "function", "function": {"name": "add"}}
-CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 LONG = {"max_tokens": 900}
 
 
 @pytest.fixture
 def make_tool_server(make_server, byte_tokenizer, monkeypatch):
-    monkeypatch.setattr(byte_tokenizer, "chat_template", TEMPLATE)
+    monkeypatch.setattr(byte_tokenizer, "chat_template", TOOL_TEMPLATE)
 
     def make(answer: str):
         server = make_server(answer)
