@@ -129,7 +129,7 @@ def drawn(
         prompt = generator.choice(prompts)
         messages = [{"role": "user", "content": prompt}]
         body = {"messages": messages, "max_tokens": lengths[prompt], **generator.choice(SETTINGS)}
-        abandoned = 1.5 * generator.random() if generator.random() < ABANDONED else None
+        abandoned = 0.8 * generator.random() if generator.random() < ABANDONED else None
         found.append((body, generator.random() < 0.5, abandoned))
     return found
 
@@ -240,11 +240,10 @@ def checks(run: Run, counts: dict[str, float], requests: int) -> dict[str, bool]
 
 def report(run: Run, counts: dict[str, float], requests: int, clients: int) -> dict[str, Any]:
     """All figures; prints them."""
-    tokens = counts["generation_tokens_total"]
     figures: dict[str, Any] = {"requests": requests, "clients": clients, **run.ended}
     figures |= {"wrong texts": len(run.wrong), "seconds": run.seconds, "requests/s": requests / run.seconds}
-    figures |= {"tokens/s": tokens / run.seconds, "accepted drafts, share of tokens": (
-        counts["spec_decode_num_accepted_tokens_total"] / tokens)}  # fmt: skip
+    accepted, tokens = counts["spec_decode_num_accepted_tokens_total"], counts["generation_tokens_total"]
+    figures |= {"tokens/s": tokens / run.seconds, "share of accepted drafts in the text": accepted / tokens}
     for name, values in (("first text, s", run.first), ("complete answer, s", run.total)):
         if len(values) > 1:
             cuts = statistics.quantiles(values, n=100)

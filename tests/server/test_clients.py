@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -12,7 +13,7 @@ import pytest
 from fake_engine import FakeEngine
 
 from redrafter.errors import RedrafterError
-from redrafter.server import lifecycle
+from redrafter.server import lifecycle, service
 from redrafter.server.service import ServerSettings, Service
 from serving import eventually, listening
 
@@ -76,6 +77,25 @@ def test_openais_asynchronous_client(engine):
 
     with listening(engine) as (_, url):
         assert asyncio.run(run(url)) == ["Hello you"] * 4
+
+
+def test_a_slow_grammar_delays_no_other_request(engine, monkeypatch):
+    compiling, compiled = threading.Event(), threading.Event()
+
+    def slow(*_, **__):
+        compiling.set()
+        assert compiled.wait(20)
+
+    monkeypatch.setattr(service, "make_processor", slow)
+    with listening(engine) as (_, url), ThreadPoolExecutor(1) as pool:
+        body = {"prompt": "a"}
+        first = pool.submit(httpx.post, f"{url}/v1/completions", json=body | {"guided_regex": "a*"}, timeout=30)
+        assert compiling.wait(10)
+        for chat in (body, body | {"stream": True}):
+            assert httpx.post(f"{url}/v1/completions", json=chat).status_code == 200
+        assert not first.done()
+        compiled.set()
+        assert first.result().status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
