@@ -28,6 +28,7 @@ from redrafter.engine.controls import (
     with_sampling,
 )
 from redrafter.engine.inputs import end_tokens, padding_token, read_prompts
+from redrafter.engine.kept import target_for
 from redrafter.errors import RedrafterError
 from redrafter.kernels import kernels_enabled
 from redrafter.proposers import Drafter, Method, method_of
@@ -56,6 +57,7 @@ class Task:
 class Request:
     """The checked arguments of one call."""
 
+    model: nn.Module
     decoder: Decoder
     tasks: list[Task]
     batch: int
@@ -112,7 +114,7 @@ def request(
     batch_size = sizes.pop("batch_size")
     method = method_for(model, drafter)
     with kernels_enabled(fast):
-        target = Target(model, () if method is None else method.layers)
+        target = target_for(model, () if method is None else method.layers, fast=fast)
     config, checked = tasks(target, input_ids, attention_mask, tokenizer=tokenizer, **settings)
     batch = min(batch_size or len(checked), len(checked))
     proposer = None
@@ -120,6 +122,7 @@ def request(
         with kernels_enabled(fast):
             proposer = method.proposer(target, _shape(method, batch, ShapeOverrides(**sizes), shape))
     return Request(
+        model,
         Decoder(target, proposer),
         checked,
         batch=batch,

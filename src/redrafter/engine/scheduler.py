@@ -42,8 +42,10 @@ class _Reading:
 class Scheduler:
     """Assigns rows to the slots of a runner and cuts steps into events."""
 
-    def __init__(self, runner: Runner, *, read_tokens: int | None = None, ahead: bool = True):
-        """`read_tokens`: how many prompt tokens are read between two steps of other rows; None for complete prompts.
+    def __init__(self, runner: Runner, *, slots: int | None = None, read_tokens: int | None = None, ahead: bool = True):
+        """`slots`: the number of rows to decode together; None for all that the runner has room for.
+
+        `read_tokens`: how many prompt tokens are read between two steps of other rows; None for complete prompts.
 
         `ahead` allows launching a step before the previous one was read, which overwrites the emission of the latter.
         """
@@ -54,7 +56,7 @@ class Scheduler:
         self.active: dict[int, ActiveRow] = {}
         """The row that is being decoded in each slot."""
         self._reading: dict[int, _Reading] = {}
-        self._free = [*range(runner.state.batch)]
+        self._free = [*range(runner.state.batch if slots is None else slots)]
         self._ended: set[int] = set()  # free slots that the device still decodes
         self._pending: deque[PendingStep] = deque()
         self._small = 0  # steps since which fewer slots would suffice

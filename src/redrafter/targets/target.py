@@ -9,6 +9,7 @@ kept of them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -51,8 +52,8 @@ class Target:
         `layers` are the numbers, from 1, of layers whose outputs are returned in addition to the input of the output
         head.  Raises RedrafterError if the model cannot verify trees or lacks such a layer.
         """
-        self.model = structure.unwrapped(model)
-        """The caller's model, which never runs here."""
+        self._held: PreTrainedModel | None = structure.unwrapped(model)
+        self._model = weakref.ref(self._held)
         structure.check_structure(self.model, self.model.config.get_text_config())
         self.module: PreTrainedModel = isolated(self.model)
         """The copy that runs, in evaluation mode.  It may be changed."""
@@ -83,6 +84,17 @@ class Target:
         self.shapes, self.head_alone = probed.shapes, probed.head_alone
         self.causal_prompts = probed.causal_prompts
         self.tree_kernels = bool(probed.tree_kernels) and has_kernels(self.device, self.dtype)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The caller's model, which never runs here."""
+        model = self._model()
+        assert model is not None
+        return model
+
+    def forget_model(self) -> None:
+        """From now on, this object does not keep the caller's model alive."""
+        self._held = None
 
     @property
     def decoder_layers(self) -> list[nn.Module]:
