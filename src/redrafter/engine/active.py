@@ -15,7 +15,7 @@ from transformers import StoppingCriteria
 from redrafter.core.rows import precise
 from redrafter.engine.request import Task
 from redrafter.engine.results import Event, FinishReason, TokenLogprob
-from redrafter.engine.runner import StepResult
+from redrafter.engine.pending import StepResult
 from redrafter.errors import RedrafterError
 
 

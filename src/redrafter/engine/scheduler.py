@@ -16,7 +16,8 @@ from redrafter.decoding.step import PromptPart
 from redrafter.engine.active import ActiveRow
 from redrafter.engine.request import Task
 from redrafter.engine.results import Event
-from redrafter.engine.runner import PendingStep, Runner
+from redrafter.engine.pending import PendingStep
+from redrafter.engine.runner import Runner
 
 MAX_READ = 8192
 """Prompt tokens in one forward pass, counting padding; limits the memory of activations."""
