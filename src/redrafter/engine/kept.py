@@ -106,8 +106,8 @@ def _taken(target: Target, key: Any, batch: int, slots: int) -> Runner | None:
 
 
 def _return(target: Target, key: Any, runner: Runner) -> None:
-    """Keeps a runner whose steps were captured."""
-    if key is None or not runner.replays:
+    """Keeps a runner whose steps are captured."""
+    if key is None or not runner.captures:
         return
     runner.clear()
     with _lock:
@@ -138,12 +138,15 @@ def _made_of(decoder: Decoder) -> tuple[Any, ...] | None:
 def _signature(model: nn.Module) -> Signature:
     """Everything that captured steps depend on: the modules, their hooks, the weights' places and versions."""
     config = getattr(model, "config", None)
-    parts: list[Any] = [str(vars(config)) if config is not None else None]
-    for module in model.modules():
+    parts: list[Any] = [None if config is None else str(vars(config))]
+    left = [model]
+    while left:  # nn.Module.modules() takes several times as long
+        module = left.pop()
         own = vars(module)
-        parts += (id(module), type(module), own.get("forward"), len(own["_forward_hooks"]))
-        parts += (len(own["_forward_pre_hooks"]),)
-        for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
-            if tensor is not None:
-                parts += (tensor.data_ptr(), tensor.dtype, tensor._version if not tensor.is_inference() else 0)
+        parts += (id(module), own.get("forward"), len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]))
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    parts += (tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version)
+        left += [child for child in own["_modules"].values() if child is not None]
     return tuple(parts)

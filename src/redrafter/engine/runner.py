@@ -99,6 +99,11 @@ class Runner:
         return max(decoder.length for decoder in self.decoders.values())
 
     @property
+    def captures(self) -> bool:
+        """Whether steps are captured, unless it turns out that they cannot be."""
+        return self._refused is None
+
+    @property
     def replays(self) -> bool:
         """Whether some step was captured."""
         return any(step.replaying for step in self._steps.values())
