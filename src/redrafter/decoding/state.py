@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -59,6 +60,21 @@ class Row:
     logprobs: int | None = None
     """Number of most likely tokens whose log-probabilities are reported; None for no log-probabilities."""
 
+    @cached_property
+    def features(self) -> Features:
+        """What the row requires of a step."""
+        own = self.sampling
+        return Features(
+            sampling=own.do_sample,
+            top_k=own.top_k and max(64, 1 << (own.top_k - 1).bit_length()),
+            top_p=own.top_p < 1,
+            min_p=own.min_p > 0,
+            penalties=(own.repetition, own.presence, own.frequency) != (1, 0, 0),
+            bias=bool(own.bias),
+            drafter_off=not self.drafting,
+            logprobs=self.logprobs,
+        )
+
 
 def settings_of(row: Row, *, count: int, vocabulary: int, device: torch.device) -> RowSettings:
     """The sampling settings of `count` rows that are all sampled as this one."""
@@ -74,21 +90,25 @@ def settings_of(row: Row, *, count: int, vocabulary: int, device: torch.device) 
 
 def sampler_of(rows: Mapping[int, Row]) -> Sampler:
     """The sampler for rows by slot."""
-    settings = [row.sampling for row in rows.values()]
-    top_k = max((one.top_k for one in settings), default=0)
-    logprobs = [row.logprobs for row in rows.values() if row.logprobs is not None]
-    features = Features(
-        sampling=any(one.do_sample for one in settings),
-        top_k=top_k and max(64, 1 << (top_k - 1).bit_length()),
-        top_p=any(one.top_p < 1 for one in settings),
-        min_p=any(one.min_p > 0 for one in settings),
-        penalties=any((one.repetition, one.presence, one.frequency) != (1, 0, 0) for one in settings),
-        bias=any(one.bias for one in settings),
-        drafter_off=not all(row.drafting for row in rows.values()),
-        logprobs=max(logprobs) if logprobs else None,
-    )
+    kinds = {row.features for row in rows.values()}
+    if len(kinds) == 1:
+        features = kinds.pop()
+    else:
+        logprobs = [one.logprobs for one in kinds if one.logprobs is not None]
+        features = Features(
+            sampling=any(one.sampling for one in kinds),
+            top_k=max(one.top_k for one in kinds),
+            top_p=any(one.top_p for one in kinds),
+            min_p=any(one.min_p for one in kinds),
+            penalties=any(one.penalties for one in kinds),
+            bias=any(one.bias for one in kinds),
+            drafter_off=any(one.drafter_off for one in kinds),
+            logprobs=max(logprobs) if logprobs else None,
+        )
     processors = {row.processors for row in rows.values()}
-    shared = next(iter(processors)) if len(processors) == 1 else None
+    if processors == {None}:
+        return Sampler(features)
+    shared = processors.pop() if len(processors) == 1 else None
     if shared is not None and not shared.lazy:
         return Sampler(features, shared)
     return Sampler(features, None, {slot: row.processors for slot, row in rows.items() if row.processors is not None})

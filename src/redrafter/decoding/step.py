@@ -171,26 +171,31 @@ def packed_parts(
     position, the slot, and whether the row is alive afterwards.
     """
     positions, nowhere = state.context.shape[1], len(state.flat_context) - 1
-    lines: list[list[int]] = []
+    count = sum(-(-(part.stop - part.start) // width) for part in parts)
+    packed = torch.zeros((max(count, entries or 0), 3 * width + 3), dtype=torch.long)
+    tokens, following, places, ends = packed.split((width, width, width, 3), dim=1)
+    places.fill_(nowhere)
+    ends[:, 0] = state.rows.text.shape[1] - width  # unused entries are written where no text reaches
+    first = 0
     for slot, row, start, stop in parts:
-        prompt, last = row.prompt, len(row.prompt) - 2
-        for begin in range(start, stop, width):
-            end = min(begin + width, stop)
-            spare = [0] * (width - (end - begin))
-            places = [slot * positions + positions - 1 - (last - p) for p in range(begin, end)]
-            first = slot * positions
-            context = [place if place >= first else nowhere for place in places]
-            tokens = [
-                *prompt[begin:end],
-                *spare,
-                *prompt[begin + 1 : end + 1],
-                *spare,
-                *context,
-                *(nowhere for _ in spare),
-            ]
-            lines.append([*tokens, begin, slot, int(end == len(prompt) - 1)])
-    unused = [0] * (2 * width) + [nowhere] * width + [state.rows.text.shape[1] - width, 0, 0]
-    return torch.tensor([*lines, *([unused] * ((entries or 0) - len(lines)))])
+        size = stop - start
+        last = first - (-size // width)
+        prompt = torch.tensor(row.prompt[start : stop + 1])
+        begin = torch.arange(start, stop, width)
+        own = slice(first, last)
+        _filled(tokens[own], prompt[:-1])
+        _filled(following[own], prompt[1:])
+        place = slot * positions + positions - (len(row.prompt) - 1) + torch.arange(start, stop)
+        _filled(places[own], place.where(place >= slot * positions, nowhere), nowhere)
+        ends[own, 0], ends[own, 1] = begin, slot
+        ends[last - 1, 2] = int(stop == len(row.prompt) - 1)
+        first = last
+    return packed
+
+
+def _filled(lines: Int[Tensor, "lines width"], values: Int[Tensor, " size"], fill: int = 0) -> None:
+    """Writes values line by line, with padding at the end of the last line."""
+    lines.copy_(torch.nn.functional.pad(values, (0, lines.numel() - len(values)), value=fill).view_as(lines))
 
 
 def tokens_of(parts: Sequence[PromptPart]) -> int:

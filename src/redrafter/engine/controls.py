@@ -112,13 +112,14 @@ def _processors(target: Target, config: GenerationConfig, row: Row, controls: Co
     ends = sorted(end_tokens(config))
     config._eos_token_tensor = torch.tensor(ends, device=target.device) if ends else None
     allowed = controls.allowed_tokens
+    reads_prompt = config.encoder_repetition_penalty is not None or config.encoder_no_repeat_ngram_size is not None
     penalties = (controls.presence_penalty, controls.frequency_penalty)
     occurrence = [OccurrencePenalty(len(row.prompt), *penalties)] if any(penalties) else []
     try:
         processors = target.model._get_logits_processor(
             config,
             input_ids_seq_length=len(row.prompt),
-            encoder_input_ids=torch.tensor([row.prompt], device=target.device),
+            encoder_input_ids=torch.tensor([row.prompt], device=target.device) if reads_prompt else None,
             prefix_allowed_tokens_fn=None if allowed is None else lambda _, text: allowed(row.number, text),
             logits_processor=[*occurrence, *controls.processors],
             device=target.device,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from redrafter.decoding.step import PromptPart
 from redrafter.engine.active import ActiveRow
+from redrafter.engine.pending import PendingStep
 from redrafter.engine.request import Task
 from redrafter.engine.results import Event
-from redrafter.engine.pending import PendingStep
 from redrafter.engine.runner import Runner
 
 MAX_READ = 8192
@@ -27,6 +27,9 @@ MAX_LATER_READ = 512
 
 MAX_PADDING = 1.25
 """The longest prompt of a forward pass has at most this many times the tokens of the shortest."""
+
+GATHER_SHARE, GATHER_STEPS = 32, 4
+"""Prompts are read beside steps once one waits for every 32 rows that are being decoded, or after 4 steps."""
 
 SHRINK_AFTER = 8
 """Steps with few rows after which rows move together, so that later steps compute fewer slots."""
@@ -60,6 +63,7 @@ class Scheduler:
         self._free = [*range(runner.state.batch if slots is None else slots)]
         self._ended: set[int] = set()  # free slots that the device still decodes
         self._pending: deque[PendingStep] = deque()
+        self._gathered = 0  # steps that prompts have waited for others
         self._small = 0  # steps since which fewer slots would suffice
         self.steps = 0
         """Steps so far."""
@@ -206,7 +210,15 @@ class Scheduler:
         return pending
 
     def _next_parts(self) -> list[PromptPart]:
-        """What to read now, first come, first served, within the budget."""
+        """What to read now, first come, first served, within the budget.
+
+        Reading beside a step costs much the same for one prompt as for several, so a few steps may pass until more wait.
+        """
+        together = self._runner.reads_while_decoding and len(self._reading) * GATHER_SHARE < len(self.active)
+        if self._reading and together and self._gathered < GATHER_STEPS:
+            self._gathered += 1
+            return []
+        self._gathered = 0
         parts: list[PromptPart] = []
         left = min(self._budget, MAX_LATER_READ) if self._runner.reads_while_decoding else self._budget
         for one in self._reading.values():
