@@ -215,28 +215,37 @@ class State:
                 if row.sampling.bias:
                     bias[slot, [*row.sampling.bias]] = torch.tensor([*row.sampling.bias.values()], device=bias.device)
 
-    def end(self, slots: Sequence[int]) -> None:
-        """Frees slots.  They stay at their beginning, which attention always sees, until other rows enter."""
-        free = [0] * self.table.shape[1]
-        free[_LENGTH] = 1
-        records = self._on_device([[slot, *free] for slot in slots])
+    def end(self, slots: Mapping[int, int]) -> None:
+        """Frees slots, which keep the given number of positions, at least 1, until other rows enter.
+
+        Steps write behind these positions.
+        """
+        lines = [[slot, *[0] * self.table.shape[1]] for slot in slots]
+        for line, kept in zip(lines, slots.values(), strict=True):
+            line[1 + _LENGTH] = kept
+        records = self._on_device(lines)
         self.table.index_copy_(0, records[:, 0], records[:, 1:])
 
     def revive(self, slots: Int[Tensor, " V"], alive: Int[Tensor, " V"]) -> None:
         """Marks the slots for which `alive` is 1 as being decoded; others keep their state.  Slots may repeat."""
         self.table[:, _ALIVE].scatter_reduce_(0, slots, alive, "amax")
 
-    def move(self, source: int, target: int, used: int) -> None:
-        """Moves the row of a slot, whose cache uses `used` positions, to a free slot and frees the first."""
-        self.table[target] = self.table[source]
-        self.rows.text[target] = self.rows.text[source]
-        self.context[target] = self.context[source]
+    def copy(self, source: int, target: int, used: int) -> None:
+        """Copies the first `used` positions of a slot's text and caches to a free slot."""
+        self.rows.text[target, :used] = self.rows.text[source, :used]
         self.cache.copy_row(source, target, used)
         if self.memory is not None:
             self.memory.copy_row(source, target, used)
+
+    def move(self, source: int, target: int, used: int) -> None:
+        """Moves the row of a slot, whose cache uses `used` positions, to a free slot and frees the first."""
+        self.copy(source, target, used)
+        self.rows.text[target] = self.rows.text[source]
+        self.table[target] = self.table[source]
+        self.context[target] = self.context[source]
         if self.bias is not None:
             self.bias[target] = self.bias[source]
-        self.end([source])
+        self.end({source: 1})
 
     def _on_device(self, lines: list[list[int]]) -> Int[Tensor, "lines columns"]:
         """A table from the host, without waiting for the device."""

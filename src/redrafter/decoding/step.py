@@ -90,7 +90,7 @@ class Decoder:
             used = tree.valid & (rows.drafting == 1)[:, None]
             tree = replace(tree, valid=torch.cat((tree.valid[:, :1], used[:, 1:]), dim=1))
         if reading is None:
-            hidden, logits = self.target.forward(tree, rows.length, state.cache)
+            hidden, logits = self.target.forward(tree, rows.length, state.cache, alive=rows.alive)
         else:
             hidden, logits = self._forward_both(tree, state, *reading)
         choice = sampler.choose(noise, tree, logits, rows)
@@ -124,6 +124,7 @@ class Decoder:
             whole.cache,
             rows=torch.cat((own, chunk.rows)),
             heads=batch,
+            alive=torch.cat((state.rows.alive, torch.ones_like(chunk.rows))),
         )
         self._store(whole, chunk, destination, hidden[batch:])
         return hidden[:batch], logits

@@ -29,6 +29,8 @@ class ActiveRow:
     """Tokens that it may still write."""
     committed: int = field(init=False)
     """Cache slots that it uses once its prompt is read."""
+    written: list[int] = field(default_factory=list)
+    """Its new tokens."""
     scores: list[Tensor] = field(default_factory=list)
     """Scores [1, V] of its tokens, for stopping criteria that read them."""
 
@@ -80,6 +82,7 @@ class ActiveRow:
                 tokens = tokens[:count]
                 break
         self.left -= len(tokens)
+        self.written += tokens
         if reason is None and self.left == 0:
             reason = "length"
         event = Event(row.number, tokens, min(accepted, len(tokens)), drafted, reason)

@@ -114,13 +114,18 @@ class Runner:
         caches = (self.state.cache, self.state.memory)
         return sum(cache.row_bytes * cache.batch for cache in caches if cache is not None)
 
+    @property
+    def lag(self) -> int:
+        """Tokens at the end of a text that a proposer's memory may lack."""
+        return 0 if self.state.memory is None else self.length + 1
+
     def fits(self, batch: int, slots: int) -> bool:
         """Whether it has room for that many rows and positions."""
         return self.state.batch >= batch and self.slots >= slots
 
     def clear(self) -> None:
         """Frees all slots."""
-        self.end(range(self.state.batch))
+        self.end(dict.fromkeys(range(self.state.batch), 1))
 
     @property
     def reads_while_decoding(self) -> bool:
@@ -243,10 +248,15 @@ class Runner:
         """Whether the next step should be launched before the results of the last one are read."""
         return self.replays and self._between > LAUNCH_AHEAD_SHARE * self._seconds
 
-    def end(self, slots: Sequence[int]) -> None:
-        """Frees slots."""
+    def end(self, slots: Mapping[int, int]) -> None:
+        """Frees slots.  See `State.end`."""
         with torch.inference_mode():
             self.state.end(slots)
+
+    def copy(self, source: int, target: int, used: int) -> None:
+        """Copies the first positions of a slot's text and caches to another slot."""
+        with torch.inference_mode():
+            self.state.copy(source, target, used)
 
     def move(self, source: int, target: int, used: int) -> None:
         """Moves a row to a free slot.  See `State.move`."""

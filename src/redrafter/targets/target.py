@@ -124,19 +124,21 @@ class Target:
         select: Int[Tensor, "B M"] | None = None,
         rows: Int[Tensor, " B"] | None = None,
         heads: int | None = None,
+        alive: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B M V"]]:
         """Runs the model over trees whose nodes go into slots `length … length + N - 1` of their rows.
 
         Returns the hidden states of all nodes (those of `layers`, then the output head's input), and the logits of all
         nodes (M = N) or of the nodes in `select`, of all rows or of the first `heads` rows.  `rows` are the rows of the
-        cache, None for the first B in order; others than these need the kernels for tree attention.
+        cache, None for the first B in order; others than these need the kernels for tree attention.  The results of
+        rows that are not `alive` (0) do not matter: the kernels read little for them.
         """
         slots = length[:, None] + torch.arange(tree.size, device=length.device)
         position = length[:, None] + tree.depth
         cache.window.rows, cache.window.only_new = rows, False
         if self.tree_kernels and tree.size <= MAX_ATTENTION_NODES:
             cache.window.visible = None
-            mask = bit_mask(tree, length, rows)
+            mask = bit_mask(tree, length if alive is None else length * alive, rows)
             masks = mask if self._layer_types is None else dict.fromkeys(self._layer_types, mask)
             with self._attention(NAME):
                 return self._run(tree.tokens, position, slots, masks, cache, select, heads)
