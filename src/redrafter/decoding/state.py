@@ -132,8 +132,7 @@ class State:
         """
         device, used = target.device, [one for one in proposers if one is not None]
         positions = max([1, *(one.positions for one in used)])
-        table = torch.zeros((batch, len(_WHOLE) + len(_REAL)), dtype=torch.long, device=device)
-        table[:, _LENGTH] = 1
+        table = torch.tensor([_FREE] * batch, device=device)
         text = torch.zeros((batch, slots), dtype=torch.long, device=device)
         flat = torch.zeros((batch * positions + 1, target.state_size), dtype=target.dtype, device=device)
         context = flat[:-1].view(batch, positions, -1)
@@ -197,9 +196,7 @@ class State:
 
     def end(self, slots: Sequence[int]) -> None:
         """Frees slots.  They stay at their beginning, which attention always sees, until other rows enter."""
-        free = [0] * self.table.shape[1]
-        free[_LENGTH] = 1
-        records = self._on_device([[slot, *free] for slot in slots])
+        records = self._on_device([[slot, *_FREE] for slot in slots])
         self.table.index_copy_(0, records[:, 0], records[:, 1:])
 
     def revive(self, slots: Int[Tensor, " V"], alive: Int[Tensor, " V"]) -> None:
@@ -238,3 +235,7 @@ def _record(row: Row) -> list[int]:
     whole = [row.number, row.seed, length, int(length == 0), int(row.drafting), int(sampling.do_sample)]
     real = struct.pack(f"{len(_REAL)}d", *(getattr(sampling, name) for name in _REAL))
     return [*whole, len(row.prompt), sampling.top_k, *struct.unpack(f"{len(_REAL)}q", real)]
+
+
+_FREE = _record(Row(0, prompt=[0, 0], seed=0, budget=0))
+"""A free slot: settings that change no score, as a processor of all rows may refuse what is not a number."""
