@@ -330,7 +330,9 @@ def test_rows_go_on_between_the_parts_of_a_long_prompt(monkeypatch):
     while not run.idle:
         for event in run.step():
             new[event.row] += event.tokens
-    assert new == {row: greedy(MODEL, prompt, count) for row, (prompt, count) in enumerate(zip(prompts, (20, 3, 20)))}
+    assert new == {
+        row: greedy(MODEL, prompt, count) for row, (prompt, count) in enumerate(zip(prompts, (20, 3, 20), strict=True))
+    }
     assert log == ["read", *["step"] * 3, *["read", "step"] * 10, *["step"] * 19]
 
 
