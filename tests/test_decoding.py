@@ -14,11 +14,11 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Given, greedy, random_tree, tiny_model
+from conftest import Given, greedy, prompts_read, random_tree, read_in_parts, tiny_model
 from redrafter import EagleHead, RecurrentDrafter, RedrafterError, TwoModel, generate, stream
 from redrafter.core.tree import prefix_tree
 from redrafter.decoding.step import Decoder
-from redrafter.engine import runner, scheduler
+from redrafter.engine import runner
 from redrafter.engine.cuda_graph import Captured
 from redrafter.engine.request import request
 from redrafter.engine.runner import PendingStep, Runner
@@ -278,12 +278,6 @@ def test_padding_on_either_side_is_no_part_of_a_prompt():
     assert generate(MODEL, None, rows, max_new_tokens=6, pad_token_id=33).sequences[1, -2:].tolist() == [33, 33]
 
 
-def read_in_parts(monkeypatch, first: int, later: int) -> None:
-    """A forward pass reads at most so many tokens of a prompt, from its beginning and later."""
-    monkeypatch.setattr(scheduler, "MAX_READ", first)
-    monkeypatch.setattr(scheduler, "MAX_LATER_READ", later)
-
-
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 @pytest.mark.parametrize(("first", "later"), [(1, 1), (4, 4), (11, 3), (3, 11), (27, 27)])
 @pytest.mark.parametrize("method", ["none", "recurrent", "eagle", "two models"])
@@ -530,12 +524,8 @@ def test_a_step_asks_the_device_nothing(drafting, sampling):
     drafter = RecurrentDrafter.for_target(model, beam_width=4, beam_length=3) if drafting else None
     told = {"repetition_penalty": 1.3} | ({"do_sample": True, "top_k": 20, "seed": [1, 2]} if sampling else {})
     asked = request(model, drafter, [[5, 9, 12], [7]], **told)
-    steps = Runner({1: asked.decoder}, batch=2, slots=64)
-    run = Scheduler(steps)
-    for task in asked.tasks:
-        run.add(task)
-    run.read_prompts()
-    state, (decoder,) = steps.state, steps.decoders.values()
+    steps = prompts_read(asked)
+    state, decoder = steps.state, steps.decoders[1]
     with steps.running():
         state.set_visible(state.cache.slots)
         decoder.step(state, asked.sampler)  # what is built on first use may ask
