@@ -152,8 +152,7 @@ class State:
         """
         device, used = target.device, [one for one in proposers if one is not None]
         positions = max([1, *(one.positions for one in used)])
-        table = torch.zeros((batch, len(_WHOLE) + len(_REAL)), dtype=torch.long, device=device)
-        table[:, _LENGTH] = 1
+        table = torch.tensor([_FREE] * batch, device=device)
         text = torch.zeros((batch, slots), dtype=torch.long, device=device)
         flat = torch.zeros((batch * positions + 1, target.state_size), dtype=target.dtype, device=device)
         context = flat[:-1].view(batch, positions, -1)
@@ -220,10 +219,8 @@ class State:
 
         Steps write behind these positions.
         """
-        lines = [[slot, *[0] * self.table.shape[1]] for slot in slots]
-        for line, kept in zip(lines, slots.values(), strict=True):
-            line[1 + _LENGTH] = kept
-        records = self._on_device(lines)
+        before, after = _FREE[:_LENGTH], _FREE[_LENGTH + 1 :]
+        records = self._on_device([[slot, *before, kept, *after] for slot, kept in slots.items()])
         self.table.index_copy_(0, records[:, 0], records[:, 1:])
 
     def revive(self, slots: Int[Tensor, " V"], alive: Int[Tensor, " V"]) -> None:
@@ -267,3 +264,7 @@ def _record(row: Row) -> list[int]:
     whole = [row.number, row.seed, length, int(length == 0), int(row.drafting), int(sampling.do_sample)]
     real = struct.pack(f"{len(_REAL)}d", *(getattr(sampling, name) for name in _REAL))
     return [*whole, len(row.prompt), sampling.top_k, *struct.unpack(f"{len(_REAL)}q", real)]
+
+
+_FREE = _record(Row(0, prompt=[0, 0], seed=0, budget=0))
+"""A free slot: settings that change no score, as a processor of all rows may refuse what is not a number."""

@@ -104,8 +104,9 @@ class Decoder:
             following = following.clamp(min=0)  # -1 if the walk stopped at the end of a text
         rows.text.scatter_(1, rows.length[:, None] + 1 + index, following)
         states = at_positions(hidden, path)
-        state.context.copy_(_latest(state.context, states, accepted))
-        rows.length.add_(rows.alive * (accepted + 1))
+        new = rows.alive * (accepted + 1)  # none in slots that are free or whose prompts are being read
+        state.context.copy_(_latest(state.context, states, new - 1))
+        rows.length.add_(new)
         if reading is not None:
             whole, packed = reading
             whole.revive(packed[:, -2], packed[:, -1])

@@ -151,10 +151,11 @@ def make_criteria(
     return [*criteria, *extra]
 
 
-def check_token_settings(config: GenerationConfig, vocabulary: int) -> None:
-    """Raises RedrafterError if a setting names a token that is not in the vocabulary."""
-    for name in ("bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id"):
-        for token in _ids_in(getattr(config, name)):
+def check_token_settings(config: GenerationConfig, bias: dict[int, float], vocabulary: int) -> None:
+    """Raises RedrafterError if a setting names a token that is not in the vocabulary.  `bias` is `logit_bias`."""
+    names = ("bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id")
+    for name, value in {"logit_bias": bias, **{name: getattr(config, name) for name in names}}.items():
+        for token in _ids_in(value):
             if not 0 <= token < vocabulary:
                 raise RedrafterError(f"{name} names token {token}, outside the vocabulary of {vocabulary}.")
 

@@ -171,7 +171,7 @@ def tasks(
     config = resolve(target.model, generation_config, settings)
     if eos_token_id is not None:
         config.eos_token_id = plain(eos_token_id)
-    check_token_settings(config, target.vocab_size)
+    check_token_settings(config, controls.bias, target.vocab_size)
     check_logprobs(logprobs, target.vocab_size)
     prompts = read_prompts(target, config, input_ids, attention_mask)
     rows = [
