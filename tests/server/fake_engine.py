@@ -8,8 +8,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from redrafter.engine.engine import EngineClosed, EngineFull, EngineStatistics
+from redrafter.engine.engine import EngineClosed, EngineFull
 from redrafter.engine.results import Event, Stats, TokenLogprob
+from redrafter.engine.statistics import EngineStatistics
 from redrafter.engine.text import Detokenizer
 from redrafter.errors import RedrafterError
 
@@ -20,7 +21,7 @@ class FakeSubmission:
     def __init__(self, engine: FakeEngine, prompt: list[int], tokens: list[int], settings: dict[str, Any]):
         self.engine, self.prompt, self.tokens, self.settings = engine, prompt, tokens, settings
         self.stats = Stats(accepted_by_position=[0])
-        self.cancelled = False
+        self.cancelled, self.queued_seconds = False, 0.25
         self.ended: str | None = None
 
     def cancel(self) -> None:
@@ -41,7 +42,7 @@ class FakeSubmission:
                 await asyncio.sleep(0.002)
             if self.cancelled:
                 self.end("cancelled")
-                yield Event(0, [], 0, 0, "cancelled", "")
+                yield Event(0, [], 0, 0, "cancelled", text="")
                 return
             if self.engine.failure and self.stats.steps >= 1:
                 self.end("error")
@@ -58,19 +59,11 @@ class FakeSubmission:
                 added += pieces.rest()
             text += added
             accepted = len(tokens) - 1 if self.settings["drafter"] else 0
-            event = Event(0, tokens, accepted, 3 if self.settings["drafter"] else 0, reason, added)
+            event = Event(0, tokens, accepted, 3 if self.settings["drafter"] else 0, reason, text=added)
             top = self.settings["logprobs"]
             if top is not None:
                 likely = [(token, -0.25 if token == 40 else float("-inf")) for token in range(40, 40 + top)]
-                event = Event(
-                    0,
-                    tokens,
-                    accepted,
-                    event.drafted,
-                    reason,
-                    added,
-                    logprobs=[TokenLogprob(t, -0.5, likely) for t in tokens],
-                )
+                event.logprobs = [TokenLogprob(token, -0.5, likely) for token in tokens]
             self.stats.count(event)
             if reason:
                 self.end(reason)
@@ -82,6 +75,7 @@ class FakeEngine:
 
     def __init__(self, tokenizer: Any, answer: str | Callable[[list[int]], str] = "Hello", **options: Any):
         self.tokenizer, self.answer = tokenizer, answer
+        self.end_tokens = frozenset({tokenizer.eos_token_id})
         self.max_length, self.max_waiting = options.get("max_length") or 128, 4
         self.delay, self.failure = 0.0, ""
         self.alive, self.closed = True, False

@@ -1,4 +1,4 @@
-"""A server over the fake engine: in this process, or on a free port."""
+"""Servers: over the fake engine in this process, or over any engine on a free port."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def make_local(tokenizer: Any, answer: Any = "Hello", **options: Any) -> Local:
 
 
 @contextmanager
-def listening(engine: FakeEngine) -> Iterator[tuple[DrainingServer, str]]:
+def listening(engine: Any, tokenizer: Any = None) -> Iterator[tuple[DrainingServer, str]]:
     """A server on a free port, in a thread."""
-    server = DrainingServer(Service(engine, engine.tokenizer, ServerSettings("tiny")))
+    server = DrainingServer(Service(engine, tokenizer or engine.tokenizer, ServerSettings("tiny")))
     with bind("127.0.0.1", 0) as bound:
         url = url_of(bound)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
@@ -67,7 +67,8 @@ def listening(engine: FakeEngine) -> Iterator[tuple[DrainingServer, str]]:
         try:
             yield server, url
         finally:
-            engine.going.set()
+            if isinstance(engine, FakeEngine):
+                engine.going.set()
             server.should_exit = True
             thread.join(10)
             assert not thread.is_alive()

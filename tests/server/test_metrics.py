@@ -45,6 +45,8 @@ def test_counts(make_server):
         "time_to_first_token_seconds_count": 2,
         "inter_token_latency_seconds_count": 9 - 2 - 2,  # without the tokens of the two first steps
         "e2e_request_latency_seconds_count": 2,
+        "request_queue_time_seconds_count": 2,
+        "request_queue_time_seconds_sum": 0.5,
     }
     assert {name: values[f"vllm:{name}", ""] for name in expected} == expected
     assert values["vllm:spec_decode_num_accepted_tokens_per_pos_total", "0"] == 3

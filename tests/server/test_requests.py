@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving import error_of
+from serving import error_of, events
 
 USER = {"role": "user", "content": "Hi"}
 
@@ -133,3 +133,50 @@ def test_a_model_without_a_template_refuses_chats(make_server, template):
 def test_a_template_that_rejects_the_messages(make_server, template):
     template("{{ raise_exception('roles must alternate') }}")
     assert "roles must alternate" in error_of(make_server().chat(), 400)["message"]
+
+
+def test_lengths_of_vllm(make_server):
+    server = make_server()
+    server.chat(min_tokens=5, ignore_eos=True, max_tokens=9)
+    assert server.settings().items() >= {"min_new_tokens": 5, "eos_token_id": (), "max_new_tokens": 9}.items()
+    server.chat(min_tokens=0, ignore_eos=False)
+    assert not server.settings().keys() & {"min_new_tokens", "eos_token_id"}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, "strict": True}}},
+        {"guided_regex": "a+"},
+        {"structured_outputs": {"regex": "a+"}},
+        {"structured_outputs": {"json": {"type": "object"}}},
+    ],
+)
+def test_each_answer_of_a_form_has_its_own_processor(make_server, form):
+    server = make_server()
+    assert server.complete(n=2, **form).status_code == 200
+    processors = [one.settings["logits_processor"] for one in server.engine.submissions]
+    assert len({id(one) for (one,) in processors}) == 2
+    assert server.chat(response_format={"type": "text"}).status_code == 200
+    assert "logits_processor" not in server.settings()
+
+
+def test_steps_are_described_if_requested(make_server):
+    server = make_server("Hellö")
+    path = {"stream": True, "redrafter": {"details": True}}
+    for response in (server.chat(**path), server.complete(**path)):
+        steps = [chunk["redrafter"] for chunk in events(response) if "redrafter" in chunk]
+        assert [step["tokens"] for step in steps] == [2, 2, 2, 1]
+        assert [step["accepted"] for step in steps] == [1, 1, 1, 0]
+        assert steps[0] == {"tokens": 2, "accepted": 1, "drafted": 3, "pieces": ["H", "e"]}
+        assert "".join(piece for step in steps for piece in step["pieces"]) == "Hellö"
+    for body in ({}, {"redrafter": {}}, {"redrafter": {"details": False}}):
+        assert not any("redrafter" in chunk for chunk in events(server.chat(stream=True, **body)))
+    assert "redrafter" not in server.chat(redrafter={"details": True}).json()
+
+
+def test_the_page_is_served(make_server):
+    response = make_server(api_key="secret").get("/")
+    assert response.headers["content-type"].startswith("text/html")
+    assert "<!doctype html>" in response.text

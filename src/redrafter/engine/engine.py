@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from redrafter.core.shapes import DraftShape
 from redrafter.decoding.settings import ONE_TEXT
 from redrafter.decoding.step import Decoder
+from redrafter.engine.inputs import end_tokens
 from redrafter.engine.request import Task, method_for, tasks
 from redrafter.engine.results import Event
 from redrafter.engine.runner import Runner
@@ -92,6 +93,8 @@ class Engine:
         self.slots = slots
         self.vocab_size = self._target.vocab_size
         self.context_length = self._target.context_length
+        self.end_tokens = end_tokens(self._target.model.generation_config or GenerationConfig())
+        """The tokens that end a request, unless its settings name others."""
         self.max_length = max_length or _longest(self._target, slots)
         if self.context_length is not None:
             self.max_length = min(self.max_length, self.context_length + 1)

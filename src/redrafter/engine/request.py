@@ -51,6 +51,8 @@ class Task:
     criteria: list[StoppingCriteria]
     output_scores: bool = False
     output_logits: bool = False
+    admitted: float | None = None
+    """When it was given a slot, by `time.perf_counter`."""
 
 
 @dataclass(frozen=True)

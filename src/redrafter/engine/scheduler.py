@@ -7,6 +7,7 @@ know how a step is run, nor who receives the results.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -156,6 +157,7 @@ class Scheduler:
         entering: dict[int, _Reading] = {}
         while self.slots.free and self.waiting:
             task = self.waiting.popleft()
+            task.admitted = time.perf_counter()
             slot, found = self.slots.take(task.row, [*self.active, *self._reading, *entering])
             entering[slot] = _Reading(ActiveRow(task, slot), found)
         if entering:

@@ -53,6 +53,11 @@ class Submission:
         self._waiting: _Waiting | None = None
         self._ended = False
 
+    @property
+    def queued_seconds(self) -> float | None:
+        """How long the request waited for a slot; None if it has none yet."""
+        return None if self.task.admitted is None else self.task.admitted - self._begin
+
     def cancel(self) -> None:
         """Ends the request; the next event has the finish reason "cancelled".  No effect if it has ended.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -38,8 +39,7 @@ class Detokenizer:
     def rest(self) -> str:
         """The text that was held back, after the last token."""
         if self._cleans:
-            given, complete = "".join(self._given), str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-            return complete[len(given) :]
+            return self.decode(self.ids)[len("".join(self._given)) :]
         before = self._decode(self.base, self.shown)
         return self._decode(self.base, len(self.ids))[len(before) :]
 
@@ -53,9 +53,13 @@ class Detokenizer:
         self._given.append(self.tokenizer.clean_up_tokenization(settled))
         return self._given[-1]
 
+    def decode(self, tokens: list[int], **options: Any) -> str:
+        """The text of tokens without special ones.  `options` as for `decode` of tokenizers."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, **options))
+
     def _decode(self, start: int, end: int) -> str:
         raw = {"clean_up_tokenization_spaces": False} if self._cleans else {}
-        return str(self.tokenizer.decode(self.ids[start:end], skip_special_tokens=True, **raw))
+        return self.decode(self.ids[start:end], **raw)
 
 
 def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -17,6 +18,13 @@ from redrafter.server.errors import ApiError, ErrorBody, install_handlers
 from redrafter.server.protocol import ChatRequest, CompletionRequest
 from redrafter.server.responses import ChatCompletion, Completion, Health, Model, ModelList
 from redrafter.server.service import Service
+
+_PAGE = files("redrafter.server") / "static" / "index.html"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; frame-ancestors 'none'; "
+    "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+}
+"""The page may call this server only, and no other page may contain it."""
 
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
@@ -52,6 +60,11 @@ def _add_completions(app: FastAPI, service: Service) -> None:
 def _add_information(app: FastAPI, service: Service) -> None:
     name = service.settings.model_name
     model = Model(id=name, object="model", created=service.created, max_model_len=service.engine.max_length)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        """The page for trying the model."""
+        return Response(_PAGE.read_bytes(), media_type="text/html", headers=_PAGE_HEADERS)
 
     @app.get("/v1/models")
     async def models() -> ModelList:

@@ -13,15 +13,43 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import Receive
+from transformers import PreTrainedTokenizerBase
 
-from redrafter.engine.engine import Engine
+from redrafter.engine.engine import Engine, EngineClosed
 from redrafter.engine.results import Event, TokenLogprob
 from redrafter.engine.submission import Submission
+from redrafter.engine.text import Detokenizer
 from redrafter.errors import RedrafterError
-from redrafter.server.errors import ApiError, log
+from redrafter.server.errors import ApiError, as_api_error, log
 from redrafter.server.metrics import Metrics
-from redrafter.server.responses import FinishReason, PredictionDetails, Usage
+from redrafter.server.responses import FinishReason, PredictionDetails, StepDetails, Usage
 from redrafter.server.stop import StopCutter
+from redrafter.server.tool_stream import CallReader, MarkedDetokenizer
+from redrafter.server.tools import ToolCall, ToolParser
+
+Jobs = list[tuple[list[int], dict[str, Any]]]
+"""Prompts with the settings of their answers, as for `Engine.submit`."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the answers to a request are read: cut at `stops`, with tool calls if there is a `parser`.
+
+    `most_calls`: calls that are kept; None for all.  `details`: the pieces describe their steps, for which `tokenizer`
+    is needed.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    stops: Sequence[str] = ()
+    parser: ToolParser | None = None
+    most_calls: int | None = None
+    details: bool = False
+
+    def detokenizer(self) -> Detokenizer | None:
+        """A detokenizer for one answer, if the engine's text does not suffice."""
+        if self.parser is not None:
+            return MarkedDetokenizer(self.parser)
+        return Detokenizer(self.tokenizer) if self.details else None
 
 
 @dataclass(frozen=True)
@@ -32,25 +60,31 @@ class Piece:
     text: str
     logprobs: list[TokenLogprob]
     finish_reason: FinishReason | None
+    tool_calls: list[ToolCall]
+    step: StepDetails | None = None
 
 
 class Choice:
-    """One answer: a submission whose text is cut at stop strings."""
+    """One answer: a submission and how it is read."""
 
-    def __init__(self, index: int, submission: Submission, stops: Sequence[str], metrics: Metrics):
+    def __init__(self, index: int, submission: Submission, reading: Reading, metrics: Metrics):
         self.index, self.submission = index, submission
-        self._cutter, self._timer = StopCutter(stops), metrics.timer()
+        self._cutter, self._timer = StopCutter(reading.stops), metrics.timer()
+        self._detokenizer, self._details = reading.detokenizer(), reading.details
+        self._calls = None if reading.parser is None else CallReader(reading.parser, most=reading.most_calls)
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The pieces that hold anything.  Raises ApiError if the engine fails or ends the request."""
         try:
             async for event in self.submission:
-                self._timer.tokens(len(event.tokens))
+                self._timer.tokens(len(event.tokens), queued=self.submission.queued_seconds)
                 piece = self._piece(event)
-                if piece.text or piece.logprobs or piece.finish_reason:
+                if piece.text or piece.logprobs or piece.finish_reason or piece.step:
                     yield piece
                 if piece.finish_reason:
                     break
+        except EngineClosed as error:
+            raise as_api_error(error) from error
         except RedrafterError as error:
             log.error("The engine failed to process a request: %s", error)
             raise ApiError(500, str(error), code="engine_error") from error
@@ -59,7 +93,8 @@ class Choice:
     def _piece(self, event: Event) -> Piece:
         if event.finish_reason == "cancelled":
             raise ApiError(503, "The server stopped before the answer was complete.", code="shutting_down")
-        text = self._cutter.push(event.text or "")
+        texts = self._texts(event)
+        text = self._cutter.push("".join(texts))
         reason: FinishReason | None = None
         if event.finish_reason is not None:
             reason = "length" if event.finish_reason == "length" else "stop"
@@ -67,12 +102,30 @@ class Choice:
         if self._cutter.found:
             reason = "stop"
             self.submission.cancel()  # if the engine, which compares tokens, has not found it
-        return Piece(self.index, text, event.logprobs or [], reason)
+        calls: list[ToolCall] = []
+        if self._calls is not None:
+            text = self._calls.push(text)
+            if reason is not None:
+                rest, calls = self._calls.finish()
+                text += rest
+                reason = "tool_calls" if calls and reason == "stop" else reason
+        step: StepDetails | None = None
+        if self._details:
+            count = len(event.tokens)
+            step = StepDetails(tokens=count, accepted=event.accepted, drafted=event.drafted, pieces=texts)
+        return Piece(self.index, text, event.logprobs or [], reason, calls, step)
+
+    def _texts(self, event: Event) -> list[str]:
+        """The text of each token, or of all; then what was held back, if the answer ends."""
+        if self._detokenizer is None:
+            return [event.text or ""]
+        texts = [self._detokenizer.push(token) for token in event.tokens]
+        if event.finish_reason is not None and (rest := self._detokenizer.rest()):
+            texts.append(rest)
+        return texts
 
 
-def submit_all(
-    engine: Engine, jobs: Sequence[tuple[list[int], dict[str, Any]]], stops: Sequence[str], metrics: Metrics
-) -> list[Choice]:
+def submit_all(engine: Engine, jobs: Jobs, reading: Reading, metrics: Metrics) -> list[Choice]:
     """Submits prompts with their settings: all of them, or none if one raises an error."""
     submissions: list[Submission] = []
     try:
@@ -82,7 +135,7 @@ def submit_all(
         for submission in submissions:
             submission.cancel()
         raise
-    return [Choice(index, submission, stops, metrics) for index, submission in enumerate(submissions)]
+    return [Choice(index, submission, reading, metrics) for index, submission in enumerate(submissions)]
 
 
 @asynccontextmanager

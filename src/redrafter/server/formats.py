@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import string
 import time
 import uuid
 from collections import Counter
@@ -16,12 +18,16 @@ from redrafter.server.responses import (
     ChatChunk,
     ChatCompletion,
     ChunkChoice,
+    ChunkToolCall,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     Delta,
+    Function,
+    MessageToolCall,
     Usage,
 )
+from redrafter.server.tools import ToolCall
 
 
 class ChatFormat:
@@ -39,13 +45,16 @@ class ChatFormat:
 
     def chunk(self, piece: Piece) -> ChatChunk:
         """A piece of an answer."""
-        delta = Delta(content=piece.text) if piece.text else Delta()
+        fields: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        if piece.tool_calls:
+            calls = enumerate(map(_call, piece.tool_calls))
+            fields["tool_calls"] = [ChunkToolCall(index=index, **call) for index, call in calls]
         logprobs = chat_logprobs(piece.logprobs, self._texts) if piece.logprobs else None
-        return self._chunk(piece.index, delta, logprobs, piece.finish_reason)
+        return self._chunk(piece.index, Delta(**fields), logprobs, piece.finish_reason, **_step(piece))
 
-    def _chunk(self, index: int, delta: Delta, logprobs: Any, finish_reason: Any) -> ChatChunk:
+    def _chunk(self, index: int, delta: Delta, logprobs: Any, finish_reason: Any, **extras: Any) -> ChatChunk:
         choice = ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
-        return ChatChunk(object="chat.completion.chunk", choices=[choice], **self._head, **self._usage)
+        return ChatChunk(object="chat.completion.chunk", choices=[choice], **self._head, **self._usage, **extras)
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
         """The last chunk, with the counts of tokens."""
@@ -56,7 +65,7 @@ class ChatFormat:
         choices = [
             ChatChoice(
                 index=one.index,
-                message=AssistantMessage(role="assistant", content=one.text, refusal=None),
+                message=_message(one),
                 logprobs=chat_logprobs(one.logprobs, self._texts) if self._logprobs else None,
                 finish_reason=one.finish_reason or "stop",
             )
@@ -81,7 +90,8 @@ class CompletionFormat:
 
     def chunk(self, piece: Piece) -> Completion:
         """A piece of an answer."""
-        return Completion(object="text_completion", choices=[self._choice(piece)], **self._head, **self._usage)
+        choices = [self._choice(piece)]
+        return Completion(object="text_completion", choices=choices, **self._head, **self._usage, **_step(piece))
 
     def usage_chunk(self, usage: Usage) -> Completion:
         """The last chunk, with the counts of tokens."""
@@ -107,3 +117,21 @@ Format = ChatFormat | CompletionFormat
 
 def _head(prefix: str, model: str) -> dict[str, Any]:
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+
+def _message(piece: Piece) -> AssistantMessage:
+    """A complete answer; whitespace around tool calls is no content."""
+    if not piece.tool_calls:
+        return AssistantMessage(role="assistant", content=piece.text, refusal=None)
+    calls = [MessageToolCall(**_call(one)) for one in piece.tool_calls]
+    return AssistantMessage(role="assistant", content=piece.text.strip() or None, refusal=None, tool_calls=calls)
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    """A call with an id of nine letters and digits, the only form that Mistral's templates accept."""
+    name = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+    return {"id": name, "type": "function", "function": Function(name=call.name, arguments=call.arguments_json)}
+
+
+def _step(piece: Piece) -> dict[str, Any]:
+    return {} if piece.step is None else {"redrafter": piece.step}

@@ -1,7 +1,7 @@
 """Starts and stops a server: its socket, and what signals do.
 
 Guarantees that the first SIGTERM or Ctrl-C lets running requests finish while new ones are refused, and that a second
-one cancels them and ends the server within about a second.
+one cancels them and ends the server within about a second.  A server whose engine has stopped ends too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from redrafter.errors import RedrafterError
 from redrafter.server.app import make_app
 from redrafter.server.service import Service
 from redrafter.utils.interrupt import Interrupted, StoppedRun
+
+
+class EngineStopped(RedrafterError):
+    """The engine's loop ended by an error."""
+
+    status = 1
+
 
 log = logging.getLogger("redrafter.server")
 
@@ -68,9 +75,12 @@ class DrainingServer(uvicorn.Server):
     def serve_on(self, bound: socket.socket) -> None:
         """Serves on a bound socket until a signal arrives and all requests in progress are finished.
 
-        Raises StoppedRun if a second signal arrived before that; the engine is closed then, unless it hangs.
+        Raises StoppedRun if a second signal arrived before that; the engine is closed then, unless it hangs.  Raises
+        EngineStopped if the engine stopped by itself.
         """
         self.run(sockets=[bound])
+        if self.second_signal is None and not self.service.engine.alive:
+            raise EngineStopped("The engine has stopped because of an error, which is in the log above.")
         if self.second_signal is not None:
             self._closing.join(LAST_WORDS)
             name = signal.Signals(self.second_signal).name
@@ -81,6 +91,10 @@ class DrainingServer(uvicorn.Server):
         """Starts to listen."""
         await super().startup(sockets=sockets)
         self.on_ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ends the server if the engine has stopped; its requests have failed then."""
+        return await super().on_tick(counter) or not self.service.engine.alive
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handles SIGINT and SIGTERM, in the main thread."""

@@ -84,6 +84,7 @@ class Metrics:
             "Time between two tokens; the tokens of one step share its time equally.",
             _BETWEEN_TOKENS,
         )
+        self.queue = self._histogram("request_queue_time_seconds", "Time until a request has a slot.", _REQUEST)
         self.request = self._histogram("e2e_request_latency_seconds", "Time of a complete request.", _REQUEST)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -109,13 +110,14 @@ class Timer:
         self._begin = time.perf_counter()
         self._last: float | None = None
 
-    def tokens(self, count: int) -> None:
-        """`count` tokens arrived."""
+    def tokens(self, count: int, *, queued: float | None) -> None:
+        """`count` tokens arrived, of a request that waited `queued` seconds for its slot."""
         if not count:
             return
         now = time.perf_counter()
         if self._last is None:
             self._metrics.first_token.observe(now - self._begin)
+            self._metrics.queue.observe(queued or 0.0)
         else:
             for _ in range(count):
                 self._metrics.between_tokens.observe((now - self._last) / count)

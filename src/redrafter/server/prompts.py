@@ -14,6 +14,7 @@ from redrafter.data.rows import Chat, read_template_kwargs
 from redrafter.engine.engine import Engine
 from redrafter.server.errors import ApiError
 from redrafter.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from redrafter.server.tools import ToolParser, tool_parser
 
 _SAMPLING = ("top_p", "min_p", "seed")
 """Fields that only matter for sampling; `temperature` and `top_k` do too, and are converted."""
@@ -21,19 +22,20 @@ _SAMPLING = ("top_p", "min_p", "seed")
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
-def check_supported(body: GenerationRequest) -> None:
-    """Raises ApiError for features that the server does not have."""
-    if body.response_format is not None and body.response_format.type != "text":
-        raise _unsupported(f"response_format {body.response_format.type}", "response_format")
-    for name in ("guided_regex", "structured_outputs", "tools"):
-        if getattr(body, name, None):
-            raise _unsupported(name, name)
-    if isinstance(body, ChatRequest) and body.tool_choice not in (None, "none", "auto"):
-        raise _unsupported("tool_choice", "tool_choice")
+def parser_of(body: GenerationRequest, tokenizer: PreTrainedTokenizerBase) -> ToolParser | None:
+    """The parser of the answers' tool calls; None if no tools are offered."""
+    return tool_parser(tokenizer) if isinstance(body, ChatRequest) and body.offered_tools else None
 
 
-def _unsupported(what: str, param: str) -> ApiError:
-    return ApiError(400, f"{what} is not supported: leave it out.", param=param)
+def constraint_of(body: GenerationRequest, parser: ToolParser | None) -> dict[str, Any] | None:
+    """What restricts the answers, as an argument of `structured.make_processor`; None for any text."""
+    constraint = body.form
+    if parser is not None and isinstance(body, ChatRequest):
+        grammar = parser.grammar(body.offered_tools, body.tool_choice)
+        constraint = None if grammar is None else {"grammar": grammar}
+    if constraint is not None and (body.ignore_eos or body.min_tokens):
+        raise ApiError(400, "ignore_eos and min_tokens are not possible if the form of the answer decides its end.")
+    return constraint
 
 
 def prompts_of(body: GenerationRequest, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[list[int]]:
@@ -60,7 +62,8 @@ def _chat_ids(body: ChatRequest, tokenizer: PreTrainedTokenizerBase, vocab_size:
     if "developer" not in str(template):  # OpenAI's new name for the system's role
         messages = [one | {"role": "system"} if one["role"] == "developer" else one for one in messages]
     kwargs = read_template_kwargs(body.chat_template_kwargs or {}, "chat_template_kwargs")
-    ids = encode(render(Chat(messages, template_kwargs=kwargs), tokenizer, "messages"), tokenizer)
+    chat = Chat(messages, tools=body.offered_tools or None, template_kwargs=kwargs)
+    ids = encode(render(chat, tokenizer, "messages"), tokenizer)
     check_ids(ids, vocab_size, "messages")
     return ids
 
@@ -82,7 +85,13 @@ def settings_of(body: GenerationRequest, prompt: list[int], engine: Engine) -> d
         settings["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
     if body.stops:
         settings["stop_strings"] = body.stops
-    settings["max_new_tokens"] = _new_tokens(body, prompt, engine.max_length)
+    settings["max_new_tokens"] = longest = _new_tokens(body, prompt, engine.max_length)
+    if body.min_tokens:
+        if body.min_tokens > longest:
+            raise ApiError(400, f"min_tokens exceeds the maximum of {longest} new tokens.", param="min_tokens")
+        settings["min_new_tokens"] = body.min_tokens
+    if body.ignore_eos:
+        settings["eos_token_id"] = ()
     settings["logprobs"] = body.requested_logprobs
     settings["drafter"] = body.drafter is not False
     return settings

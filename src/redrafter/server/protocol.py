@@ -9,7 +9,20 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import Field, model_validator
+
+from redrafter.server.fields import (
+    NewTokens,
+    Penalty,
+    PositiveProbability,
+    Probability,
+    Stop,
+    Strict,
+    Token,
+    TokenText,
+    described,
+)
+from redrafter.server.messages import Message
 
 MAX_SEED = 2**63 - 1
 GREEDY_BELOW = 1e-5
@@ -17,47 +30,6 @@ GREEDY_BELOW = 1e-5
 
 DEFAULT_COMPLETION_TOKENS = 16
 """New tokens of `/v1/completions` if the request does not say, as in OpenAI's API."""
-
-
-def _described(rule: str) -> WrapValidator:
-    """One error for a value that fits no member of a union, instead of one for each member."""
-
-    def check(value: Any, validate: Any) -> Any:
-        try:
-            return validate(value)
-        except ValidationError:
-            raise ValueError(rule) from None
-
-    return WrapValidator(check)
-
-
-def _only_text(value: Any) -> Any:
-    """Names the first part of a message's content that is not text."""
-    for part in value if isinstance(value, list) else ():
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise ValueError(f"has a part of type {kind}, and only text is supported")
-    return value
-
-
-class Strict(BaseModel):
-    """Base of all parts of a request: no unknown fields, no conversion between types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-Token = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-PositiveProbability = Annotated[float, Field(gt=0, le=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-NewTokens = Annotated[int, Field(ge=1)]
-StopString = Annotated[str, Field(min_length=1)]
-Stop = Annotated[
-    StopString | Annotated[list[StopString], Field(max_length=4)],
-    _described("must be a string or up to 4 strings, none of them empty"),
-]
-TokenText = Annotated[str, Field(pattern="^[0-9]+$")]
-"""A token id as a key of a JSON object."""
 
 
 class StreamOptions(Strict):
@@ -68,10 +40,10 @@ class StreamOptions(Strict):
 
 
 class JsonSchema(Strict):
-    """The schema of `response_format`."""
+    """The schema of `response_format`, which is always followed strictly."""
 
     name: str
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: dict[str, Any] = Field(alias="schema")
     description: str | None = None
     strict: bool | None = None
 
@@ -81,6 +53,31 @@ class ResponseFormat(Strict):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('needs a json_schema if its type is "json_schema", and only then')
+        return self
+
+
+class StructuredOutputs(Strict):
+    """vLLM's way to set the form of the answer: one of a JSON schema and a regular expression."""
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.json_ is None) == (self.regex is None):
+            raise ValueError("needs either json or regex")
+        return self
+
+
+class Extras(Strict):
+    """Fields of this server alone.  `details`: chunks of a stream tell which of their tokens were drafted."""
+
+    details: bool | None = None
 
 
 class GenerationRequest(Strict):
@@ -101,11 +98,14 @@ class GenerationRequest(Strict):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: dict[TokenText, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     drafter: bool | None = None
+    redrafter: Extras | None = None
 
     response_format: ResponseFormat | None = None
     guided_regex: str | None = None
-    structured_outputs: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     user: str | None = None  # from here on: accepted and ignored
     metadata: dict[str, Any] | None = None
@@ -125,6 +125,40 @@ class GenerationRequest(Strict):
         except RecursionError:
             raise ValueError("The request is nested too deeply") from None
         return value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if len(self._forms()) > 1:
+            raise ValueError("response_format, guided_regex and structured_outputs exclude each other: give one")
+        return self
+
+    def _forms(self) -> list[dict[str, Any]]:
+        forms: list[dict[str, Any]] = []
+        if self.response_format is not None and self.response_format.type == "json_object":
+            forms.append({"json_object": True})
+        if self.response_format is not None and self.response_format.json_schema is not None:
+            forms.append({"json_schema": self.response_format.json_schema.schema_})
+        if self.guided_regex is not None:
+            forms.append({"regex": self.guided_regex})
+        if self.structured_outputs is not None:
+            given = {"json_schema": self.structured_outputs.json_, "regex": self.structured_outputs.regex}
+            forms.append({name: value for name, value in given.items() if value is not None})
+        return forms
+
+    @property
+    def form(self) -> dict[str, Any] | None:
+        """The form of the answer as an argument of `structured.make_processor`; None for any text."""
+        return next(iter(self._forms()), None)
+
+    @property
+    def details(self) -> bool:
+        """Whether chunks tell which of their tokens were drafted."""
+        return bool(self.redrafter and self.redrafter.details)
+
+    @property
+    def most_calls(self) -> int | None:
+        """How many tool calls an answer may have; None for any number."""
+        return None
 
     @property
     def stops(self) -> list[str]:
@@ -156,7 +190,7 @@ Prompt = Annotated[
     | Annotated[list[str], Field(min_length=1)]
     | Annotated[list[Token], Field(min_length=1)]
     | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)],
-    _described("must be a string, a list of strings, a list of token ids or a list of such lists, and not empty"),
+    described("must be a string, a list of strings, a list of token ids or a list of such lists, and not empty"),
 ]
 
 
@@ -174,78 +208,6 @@ class CompletionRequest(GenerationRequest):
     def requested_logprobs(self) -> int | None:
         """As in the base class."""
         return self.logprobs
-
-
-class TextPart(Strict):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class FunctionCall(Strict):
-    """A call of a function; `arguments` is a JSON object as text."""
-
-    name: str
-    arguments: str
-
-
-class ToolCall(Strict):
-    """A call of a tool in an earlier answer of the assistant."""
-
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(Strict):
-    """A message of a chat.  Those after `tool_call_id` occur in answers that clients send back, and must be null."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[
-        Annotated[
-            str | Annotated[list[TextPart], Field(min_length=1)],
-            _described("must be a string or a list of text parts"),
-        ]
-        | None,
-        BeforeValidator(_only_text),
-    ] = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    audio: None = None
-    function_call: None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("needs a content")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: the content as one text, arguments of calls as objects."""
-        content = self.content
-        if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
-        message = {
-            "role": self.role,
-            "content": content,
-            "name": self.name,
-            "tool_calls": [_call_for_template(call) for call in self.tool_calls or ()] or None,
-            "tool_call_id": self.tool_call_id,
-        }
-        return {name: value for name, value in message.items() if value is not None}
-
-
-def _call_for_template(call: ToolCall) -> dict[str, Any]:
-    try:
-        arguments: Any = json.loads(call.function.arguments)
-    except ValueError:  # a model may have written it
-        arguments = call.function.arguments
-    function = {"name": call.function.name, "arguments": arguments}
-    return {"type": "function", "function": function} | ({"id": call.id} if call.id else {})
 
 
 class ChatRequest(GenerationRequest):
@@ -267,7 +229,21 @@ class ChatRequest(GenerationRequest):
             raise ValueError("top_logprobs needs logprobs: true")
         if None not in (limits := (self.max_tokens, self.max_completion_tokens)) and limits[0] != limits[1]:
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        if self.offered_tools and self.form is not None:
+            raise ValueError('tools and a form of the answer exclude each other, unless tool_choice is "none"')
         return self
+
+    @property
+    def most_calls(self) -> int | None:
+        """As in the base class."""
+        return 1 if self.parallel_tool_calls is False else None
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
     def new_tokens(self, room: int) -> int:
         """The limit of the request, or all that fits."""

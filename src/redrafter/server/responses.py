@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PredictionDetails(BaseModel):
@@ -55,12 +55,34 @@ class CompletionLogprobs(BaseModel):
     top_logprobs: list[dict[str, float]]
 
 
+class Function(BaseModel):
+    """A called function; `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: Function
+
+
+class ChunkToolCall(MessageToolCall):
+    """A call of a tool in a chunk; `index` is its place among the calls of the answer."""
+
+    index: int
+
+
 class AssistantMessage(BaseModel):
     """The answer in a chat."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    tool_calls: list[MessageToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -88,6 +110,19 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ChunkToolCall] | None = None
+
+
+class StepDetails(BaseModel):
+    """One step: how many `tokens` it wrote, the first `accepted` of which were among the `drafted` ones.
+
+    `pieces`: the text of each token, and what was held back if the answer ends here.
+    """
+
+    tokens: int
+    accepted: int
+    drafted: int
+    pieces: list[str]
 
 
 class ChunkChoice(BaseModel):
@@ -108,6 +143,7 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    redrafter: StepDetails | None = None
 
 
 class CompletionChoice(BaseModel):
@@ -128,6 +164,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    redrafter: StepDetails | None = None
 
 
 class Model(BaseModel):

@@ -1,14 +1,14 @@
 """Processes completion requests: from a checked body to a response, streamed or not.
 
-Guarantees that tokenizing never blocks the event loop, and that a failure after the first byte of a stream is reported
-as an event.
+Guarantees that neither tokenizing nor compiling a grammar blocks the event loop, and that a failure after the first
+byte of a stream is reported as an event.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ from transformers import PreTrainedTokenizerBase
 from redrafter.engine.engine import Engine
 from redrafter.server.choices import (
     Choice,
+    Jobs,
     Piece,
+    Reading,
     all_pieces,
     cancelled_on_disconnect,
     submit_all,
@@ -33,8 +35,9 @@ from redrafter.server.errors import ApiError, as_api_error, log
 from redrafter.server.formats import ChatFormat, CompletionFormat, Format
 from redrafter.server.logprobs import TokenTexts
 from redrafter.server.metrics import Metrics
-from redrafter.server.prompts import check_supported, prompts_of, settings_of
+from redrafter.server.prompts import constraint_of, parser_of, prompts_of, settings_of
 from redrafter.server.protocol import ChatRequest, GenerationRequest
+from redrafter.server.structured import make_processor
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,16 @@ class ServerSettings:
     allowed_origins: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A checked request.  `constraint`: what restricts its answers, as an argument of `make_processor`."""
+
+    prompts: list[list[int]]
+    jobs: Jobs
+    constraint: Mapping[str, Any] | None
+    reading: Reading
+
+
 class Service:
     """The engine, its tokenizer and what requests need beside them.
 
@@ -65,7 +78,8 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self._texts = TokenTexts(tokenizer)
-        self._thread = ThreadPoolExecutor(1, "tokenizer")  # one, as tokenizers are not made for several
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # one, as tokenizers are not made for several
+        self._compiling = ThreadPoolExecutor(1, "grammars")  # so that a slow grammar delays grammars only
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError if a request names another model."""
@@ -76,9 +90,13 @@ class Service:
     async def respond(self, body: GenerationRequest, request: Request) -> BaseModel | StreamingResponse:
         """The response to a request.  Raises ApiError or RedrafterError."""
         self.check_model(body.model)
-        check_supported(body)
         loop = asyncio.get_running_loop()
-        prompts, choices = await loop.run_in_executor(self._thread, self._submit, body)
+        plan = await loop.run_in_executor(self._tokenizing, self._plan, body)
+        if plan.constraint is not None:
+            await loop.run_in_executor(self._compiling, self._add_processors, plan.jobs, plan.constraint)
+        choices = await loop.run_in_executor(
+            self._tokenizing, submit_all, self.engine, plan.jobs, plan.reading, self.metrics
+        )
         kind = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
         formatted: Format = kind(
             self.settings.model_name,
@@ -87,31 +105,42 @@ class Service:
             include_usage=body.include_usage,
         )
         if body.stream:
-            events = _events(formatted, choices, prompts if body.include_usage else None)
+            events = _events(formatted, choices, plan.prompts if body.include_usage else None)
             return EventStream(events, choices)
         async with cancelled_on_disconnect(choices, request.receive):
             answers = await _complete(choices)
-        return formatted.response(answers, usage_of(choices, prompts))
+        return formatted.response(answers, usage_of(choices, plan.prompts))
 
-    def _submit(self, body: GenerationRequest) -> tuple[list[list[int]], list[Choice]]:
-        """The prompts of a request and its submitted answers: `n` for each prompt."""
+    def _plan(self, body: GenerationRequest) -> _Plan:
+        """What to do for a request: `n` answers for each prompt."""
+        parser = parser_of(body, self.tokenizer)
+        constraint = constraint_of(body, parser)
         prompts, copies = prompts_of(body, self.tokenizer, self.engine.vocab_size), body.n or 1
         answers = len(prompts) * copies
         if answers > self.settings.max_answers:
             raise ApiError(
                 400, f"The request asks for {answers} answers, and the server's limit is {self.settings.max_answers}."
             )
-        jobs: list[tuple[list[int], dict[str, Any]]] = []
+        jobs: Jobs = []
         for prompt in prompts:
             settings = settings_of(body, prompt, self.engine)
             jobs += [(prompt, _nth(settings, copy)) for copy in range(copies)]
-        return prompts, submit_all(self.engine, jobs, body.stops, self.metrics)
+        reading = Reading(self.tokenizer, body.stops, parser, body.most_calls, details=body.details)
+        return _Plan(prompts, jobs, constraint, reading)
+
+    def _add_processors(self, jobs: Jobs, constraint: Mapping[str, Any]) -> None:
+        """Restricts every answer by a processor of its own, as processors follow one text."""
+        for _, settings in jobs:
+            processor = make_processor(
+                self.tokenizer, self.engine.vocab_size, end_tokens=self.engine.end_tokens, **constraint
+            )
+            settings["logits_processor"] = [processor]
 
 
 def _nth(settings: dict[str, Any], copy: int) -> dict[str, Any]:
     """The settings of one of several answers to a prompt: consecutive seeds."""
     seed = settings.get("seed")
-    return settings if seed is None else settings | {"seed": (seed + copy) % 2**63}
+    return settings | ({} if seed is None else {"seed": (seed + copy) % 2**63})
 
 
 async def _complete(choices: Sequence[Choice]) -> list[Piece]:
@@ -126,6 +155,7 @@ async def _complete(choices: Sequence[Choice]) -> list[Piece]:
             "".join(one.text for one in own),
             [token for one in own for token in one.logprobs],
             own[-1].finish_reason,
+            own[-1].tool_calls,
         )
         for index, own in enumerate(parts)
     ]

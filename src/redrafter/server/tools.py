@@ -105,18 +105,19 @@ class ToolParser:
 
     def __init__(self, form: Form, tokenizer: PreTrainedTokenizerBase):
         self.form = form
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         markers = (form.marker, form.end, _ARGS, "[CALL_ID]")
         added = tokenizer.added_tokens_decoder.items()
         self._markers = {str(token): id for id, token in added if str(token) in markers}
         self._skipped = {id for id, token in added if token.special and str(token) not in markers}
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of new tokens, with the form's markers and without other special tokens.
+    def decode(self, tokens: Sequence[int], **options: Any) -> str:
+        """The text of new tokens, with the form's markers and without other special tokens.  `options` as for `decode`
+        of tokenizers.
 
         It ends with U+FFFD if the last token ends inside a character.
         """
-        return str(self._tokenizer.decode([token for token in tokens if token not in self._skipped]))
+        return str(self.tokenizer.decode([token for token in tokens if token not in self._skipped], **options))
 
     def may_be_call(self, text: str) -> bool:
         """Whether a text so far may contain a call, or the beginning of one, so that a stream must hold it back."""
