@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from redrafter.core.tree import DraftTree, ancestors_of
 from redrafter.core.tree_attention import bit_mask
-from redrafter.engine.runner import milliseconds
+from redrafter.engine.clock import milliseconds
 from redrafter.evaluation.profiling import bandwidth
 from redrafter.kernels.triton import attention
 

@@ -231,6 +231,38 @@ def rooted(root: torch.Tensor):
     return RowState(none, none, root[:, None], length=none, alive=none + 1)
 
 
+def sampled_noise(gumbel: torch.Tensor, **law: object):
+    """Noise [B, depths, V] for rows that are sampled by a law, as tensors of settings."""
+    from redrafter.core.rows import SamplingNoise
+    from redrafter.decoding.state import sampler_of, settings_of
+    from redrafter.engine.request import request
+
+    (row,) = request(tiny_model(), None, [[5]], do_sample=True, **law).rows
+    settings = settings_of(row, count=len(gumbel), vocabulary=gumbel.shape[-1], device=gumbel.device)
+    return SamplingNoise(gumbel, sampler_of({0: row}).features, settings)
+
+
+def prompts_read(asked, *, slots: int = 64):
+    """A runner that has read the prompts of a request and has made no step."""
+    from redrafter.engine.runner import Runner
+    from redrafter.engine.scheduler import Scheduler
+
+    runner = Runner({1: asked.decoder}, batch=len(asked.rows), slots=slots, fast=asked.fast)
+    scheduler = Scheduler(runner)
+    for task in asked.tasks:
+        scheduler.add(task)
+    scheduler.read_prompts()
+    return runner
+
+
+def read_in_parts(monkeypatch, first: int, later: int) -> None:
+    """A forward pass reads at most so many tokens of a prompt: from its beginning, and later."""
+    from redrafter.engine import scheduler
+
+    monkeypatch.setattr(scheduler, "MAX_READ", first)
+    monkeypatch.setattr(scheduler, "MAX_LATER_READ", later)
+
+
 def greedy(model, prompt: list[int], count: int) -> list[int]:
     """The tokens that transformers' greedy generation adds to a prompt."""
     ids = torch.tensor([prompt])

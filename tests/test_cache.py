@@ -19,15 +19,17 @@ SHAPES = [  # two kinds of layers, mixed; keys and values differ in width, as in
 ]
 
 
-@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 5))
-def test_update_writes_each_row_at_its_own_slots(seed, batch, queries):
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 5), st.booleans(), st.booleans())
+def test_update_writes_each_row_at_its_own_slots(seed, batch, queries, mapped, only_new):
+    """Also into other rows of the cache, and where attention sees the new states alone."""
     generator = torch.Generator().manual_seed(seed)
-    cache = SlotCache(SHAPES, batch=batch, slots=9)
-    expected = [[torch.zeros(batch, s.heads, 9, size) for size in (s.key_size, s.value_size)] for s in SHAPES]
+    cache = SlotCache(SHAPES, batch=batch + 2, slots=9)
+    expected = [[torch.zeros(batch + 2, s.heads, 9, size) for size in (s.key_size, s.value_size)] for s in SHAPES]
     for _ in range(2):
         start = torch.randint(0, 9 - queries + 1, (batch,), generator=generator)
+        rows = torch.randperm(batch + 2, generator=generator)[:batch] if mapped else None
         cache.window.slots = start[:, None] + torch.arange(queries)
-        cache.window.visible = 8
+        cache.window.visible, cache.window.rows, cache.window.only_new = 8, rows, only_new
         for index, shape in enumerate(SHAPES):
             new = [
                 torch.randn(batch, shape.heads, queries, size, generator=generator)
@@ -37,8 +39,11 @@ def test_update_writes_each_row_at_its_own_slots(seed, batch, queries):
             for buffer, states, given_back in zip(expected[index], new, seen, strict=True):
                 for row in range(batch):
                     for query in range(queries):
-                        buffer[row, :, start[row] + query] = states[row, :, query]
-                assert torch.equal(given_back, buffer[:, :, :8])
+                        buffer[row if rows is None else rows[row], :, start[row] + query] = states[row, :, query]
+                assert torch.equal(given_back, states if only_new else buffer[:, :, :8])
+    for pool, layers in zip(cache.pools[:2], zip(expected[0], expected[2], strict=True), strict=True):
+        assert torch.equal(pool[0], layers[0])
+        assert torch.equal(pool[1], layers[1])
 
 
 @given(st.integers(0, 2**31), st.integers(1, 3), st.integers(0, 3))
@@ -86,22 +91,45 @@ def test_memory_is_free_as_soon_as_the_cache_is_dropped():
         gc.enable()
 
 
-def test_rows_of_another_cache_are_adopted_and_the_others_are_left():
-    cache, other = SlotCache(SHAPES, batch=4, slots=6), SlotCache(SHAPES, batch=2, slots=3)
-    for pool in other.pools:
+def numbered(**sizes: int) -> SlotCache:
+    """A cache in which every entry is another number."""
+    cache = SlotCache(SHAPES, **sizes)
+    for pool in cache.pools:
         pool.copy_(torch.arange(1.0, pool.numel() + 1).view(pool.shape))
-    cache.insert_rows([3, 1], other)
-    for pool, source in zip(cache.pools, other.pools, strict=True):
-        assert torch.equal(pool[:, 3, :, :3], source[:, 0])
-        assert torch.equal(pool[:, 1, :, :3], source[:, 1])
-        assert not pool[:, [0, 2]].any()
-        assert not pool[..., 3:, :].any()
+    return cache
+
+
+def test_a_row_is_copied_and_the_others_are_left():
+    cache, before = numbered(batch=4, slots=6), numbered(batch=4, slots=6)
+    cache.copy_row(3, 1, 4)
+    for pool, old in zip(cache.pools, before.pools, strict=True):
+        assert torch.equal(pool[:, 1, :, :4], old[:, 3, :, :4])
+        assert torch.equal(pool[:, 1, :, 4:], old[:, 1, :, 4:])
+        assert torch.equal(pool[:, [0, 2, 3]], old[:, [0, 2, 3]])
+
+
+def test_a_view_shares_the_memory_of_its_rows_and_has_its_own_window():
+    cache = numbered(batch=4, slots=6)
+    view = cache.view(slice(1, 3))
+    assert (view.batch, view.slots, view.row_bytes) == (2, 6, cache.row_bytes)
+    cache.window.visible, view.window.visible = 5, 3
+    view.window.slots = torch.tensor([[0], [2]])
+    keys, values = torch.full((2, 2, 1, 4), -1.0), torch.full((2, 2, 1, 4), -2.0)
+    seen, _ = view.update(keys, values, 2)  # the third layer is the second of its kind
+    assert torch.equal(seen, cache.pools[0][1, 1:3, :, :3])
+    for pool, value in zip(cache.pools, (-1, -2), strict=False):
+        assert (pool[1, 1, :, 0] == value).all()
+        assert (pool[1, 2, :, 2] == value).all()
+        assert int((pool < 0).sum()) == 2 * 2 * 4
+    view.keep(torch.tensor([[0, 2], [0, 2]]), torch.tensor([1, 3]))
+    for pool, old in zip(cache.pools[2:], numbered(batch=4, slots=6).pools[2:], strict=True):
+        assert torch.equal(pool[:, 1, :, 2], old[:, 1, :, 3])
+        assert torch.equal(pool[:, 2, :, 4], old[:, 2, :, 5])
+        assert torch.equal(pool[:, [0, 3]], old[:, [0, 3]])
 
 
 def test_rows_are_copied_as_often_as_they_are_named():
-    cache = SlotCache(SHAPES, batch=3, slots=4)
-    for pool in cache.pools:
-        pool.copy_(torch.arange(1.0, pool.numel() + 1).view(pool.shape))
+    cache = numbered(batch=3, slots=4)
     taken = cache.of_rows(torch.tensor([2, 0, 2, 2]))
     assert taken.slots == 4
     for pool, source in zip(taken.pools, cache.pools, strict=True):

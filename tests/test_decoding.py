@@ -14,15 +14,15 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Given, greedy, random_tree, tiny_model
+from conftest import Given, greedy, prompts_read, random_tree, read_in_parts, tiny_model
 from redrafter import EagleHead, RecurrentDrafter, RedrafterError, TwoModel, generate, stream
 from redrafter.core.tree import prefix_tree
-from redrafter.decoding import step as stepping
 from redrafter.decoding.step import Decoder
 from redrafter.engine import runner
 from redrafter.engine.cuda_graph import Captured
 from redrafter.engine.request import request
-from redrafter.engine.runner import PendingStep
+from redrafter.engine.runner import PendingStep, Runner
+from redrafter.engine.scheduler import Scheduler
 from redrafter.proposers import Proposer
 from redrafter.targets.target import Target
 
@@ -182,8 +182,8 @@ def test_counts_of_a_perfect_drafter():
     out = generate(MODEL, Given(oracle), [prompt], max_new_tokens=13)
     assert out.new_tokens == [new[:13]]
     stats = out.stats
-    assert (stats.steps, stats.tokens, stats.drafted, stats.accepted) == (4, 13, 9, 9)  # 1, then three times 3 + 1
-    assert stats.accepted_by_position == [3, 3, 3]
+    assert (stats.steps, stats.tokens, stats.drafted, stats.accepted) == (4, 13, 12, 10)  # three times 3 + 1, then 1
+    assert stats.accepted_by_position == [4, 3, 3]
     assert stats.tokens_per_step == 13 / 4
     assert stats.rows[0].steps == 4
     assert 0 < stats.rows[0].seconds <= stats.seconds
@@ -198,7 +198,8 @@ def test_the_budget_cuts_a_step_that_accepts_more(count):
     assert out.new_tokens == [new[:count]]
     assert out.finish_reasons == ["length"]
     assert out.stats.tokens == count
-    assert out.stats.accepted <= count - 1
+    assert out.stats.accepted <= count
+    assert out.stats.steps == -(-count // 5)
 
 
 def test_autoregressive_decoding_counts_one_token_a_step():
@@ -277,13 +278,56 @@ def test_padding_on_either_side_is_no_part_of_a_prompt():
     assert generate(MODEL, None, rows, max_new_tokens=6, pad_token_id=33).sequences[1, -2:].tolist() == [33, 33]
 
 
-def test_prefill_in_chunks_gives_the_same_text(monkeypatch):
-    prompts = [list(range(3, 30)), [4, 5], list(range(10, 21))]
-    drafter = RecurrentDrafter.for_target(MODEL)
-    expected = generate(MODEL, drafter, prompts, max_new_tokens=8).new_tokens
-    for chunk in (1, 4, 11, 27):
-        monkeypatch.setattr(stepping, "PREFILL_CHUNK", chunk)
-        assert generate(MODEL, drafter, prompts, max_new_tokens=8).new_tokens == expected
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize(("first", "later"), [(1, 1), (4, 4), (11, 3), (3, 11), (27, 27)])
+@pytest.mark.parametrize("method", ["none", "recurrent", "eagle", "two models"])
+def test_a_prompt_that_is_read_in_parts_gives_the_same_text(method, first, later, batch_size, monkeypatch):
+    """Alone, or between the steps of other rows."""
+    prompts = [list(range(3, 30)), [4, 5], list(range(10, 21)), [6]]
+    expected = [greedy(MODEL, prompt, 8) for prompt in prompts]
+    torch.manual_seed(0)
+    drafter = {
+        "none": None,
+        "recurrent": RecurrentDrafter.for_target(MODEL),
+        "eagle": EagleHead.fresh(MODEL),
+        "two models": TwoModel(MODEL),
+    }[method]
+    whole = generate(MODEL, drafter, prompts, max_new_tokens=8, batch_size=batch_size)
+    read_in_parts(monkeypatch, first, later)
+    reads = []
+    read = Runner.read
+    monkeypatch.setattr(Runner, "read", lambda own, parts: reads.append(parts) or read(own, parts))
+    found = generate(MODEL, drafter, prompts, max_new_tokens=8, batch_size=batch_size)
+    assert whole.new_tokens == found.new_tokens == expected
+    assert found.stats.accepted_by_position == whole.stats.accepted_by_position
+    parts = [part for parts in reads for part in parts]
+    assert all(part.stop - part.start <= (later if part.start else first) for part in parts)
+    for prompt in prompts:  # each is read once, in order, up to its last token
+        own = [(part.start, part.stop) for part in parts if part.row.prompt == prompt]
+        assert [position for start, stop in own for position in range(start, stop)] == [*range(len(prompt) - 1)]
+
+
+def test_rows_go_on_between_the_parts_of_a_long_prompt(monkeypatch):
+    """A row that is being decoded waits for no more than one part between two of its steps."""
+    read_in_parts(monkeypatch, 4, 4)
+    log = []
+    read, step = Runner.read, Decoder.step
+    monkeypatch.setattr(Runner, "read", lambda own, parts: log.append("read") or read(own, parts))
+    monkeypatch.setattr(Decoder, "step", lambda *args: log.append("step") or step(*args))
+    prompts = [[5, 9, 12], [7], list(range(3, 44))]
+    asked = request(MODEL, None, prompts, max_new_tokens=20)
+    asked.tasks[1].row = dataclasses.replace(asked.tasks[1].row, budget=3)
+    run = Scheduler(Runner({1: asked.decoder}, batch=2, slots=64), read_tokens=4)
+    for task in asked.tasks:
+        run.add(task)
+    new = {row: [] for row in range(3)}
+    while not run.idle:
+        for event in run.step():
+            new[event.row] += event.tokens
+    assert new == {
+        row: greedy(MODEL, prompt, count) for row, (prompt, count) in enumerate(zip(prompts, (20, 3, 20), strict=True))
+    }
+    assert log == ["read", *["step"] * 3, *["read", "step"] * 10, *["step"] * 19]
 
 
 def test_the_stream_is_the_text_in_pieces():
@@ -480,16 +524,15 @@ def test_a_step_asks_the_device_nothing(drafting, sampling):
     drafter = RecurrentDrafter.for_target(model, beam_width=4, beam_length=3) if drafting else None
     told = {"repetition_penalty": 1.3} | ({"do_sample": True, "top_k": 20, "seed": [1, 2]} if sampling else {})
     asked = request(model, drafter, [[5, 9, 12], [7]], **told)
-    decoder = asked.decoder
-    with torch.inference_mode():
-        state = decoder.empty(batch=2, slots=64)
-        decoder.prefill(asked.rows, state)
-        state.set_visible(64)
-        decoder.step(state)  # what is built on first use may ask
+    steps = prompts_read(asked)
+    state, decoder = steps.state, steps.decoders[1]
+    with steps.running():
+        state.set_visible(state.cache.slots)
+        decoder.step(state, asked.sampler)  # what is built on first use may ask
         torch.cuda.synchronize()
         try:
             torch.cuda.set_sync_debug_mode("error")
-            decoder.step(state)
+            decoder.step(state, asked.sampler)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -562,7 +605,7 @@ def test_no_step_is_launched_that_no_budget_has_room_for(monkeypatch):
     step = Decoder.step
     monkeypatch.setattr(Decoder, "step", lambda *args: steps.append(args) or step(*args))
     generate(MODEL, None, MANY[:2], max_new_tokens=9)
-    assert len(steps) == 8
+    assert len(steps) == 9
 
 
 @pytest.mark.parametrize("reason", ["eos", "length"])
@@ -635,8 +678,8 @@ def test_a_row_that_ended_stays_where_it_is(monkeypatch):
     lengths = []
     step = Decoder.step
 
-    def watched(decoder, state):
-        emitted = step(decoder, state)
+    def watched(decoder, state, *args):
+        emitted = step(decoder, state, *args)
         lengths.extend(state.rows.length[state.rows.alive == 0].tolist())
         return emitted
 
@@ -648,18 +691,18 @@ def test_a_row_that_ended_stays_where_it_is(monkeypatch):
 
 def test_no_slot_idles_while_a_prompt_waits(monkeypatch):
     alive, entered = [], []
-    step, admit = Decoder.step, Decoder.admit
+    step, enter = Decoder.step, Runner.enter
 
-    def watched_step(decoder, state):
+    def watched_step(decoder, state, *args):
         alive.append((int(state.rows.alive.sum()), len(entered)))
-        return step(decoder, state)
+        return step(decoder, state, *args)
 
-    def watched_admit(decoder, state, slots, rows):
-        entered.extend(slots)
-        return admit(decoder, state, slots, rows)
+    def watched_enter(own, rows):
+        entered.extend(rows)
+        return enter(own, rows)
 
     monkeypatch.setattr(Decoder, "step", watched_step)
-    monkeypatch.setattr(Decoder, "admit", watched_admit)
+    monkeypatch.setattr(Runner, "enter", watched_enter)
     end = greedy(MODEL, MANY[2], 12)[3]
     generate(MODEL, None, MANY, max_new_tokens=12, batch_size=3, eos_token_id=end)
     assert len(entered) == len(MANY)
@@ -734,10 +777,10 @@ def test_logits_that_are_no_numbers_are_named_by_row_and_position(bad, drafting,
         handle.remove()
 
 
-@pytest.mark.parametrize("chunk", [2, 512])
-def test_the_drafter_is_given_the_states_of_the_last_positions(monkeypatch, chunk):
-    """Of layers and positions as it asks for, wherever its row stands: after chunks of a prompt, a draft, a new row."""
-    monkeypatch.setattr(stepping, "PREFILL_CHUNK", chunk)
+@pytest.mark.parametrize("part", [2, 512])
+def test_the_drafter_is_given_the_states_of_the_last_positions(monkeypatch, part):
+    """Of layers and positions as it asks for, wherever its row stands: after parts of a prompt, a draft, a new row."""
+    read_in_parts(monkeypatch, part, part)
     model = tiny_model(num_hidden_layers=3, vocab_size=9).double()
     torch.manual_seed(0)
     drafter = RecurrentDrafter.for_target(
@@ -760,6 +803,9 @@ def test_the_drafter_is_given_the_states_of_the_last_positions(monkeypatch, chun
     written = [len(prompt) for prompt in prompts]
     with torch.no_grad():
         states = [target.hidden_states(text[None], torch.ones_like(text[None]))[0] for text in out.sequences]
+    for row, length in enumerate(written):  # the first draft
+        window = torch.cat((torch.zeros(3, 96), states[row][: length - 1]))[-3:].flatten()
+        assert float((found - window).norm(dim=1).min()) < 1e-9
     for event in stream(model, drafter, prompts, max_new_tokens=12, batch_size=2):
         written[event.row] += len(event.tokens)
         if event.finish_reason is None:  # then a draft follows, from the positions before the last token

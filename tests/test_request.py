@@ -10,7 +10,9 @@ import transformers
 from conftest import tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, generate, stream
 from redrafter.core.shapes import DraftShape
+from redrafter.decoding.sampling import Sampler
 from redrafter.decoding.settings import plain
+from redrafter.decoding.state import GREEDY, Sampling
 from redrafter.engine.request import NEW_TOKENS, request
 
 MODEL = tiny_model()
@@ -37,6 +39,8 @@ MODEL = tiny_model()
         ([[5]], {"attention_mask": torch.ones(1, 1)}, "not with a list of rows"),
         (torch.tensor([[True]]), {}, "must be integers, not bool"),
         (torch.zeros(2, 0).long(), {"attention_mask": torch.zeros(2, 0)}, "prompt of row 0 is empty"),
+        ([[5]], {"logprobs": 62}, "logprobs must lie between 0 and the vocabulary's 61 tokens, not 62"),
+        ([[5]], {"logprobs": -1}, "logprobs must lie between 0"),
         ([[5]], {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, not 2.5"),
         ([[5]], {"do_sample": True, "temperature": "hot"}, "temperature must be a number, not 'hot'"),
         ([[5]], {"bad_words_ids": [[3], [4, 61]]}, "bad_words_ids names token 61, outside the vocabulary of 61"),
@@ -66,6 +70,12 @@ OF_OTHER_TYPES = (
     ([[5]], {"batch_size": 1.5}, "batch_size must be a whole number, not 1.5"),
     ([[5]], {"beam_width": "3"}, "beam_width must be a whole number, not '3'"),
     ([[5]], {"node_budget": 7.5}, "node_budget must be a whole number, not 7.5"),
+    ([[5]], {"logprobs": 1.5}, "logprobs must be a whole number, not 1.5"),
+    ([[5]], {"logit_bias": [5]}, r"logit_bias must map token ids to numbers, not be \[5\]"),
+    ([[5]], {"logit_bias": {"a": 1.0}}, "logit_bias must map token ids"),
+    ([[5]], {"logit_bias": {5: "a"}}, "logit_bias of token 5 must be a number, not 'a'"),
+    ([[5]], {"logit_bias": {61: 1.0}}, "logit_bias names token 61, outside the vocabulary of 61"),
+    ([[5]], {"logit_bias": {-1: 1.0}}, "logit_bias names token -1, outside the vocabulary of 61"),
     ([[5]], {"presence_penalty": "a"}, "presence_penalty must be a number, not 'a'"),
     ([[5]], {"do_sample": True, "seed": 1.5}, "[Ss]eed.* not 1.5"),
     ([[5]], {"do_sample": True, "seed": ["a"]}, r"[Ss]eed.* not \['a'\]"),
@@ -161,21 +171,31 @@ def test_the_callers_word_goes_before_the_callers_config_before_the_models_own()
     assert asked({"max_length": 11}, config={"max_new_tokens": 5}, own=own).rows[0].budget == 10
     assert asked(config={"max_length": 11}, own=own).rows[0].budget == 10
     assert asked({"max_length": 90, "max_new_tokens": 8}).rows[0].budget == 8
-    assert asked(own=own).ends == {4, 6}
-    assert asked({"eos_token_id": ()}, own=own).ends == frozenset()
-    assert asked({"eos_token_id": 8}, own=own).ends == {8}
+    assert asked(own=own).tasks[0].ends == {4, 6}
+    assert asked({"eos_token_id": ()}, own=own).tasks[0].ends == frozenset()
+    assert asked({"eos_token_id": 8}, own=own).tasks[0].ends == {8}
     assert asked(own=own).pad == 9
 
 
 def test_nothing_is_sampled_or_cut_off_unasked():
-    assert not asked().sampler.do_sample
-    assert asked({"do_sample": True}).sampler.processors == [[]]  # transformers would cut at 50
-    inherited = asked(own={"do_sample": True, "temperature": 0.6, "top_p": 0.9}).sampler
-    assert inherited.do_sample
-    assert [type(p).__name__ for p in inherited.processors[0]] == ["TemperatureLogitsWarper", "Nucleus"]
-    greedy = asked({"do_sample": False}, own={"do_sample": True, "temperature": 0.6}).sampler
-    assert not greedy.do_sample
-    assert greedy.processors == [[]]
+    assert asked().rows[0].sampling == GREEDY
+    assert asked({"do_sample": True}).rows[0].sampling == Sampling(do_sample=True)  # transformers would cut at 50
+    inherited = asked(own={"do_sample": True, "temperature": 0.6, "top_p": 0.9}).rows[0].sampling
+    assert inherited == Sampling(do_sample=True, temperature=0.6, top_p=0.9)
+    greedy = asked({"do_sample": False}, own={"do_sample": True, "temperature": 0.6})
+    assert greedy.rows[0].sampling == GREEDY
+    assert greedy.sampler == Sampler()
+
+
+def test_what_is_no_tensor_becomes_transformers_processors():
+    """Those that look at scores alone are one object for all rows, which a captured step may call."""
+    told = {"do_sample": True, "top_k": 5, "typical_p": 0.5}
+    one = asked(told, prompts=([5], [6])).sampler
+    assert [type(each).__name__ for each in one.shared.processors] == ["TopKLogitsWarper", "TypicalLogitsWarper"]
+    assert not one.synchronizes
+    each = asked(told | {"no_repeat_ngram_size": 2}, prompts=([5], [6])).sampler
+    assert each.synchronizes
+    assert each.own.keys() == {0, 1}
 
 
 def test_a_models_own_search_by_beams_is_not_passed_over():

@@ -11,11 +11,11 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Given, tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, generate
+from conftest import Given, greedy, tiny_model
+from redrafter import RecurrentDrafter, RedrafterError, TwoModel, generate
 from redrafter.core.rows import RowState
 from redrafter.core.tree import prefix_tree
-from redrafter.decoding.sampling import Sampler
+from redrafter.decoding.state import State
 from redrafter.engine.request import request
 from redrafter.proposers import Proposer
 from redrafter.targets.target import Target
@@ -33,15 +33,44 @@ LAWS = [
 ]
 
 
-def place(texts: list[list[int]], *, spare: int = 9) -> RowState:
-    """Rows whose trees stand at the last token of their texts."""
+def place(texts: list[list[int]], rows: list, *, spare: int = 9) -> RowState:
+    """Rows of a request, whose trees stand at the last token of their texts."""
     longest = max(map(len, texts)) + spare
+    with torch.inference_mode():
+        state = State.empty(Target(MODEL), [None], batch=len(texts), slots=longest).with_bias(61)
+        state.enter(dict(enumerate(rows)))
     return RowState(
         row=torch.arange(len(texts)),
         seed=torch.arange(len(texts)) + 5,
         text=torch.tensor([text + [60] * (longest - len(text)) for text in texts]),  # what follows is not defined
         length=torch.tensor([len(text) - 1 for text in texts]),
         alive=torch.ones(len(texts), dtype=torch.long),
+        settings=state.rows.settings,
+    )
+
+
+def theirs(told: dict, prompt: list[int]):
+    """`(text [1, T], scores [1, V]) -> scores` by transformers' own processors for a row alone."""
+    told = dict(told)
+    presence, frequency = told.pop("presence_penalty", 0.0), told.pop("frequency_penalty", 0.0)
+
+    def occurrence(text, scores):
+        scores = scores.clone()
+        new = text[0, len(prompt) :].tolist()
+        for token in set(new):
+            scores[0, token] -= presence + frequency * new.count(token)
+        return scores
+
+    bias = told.pop("logit_bias", {})
+    config = transformers.GenerationConfig(**({"top_k": 0} | told))
+    if bias:
+        config.sequence_bias = [[[token], value] for token, value in bias.items()]
+    return MODEL._get_logits_processor(
+        config,
+        input_ids_seq_length=len(prompt),
+        encoder_input_ids=torch.tensor([prompt]),
+        logits_processor=[occurrence],
+        device="cpu",
     )
 
 
@@ -61,7 +90,14 @@ PROCESSORS = [
     {"no_repeat_ngram_size": 1, "repetition_penalty": 1.7},
     {"no_repeat_ngram_size": 2, "do_sample": True, "top_p": 0.9},
     {"presence_penalty": 2.0, "frequency_penalty": 0.7},
+    {"presence_penalty": -1.0, "frequency_penalty": 0.2, "repetition_penalty": 1.3, "do_sample": True, "top_k": 9},
+    {"presence_penalty": 2.0, "frequency_penalty": -0.7, "no_repeat_ngram_size": 3},
     {"sequence_bias": [[[5], 3.0], [[7, 8], -4.0]], "renormalize_logits": True},
+    {"logit_bias": {5: 3.0, 7: -4.0}},
+    {"logit_bias": {5: 3.0, 7: -4.0}, "repetition_penalty": 1.7, "do_sample": True, "temperature": 0.7, "top_p": 0.9},
+    {"logit_bias": {9: 5.0}, "no_repeat_ngram_size": 2, "do_sample": True, "min_p": 0.1},
+    {"do_sample": True, "temperature": 0.7, "typical_p": 0.6, "suppress_tokens": [3, 4]},
+    {"suppress_tokens": [3, 4]},
 ]
 
 
@@ -70,32 +106,33 @@ PROCESSORS = [
 @given(seed=st.integers(0, 2**31))
 def test_processors_over_a_tree_are_transformers_over_the_text_of_each_node(told, seed):
     generator = torch.Generator().manual_seed(seed)
-    texts = [[5, 9, 12, 7, 7], [7], [30, 31]]
+    texts, prompts = [[5, 9, 12, 7, 7], [7], [30, 31]], [[5, 9, 12], [7], [30]]
     root = torch.tensor([text[-1] for text in texts])
     tree = prefix_tree(root, torch.randint(3, 12, (3, 3, 2), generator=generator))
     logits = torch.randn(3, tree.size, 61, generator=generator) * 3
-    sampler = request(MODEL, None, texts, **told).sampler
-    here = place(texts)
+    asked = request(MODEL, None, prompts, **told)
+    sampler = asked.sampler
+    here = place(texts, asked.rows)
     draw = sampler.noise(here, depths=3, vocabulary=61)
     choice = sampler.choose(draw, tree, logits.clone(), here)
-    assert sampler.lazy == bool({"no_repeat_ngram_size", "presence_penalty", "sequence_bias"} & set(told))
+    walked = bool(sampler.own)  # if some processor must see the text
+    of_text = {"no_repeat_ngram_size", "sequence_bias"} & told.keys()
+    assert walked == bool(of_text or {"repetition_penalty", "suppress_tokens"} <= told.keys())
     visited = 0
     for row, node in itertools.product(range(3), range(tree.size)):
         if not tree.valid[row, node] or choice.tokens[row, node] < 0:
             continue
         visited += 1
         text = torch.tensor([texts[row] + along(tree, row, node)])
-        score = logits[row, node][None]
-        for processor in sampler.processors[row if sampler.lazy else 0]:
-            score = processor(text, score)
+        score = theirs(told, prompts[row])(text, logits[row, node][None])
         torch.testing.assert_close(choice.scores[row, node], score[0])
         if draw.gumbel is not None:
             score = score + draw.gumbel[row, tree.depth[row, node]]
         assert choice.tokens[row, node] == score.argmax()
-        if sampler.lazy and node:
+        if walked and node:
             above = tree.parents[row, node]
             assert choice.tokens[row, above] == tree.tokens[row, node], "the walk goes where the choice goes"
-    assert visited == (visited if sampler.lazy else int(tree.valid.sum()))
+    assert visited == (visited if walked else int(tree.valid.sum()))
     assert visited >= 3
 
 
@@ -104,24 +141,26 @@ def test_the_law_is_that_of_transformers(law):
     config = transformers.GenerationConfig(do_sample=True, **({"top_k": 0} | law))
     expected = MODEL._get_logits_processor(config, input_ids_seq_length=3, device="cpu")
     logits = torch.randn(6, 61, generator=torch.Generator().manual_seed(0)) * 3
-    draw = request(MODEL, None, [[5]], do_sample=True, **law).sampler.noise(place([[5]]), depths=2, vocabulary=61)
-    torch.testing.assert_close(draw.warp(logits), expected(torch.ones(6, 3, dtype=torch.long), logits))
+    asked = request(MODEL, None, [[5]], do_sample=True, **law)
+    draw = asked.sampler.noise(place([[5]], asked.rows), depths=2, vocabulary=61)
+    torch.testing.assert_close(draw.warp(logits[None])[0], expected(torch.ones(6, 3, dtype=torch.long), logits))
 
 
-def test_rows_that_have_ended_call_no_processor():
-    called = []
+@pytest.mark.parametrize("drafting", [False, True])
+def test_rows_that_have_ended_call_no_processor(drafting):
+    seen, prompts = [], [[5, 6], [7]]
 
     class Watch(transformers.LogitsProcessor):
         def __call__(self, input_ids, scores):
-            called.append(input_ids.tolist())
+            seen.append(input_ids[0].tolist())
             return scores
 
-    here = place([[5, 6], [7]])
-    here.alive[0] = 0
-    tree = prefix_tree(torch.tensor([6, 7]), torch.tensor([[[3]], [[4]]]))
-    sampler = Sampler(False, [[Watch()]])
-    sampler.choose(sampler.noise(here, depths=2, vocabulary=61), tree, torch.zeros(2, 2, 61), here)
-    assert called == [[[7]]]
+    end = greedy(MODEL, prompts[1], 3)[2]
+    told = {"max_new_tokens": 9, "eos_token_id": end, "logits_processor": [Watch()]}
+    out = generate(MODEL, TwoModel(MODEL) if drafting else None, prompts, **told)
+    assert sorted(map(len, out.new_tokens))[0] < 9
+    pairs = zip(prompts, out.new_tokens, strict=True)
+    assert sorted(seen) == sorted(prompt + new[:count] for prompt, new in pairs for count in range(len(new)))
 
 
 class Least(Proposer):

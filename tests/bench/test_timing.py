@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -47,11 +48,16 @@ def test_the_first_steps_on_a_gpu_count_for_the_call_but_not_for_decoding(ticks,
     assert (short.seconds, short.startup, short.tokens) == (3.0, 1.0, 0)
 
 
+def first_tokens(drafter, **settings) -> int:
+    """The number of tokens of the first step."""
+    return len(next(stream(MODEL, drafter, [PROMPT], max_new_tokens=20, eos_token_id=(), **settings)).tokens)
+
+
 def test_the_tokens_of_drafted_steps_are_counted(ticks, drafter):
     stats = generate(MODEL, drafter, [PROMPT], max_new_tokens=20).stats
     assert stats.accepted > 0
     call = time_call(MODEL, drafter, PROMPT, 20, **GREEDY)
-    assert call.tokens == 20 - 1
+    assert call.tokens == 20 - first_tokens(drafter, **GREEDY)
     assert call.seconds == 1 + stats.steps
 
 
@@ -71,7 +77,7 @@ def test_end_tokens_do_not_shorten_an_answer(monkeypatch, drafter, sampling):
 
     monkeypatch.setattr(MODEL, "generate", recording)
     before = torch.get_rng_state()
-    assert time_call(MODEL, drafter, PROMPT, 20, **sampling).tokens == 19
+    assert time_call(MODEL, drafter, PROMPT, 20, **sampling).tokens == 20 - first_tokens(drafter, **sampling)
     assert time_call(MODEL, None, PROMPT, 20, **sampling).tokens == 19
     assert time_transformers_call(MODEL, PROMPT, 20, **sampling).tokens == 19
     assert len(outputs[0]) == 20
@@ -92,22 +98,28 @@ def test_a_run_has_the_statistics_of_generate():
     settings = {"max_new_tokens": 20, "batch_size": 2}
     run = time_stream(stream(MODEL, drafter, PROMPTS, **settings), positions=3)
     expected = generate(MODEL, drafter, PROMPTS, **settings)
-    assert [run.texts[row] for row in range(3)] == expected.new_tokens
+    assert [run.texts[number] for number in range(3)] == expected.new_tokens
     assert run.stats.accepted_by_position == expected.stats.accepted_by_position
     assert (run.stats.steps, run.stats.tokens) == (expected.stats.steps, expected.stats.tokens)
     assert len(run.first) == 3
-    assert run.record()["drafts"] == expected.stats.steps - 3
+    assert run.record()["drafts"] == expected.stats.steps
 
 
-def step(row: int, tokens: int, reason: str | None = None) -> Event:
-    return Event(row, [1] * tokens, tokens - 1, 4, reason)
+def row(number: int, tokens: int, reason: str | None = None) -> Event:
+    return Event(number, [1] * tokens, tokens - 1, 4, reason)
+
+
+def steps(*events_of_step: list[Event]) -> Iterator[Event]:
+    """The events of steps, numbered as in a stream."""
+    for number, events in enumerate(events_of_step, start=1):
+        for event in events:
+            event.step = number
+            yield event
 
 
 def test_prompts_and_first_steps_are_not_timed(ticks):
-    events = [step(0, 1)]
-    events += [step(0, 2) for _ in range(5)]
-    events += [step(0, 1, "eos"), step(1, 1), step(1, 3, "length")]
-    run = time_stream(iter(events), positions=4, skip=3)
+    events = [[row(0, 1)], *([row(0, 2)] for _ in range(5)), [row(0, 1, "eos")], [row(1, 1)], [row(1, 3, "length")]]
+    run = time_stream(steps(*events), positions=4, skip=3)
     assert run.first == [1.0, 1.0]
     assert run.times == [1.0] * 4  # three of seven steps are not timed
     assert run.tokens == 2 + 2 + 1 + 3
@@ -116,20 +128,20 @@ def test_prompts_and_first_steps_are_not_timed(ticks):
 
 
 def test_rows_of_one_step_are_one_step_when_a_new_row_starts(ticks):
-    events = [step(0, 1), step(1, 1)]  # both start
-    events += [step(0, 1), step(1, 1)] * 4
-    events += [step(0, 1, "eos"), step(1, 2)]
-    events += [step(2, 1)]  # replaces row 0
-    events += [step(2, 2), step(1, 2)]
-    run = time_stream(iter(events), positions=4, skip=3)
-    assert run.first == [2.0, 2.0, 1.0]
-    assert run.times == [2.0, 2.0, 2.0]  # the fourth, the fifth and the last
+    events = [[row(0, 1), row(1, 1)] for _ in range(5)]  # both start in the first
+    events += [[row(0, 1, "eos"), row(1, 2)]]
+    events += [[row(2, 1), row(1, 3)]]  # replaces row 0
+    events += [[row(2, 2), row(1, 2)]]
+    run = time_stream(steps(*events), positions=4, skip=3)
+    assert run.first == [2.0, 2.0, 2.0]
+    assert run.times == [2.0, 2.0, 2.0]  # the fifth, the sixth and the last
     assert run.tokens == 2 + 3 + 4
 
 
 def test_a_fixed_batch_is_timed_until_the_first_row_finishes(ticks):
-    events = [step(0, 1), step(1, 1), *[step(0, 1), step(1, 2)] * 5, step(0, 1, "length"), step(1, 2), step(1, 2)]
-    run = time_stream(iter(events), positions=4, skip=3, fixed_batch=True)
+    events = [[row(0, 1), row(1, 1)], *([row(0, 1), row(1, 2)] for _ in range(5))]
+    events += [[row(0, 1, "length"), row(1, 2)], [row(1, 2)]]
+    run = time_stream(steps(*events), positions=4, skip=3, fixed_batch=True)
     assert run.times == [2.0, 2.0]
     assert run.tokens == 6
     total = TimedRun.concatenated([run, run])
@@ -139,7 +151,7 @@ def test_a_fixed_batch_is_timed_until_the_first_row_finishes(ticks):
 
 def test_texts_without_a_timed_step_are_an_error():
     with pytest.raises(RedrafterError, match="end before a step can be timed"):
-        time_stream(iter([step(0, 1), step(0, 1, "eos")]), positions=4, skip=1).record()
+        time_stream(steps([row(0, 1)], [row(0, 1, "eos")]), positions=4, skip=1).record()
 
 
 def test_all_steps_are_timed_except_on_cuda():
@@ -149,7 +161,7 @@ def test_all_steps_are_timed_except_on_cuda():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_transformers_generates_its_own_text(batch):
     run = time_transformers(MODEL, PROMPTS, batch=batch, ends=frozenset(), skip=3, max_new_tokens=12, do_sample=False)
-    assert [run.texts[row] for row in range(3)] == [greedy(MODEL, prompt, 12) for prompt in PROMPTS]
+    assert [run.texts[number] for number in range(3)] == [greedy(MODEL, prompt, 12) for prompt in PROMPTS]
     calls = {1: 3, 2: 2}[batch]
     assert len(run.times) == calls * (11 - 3)
     assert run.tokens == 3 * (11 - 3)

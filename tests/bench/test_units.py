@@ -203,7 +203,7 @@ class Remembering(Proposer):
     def memory(self, *, batch, slots):
         return self.target.new_cache(batch=batch, slots=slots + 5)
 
-    def read(self, memory, rows, states, start):
+    def read(self, memory, chunk, states):
         assert memory is not None
 
     def propose(self, memory, rows, context, noise):
@@ -222,10 +222,9 @@ def test_a_method_with_a_memory_is_measured_and_timed(monkeypatch):
     method.seen.clear()
     found = own.measure(Unit("parts", "ours", ALL, 0.0, 2, 0))
     assert found["nodes"] == 2
-    slots = found["context"] + 2 * 2 + 5
     assert method.seen
-    assert {seen for seen, _ in method.seen} == {slots}
-    assert all(visible <= slots for _, visible in method.seen)
+    (slots,) = {seen for seen, _ in method.seen}
+    assert all(found["context"] < visible <= slots for _, visible in method.seen)
 
 
 class Counting:

@@ -8,6 +8,8 @@ from test_recurrent import paths
 from conftest import Given
 from redrafter import generate
 from redrafter.core.noise import gumbel
+from redrafter.core.rows import SamplingNoise
+from redrafter.decoding.state import sampler_of, settings_of
 from redrafter.engine.request import request
 from redrafter.proposers import Proposer
 
@@ -37,14 +39,14 @@ class Watched(Proposer):
     def memory(self, **sizes):
         return self.watched.memory(**sizes)
 
-    def read(self, memory, rows, states, start):
-        self.watched.read(memory, rows, states, start)
+    def read(self, memory, chunk, states):
+        self.watched.read(memory, chunk, states)
 
     def propose(self, memory, rows, context, noise):
         tree = self.watched.propose(memory, rows, context, noise)
         for slot in rows.alive.nonzero().flatten().tolist():
             text = rows.text[slot, : int(rows.length[slot]) + 1].tolist()
-            self.seen.append((int(rows.seed[slot]), text, set(paths(tree, slot).values()), noise))
+            self.seen.append((int(rows.seed[slot]), text, set(paths(tree, slot).values())))
         return tree
 
 
@@ -67,17 +69,20 @@ def check_every_draft(model, method, following_of, shape, *, coupled: bool, **to
     """Drafts while rows come and go; `following_of(text)` gives what `plain_search` asks."""
     width, length, budget = shape
     prompts = small(MANY)
-    watched = Watched(request(model, method, prompts, **shaped(*shape), **told).decoder.proposer)
+    asked = request(model, method, prompts, **shaped(*shape), **told)
+    watched = Watched(asked.decoder.proposer)
+    settings = settings_of(asked.rows[0], count=1, vocabulary=VOCABULARY, device=torch.device("cpu"))
+    warp = SamplingNoise(None, sampler_of({0: asked.rows[0]}).features, settings).warp
     out = generate(model, Given(watched), prompts, **told)
     assert 0 < out.stats.accepted < out.stats.drafted
     assert len(watched.seen) > 20
-    for seed, text, found, draw in watched.seen:
+    for seed, text, found in watched.seen:
 
-        def rank(logits, position, seed=seed, text=text, draw=draw):
-            if draw.gumbel is None:
+        def rank(logits, position, seed=seed, text=text):
+            if not asked.sampler.features.sampling:
                 return logits
             noise = gumbel(torch.tensor([seed]), torch.tensor([[len(text) + position]]), VOCABULARY)
-            return draw.warp(logits) + (noise if coupled else 0)
+            return warp(logits) + (noise if coupled else 0)
 
         beams, candidates = plain_search(following_of(text), width, length, rank)
         if budget is None:

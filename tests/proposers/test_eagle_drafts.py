@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import LAWS, MANY, SHAPES, check_every_draft, shaped, small
 
-from conftest import AsksNothing, greedy, tiny_model
+from conftest import AsksNothing, greedy, prompts_read, read_in_parts, tiny_model
 from redrafter import RedrafterError, generate
-from redrafter.decoding import step as stepping
 from redrafter.engine.request import request
 from redrafter.evaluation.acceptance import evaluate
 from redrafter.heads.eagle import EagleHead
@@ -68,7 +67,7 @@ def test_a_head_that_knows_the_target_has_every_draft_accepted(law):
     head = Echo(EagleHead.fresh(model, beam_length=3, beam_width=1).config)
     object.__setattr__(head, "known", model.model.norm)
     out = generate(model, head, [[5], [7, 8]], max_new_tokens=41, **LAWS[law])
-    assert out.stats.accepted_by_position == [20, 20, 20]  # two rows: one token, then ten steps of 3 + 1
+    assert out.stats.accepted_by_position == [22, 20, 20]  # two rows: ten steps of 3 + 1, then one token
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -76,14 +75,17 @@ def test_a_head_that_knows_the_target_has_every_draft_accepted(law):
 @torch.no_grad()
 def test_every_draft_is_that_of_a_plain_search(monkeypatch, shape, law, coupled):
     """Whatever was accepted before, in whatever slot, after whatever row: what is kept is what a new run gives."""
-    monkeypatch.setattr(stepping, "PREFILL_CHUNK", 4)
+    read_in_parts(monkeypatch, 4, 4)
     model = tiny_model(vocab_size=9, spread=0.3).double()
     target = Target(model)
     head = random_head(model, seed=2)
     head.config = head.config.model_copy(update={"coupled": coupled})
 
     def following_of(text):
-        """Every feature by a run over the whole text."""
+        """Every feature by a run over the whole text.  Before a text of one token there is a feature of zeros."""
+        if len(text) == 1:
+            hidden, text = torch.zeros(1, target.hidden_size, dtype=torch.double), text * 2
+            return lambda tokens: target.logits(continued(head, target.embed, hidden, [*text, *tokens])[None])[0]
         hidden = target.hidden_states(torch.tensor([text[:-1]]), torch.ones(1, len(text) - 1, dtype=torch.long))[0]
         return lambda tokens: target.logits(continued(head, target.embed, hidden, [*text, *tokens])[None])[0]
 
@@ -121,9 +123,8 @@ def test_what_cannot_be_drafted_is_refused_in_a_sentence():
 @pytest.mark.parametrize("law", LAWS)
 def test_a_draft_asks_the_device_nothing(shape, law):
     asked = request(MODEL, HEAD, MANY[:3], max_new_tokens=9, **shaped(*shape), **LAWS[law])
-    state = asked.decoder.empty(batch=3, slots=60)
+    state = prompts_read(asked).state
     with torch.inference_mode():
-        asked.decoder.prefill(asked.rows, state)
         noise = asked.sampler.noise(state.rows, depths=asked.decoder.length + 1, vocabulary=61)
         with AsksNothing():
             tree = asked.decoder.proposer.propose(state.memory, state.rows, state.context, noise)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import AsksNothing, greedy, rooted, tiny_model
+from conftest import AsksNothing, greedy, rooted, sampled_noise, tiny_model
 from redrafter import RedrafterError, generate
 from redrafter.core.noise import gumbel
 from redrafter.core.rows import SamplingNoise
@@ -46,11 +46,11 @@ def test_every_node_holds_the_token_of_its_rank(seed, shape, less, law):
     generator = torch.Generator().manual_seed(seed)
     names = list(range(3, 40)) if less else list(range(61))
     context, root = torch.randn(2, 1, 32, generator=generator), torch.tensor([5, 9])
-    draw = SamplingNoise((), None)
+    draw = SamplingNoise()
     if law is not None:
         config = MODEL.generation_config.__class__(do_sample=True, **({"top_k": 0} | law))
-        warpers = tuple(MODEL._get_logits_processor(config, input_ids_seq_length=1, device="cpu"))
-        draw = SamplingNoise(warpers, gumbel(torch.tensor([seed, 5]), torch.arange(4, 8).expand(2, -1), 61))
+        warpers = MODEL._get_logits_processor(config, input_ids_seq_length=1, device="cpu")
+        draw = sampled_noise(gumbel(torch.tensor([seed, 5]), torch.arange(4, 8).expand(2, -1), 61), **law)
     proposer = proposer_of(heads, *shape)
     with AsksNothing():
         tree = proposer.propose(None, rooted(root), context, draw)
@@ -62,7 +62,7 @@ def test_every_node_holds_the_token_of_its_rank(seed, shape, less, law):
         assert tree.tokens[row, 0] == root[row]
         scores = heads.logits(context[row, -1])
         if law is not None:
-            scores = draw.warp(scores) + draw.gumbel[row, :3][:, names]
+            scores = warpers(None, scores) + draw.gumbel[row, :3][:, names]
         for node, path in enumerate(paths, start=1):
             depth = len(path)
             assert tree.depth[row, node] == depth
@@ -110,8 +110,8 @@ def test_heads_that_know_what_follows_write_four_tokens_in_a_step():
     model = counting_model()
     out = generate(model, counting_heads(model), [[3], [9, 10]], max_new_tokens=13)
     assert out.new_tokens == [list(range(4, 17)), list(range(11, 24))]
-    assert [row.steps for row in out.stats.rows] == [4, 4], "one token, then three steps of 3 + 1"
-    assert out.stats.accepted_by_position == [6, 6, 6]
+    assert [row.steps for row in out.stats.rows] == [4, 4], "three steps of 3 + 1 and one token"
+    assert out.stats.accepted_by_position == [7, 6, 6]  # the heads have seen nothing before a text of one token
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import AsksNothing, greedy, tiny_model
+from conftest import AsksNothing, greedy, prompts_read, tiny_model
 from redrafter import PromptLookup, RedrafterError, generate, stream
 from redrafter.core.rows import RowState, SamplingNoise
 from redrafter.core.tree import ancestors_of
@@ -42,9 +42,7 @@ def test_agrees_with_the_plain_search(rows, length, ngram, spare):
     none = torch.zeros(len(rows), dtype=torch.long)
     end = torch.tensor([len(tokens) - 1 for tokens in rows])
     place = RowState(none, none, text, length=end, alive=none + 1)
-    tree = PromptLookupProposer(length, ngram).propose(
-        None, place, torch.zeros(len(rows), 1, 4), SamplingNoise((), None)
-    )
+    tree = PromptLookupProposer(length, ngram).propose(None, place, torch.zeros(len(rows), 1, 4), SamplingNoise())
     assert tree.size == length + 1
     assert tree.tokens[:, 0].tolist() == [tokens[-1] for tokens in rows]
     for row, tokens in enumerate(rows):
@@ -92,17 +90,15 @@ def test_a_text_that_repeats_itself_is_drafted_whole():
     assert circle <= 20, "a circle too long for the prompt"
     prompt = [5, *new[:60]]
     out = generate(model, PromptLookup(), [prompt], max_new_tokens=45, beam_length=10)
-    assert out.stats.accepted_by_position == [4] * 10  # one token, then four steps of 10 + 1
+    assert out.stats.accepted_by_position == [5] + [4] * 9  # four steps of 10 + 1, then one token
 
 
 @pytest.mark.parametrize("law", LAWS)
 def test_a_draft_asks_the_device_nothing(law):
     asked = request(MODEL, PromptLookup(), [[5, 9, 12], [7]], max_new_tokens=6, **LAWS[law])
-    decoder = asked.decoder
-    state = decoder.empty(batch=2, slots=40)
+    decoder, state = asked.decoder, prompts_read(asked).state
     with torch.inference_mode():
-        decoder.prefill(asked.rows, state)
-        noise = decoder.sampler.noise(state.rows, depths=decoder.length + 1, vocabulary=61)
+        noise = asked.sampler.noise(state.rows, depths=decoder.length + 1, vocabulary=61)
         with AsksNothing():
             decoder.proposer.propose(state.memory, state.rows, state.context, noise)
 

@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_beam_search import plain_beam_search
 
-from conftest import rooted, tiny_model
+from conftest import rooted, sampled_noise, tiny_model
 from redrafter import RecurrentDrafter, generate
 from redrafter.core.noise import gumbel
-from redrafter.core.rows import SamplingNoise
 from redrafter.core.shapes import DraftShape
 from redrafter.proposers.recurrent import RecurrentProposer
 from redrafter.targets.target import Target
@@ -40,8 +39,8 @@ def test_beams_are_those_that_the_noise_puts_first(seed, width, length, less, bu
     budget = 1 + length + width if budgeted else None
     proposer = RecurrentProposer(drafter, target, DraftShape(beam_width=width, beam_length=length, node_budget=budget))
     config = MODEL.generation_config.__class__(do_sample=True, **({"top_k": 0} | law))
-    warpers = tuple(MODEL._get_logits_processor(config, input_ids_seq_length=1, device="cpu"))
-    draw = SamplingNoise(warpers, gumbel(torch.tensor([seed, 5]), torch.arange(4, 4 + length + 1).expand(2, -1), 61))
+    warpers = MODEL._get_logits_processor(config, input_ids_seq_length=1, device="cpu")
+    draw = sampled_noise(gumbel(torch.tensor([seed, 5]), torch.arange(4, 4 + length + 1).expand(2, -1), 61), **law)
     context, root = torch.randn(2, 32), torch.tensor([5, 9])
     tree = proposer.propose(None, rooted(root), context[:, None], draw)
     for row in range(2):
@@ -49,7 +48,7 @@ def test_beams_are_those_that_the_noise_puts_first(seed, width, length, less, bu
         noise = draw.gumbel[row]
 
         def as_drawn(logits, ids, position, noise=noise):
-            return draw.warp(logits[None])[0] + noise[position, list(ids)]
+            return warpers(None, logits[None])[0] + noise[position, list(ids)]
 
         found_plainly = plain_beam_search(
             drafter, target.embed, context[row], int(root[row]), width, length, adjust=as_drawn
@@ -76,4 +75,4 @@ def test_a_drafter_that_knows_the_target_has_every_draft_accepted(monkeypatch, l
     monkeypatch.setattr(RecurrentDrafter, "step", lambda self, state, embedding: model.model.norm(embedding))
     monkeypatch.setattr(RecurrentDrafter, "logits", lambda self, context, state, read: model.lm_head(state))
     out = generate(model, drafter, [[5], [7, 8]], max_new_tokens=41, do_sample=True, seed=3, **law)
-    assert out.stats.accepted_by_position == [20, 20, 20]  # two rows: one token, then ten steps of 3 + 1
+    assert out.stats.accepted_by_position == [22, 20, 20]  # two rows: ten steps of 3 + 1, then one token

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import LAWS, MANY, SHAPES, check_every_draft, shaped
 
-from conftest import AsksNothing, greedy, tiny_model
+from conftest import AsksNothing, greedy, prompts_read, read_in_parts, tiny_model
 from redrafter import RedrafterError, TwoModel, generate, stream
-from redrafter.decoding import step as stepping
 from redrafter.engine.request import request
 from redrafter.targets.target import Target
 
@@ -42,16 +41,16 @@ def test_a_target_that_drafts_for_itself_past_its_window_is_always_right(family,
     told = {"max_new_tokens": 25, **LAWS[law]}
     out = generate(model, TwoModel(model, coupled=True), prompts, beam_length=3, **told)
     assert out.new_tokens == generate(model, None, prompts, **told).new_tokens
-    assert out.stats.accepted_by_position == [18, 18, 18]  # three rows: one token, then six steps of 3 + 1
+    assert out.stats.accepted_by_position == [21, 18, 18]  # three rows: six steps of 3 + 1, then one token
     other = TwoModel(tiny_model("llama", seed=4).double())
     assert generate(model, other, prompts, beam_length=3, **told).new_tokens == out.new_tokens
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("chunk", [2, 512])
-def test_nothing_is_forgotten_when_rows_come_and_go(monkeypatch, law, chunk):
+@pytest.mark.parametrize("part", [2, 512])
+def test_nothing_is_forgotten_when_rows_come_and_go(monkeypatch, law, part):
     """A perfect draft model is never wrong, in whatever slot, after whatever row, as long as it saw the whole text."""
-    monkeypatch.setattr(stepping, "PREFILL_CHUNK", chunk)
+    read_in_parts(monkeypatch, part, part)
     model = tiny_model().double()
     drafter = TwoModel(model, coupled=True)
     told = {"max_new_tokens": 16, "batch_size": 3, "eos_token_id": greedy(model, MANY[2], 12)[3], **LAWS[law]}
@@ -119,7 +118,7 @@ def test_the_draft_model_drafts_without_dropout_and_is_put_back():
     target = tiny_model("gpt2")
     assert not target.training
     out = generate(target, TwoModel(model), [[5, 9]], max_new_tokens=25, beam_length=3)
-    assert out.stats.accepted_by_position == [6, 6, 6]  # of equal weights
+    assert out.stats.accepted_by_position == [7, 6, 6]  # of equal weights
     assert model.training
 
 
@@ -134,11 +133,9 @@ def test_a_draft_asks_the_device_nothing(law):
         max_new_tokens=6,
         **LAWS[law],
     )
-    decoder = asked.decoder
-    state = decoder.empty(batch=2, slots=40)
+    decoder, state = asked.decoder, prompts_read(asked).state
     with torch.inference_mode():
-        decoder.prefill(asked.rows, state)
-        noise = decoder.sampler.noise(state.rows, depths=decoder.length + 1, vocabulary=61)
+        noise = asked.sampler.noise(state.rows, depths=decoder.length + 1, vocabulary=61)
         with AsksNothing():
             decoder.proposer.propose(state.memory, state.rows, state.context, noise)
 
@@ -147,18 +144,16 @@ def test_a_step_runs_the_draft_model_as_often_as_the_draft_is_long(monkeypatch):
     sizes = []
     run = Target.forward
 
-    def counted(self, tree, length, cache, select=None):
+    def counted(self, tree, *args, **kwargs):
         sizes.append((self.model is OTHER, tree.size))
-        return run(self, tree, length, cache, select)
+        return run(self, tree, *args, **kwargs)
 
     asked = request(MODEL, TwoModel(OTHER), [[5, 9, 12]], beam_width=2, beam_length=4, max_new_tokens=6)
+    steps = prompts_read(asked)
     monkeypatch.setattr(Target, "forward", counted)
-    state = asked.decoder.empty(batch=1, slots=40)
-    with torch.inference_mode():
-        asked.decoder.prefill(asked.rows, state)
-        assert sizes == [(False, 3), (True, 3)]
-        asked.decoder.step(state)
-    assert sizes[2:-1] == [(True, 5), (True, 3), (True, 5), (True, 7)]
+    with steps.running():
+        steps.decoders[1].step(steps.state, asked.sampler)
+    assert sizes[:-1] == [(True, 5), (True, 3), (True, 5), (True, 7)]
     assert not sizes[-1][0]
 
 
@@ -218,8 +213,7 @@ def test_on_a_gpu_a_step_is_one_graph_and_nothing_is_forgotten(captured, family,
         assert out.new_tokens == plain.new_tokens
         assert captured[-1].refused is None
         if draft is model and shape[0] == 1:
-            steps = -(-40 // (shape[1] + 1))
-            assert out.stats.steps == len(MANY) * (1 + steps)
+            assert out.stats.steps == len(MANY) * -(-41 // (shape[1] + 1))
     slow = generate(model, TwoModel(model, coupled=True), MANY, fast=False, **told, **shaped(*shape))
     assert slow.new_tokens == plain.new_tokens
 

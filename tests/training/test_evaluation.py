@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import rooted, tiny_model
+from conftest import rooted, sampled_noise, tiny_model
 from redrafter import PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, stream
 from redrafter.core.noise import gumbel
 from redrafter.core.rows import SamplingNoise
 from redrafter.core.shapes import DraftShape
 from redrafter.data.examples import Row
-from redrafter.decoding.sampling import Sampler
-from redrafter.engine.request import request
+from redrafter.decoding.state import Row as Decoded
+from redrafter.decoding.state import Sampling
 from redrafter.evaluation import acceptance as evaluation
 from redrafter.evaluation.acceptance import Acceptance, Measured, acceptance, drafted_everywhere, evaluate, walked
 from redrafter.proposers.recurrent import RecurrentProposer
@@ -46,12 +46,12 @@ def followed(tree, tokens: list[int]) -> int:
     return len(tokens)
 
 
-def one_by_one(model, proposer, rows: list[Row], warpers, seeds: list[int]) -> list[list[tuple[int, int]]]:
+def one_by_one(model, proposer, rows: list[Row], law: dict, seeds: list[int], from_start: bool):
     """Accepted and drafted tokens at every window, a forward and a draft for each."""
     found = []
     for row, seed in zip(rows, seeds, strict=True):
         ids, trained, own = row.input_ids, row.trained, []
-        for t in range(len(ids) - 2):
+        for t in range(-1 if from_start else 0, len(ids) - 2):
             if not (trained[t + 1] and trained[t + 2]):
                 continue
             known = []
@@ -59,11 +59,13 @@ def one_by_one(model, proposer, rows: list[Row], warpers, seeds: list[int]) -> l
                 if not trained[position]:
                     break
                 known.append(ids[position])
-            states = model(input_ids=torch.tensor([ids[: t + 1]]), output_hidden_states=True).hidden_states[-1]
-            noise = SamplingNoise((), None)
-            if warpers is not None:
+            states = torch.zeros(1, 1, model.config.hidden_size)
+            if t >= 0:
+                states = model(input_ids=torch.tensor([ids[: t + 1]]), output_hidden_states=True).hidden_states[-1]
+            noise = SamplingNoise()
+            if law:
                 positions = torch.arange(t + 2, t + 3 + proposer.length)[None]
-                noise = SamplingNoise(warpers, gumbel(torch.tensor([seed]), positions, model.config.vocab_size))
+                noise = sampled_noise(gumbel(torch.tensor([seed]), positions, model.config.vocab_size), **law)
             tree = proposer.propose(None, rooted(torch.tensor([ids[t + 1]])), states[:, -1:], noise)
             own.append((followed(tree, known), int(tree.valid.sum()) - 1))
         found.append(own)
@@ -90,16 +92,15 @@ def test_counts_are_those_of_a_plain_loop(pairs, width, length, budgeted, less, 
     target = Target(FEW)
     shape = DraftShape(beam_width=width, beam_length=length, node_budget=length + 3 if budgeted else None)
     proposer = RecurrentProposer(drafter, target, shape)
-    sampler, warpers = Sampler(), None
-    if sampled:
-        sampler = request(FEW, None, [[1]], do_sample=True, temperature=0.7).sampler
-        warpers = tuple(sampler.processors[0])
-        assert len(warpers) == 1
     seeds = [seed + number for number in range(len(rows))]
-    expected = one_by_one(FEW, proposer, rows, warpers, seeds)
-    how = {"sampler": sampler, "seeds": seeds, "batch_size": batch_size, "chunk": chunk}
-    found = drafted_everywhere(target, proposer, rows, **how)
-    assert [[tuple(pair) for pair in own.tolist()] for own in found] == expected
+    how = {"seeds": seeds, "batch_size": batch_size, "chunk": chunk}
+    law = {"temperature": 0.7} if sampled else {}
+    if sampled:
+        how["sampled_as"] = Decoded(0, [0], seed=0, budget=1, sampling=Sampling(True, **law))
+    for from_start in (True, False):
+        expected = one_by_one(FEW, proposer, rows, law, seeds, from_start)
+        found = drafted_everywhere(target, proposer, rows, **how, from_start=from_start)
+        assert [[tuple(pair) for pair in own.tolist()] for own in found] == expected
 
     flat = [pair for own in expected for pair in own]
     total = acceptance(target, proposer, rows, **how)
@@ -113,14 +114,14 @@ def test_counts_are_those_of_a_plain_loop(pairs, width, length, budgeted, less, 
 
 
 def counted(model, drafter, prompts, **settings) -> list[Acceptance]:
-    """The drafts of every row, from the events of decoding; a row's first event is that of its prompt."""
+    """The drafts of every row, from the events of decoding."""
     events: list[list] = [[] for _ in prompts]
     for event in stream(model, drafter, prompts, **settings):
         events[event.row].append(event)
     length = settings.get("beam_length") or drafter.config.beam_length
     return [
         Acceptance(
-            len(own) - 1,
+            len(own),
             sum(event.drafted for event in own),
             sum(event.accepted for event in own),
             [sum(event.accepted > i for event in own) for i in range(length)],
@@ -150,7 +151,7 @@ def test_walked_counts_equal_those_of_decoding(shape, new_tokens):
         assert [one.walked for one in found[mode]] == [one.decoding for one in found[mode]]
         for one in found[mode]:
             assert one.tokens == new_tokens
-            assert one.teacher_forced.drafts == new_tokens - 1
+            assert one.teacher_forced.drafts == new_tokens
         total = Measured.total(found[mode])
         assert total.tokens == 5 * new_tokens
         if new_tokens == 16:
@@ -185,8 +186,8 @@ def test_sampled_drafts_receive_the_noise_of_their_rows():
     drafter.logits = lambda context, state, read: model.lm_head(state)
     prompts = [[5], [7, 8]]
     for text in evaluate(model, drafter, prompts, max_new_tokens=41, seed=3)["sampled"]:
-        assert text.walked == text.decoding == Acceptance(10, 30, 30, [10, 10, 10])
-        assert text.teacher_forced == Acceptance(40, 120, 117, [40, 39, 38]), "the last drafts are longer than the text"
+        assert text.walked == text.decoding == Acceptance(11, 33, 31, [11, 10, 10])
+        assert text.teacher_forced == Acceptance(41, 123, 120, [41, 40, 39]), "the last drafts are longer than the text"
 
 
 @torch.no_grad()
@@ -197,7 +198,7 @@ def test_rows_with_continuations_are_compared_with_those():
     drafts = []
     for t in (0, 1, 3):  # after 2 there is no token to draft, after 4 and 5 none is trained
         states = FEW(input_ids=torch.tensor([row.input_ids[: t + 1]]), output_hidden_states=True).hidden_states[-1]
-        tree = proposer.propose(None, rooted(torch.tensor([after[t][0]])), states[:, -1:], SamplingNoise((), None))
+        tree = proposer.propose(None, rooted(torch.tensor([after[t][0]])), states[:, -1:], SamplingNoise())
         drafts.append((followed(tree, [token for token in after[t][1:] if token >= 0]), int(tree.valid.sum()) - 1))
     (found,) = drafted_everywhere(Target(FEW), proposer, [row])
     assert [tuple(pair) for pair in found.tolist()] == drafts

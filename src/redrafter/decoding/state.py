@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -59,6 +60,21 @@ class Row:
     logprobs: int | None = None
     """Number of most likely tokens whose log-probabilities are reported; None for no log-probabilities."""
 
+    @cached_property
+    def features(self) -> Features:
+        """What the row requires of a step."""
+        own = self.sampling
+        return Features(
+            sampling=own.do_sample,
+            top_k=own.top_k and max(64, 1 << (own.top_k - 1).bit_length()),
+            top_p=own.top_p < 1,
+            min_p=own.min_p > 0,
+            penalties=(own.repetition, own.presence, own.frequency) != (1, 0, 0),
+            bias=bool(own.bias),
+            drafter_off=not self.drafting,
+            logprobs=self.logprobs,
+        )
+
 
 def settings_of(row: Row, *, count: int, vocabulary: int, device: torch.device) -> RowSettings:
     """The sampling settings of `count` rows that are all sampled as this one."""
@@ -74,21 +90,25 @@ def settings_of(row: Row, *, count: int, vocabulary: int, device: torch.device) 
 
 def sampler_of(rows: Mapping[int, Row]) -> Sampler:
     """The sampler for rows by slot."""
-    settings = [row.sampling for row in rows.values()]
-    top_k = max((one.top_k for one in settings), default=0)
-    logprobs = [row.logprobs for row in rows.values() if row.logprobs is not None]
-    features = Features(
-        sampling=any(one.do_sample for one in settings),
-        top_k=top_k and max(64, 1 << (top_k - 1).bit_length()),
-        top_p=any(one.top_p < 1 for one in settings),
-        min_p=any(one.min_p > 0 for one in settings),
-        penalties=any((one.repetition, one.presence, one.frequency) != (1, 0, 0) for one in settings),
-        bias=any(one.bias for one in settings),
-        drafter_off=not all(row.drafting for row in rows.values()),
-        logprobs=max(logprobs) if logprobs else None,
-    )
+    kinds = {row.features for row in rows.values()}
+    if len(kinds) == 1:
+        features = kinds.pop()
+    else:
+        logprobs = [one.logprobs for one in kinds if one.logprobs is not None]
+        features = Features(
+            sampling=any(one.sampling for one in kinds),
+            top_k=max(one.top_k for one in kinds),
+            top_p=any(one.top_p for one in kinds),
+            min_p=any(one.min_p for one in kinds),
+            penalties=any(one.penalties for one in kinds),
+            bias=any(one.bias for one in kinds),
+            drafter_off=any(one.drafter_off for one in kinds),
+            logprobs=max(logprobs) if logprobs else None,
+        )
     processors = {row.processors for row in rows.values()}
-    shared = next(iter(processors)) if len(processors) == 1 else None
+    if processors == {None}:
+        return Sampler(features)
+    shared = processors.pop() if len(processors) == 1 else None
     if shared is not None and not shared.lazy:
         return Sampler(features, shared)
     return Sampler(features, None, {slot: row.processors for slot, row in rows.items() if row.processors is not None})
@@ -132,8 +152,7 @@ class State:
         """
         device, used = target.device, [one for one in proposers if one is not None]
         positions = max([1, *(one.positions for one in used)])
-        table = torch.zeros((batch, len(_WHOLE) + len(_REAL)), dtype=torch.long, device=device)
-        table[:, _LENGTH] = 1
+        table = torch.tensor([_FREE] * batch, device=device)
         text = torch.zeros((batch, slots), dtype=torch.long, device=device)
         flat = torch.zeros((batch * positions + 1, target.state_size), dtype=target.dtype, device=device)
         context = flat[:-1].view(batch, positions, -1)
@@ -195,28 +214,35 @@ class State:
                 if row.sampling.bias:
                     bias[slot, [*row.sampling.bias]] = torch.tensor([*row.sampling.bias.values()], device=bias.device)
 
-    def end(self, slots: Sequence[int]) -> None:
-        """Frees slots.  They stay at their beginning, which attention always sees, until other rows enter."""
-        free = [0] * self.table.shape[1]
-        free[_LENGTH] = 1
-        records = self._on_device([[slot, *free] for slot in slots])
+    def end(self, slots: Mapping[int, int]) -> None:
+        """Frees slots, which keep the given number of positions, at least 1, until other rows enter.
+
+        Steps write behind these positions.
+        """
+        before, after = _FREE[:_LENGTH], _FREE[_LENGTH + 1 :]
+        records = self._on_device([[slot, *before, kept, *after] for slot, kept in slots.items()])
         self.table.index_copy_(0, records[:, 0], records[:, 1:])
 
     def revive(self, slots: Int[Tensor, " V"], alive: Int[Tensor, " V"]) -> None:
         """Marks the slots for which `alive` is 1 as being decoded; others keep their state.  Slots may repeat."""
         self.table[:, _ALIVE].scatter_reduce_(0, slots, alive, "amax")
 
-    def move(self, source: int, target: int, used: int) -> None:
-        """Moves the row of a slot, whose cache uses `used` positions, to a free slot and frees the first."""
-        self.table[target] = self.table[source]
-        self.rows.text[target] = self.rows.text[source]
-        self.context[target] = self.context[source]
+    def copy(self, source: int, target: int, used: int) -> None:
+        """Copies the first `used` positions of a slot's text and caches to a free slot."""
+        self.rows.text[target, :used] = self.rows.text[source, :used]
         self.cache.copy_row(source, target, used)
         if self.memory is not None:
             self.memory.copy_row(source, target, used)
+
+    def move(self, source: int, target: int, used: int) -> None:
+        """Moves the row of a slot, whose cache uses `used` positions, to a free slot and frees the first."""
+        self.copy(source, target, used)
+        self.rows.text[target] = self.rows.text[source]
+        self.table[target] = self.table[source]
+        self.context[target] = self.context[source]
         if self.bias is not None:
             self.bias[target] = self.bias[source]
-        self.end([source])
+        self.end({source: 1})
 
     def _on_device(self, lines: list[list[int]]) -> Int[Tensor, "lines columns"]:
         """A table from the host, without waiting for the device."""
@@ -238,3 +264,7 @@ def _record(row: Row) -> list[int]:
     whole = [row.number, row.seed, length, int(length == 0), int(row.drafting), int(sampling.do_sample)]
     real = struct.pack(f"{len(_REAL)}d", *(getattr(sampling, name) for name in _REAL))
     return [*whole, len(row.prompt), sampling.top_k, *struct.unpack(f"{len(_REAL)}q", real)]
+
+
+_FREE = _record(Row(0, prompt=[0, 0], seed=0, budget=0))
+"""A free slot: settings that change no score, as a processor of all rows may refuse what is not a number."""

@@ -90,7 +90,7 @@ class Decoder:
             used = tree.valid & (rows.drafting == 1)[:, None]
             tree = replace(tree, valid=torch.cat((tree.valid[:, :1], used[:, 1:]), dim=1))
         if reading is None:
-            hidden, logits = self.target.forward(tree, rows.length, state.cache)
+            hidden, logits = self.target.forward(tree, rows.length, state.cache, alive=rows.alive)
         else:
             hidden, logits = self._forward_both(tree, state, *reading)
         choice = sampler.choose(noise, tree, logits, rows)
@@ -104,8 +104,9 @@ class Decoder:
             following = following.clamp(min=0)  # -1 if the walk stopped at the end of a text
         rows.text.scatter_(1, rows.length[:, None] + 1 + index, following)
         states = at_positions(hidden, path)
-        state.context.copy_(_latest(state.context, states, accepted))
-        rows.length.add_(rows.alive * (accepted + 1))
+        new = rows.alive * (accepted + 1)  # none in slots that are free or whose prompts are being read
+        state.context.copy_(_latest(state.context, states, new - 1))
+        rows.length.add_(new)
         if reading is not None:
             whole, packed = reading
             whole.revive(packed[:, -2], packed[:, -1])
@@ -124,6 +125,7 @@ class Decoder:
             whole.cache,
             rows=torch.cat((own, chunk.rows)),
             heads=batch,
+            alive=torch.cat((state.rows.alive, torch.ones_like(chunk.rows))),
         )
         self._store(whole, chunk, destination, hidden[batch:])
         return hidden[:batch], logits
@@ -171,26 +173,31 @@ def packed_parts(
     position, the slot, and whether the row is alive afterwards.
     """
     positions, nowhere = state.context.shape[1], len(state.flat_context) - 1
-    lines: list[list[int]] = []
+    count = sum(-(-(part.stop - part.start) // width) for part in parts)
+    packed = torch.zeros((max(count, entries or 0), 3 * width + 3), dtype=torch.long)
+    tokens, following, places, ends = packed.split((width, width, width, 3), dim=1)
+    places.fill_(nowhere)
+    ends[:, 0] = state.rows.text.shape[1] - width  # unused entries are written where no text reaches
+    first = 0
     for slot, row, start, stop in parts:
-        prompt, last = row.prompt, len(row.prompt) - 2
-        for begin in range(start, stop, width):
-            end = min(begin + width, stop)
-            spare = [0] * (width - (end - begin))
-            places = [slot * positions + positions - 1 - (last - p) for p in range(begin, end)]
-            first = slot * positions
-            context = [place if place >= first else nowhere for place in places]
-            tokens = [
-                *prompt[begin:end],
-                *spare,
-                *prompt[begin + 1 : end + 1],
-                *spare,
-                *context,
-                *(nowhere for _ in spare),
-            ]
-            lines.append([*tokens, begin, slot, int(end == len(prompt) - 1)])
-    unused = [0] * (2 * width) + [nowhere] * width + [state.rows.text.shape[1] - width, 0, 0]
-    return torch.tensor([*lines, *([unused] * ((entries or 0) - len(lines)))])
+        size = stop - start
+        last = first - (-size // width)
+        prompt = torch.tensor(row.prompt[start : stop + 1])
+        begin = torch.arange(start, stop, width)
+        own = slice(first, last)
+        _filled(tokens[own], prompt[:-1])
+        _filled(following[own], prompt[1:])
+        place = slot * positions + positions - (len(row.prompt) - 1) + torch.arange(start, stop)
+        _filled(places[own], place.where(place >= slot * positions, nowhere), nowhere)
+        ends[own, 0], ends[own, 1] = begin, slot
+        ends[last - 1, 2] = int(stop == len(row.prompt) - 1)
+        first = last
+    return packed
+
+
+def _filled(lines: Int[Tensor, "lines width"], values: Int[Tensor, " size"], fill: int = 0) -> None:
+    """Writes values line by line, with padding at the end of the last line."""
+    lines.copy_(torch.nn.functional.pad(values, (0, lines.numel() - len(values)), value=fill).view_as(lines))
 
 
 def tokens_of(parts: Sequence[PromptPart]) -> int:

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from redrafter.core.rows import precise
+from redrafter.engine.pending import StepResult
 from redrafter.engine.request import Task
 from redrafter.engine.results import Event, FinishReason, TokenLogprob
-from redrafter.engine.runner import StepResult
 from redrafter.errors import RedrafterError
 
 
@@ -29,6 +29,8 @@ class ActiveRow:
     """Tokens that it may still write."""
     committed: int = field(init=False)
     """Cache slots that it uses once its prompt is read."""
+    written: list[int] = field(default_factory=list)
+    """Its new tokens."""
     scores: list[Tensor] = field(default_factory=list)
     """Scores [1, V] of its tokens, for stopping criteria that read them."""
 
@@ -53,12 +55,13 @@ class ActiveRow:
         return event
 
     def _event(self, result: StepResult, index: int, text: Int[Tensor, "B S"]) -> Event:
-        row, emitted = self.task.row, result.emitted
+        row, emitted, task = self.task.row, result.emitted, self.task
         if row.processors is not None and row.processors.error is not None:
             raise row.processors.error
-        accepted, drafted, *following = result.reports[index]
-        tokens, is_finite = following[: len(following) // 2], following[len(following) // 2 :]
-        tokens = tokens[: min(accepted + 1, self.left)]
+        report = result.reports[index]
+        accepted, drafted, path = report[0], report[1], len(report) // 2 - 1
+        count = min(accepted + 1, self.left)
+        tokens, is_finite = report[2 : 2 + count], report[2 + path : 2 + path + count]
         begin = len(row.prompt) + row.budget - self.left
         if accepted < 0:
             raise RedrafterError(
@@ -69,22 +72,25 @@ class ActiveRow:
         for count, token in enumerate(tokens, start=1):
             if not is_finite[count - 1]:
                 raise self._no_token(emitted.logits[index, emitted.path[index, count - 1]], begin + count - 1)
-            if token in self.task.ends:
+            if token in task.ends:
                 reason = "eos"
-            elif self.task.criteria:
-                if self.task.output_scores:
+            elif task.criteria:
+                if task.output_scores:
                     self.scores.append(precise(emitted.choice.scores[index, emitted.path[index, count - 1]])[None])
                 reason = self._stopped(text[self.slot : self.slot + 1, : begin + count])
             if reason is not None:
                 tokens = tokens[:count]
                 break
         self.left -= len(tokens)
+        self.written += tokens
         if reason is None and self.left == 0:
             reason = "length"
         event = Event(row.number, tokens, min(accepted, len(tokens)), drafted, reason)
-        return self._with_details(event, result, index)
+        if task.output_scores or task.output_logits or row.logprobs is not None:
+            self._add_details(event, result, index)
+        return event
 
-    def _with_details(self, event: Event, result: StepResult, index: int) -> Event:
+    def _add_details(self, event: Event, result: StepResult, index: int) -> None:
         """Adds scores, logits and log-probabilities, if they are requested."""
         emitted, count = result.emitted, len(event.tokens)
         if self.task.output_scores:
@@ -97,7 +103,6 @@ class ActiveRow:
                 _logprob(token, values, most)
                 for token, values in zip(event.tokens, result.logprobs[index], strict=False)
             ]
-        return event
 
     def _stopped(self, text: Int[Tensor, "1 T"]) -> FinishReason | None:
         """Whether a stopping criterion ends the row after this text.  Criteria receive scores if they are requested."""

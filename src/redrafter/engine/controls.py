@@ -112,13 +112,14 @@ def _processors(target: Target, config: GenerationConfig, row: Row, controls: Co
     ends = sorted(end_tokens(config))
     config._eos_token_tensor = torch.tensor(ends, device=target.device) if ends else None
     allowed = controls.allowed_tokens
+    reads_prompt = config.encoder_repetition_penalty is not None or config.encoder_no_repeat_ngram_size is not None
     penalties = (controls.presence_penalty, controls.frequency_penalty)
     occurrence = [OccurrencePenalty(len(row.prompt), *penalties)] if any(penalties) else []
     try:
         processors = target.model._get_logits_processor(
             config,
             input_ids_seq_length=len(row.prompt),
-            encoder_input_ids=torch.tensor([row.prompt], device=target.device),
+            encoder_input_ids=torch.tensor([row.prompt], device=target.device) if reads_prompt else None,
             prefix_allowed_tokens_fn=None if allowed is None else lambda _, text: allowed(row.number, text),
             logits_processor=[*occurrence, *controls.processors],
             device=target.device,
@@ -150,10 +151,11 @@ def make_criteria(
     return [*criteria, *extra]
 
 
-def check_token_settings(config: GenerationConfig, vocabulary: int) -> None:
-    """Raises RedrafterError if a setting names a token that is not in the vocabulary."""
-    for name in ("bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id"):
-        for token in _ids_in(getattr(config, name)):
+def check_token_settings(config: GenerationConfig, bias: dict[int, float], vocabulary: int) -> None:
+    """Raises RedrafterError if a setting names a token that is not in the vocabulary.  `bias` is `logit_bias`."""
+    names = ("bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id")
+    for name, value in {"logit_bias": bias, **{name: getattr(config, name) for name in names}}.items():
+        for token in _ids_in(value):
             if not 0 <= token < vocabulary:
                 raise RedrafterError(f"{name} names token {token}, outside the vocabulary of {vocabulary}.")
 

@@ -103,7 +103,7 @@ class Engine:
         self._remedy = f"lower slots (now {slots}) or max_length (now {self.max_length:,})"
         with within_memory(self._target.device, self._remedy):
             self._runner = Runner(decoders, batch=slots, slots=self.max_length, fast=fast, compile=compile)
-        self._scheduler = Scheduler(self._runner, read_tokens=read_tokens)
+        self._scheduler = Scheduler(self._runner, read_tokens=read_tokens, prefixes=True)
         self._numbers = count()
         self._submissions: dict[Task, Submission] = {}
         self._inbox: deque[tuple[str, Submission]] = deque()
@@ -159,15 +159,15 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """A snapshot."""
-        scheduler = self._scheduler
+        scheduler, prefixes = self._scheduler, self._scheduler.slots.prefixes
         return self._counts.snapshot(
             running=scheduler.running,
             waiting=len(scheduler.waiting) + len(self._inbox),
             slots=self.slots,
             steps=scheduler.steps,
             cache_usage=min(1.0, scheduler.used_positions / (self.slots * self.max_length)),
-            prefix_queries=0,
-            prefix_hits=0,
+            prefix_queries=0 if prefixes is None else prefixes.queries,
+            prefix_hits=0 if prefixes is None else prefixes.hits,
         )
 
     def describe(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from redrafter.decoding.settings import CompleteConfig
 from redrafter.engine.inputs import check_padding
+from redrafter.engine.kept import borrowed
 from redrafter.engine.request import Request, request
 from redrafter.engine.results import Event, Finished, Generation, Stats, finished
 from redrafter.engine.runner import Runner
@@ -72,10 +73,12 @@ def stream(
 def describe_backend(model: nn.Module) -> dict[str, str]:
     """How a model's steps run on its device, in words.  Takes a few undrafted steps to find out."""
     checked = request(model, None, [[0]], generation_config=CompleteConfig(max_new_tokens=4))
-    runner = _runner(checked)
-    for _ in _decoded(checked, runner):
-        pass
-    return runner.describe()
+    with _runner(checked) as runner:
+        scheduler = Scheduler(runner)
+        scheduler.add(checked.tasks[0])
+        while not scheduler.idle:
+            scheduler.step()
+        return runner.describe()
 
 
 def generate(
@@ -131,27 +134,32 @@ def _stream(checked: Request) -> Iterator[Event]:
     return events if checked.tokenizer is None else with_text(events, checked.tokenizer)
 
 
-def _decoded(checked: Request, runner: Runner | None = None) -> Iterator[Event]:
+def _decoded(checked: Request) -> Iterator[Event]:
     """Decodes all rows.  Raises RedrafterError if memory runs out, with the settings to lower."""
     remedy = f"lower batch_size (now {checked.batch}), max_new_tokens or the beams that are drafted"
     device = checked.target.device
-    with within_memory(device, remedy):
-        runner = runner or _runner(checked)
-    scheduler = Scheduler(runner, ahead=not checked.output_scores and not checked.output_logits)
-    for task in checked.tasks:
-        scheduler.add(task)
-    while not scheduler.idle:
-        with within_memory(device, remedy):  # left before each event: the caller may never resume
-            outcomes = scheduler.step()
-        for _, outcome in outcomes:
-            if isinstance(outcome, Exception):
-                raise outcome
-            yield outcome
+    with ExitStack() as stack:
+        with within_memory(device, remedy):
+            runner = stack.enter_context(_runner(checked))
+        scheduler = Scheduler(
+            runner, slots=checked.batch, ahead=not checked.output_scores and not checked.output_logits
+        )
+        for task in checked.tasks:
+            scheduler.add(task)
+        while not scheduler.idle:
+            with within_memory(device, remedy):  # left before each event: the caller may never resume
+                outcomes = scheduler.step()
+            for _, outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                yield outcome
 
 
-def _runner(checked: Request) -> Runner:
+def _runner(checked: Request) -> AbstractContextManager[Runner]:
     longest = max(len(row.prompt) + row.budget for row in checked.rows)
-    return Runner({1: checked.decoder}, batch=checked.batch, slots=longest, fast=checked.fast, compile=checked.compile)
+    return borrowed(
+        {1: checked.decoder}, batch=checked.batch, slots=longest, fast=checked.fast, compile=checked.compile
+    )
 
 
 def _feeding(streamer: BaseStreamer, checked: Request) -> Iterator[Event]:

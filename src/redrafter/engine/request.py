@@ -28,6 +28,7 @@ from redrafter.engine.controls import (
     with_sampling,
 )
 from redrafter.engine.inputs import end_tokens, padding_token, read_prompts
+from redrafter.engine.kept import target_for
 from redrafter.errors import RedrafterError
 from redrafter.kernels import kernels_enabled
 from redrafter.proposers import Drafter, Method, method_of
@@ -58,6 +59,7 @@ class Task:
 class Request:
     """The checked arguments of one call."""
 
+    model: nn.Module
     decoder: Decoder
     tasks: list[Task]
     batch: int
@@ -114,7 +116,7 @@ def request(
     batch_size = sizes.pop("batch_size")
     method = method_for(model, drafter)
     with kernels_enabled(fast):
-        target = Target(model, () if method is None else method.layers)
+        target = target_for(model, () if method is None else method.layers, fast=fast)
     config, checked = tasks(target, input_ids, attention_mask, tokenizer=tokenizer, **settings)
     batch = min(batch_size or len(checked), len(checked))
     proposer = None
@@ -122,6 +124,7 @@ def request(
         with kernels_enabled(fast):
             proposer = method.proposer(target, _shape(method, batch, ShapeOverrides(**sizes), shape))
     return Request(
+        model,
         Decoder(target, proposer),
         checked,
         batch=batch,
@@ -170,7 +173,7 @@ def tasks(
     config = resolve(target.model, generation_config, settings)
     if eos_token_id is not None:
         config.eos_token_id = plain(eos_token_id)
-    check_token_settings(config, target.vocab_size)
+    check_token_settings(config, controls.bias, target.vocab_size)
     check_logprobs(logprobs, target.vocab_size)
     prompts = read_prompts(target, config, input_ids, attention_mask)
     rows = [

@@ -30,7 +30,7 @@ class TokenLogprob:
     top: list[tuple[int, float]]
 
 
-@dataclass
+@dataclass(slots=True)
 class Event:
     """Tokens of one row from one step: `accepted` drafted tokens, then at most one token of the target.
 

@@ -7,11 +7,9 @@ of the thread are restored after each step.  Does not know requests or when rows
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -21,76 +19,30 @@ from torch import Tensor, nn
 from redrafter.core.cache import SlotCache
 from redrafter.decoding.sampling import Sampler
 from redrafter.decoding.state import Row, State, sampler_of
-from redrafter.decoding.step import Decoder, Emission, PromptPart, packed_parts
+from redrafter.decoding.step import Decoder, Emission, PromptPart, packed_parts, tokens_of
 from redrafter.engine.backend import Backend, models_of
+from redrafter.engine.clock import milliseconds
 from redrafter.engine.compiled import compiled, mark_length_dynamic
 from redrafter.engine.cuda_graph import Captured
-from redrafter.errors import RedrafterError
+from redrafter.engine.pending import Owners, PendingStep, StepResult
 from redrafter.kernels import kernels_enabled
 from redrafter.targets.isolation import original
 from redrafter.targets.locks import ModelLock
 
-LAUNCH_AHEAD_SECONDS = 2e-3
-"""Duration of a step below which the next one is launched before its results are read.
+LAUNCH_AHEAD_SHARE = 0.03
+"""Share of a step from which the host's work between two steps is hidden by launching the next one before it.
 
-Launching ahead hides about 0.1 ms of host overhead per step; the last step of a row is wasted.
+The last step of a row is then wasted.
 """
-
-Owners = Sequence[tuple[int, Any]]
-"""Indices of rows in an emission, each with what the caller knows the row by."""
 
 READ_WIDTH = 256
 """Prompt tokens per row of the kernels for tree attention."""
 
+MAX_CAPTURED_READ, CAPTURED_WIDTH = 1024, 32
+"""Prompt tokens of a forward pass that is captured, and those of one of its rows."""
+
 MAX_STEPS = 128
 """Limit on the captured steps that are kept."""
-
-WARM_UP = 5
-"""Calls before the first one that is timed."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """A step whose report has been read."""
-
-    owners: Owners
-    """What the caller passed for the step."""
-    emitted: Emission
-    reports: list[list[int]]
-    """`Emission.report` on the host."""
-    logprobs: list[list[list[float]]] | None
-    """`Emission.logprobs` on the host."""
-
-
-@dataclass(frozen=True)
-class PendingStep:
-    """A step that was launched and whose report has not been read."""
-
-    owners: Owners
-    emitted: Emission
-    report: Tensor
-    logprobs: Tensor | None
-    begin: float
-    copied: torch.cuda.Event | None = None
-    """When the report has arrived at the host."""
-
-    @classmethod
-    def launched(cls, owners: Owners, emitted: Emission, begin: float) -> PendingStep:
-        """Starts to copy the report from a GPU to the host."""
-        device = emitted.report.device
-        if device.type != "cuda":
-            return cls(owners, emitted, emitted.report, emitted.logprobs, begin)
-        report, logprobs = _to_host(emitted.report), None if emitted.logprobs is None else _to_host(emitted.logprobs)
-        copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(device))
-        return cls(owners, emitted, report, logprobs, begin, copied)
-
-    def result(self) -> StepResult:
-        """Waits for the report."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        logprobs = None if self.logprobs is None else self.logprobs.tolist()
-        return StepResult(self.owners, self.emitted, self.report.tolist(), logprobs)
 
 
 class Runner:
@@ -125,13 +77,16 @@ class Runner:
             spare = 2 * self.length + 1 + max(READ_WIDTH, self.size) if cache is None else cache.slots - slots
             proposers = [one.proposer for one in self.decoders.values()]
             self.state = State.empty(self.target, proposers, batch=batch, slots=slots + spare, cache=cache)
+        self.slots = slots
+        """Positions of a text."""
         self._views: dict[int, State] = {}
         self._layers = self.target.decoder_layers if self.backend.compile is None else []
         self._addresses = _current_addresses(self._models)
-        self._steps: dict[Hashable, Captured[Emission]] = {}
+        self._steps: dict[Hashable, Captured[Any]] = {}
         self._inputs: dict[Hashable, Tensor] = {}
         self._refused = self.backend.graph
-        self._seconds = math.inf  # duration of the last step that was waited for
+        self._seconds = math.inf  # duration of the last step that was waited for, and of the host's work after it
+        self._between, self._read_at = 0.0, math.nan
 
     @property
     def size(self) -> int:
@@ -142,6 +97,35 @@ class Runner:
     def length(self) -> int:
         """The largest number of drafted tokens of a step and row."""
         return max(decoder.length for decoder in self.decoders.values())
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured, unless it turns out that they cannot be."""
+        return self._refused is None
+
+    @property
+    def replays(self) -> bool:
+        """Whether some step was captured."""
+        return any(step.replaying for step in self._steps.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values."""
+        caches = (self.state.cache, self.state.memory)
+        return sum(cache.row_bytes * cache.batch for cache in caches if cache is not None)
+
+    @property
+    def lag(self) -> int:
+        """Tokens at the end of a text that a proposer's memory may lack."""
+        return 0 if self.state.memory is None else self.length + 1
+
+    def fits(self, batch: int, slots: int) -> bool:
+        """Whether it has room for that many rows and positions."""
+        return self.state.batch >= batch and self.slots >= slots
+
+    def clear(self) -> None:
+        """Frees all slots."""
+        self.end(dict.fromkeys(range(self.state.batch), 1))
 
     @property
     def reads_while_decoding(self) -> bool:
@@ -208,14 +192,21 @@ class Runner:
 
         Rows whose prompts are complete are alive afterwards.
         """
-        from_start = all(part.start == 0 for part in parts)
-        longest = max(part.stop - part.start for part in parts)
-        width = longest if from_start or not self.target.tree_kernels else min(longest, READ_WIDTH)
         decoder = self.decoders[1]
         with self.running(compile=False):  # prompts of every length would be compiled anew
-            packed = packed_parts(parts, self.state, width=width)
+            if self.reads_while_decoding and tokens_of(parts) <= MAX_CAPTURED_READ:
+                state, packed = self._packed(parts, CAPTURED_WIDTH)
+                key = ("read", len(packed))
+                if key not in self._steps:
+                    self._steps[key] = self.captured(lambda: decoder.read(state, packed), known=self.replays)
+                self._steps[key]()
+                return
+            from_start = all(part.start == 0 for part in parts)
+            longest = max(part.stop - part.start for part in parts)
+            width = longest if from_start or not self.target.tree_kernels else min(longest, READ_WIDTH)
             self.state.set_visible(max(part.stop for part in parts))
-            decoder.read(self.state, packed.to(self.backend.device), from_start=from_start)
+            whole = packed_parts(parts, self.state, width=width)
+            decoder.read(self.state, whole.to(self.backend.device), from_start=from_start)
 
     def launch(
         self, rows: Mapping[int, Row], owners: Owners, committed: int, parts: Sequence[PromptPart] = ()
@@ -225,12 +216,14 @@ class Runner:
         `committed` is the largest number of cache slots that a row uses.
         """
         begin = time.perf_counter()
+        if begin > self._read_at:
+            self._between = begin - self._read_at
         sampler = sampler_of(rows)
         count = self.rounded(1 + max(rows))
         decoder = self.decoder_for(count)
         with self.running():
             state = self.view(count)
-            reading = self._packed(decoder, parts) if parts else None
+            reading = self._packed(parts, decoder.size) if parts else None
             if sampler.synchronizes:
                 step: Callable[[], Emission] = lambda: decoder.step(state, sampler, reading)  # noqa: E731
                 refused = True
@@ -246,30 +239,36 @@ class Runner:
         """Waits for a step.  `waited`: no other step ran at the same time, so that its duration is known."""
         result = pending.result()
         if waited:
-            self._seconds = time.perf_counter() - pending.begin
+            self._read_at = time.perf_counter()
+            self._seconds = self._read_at - pending.begin
         return result
 
     @property
     def launches_ahead(self) -> bool:
         """Whether the next step should be launched before the results of the last one are read."""
-        return self._seconds < LAUNCH_AHEAD_SECONDS and any(step.replaying for step in self._steps.values())
+        return self.replays and self._between > LAUNCH_AHEAD_SHARE * self._seconds
 
-    def end(self, slots: Sequence[int]) -> None:
-        """Frees slots."""
+    def end(self, slots: Mapping[int, int]) -> None:
+        """Frees slots.  See `State.end`."""
         with torch.inference_mode():
             self.state.end(slots)
+
+    def copy(self, source: int, target: int, used: int) -> None:
+        """Copies the first positions of a slot's text and caches to another slot."""
+        with torch.inference_mode():
+            self.state.copy(source, target, used)
 
     def move(self, source: int, target: int, used: int) -> None:
         """Moves a row to a free slot.  See `State.move`."""
         with torch.inference_mode():
             self.state.move(source, target, used)
 
-    def _packed(self, decoder: Decoder, parts: Sequence[PromptPart]) -> tuple[State, Tensor]:
+    def _packed(self, parts: Sequence[PromptPart], width: int) -> tuple[State, Tensor]:
         """The complete state, and parts of prompts in one of the sizes that are captured."""
-        entries = sum(-(-(part.stop - part.start) // decoder.size) for part in parts)
-        rounded = max(4, 1 << (entries - 1).bit_length())
-        packed = packed_parts(parts, self.state, width=decoder.size, entries=rounded)
-        key = ("packed", decoder.size, rounded)
+        entries = sum(-(-(part.stop - part.start) // width) for part in parts)
+        rounded = max(1 if width >= CAPTURED_WIDTH else 4, 1 << (entries - 1).bit_length())
+        packed = packed_parts(parts, self.state, width=width, entries=rounded)
+        key = (width, rounded)
         if key not in self._inputs:
             self._inputs[key] = packed.to(self.backend.device)
         else:
@@ -306,49 +305,6 @@ class Runner:
             return milliseconds(function, self.backend.device, repeats)
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in the host's memory, which has not arrived yet."""
-    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    return copy.copy_(tensor, non_blocking=True)
-
-
 def _current_addresses(models: Sequence[nn.Module]) -> list[int]:
     """One address per model, which changes if the model is moved or converted."""
     return [next(chain(model.parameters(), model.buffers())).data_ptr() for model in models]
-
-
-def milliseconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median duration of a function: CUDA graph replays between events, otherwise wall time.
-
-    Raises RedrafterError if a function on a GPU cannot be captured.
-    """
-    timed = _replays if device.type == "cuda" else _calls
-    with torch.inference_mode():
-        return statistics.median(timed(function, device, repeats))
-
-
-def _replays(function: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    with torch.cuda.device(device):
-        captured = Captured(function, device)
-        for _ in range(WARM_UP):
-            captured()
-        if captured.refused is not None:
-            raise RedrafterError(f"The function cannot be timed as a CUDA graph: {captured.refused}.")
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for before, after in events:
-            before.record()
-            captured()
-            after.record()
-        torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in events]
-
-
-def _calls(function: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    times = []
-    for _ in range(WARM_UP + repeats):
-        begin = time.perf_counter()
-        function()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(1e3 * (time.perf_counter() - begin))
-    return times[WARM_UP:]

@@ -7,7 +7,6 @@ know how a step is run, nor who receives the results.
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -15,9 +14,11 @@ from dataclasses import dataclass
 
 from redrafter.decoding.step import PromptPart
 from redrafter.engine.active import ActiveRow
+from redrafter.engine.pending import PendingStep
 from redrafter.engine.request import Task
 from redrafter.engine.results import Event
-from redrafter.engine.runner import PendingStep, Runner
+from redrafter.engine.runner import Runner
+from redrafter.engine.slots import Slots
 
 MAX_READ = 8192
 """Prompt tokens in one forward pass, counting padding; limits the memory of activations."""
@@ -27,6 +28,9 @@ MAX_LATER_READ = 512
 
 MAX_PADDING = 1.25
 """The longest prompt of a forward pass has at most this many times the tokens of the shortest."""
+
+GATHER_SHARE, GATHER_STEPS = 32, 4
+"""Prompts are read beside steps once one waits for every 32 rows that are being decoded, or after 4 steps."""
 
 SHRINK_AFTER = 8
 """Steps with few rows after which rows move together, so that later steps compute fewer slots."""
@@ -43,10 +47,20 @@ class _Reading:
 class Scheduler:
     """Assigns rows to the slots of a runner and cuts steps into events."""
 
-    def __init__(self, runner: Runner, *, read_tokens: int | None = None, ahead: bool = True):
-        """`read_tokens`: how many prompt tokens are read between two steps of other rows; None for complete prompts.
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        slots: int | None = None,
+        read_tokens: int | None = None,
+        ahead: bool = True,
+        prefixes: bool = False,
+    ):
+        """`slots`: the number of rows to decode together; None for all that the runner has room for.
 
+        `read_tokens`: how many prompt tokens are read between two steps of other rows; None for complete prompts.
         `ahead` allows launching a step before the previous one was read, which overwrites the emission of the latter.
+        `prefixes`: whether prompts may use keys and values of earlier texts that begin alike.
         """
         self._runner, self._ahead = runner, ahead
         self._budget = MAX_READ if read_tokens is None else read_tokens
@@ -55,9 +69,10 @@ class Scheduler:
         self.active: dict[int, ActiveRow] = {}
         """The row that is being decoded in each slot."""
         self._reading: dict[int, _Reading] = {}
-        self._free = [*range(runner.state.batch)]
-        self._ended: set[int] = set()  # free slots that the device still decodes
+        self.slots = Slots(runner, runner.state.batch if slots is None else slots, prefixes=prefixes)
+        """The slots for rows."""
         self._pending: deque[PendingStep] = deque()
+        self._gathered = 0  # steps that prompts have waited for others
         self._small = 0  # steps since which fewer slots would suffice
         self.steps = 0
         """Steps so far."""
@@ -139,22 +154,22 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Gives free slots to waiting rows."""
-        entering: dict[int, ActiveRow] = {}
-        while self._free and self.waiting:
-            slot = heapq.heappop(self._free)
-            entering[slot] = ActiveRow(self.waiting.popleft(), slot)
-            entering[slot].task.admitted = time.perf_counter()
+        entering: dict[int, _Reading] = {}
+        while self.slots.free and self.waiting:
+            task = self.waiting.popleft()
+            task.admitted = time.perf_counter()
+            slot, found = self.slots.take(task.row, [*self.active, *self._reading, *entering])
+            entering[slot] = _Reading(ActiveRow(task, slot), found)
         if entering:
-            self._runner.enter({slot: row.task.row for slot, row in entering.items()})
-        for slot, row in entering.items():
-            self._ended.discard(slot)
-            self._reading[slot] = _Reading(row)
-        self._start_read_rows()
+            self._runner.enter({slot: one.active.task.row for slot, one in entering.items()})
+            self._reading |= entering
+            self._start_read_rows()
 
     def _start_read_rows(self) -> None:
         """Rows whose prompts are read begin to be decoded."""
         for slot in [slot for slot, one in self._reading.items() if one.start >= one.active.to_read]:
-            self.active[slot] = self._reading.pop(slot).active
+            row = self.active[slot] = self._reading.pop(slot).active
+            self.slots.holds(slot, row.task.row.prompt[: row.to_read])
 
     def _read_alone(self) -> None:
         """Reads prompts while no row is being decoded: together if their lengths are similar."""
@@ -188,9 +203,7 @@ class Scheduler:
 
     def _launch(self) -> PendingStep:
         """Starts a step of all rows that are being decoded, and reads parts of prompts beside or before it."""
-        if self._ended:
-            self._runner.end(sorted(self._ended))
-            self._ended.clear()
+        self.slots.end()
         self._move_together()
         parts = self._next_parts()
         if parts and not self._runner.reads_while_decoding:
@@ -205,7 +218,16 @@ class Scheduler:
         return pending
 
     def _next_parts(self) -> list[PromptPart]:
-        """What to read now, first come, first served, within the budget."""
+        """What to read now, first come, first served, within the budget.
+
+        Reading beside a step costs much the same for one prompt as for several, so a few steps may pass until others
+        wait too.
+        """
+        together = self._runner.reads_while_decoding and len(self._reading) * GATHER_SHARE < len(self.active)
+        if self._reading and together and self._gathered < GATHER_STEPS:
+            self._gathered += 1
+            return []
+        self._gathered = 0
         parts: list[PromptPart] = []
         left = min(self._budget, MAX_LATER_READ) if self._runner.reads_while_decoding else self._budget
         for one in self._reading.values():
@@ -222,10 +244,14 @@ class Scheduler:
         return any(row.left > unread for row in self.active.values())
 
     def _release(self, slot: int) -> None:
-        if self.active.pop(slot, None) is None:
-            del self._reading[slot]
-        heapq.heappush(self._free, slot)
-        self._ended.add(slot)
+        """Frees the slot of a row.  What is in its cache stays."""
+        row = self.active.pop(slot, None)
+        if row is None:
+            reading = self._reading.pop(slot)
+            text = reading.active.task.row.prompt[: reading.start]
+        else:
+            text = (row.task.row.prompt + row.written)[: row.committed]
+        self.slots.release(slot, text)
 
     def _move_together(self) -> None:
         """Moves rows from the last slots to free ones if later steps then compute fewer slots."""
@@ -238,11 +264,9 @@ class Scheduler:
         if self._small < SHRINK_AFTER:
             return
         for source in sorted(self.active, reverse=True):
-            if source <= self._free[0]:
+            if source <= self.slots.free[0]:
                 break
-            target = heapq.heapreplace(self._free, source)
             row = self.active.pop(source)
             unread = len(self._pending) * (self._runner.length + 1) + self._runner.size
-            self._runner.move(source, target, row.committed + unread)
-            row.slot = target
-            self.active[target] = row
+            row.slot = self.slots.move(source, row.committed + unread)
+            self.active[row.slot] = row

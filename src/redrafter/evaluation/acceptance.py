@@ -142,11 +142,16 @@ def drafted_everywhere(
     seeds: list[int] | None = None,
     batch_size: int = 8,
     chunk: int | None = None,
+    from_start: bool = False,
 ) -> list[Tensor]:
-    """Accepted and drafted tokens at every window, [M, 2] for each row, by position; arguments as for `acceptance`."""
+    """Accepted and drafted tokens at every window, [M, 2] for each row, by position; arguments as for `acceptance`.
+
+    `from_start`: see `evaluation.windows`.
+    """
     chunk = chunk or min(MAX_WINDOWS, max(1, MAX_SCORES // target.vocab_size))
     verdicts: list[Tensor] = []
-    for batch in window_batches(target, rows, length=proposer.length, batch_size=batch_size):
+    length = proposer.length
+    for batch in window_batches(target, rows, length=length, batch_size=batch_size, from_start=from_start):
         ids, hidden = batch.ids, batch.hidden
         seed = torch.tensor((seeds or [0] * len(rows))[len(verdicts) :][: len(ids)], device=ids.device)
         parts = [torch.zeros((0, 2), dtype=torch.long, device=ids.device)]
@@ -184,14 +189,18 @@ class WindowBatch(NamedTuple):
         yield from zip(*(part.split(size) for part in self[2:]), strict=True)
 
 
-def window_batches(target: Target, rows: list[Row], *, length: int, batch_size: int) -> Iterator[WindowBatch]:
-    """The windows for drafts of `length` tokens, `batch_size` rows at a time."""
+def window_batches(
+    target: Target, rows: list[Row], *, length: int, batch_size: int, from_start: bool = False
+) -> Iterator[WindowBatch]:
+    """The windows for drafts of `length` tokens, `batch_size` rows at a time.  `from_start`: see `windows`."""
     for begin in range(0, len(rows), batch_size):
         collated = collate(rows[begin : begin + batch_size])
         batch = {name: value.to(target.device) for name, value in collated.items()}
         ids = batch["input_ids"]
+        if from_start:  # a collated batch has no first token to learn
+            batch["trained"][:, 0] = torch.tensor([row.trained[0] for row in rows[begin : begin + batch_size]])
         continuations = batch.get("continuations")
-        found = windows(ids, batch["trained"], length=length, continuations=continuations, from_start=True)
+        found = windows(ids, batch["trained"], length=length, continuations=continuations, from_start=from_start)
         hidden = target.hidden_states(ids[:, :-1], batch["segments"][:, :-1]) if len(found[0]) else None
         yield WindowBatch(ids, hidden, *found)
 
@@ -280,7 +289,13 @@ def _measure(request: Request, generation: Generation, batch_size: int) -> list[
     assert proposer is not None
     length, rows = proposer.length, answered(request, new)
     verdicts = drafted_everywhere(
-        request.target, proposer, rows, sampled_as=request.rows[0], seeds=seeds, batch_size=batch_size
+        request.target,
+        proposer,
+        rows,
+        sampled_as=request.rows[0],
+        seeds=seeds,
+        batch_size=batch_size,
+        from_start=True,
     )
     return [
         Measured(len(tokens), _decoded(stats), Acceptance.of(walked(own), length), Acceptance.of(own, length))

@@ -17,8 +17,9 @@ from redrafter.core.shapes import DraftShape, counted
 from redrafter.core.tree import DraftTree, chain
 from redrafter.decoding.step import Decoder, Emission
 from redrafter.decoding.verify import walk
+from redrafter.engine.clock import milliseconds
 from redrafter.engine.request import Request, Task
-from redrafter.engine.runner import Runner, milliseconds
+from redrafter.engine.runner import Runner
 from redrafter.engine.scheduler import Scheduler
 from redrafter.errors import RedrafterError
 from redrafter.proposers import Method, Proposer

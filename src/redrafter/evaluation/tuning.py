@@ -190,6 +190,7 @@ class Texts:
             sampled_as=self.request.rows[0],
             seeds=[row.seed for row in self.request.rows],
             batch_size=BATCH,
+            from_start=True,
         )
         found = torch.cat([walked(one) for one in verdicts])
         return Acceptance.of(found, shape.beam_length).mean_acceptance_length

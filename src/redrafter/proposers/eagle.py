@@ -70,7 +70,7 @@ class EagleProposer(Proposer):
         assert memory is not None
         latest = self._run_latest(memory, rows, features)  # [B, beams, H]: the feature at each beam's last token
         given = latest[:, :, None][:, :, :0]  # [B, beams, depth, H]: those before its tokens
-        root, begin = rows.root, rows.length.clamp(min=1) - 1  # a text of one token has no feature yet
+        root, begin = rows.root, rows.length.clamp(min=1) - 1  # before a text of one token is a feature of zeros
 
         def following(beams: Tensor, parents: Tensor) -> Tensor:
             nonlocal given, latest
@@ -96,7 +96,7 @@ class EagleProposer(Proposer):
         begin = first.clamp(min=0)
         index = begin + torch.arange(self.length + 1, device=begin.device)
         seen = (index - first).clamp(max=self.length)
-        tokens = rows.text.gather(1, (index + 1).minimum(end))
+        tokens = rows.text.gather(1, (index + 1).minimum(rows.length[:, None]))
         output = self._run(memory, chain(tokens), at_positions(features, seen), begin[:, 0])
         return at_positions(output, end - 1 - begin)
 

@@ -9,6 +9,7 @@ kept of them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -51,8 +52,8 @@ class Target:
         `layers` are the numbers, from 1, of layers whose outputs are returned in addition to the input of the output
         head.  Raises RedrafterError if the model cannot verify trees or lacks such a layer.
         """
-        self.model = structure.unwrapped(model)
-        """The caller's model, which never runs here."""
+        self._held: PreTrainedModel | None = structure.unwrapped(model)
+        self._model = weakref.ref(self._held)
         structure.check_structure(self.model, self.model.config.get_text_config())
         self.module: PreTrainedModel = isolated(self.model)
         """The copy that runs, in evaluation mode.  It may be changed."""
@@ -85,6 +86,17 @@ class Target:
         self.tree_kernels = bool(probed.tree_kernels) and has_kernels(self.device, self.dtype)
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The caller's model, which never runs here."""
+        model = self._model()
+        assert model is not None
+        return model
+
+    def forget_model(self) -> None:
+        """From now on, this object does not keep the caller's model alive."""
+        self._held = None
+
+    @property
     def decoder_layers(self) -> list[nn.Module]:
         """The decoder's layers in order; empty if the model has no list of them."""
         return structure.decoder_layers(self.module, self.config)
@@ -112,19 +124,21 @@ class Target:
         select: Int[Tensor, "B M"] | None = None,
         rows: Int[Tensor, " B"] | None = None,
         heads: int | None = None,
+        alive: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B M V"]]:
         """Runs the model over trees whose nodes go into slots `length … length + N - 1` of their rows.
 
         Returns the hidden states of all nodes (those of `layers`, then the output head's input), and the logits of all
         nodes (M = N) or of the nodes in `select`, of all rows or of the first `heads` rows.  `rows` are the rows of the
-        cache, None for the first B in order; others than these need the kernels for tree attention.
+        cache, None for the first B in order; others than these need the kernels for tree attention.  The results of
+        rows that are not `alive` (0) do not matter: the kernels read little for them.
         """
         slots = length[:, None] + torch.arange(tree.size, device=length.device)
         position = length[:, None] + tree.depth
         cache.window.rows, cache.window.only_new = rows, False
         if self.tree_kernels and tree.size <= MAX_ATTENTION_NODES:
             cache.window.visible = None
-            mask = bit_mask(tree, length, rows)
+            mask = bit_mask(tree, length if alive is None else length * alive, rows)
             masks = mask if self._layer_types is None else dict.fromkeys(self._layer_types, mask)
             with self._attention(NAME):
                 return self._run(tree.tokens, position, slots, masks, cache, select, heads)
