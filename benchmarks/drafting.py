@@ -161,7 +161,7 @@ def measure(shape: dict[str, Any], width: int, device: torch.device, replays: in
     }
     pieces = {
         name: {
-            "propose": lambda by=by: by.propose(None, here, context[:, None], SamplingNoise((), None)),
+            "propose": lambda by=by: by.propose(None, here, context[:, None], SamplingNoise()),
             "search": lambda by=by: searched(by),
         }
         | alike

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from redrafter import RecurrentDrafter, generate
 from redrafter.data.examples import Row, collate
 from redrafter.engine.request import request
-from redrafter.evaluation.acceptance import drafted_everywhere, walked
+from redrafter.evaluation import acceptance
 from redrafter.evaluation.profiling import StepProfiler
 from redrafter.proposers import method_of
 from redrafter.targets.target import Target
@@ -48,23 +48,26 @@ def counts(
 ) -> dict[str, list[int]]:
     """Tokens and steps of each category that decoding would need for these texts."""
     rows = [row for own in texts.values() for row in own]
-    parsed = request(model, drafter, [prompt_of(row) for row in rows], beam_width=width, **WAYS[way])
+    prompts = [prompt_of(row) for row in rows]
+    new = [row.input_ids[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+    parsed = request(model, drafter, prompts, beam_width=width, **WAYS[way])
     proposer = parsed.decoder.proposer
     assert proposer is not None
     verdicts = iter(
-        drafted_everywhere(
+        acceptance.drafted_everywhere(
             parsed.target,
             proposer,
-            rows,
-            sampler=parsed.sampler,
+            acceptance.answered(parsed, new),
+            sampled_as=parsed.rows[0],
             seeds=[row.seed for row in parsed.rows],
             batch_size=BATCH_SIZE,
+            from_start=True,
         )
     )
     return {
         name: [
             sum(sum(row.trained) for row in own),
-            sum(1 + len(walked(next(verdicts))) for _ in own),  # the prompt is a step too
+            sum(len(acceptance.walked(next(verdicts))) for _ in own),
         ]
         for name, own in texts.items()
     }

@@ -60,13 +60,15 @@ def distance(found, wanted) -> float:
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 70, 130])
 def test_a_bit_mask_contains_the_tree_that_attention_reads(size):
     tree, length = random_tree(3, size), torch.tensor([0, 7, 123_456])
-    mask = bit_mask(tree, length)
-    assert mask.shape == (3, 1, size, 2 + (size + 31) // 32)
-    assert mask.dtype == torch.int64
-    again, lengths = from_bit_mask(mask)
-    assert lengths.equal(length)
-    assert again.depth.equal(tree.depth)
-    assert again.ancestors.equal(tree.ancestors)
+    for rows in (None, torch.tensor([5, 0, 5])):
+        mask = bit_mask(tree, length, rows)
+        assert mask.shape == (3, 1, size, 3 + (size + 31) // 32)
+        assert mask.dtype == torch.int64
+        again, lengths, cached = from_bit_mask(mask)
+        assert lengths.equal(length)
+        assert cached.tolist() == ([0, 1, 2] if rows is None else [5, 0, 5])
+        assert again.depth.equal(tree.depth)
+        assert again.ancestors.equal(tree.ancestors)
 
 
 @on_cpu
@@ -129,6 +131,17 @@ def test_the_kernels_give_what_the_plain_way_gives(shape, what, dtype, device):
         (what["sinks"],) = doubles(what["sinks"])
     wanted = reference(*doubles(query, key, value), mask.cpu(), scaling=0.25, **what)
     assert distance(found, wanted) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@on_kernels
+@pytest.mark.parametrize("slots", [50, 300])
+def test_rows_may_be_any_rows_of_the_cache(slots, device):
+    tree, length = random_tree(4, 9), torch.tensor([slots - 9, 0, 17, 31])
+    query, key, value = inputs(4, 2, 64, 64, slots, tree, length, device=device)
+    order = torch.tensor([2, 0, 3, 1], device=device)
+    wanted = reference(*doubles(query, key, value), bit_mask(tree, length), scaling=0.2)
+    mask = bit_mask(tree, length, order.argsort().cpu()).to(device)
+    assert distance(tree_attention(query, key[order], value[order], mask, scaling=0.2), wanted) < 1e-5
 
 
 @on_kernels

@@ -226,7 +226,7 @@ def test_proposals(form, budget, noisy, batch, device, monkeypatch):
         )
     context, root = torch.randn(batch, 32).to(device), torch.tensor([5, 9], device=device)[:batch]
     noise = gumbel(torch.tensor([3, 5]), torch.arange(5).expand(2, -1), 61)[:batch].to(device) if noisy else None
-    arguments = (None, rooted(root), context[:, None], SamplingNoise((), noise))
+    arguments = (None, rooted(root), context[:, None], SamplingNoise(noise))
     prepared = proposer.prepare()
     assert (prepared.fused is None) == ("rnn" in form or "gated" in form)
     found = prepared.propose(*arguments)

@@ -55,14 +55,15 @@ def compiled(monkeypatch):
 )
 def test_attention(dtype, size, nodes, told, compiled):
     query, key = torch.randn(1, 8, nodes, size, dtype=dtype), torch.randn(1, 4, 2048, size, dtype=dtype)
-    mask = torch.zeros(1, 1, nodes, 2 + -(-nodes // 32), dtype=torch.long)
+    mask = torch.zeros(1, 1, nodes, 3 + -(-nodes // 32), dtype=torch.long)
     attention.launch(query, key, key, mask, 0.1, *told, torch.randn(8))
     assert compiled[0] == "_attend"
 
 
-def test_what_is_written_to_the_cache(compiled):
+@pytest.mark.parametrize("rows", [None, torch.zeros(2, dtype=torch.long)])
+def test_what_is_written_to_the_cache(rows, compiled):
     keys, new = torch.randn(2, 4, 64, 128, dtype=torch.bfloat16), torch.randn(2, 4, 5, 128, dtype=torch.bfloat16)
-    kv_write.launch(keys, keys.clone(), torch.zeros(2, 5, dtype=torch.long), new, new)
+    kv_write.launch(keys, keys.clone(), torch.zeros(2, 5, dtype=torch.long), rows, new, new)
     assert compiled == ["_kv_write"]
 
 

@@ -9,25 +9,29 @@ from interpreting import on_cpu, on_kernels
 from redrafter.kernels.kv_write import kv_write, scatter
 
 
-def case(device: str, *, batch: int, heads: int, positions: int, sizes: tuple[int, int], dtype=torch.float32):
+def case(
+    device: str, *, batch: int, heads: int, positions: int, sizes: tuple[int, int], mapped=False, dtype=torch.float32
+):
     """Buffers of 12 slots that are views of a pool, and states that are transposed views, as models hand them over."""
     generator = torch.Generator().manual_seed(positions)
 
     def random(*shape):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    buffers = [random(2, batch, heads, 12, size)[1] for size in sizes]
+    buffers = [random(2, batch + 2, heads, 12, size)[1] for size in sizes]
+    rows = torch.randperm(batch + 2, generator=generator)[:batch].to(device) if mapped else None
     states = [random(batch, positions, heads, size).transpose(1, 2) for size in sizes]
     slots = torch.stack([torch.randperm(12, generator=generator)[:positions] for _ in range(batch)]).to(device)
-    return (*buffers, slots, *states)
+    return (*buffers, slots, rows, *states)
 
 
 @on_kernels
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize(
     ("batch", "heads", "positions", "sizes"), [(1, 1, 1, (8, 8)), (2, 3, 9, (16, 8)), (3, 2, 4, (20, 40))]
 )
-def test_as_a_scatter(device, batch, heads, positions, sizes):
-    keys, values, *told = case(device, batch=batch, heads=heads, positions=positions, sizes=sizes)
+def test_as_a_scatter(device, batch, heads, positions, sizes, mapped):
+    keys, values, *told = case(device, batch=batch, heads=heads, positions=positions, sizes=sizes, mapped=mapped)
     expected = keys.clone(), values.clone()
     scatter(*expected, *told)
     kv_write(keys, values, *told)
@@ -36,10 +40,24 @@ def test_as_a_scatter(device, batch, heads, positions, sizes):
 
 
 @on_cpu
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_scatter_writes_each_state_to_its_slot(mapped):
+    """Of its own row, or of the row that is named."""
+    keys, values, slots, rows, key, value = case("cpu", batch=2, heads=3, positions=4, sizes=(8, 5), mapped=mapped)
+    before = keys.clone(), values.clone()
+    scatter(keys, values, slots, rows, key, value)
+    for buffer, old, states in ((keys, before[0], key), (values, before[1], value)):
+        for row in range(2):
+            for position in range(4):
+                old[row if rows is None else rows[row], :, slots[row, position]] = states[row, :, position]
+        assert torch.equal(buffer, old)
+
+
+@on_cpu
 def test_torch_compile_does_not_copy_the_cache():
-    keys, values, slots, key, value = case("cpu", batch=2, heads=3, positions=4, sizes=(8, 8))
+    keys, values, slots, rows, key, value = case("cpu", batch=2, heads=3, positions=4, sizes=(8, 8))
     expected = keys.clone(), values.clone()
-    scatter(*expected, slots, key, value)
+    scatter(*expected, slots, rows, key, value)
     seen = []
 
     def backend(graph, _):
@@ -47,7 +65,7 @@ def test_torch_compile_does_not_copy_the_cache():
         return graph.forward
 
     def write(keys, values, key, value):
-        kv_write(keys, values, slots, key, value)
+        kv_write(keys, values, slots, rows, key, value)
         return keys[:, :, :6]
 
     got = torch.compile(write, backend=backend, fullgraph=True)(keys, values, key, value)
