@@ -20,11 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from serving import SHAPES, random_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from redrafter import RecurrentDrafter, generate, stream
 from redrafter.cli.loading import demo_folder
+from serving import SHAPES, random_model
 
 
 def median_ms(*functions: Callable[[], object], repeats: int = 7) -> list[float]:

@@ -60,10 +60,10 @@ def prompt(generator: random.Random, tokens: int) -> list[int]:
 
 
 def rate(engine: Engine, requests: list[tuple[list[int], int]], *, until_waiting: int) -> float:
-    """Tokens per second from the second tenth of the work until fewer than `until_waiting` requests wait."""
+    """Tokens per second from when all requests are submitted until fewer than `until_waiting` of them wait."""
+    before = engine.statistics().generated_tokens
     submissions = [engine.submit(ids, max_new_tokens=new, eos_token_id=()) for ids, new in requests]
     total = sum(new for _, new in requests)
-    before = engine.statistics().generated_tokens
     samples: list[tuple[float, int]] = []
     while True:
         now = engine.statistics()
@@ -73,7 +73,7 @@ def rate(engine: Engine, requests: list[tuple[list[int], int]], *, until_waiting
         if now.waiting < until_waiting and samples[-1][1] > total / 4:
             break
         time.sleep(0.005)
-    begin = next(one for one in samples if one[1] > total / 10)
+    begin = next(one for one in samples if one[1] > total / 50)
     for one in submissions:
         one.cancel()
     for one in submissions:
@@ -129,7 +129,9 @@ def delay(model: PreTrainedModel) -> dict[str, float]:
             for number, _ in enumerate(engine.submit(prompt(generator, 20), max_new_tokens=300, eos_token_id=())):
                 times.append(time.perf_counter())
                 if number == 100:
-                    late = [engine.submit(prompt(generator, 1000), max_new_tokens=200, eos_token_id=()) for _ in range(16)]
+                    late = [
+                        engine.submit(prompt(generator, 1000), max_new_tokens=200, eos_token_id=()) for _ in range(16)
+                    ]
             between = [b - a for a, b in zip(times, times[1:], strict=False)]
             found.append(max(between[101:]) / statistics.median(between[30:100]))
             for one in (*others, *late):

@@ -8,6 +8,7 @@ be called from any thread.  Does not know text protocols such as HTTP.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import traceback
 from collections import defaultdict, deque
@@ -37,8 +38,11 @@ from redrafter.proposers import Drafter, Method
 from redrafter.targets.target import Target
 from redrafter.utils.memory import memory_left, within_memory
 
-READ_TOKENS = 512
-"""Prompt tokens that are read between two steps of other requests."""
+READ_TOKENS = (64, 512)
+"""Least and most prompt tokens that are read between two steps of other requests, unless the caller sets them."""
+
+READ_OPERATIONS = 1e12
+"""Multiplications for these tokens, roughly what a server GPU does in the time in which a step reads the weights."""
 
 MEMORY_SHARE = 0.8
 """Share of the memory that is left for keys and values if `max_length` is not given."""
@@ -65,7 +69,7 @@ class Engine:
         max_length: int | None = None,
         max_waiting: int = 256,
         shape: DraftShape | None = None,
-        read_tokens: int = READ_TOKENS,
+        read_tokens: int | None = None,
         fast: bool = True,
         compile: bool = False,
     ):
@@ -78,13 +82,15 @@ class Engine:
         - `max_waiting`: the maximum number of requests that wait for a slot;
         - `shape`: how to draft.  By default the drafter's tuned shape for the current number of requests, which may
           switch drafting off;
-        - `read_tokens`: prompt tokens that are read between two steps of other requests, which bounds their delay;
+        - `read_tokens`: prompt tokens that are read between two steps of other requests, which bounds their delay.
+          Default: 64 to 512, fewer for larger models;
         - `fast`, `compile`: as for `generate`.
 
         Raises RedrafterError.
         """
-        for name, value in (("slots", slots), ("max_waiting", max_waiting), ("read_tokens", read_tokens)):
-            if value < 1:
+        limits = {"slots": slots, "max_waiting": max_waiting, "max_length": max_length, "read_tokens": read_tokens}
+        for name, value in limits.items():
+            if value is not None and value < 1:
                 raise RedrafterError(f"{name} must be at least 1, not {value}.")
         method = method_for(model, drafter)
         with kernels_enabled(fast):
@@ -103,6 +109,7 @@ class Engine:
         self._remedy = f"lower slots (now {slots}) or max_length (now {self.max_length:,})"
         with within_memory(self._target.device, self._remedy):
             self._runner = Runner(decoders, batch=slots, slots=self.max_length, fast=fast, compile=compile)
+        read_tokens = read_tokens or _affordable(self._target)
         self._scheduler = Scheduler(self._runner, read_tokens=read_tokens, prefixes=True)
         self._numbers = count()
         self._submissions: dict[Task, Submission] = {}
@@ -304,6 +311,13 @@ def _shape_of(decoder: Decoder) -> str:
     if decoder.proposer is None:
         return "none"
     return f"a tree of {decoder.size} nodes, up to {decoder.length} tokens deep"
+
+
+def _affordable(target: Target) -> int:
+    """Prompt tokens that delay a step little: a power of two."""
+    weights = sum(weight.numel() for weight in target.model.parameters())
+    tokens = 1 << int(math.log2(max(1.0, READ_OPERATIONS / max(1, weights))))
+    return min(max(tokens, READ_TOKENS[0]), READ_TOKENS[1])
 
 
 def _longest(target: Target, slots: int) -> int:
