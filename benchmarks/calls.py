@@ -5,7 +5,8 @@
 - first token: milliseconds from the call of `stream` to its first event, and transformers' `generate` of one token, for
   prompts of several lengths; medians of 7 calls in turn after two that warm up;
 - fixed cost: calls of 8 and 136 new tokens give the cost of a step; what is left of a call;
-- drafts: the bundled pair, 16 prompts, 128 new tokens: speed-up of complete calls, and of their steps without the first.
+- drafts: the bundled pair, 16 prompts, 128 new tokens: speed-up of complete calls, and of their steps without the
+  first.
 
 Random weights in the shape of a public model, in bfloat16 on a GPU.  Prints a table; `--out` writes JSON.
 """

@@ -5,8 +5,8 @@
 Models with random weights in the shape of a public one, in bfloat16 on a GPU.  End tokens are disabled; prompts have 16
 to 96 tokens and answers 1 to 256, drawn with a fixed seed.
 
-- `saturation`: more requests than slots from the start.  Tokens per second while all slots are busy, divided by those of
-  as many requests of equal length that start together.
+- `saturation`: more requests than slots from the start.  Tokens per second while all slots are busy, divided by those
+  of as many requests of equal length that start together.
 - `one`: one request in an engine of many slots, and in an engine of one: milliseconds per step.
 - `delay`: 16 prompts of 1,000 tokens arrive while 16 requests are being decoded: the longest time between two steps,
   divided by the median.

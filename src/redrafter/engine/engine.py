@@ -8,7 +8,6 @@ be called from any thread.  Does not know text protocols such as HTTP.
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import traceback
 from collections import defaultdict, deque
@@ -24,28 +23,19 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from redrafter.core.shapes import DraftShape
 from redrafter.decoding.settings import ONE_TEXT
-from redrafter.decoding.step import Decoder
 from redrafter.engine.inputs import end_tokens
 from redrafter.engine.request import Task, method_for, tasks
 from redrafter.engine.results import Event
 from redrafter.engine.runner import Runner
 from redrafter.engine.scheduler import Scheduler
+from redrafter.engine.sizes import decoders_for, describe_decoder, longest_text, tokens_beside_steps
 from redrafter.engine.statistics import Counts, EngineStatistics
 from redrafter.engine.submission import Submission
 from redrafter.errors import RedrafterError, first_line
 from redrafter.kernels import kernels_enabled
-from redrafter.proposers import Drafter, Method
+from redrafter.proposers import Drafter
 from redrafter.targets.target import Target
-from redrafter.utils.memory import memory_left, within_memory
-
-READ_TOKENS = (64, 512)
-"""Least and most prompt tokens that are read between two steps of other requests, unless the caller sets them."""
-
-READ_OPERATIONS = 1e12
-"""Multiplications for these tokens, roughly what a server GPU does in the time in which a step reads the weights."""
-
-MEMORY_SHARE = 0.8
-"""Share of the memory that is left for keys and values if `max_length` is not given."""
+from redrafter.utils.memory import within_memory
 
 
 class EngineFull(RedrafterError):
@@ -95,13 +85,13 @@ class Engine:
         method = method_for(model, drafter)
         with kernels_enabled(fast):
             self._target = Target(model, () if method is None else method.layers)
-            decoders = _decoders(self._target, method, shape, slots)
+            decoders = decoders_for(self._target, method, shape, slots)
         self.slots = slots
         self.vocab_size = self._target.vocab_size
         self.context_length = self._target.context_length
         self.end_tokens = end_tokens(self._target.model.generation_config or GenerationConfig())
         """The tokens that end a request, unless its settings name others."""
-        self.max_length = max_length or _longest(self._target, slots)
+        self.max_length = max_length or longest_text(self._target, slots)
         if self.context_length is not None:
             self.max_length = min(self.max_length, self.context_length + 1)
         self.max_waiting = max_waiting
@@ -109,7 +99,7 @@ class Engine:
         self._remedy = f"lower slots (now {slots}) or max_length (now {self.max_length:,})"
         with within_memory(self._target.device, self._remedy):
             self._runner = Runner(decoders, batch=slots, slots=self.max_length, fast=fast, compile=compile)
-        read_tokens = read_tokens or _affordable(self._target)
+        read_tokens = read_tokens or tokens_beside_steps(self._target)
         self._scheduler = Scheduler(self._runner, read_tokens=read_tokens, prefixes=True)
         self._numbers = count()
         self._submissions: dict[Task, Submission] = {}
@@ -181,7 +171,7 @@ class Engine:
         """What is loaded and how it runs, in words."""
         state = self._runner.state
         size = sum(pool.nbytes for cache in (state.cache, state.memory) if cache is not None for pool in cache.pools)
-        shapes = [(rows, _shape_of(decoder)) for rows, decoder in sorted(self._runner.decoders.items())]
+        shapes = [(rows, describe_decoder(decoder)) for rows, decoder in sorted(self._runner.decoders.items())]
         return {
             "model": self._target.name or type(self._target.model).__name__,
             "device": f"{self._target.device}, {str(self._target.dtype).removeprefix('torch.')}",
@@ -289,42 +279,3 @@ def _cancelled(task: Task) -> Event:
 def _set_all(events: Iterable[asyncio.Event]) -> None:
     for event in events:
         event.set()
-
-
-def _decoders(target: Target, method: Method | None, shape: DraftShape | None, slots: int) -> dict[int, Decoder]:
-    """Decoders by the smallest number of requests that they are meant for."""
-    if method is None:
-        return {1: Decoder(target, None)}
-    first = Decoder(target, method.proposer(target, shape or method.shape(1)))
-    decoders, last = {1: first}, shape or method.shape(1)
-    with_memory = first.proposer is not None and first.proposer.memory(batch=1, slots=1) is not None
-    if shape is not None or with_memory:  # a memory belongs to one shape
-        return decoders
-    for rows in (1 << bit for bit in range(1, slots.bit_length())):
-        tuned = method.shape(rows)
-        if tuned.model_copy(update={"batch": 1}) != last.model_copy(update={"batch": 1}):
-            decoders[rows], last = Decoder(target, method.proposer(target, tuned)), tuned
-    return decoders
-
-
-def _shape_of(decoder: Decoder) -> str:
-    if decoder.proposer is None:
-        return "none"
-    return f"a tree of {decoder.size} nodes, up to {decoder.length} tokens deep"
-
-
-def _affordable(target: Target) -> int:
-    """Prompt tokens that delay a step little: a power of two."""
-    weights = sum(weight.numel() for weight in target.model.parameters())
-    tokens = 1 << int(math.log2(max(1.0, READ_OPERATIONS / max(1, weights))))
-    return min(max(tokens, READ_TOKENS[0]), READ_TOKENS[1])
-
-
-def _longest(target: Target, slots: int) -> int:
-    """The longest text for which every slot has room in the memory that is left, up to the model's context."""
-    left = memory_left(target.device)
-    context = target.context_length or 4096
-    if left is None:
-        return context
-    each = sum(one.heads * (one.key_size + one.value_size) * one.dtype.itemsize for one in target.shapes)
-    return max(1, min(context, int(MEMORY_SHARE * left) // (each * slots)))
