@@ -17,6 +17,7 @@ Prints a table; `--out` writes the figures as JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -132,7 +133,7 @@ def delay(model: PreTrainedModel) -> dict[str, float]:
                     late = [
                         engine.submit(prompt(generator, 1000), max_new_tokens=200, eos_token_id=()) for _ in range(16)
                     ]
-            between = [b - a for a, b in zip(times, times[1:], strict=False)]
+            between = [b - a for a, b in itertools.pairwise(times)]
             found.append(max(between[101:]) / statistics.median(between[30:100]))
             for one in (*others, *late):
                 one.cancel()

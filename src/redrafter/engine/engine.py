@@ -103,7 +103,8 @@ class Engine:
         self._scheduler = Scheduler(self._runner, read_tokens=read_tokens, prefixes=True)
         self._numbers = count()
         self._submissions: dict[Task, Submission] = {}
-        self._inbox: deque[tuple[str, Submission]] = deque()
+        self._added: deque[Submission] = deque()
+        self._cancelled: deque[Submission] = deque()
         self._wake, self._idle, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._accepting, self._closing = True, False
         self._counts = Counts([0] * self._runner.length)
@@ -134,7 +135,9 @@ class Engine:
         """
         self._check_open()
         words = ONE_TEXT | {"tokenizer": self._tokenizer} | settings
-        _, (task,) = tasks(self._target, [list(prompt)], **words)
+        _, (task, *others) = tasks(self._target, [list(prompt)], **words)
+        if others:
+            raise RedrafterError("A request writes one text: submit it again instead of setting num_return_sequences.")
         row = task.row
         if len(row.prompt) >= self.max_length:
             raise RedrafterError(
@@ -146,11 +149,11 @@ class Engine:
         submission = Submission(task, self._cancel, self._tokenizer, self._runner.length)
         with self._lock:
             self._check_open()
-            waiting = len(self._scheduler.waiting) + len(self._inbox)
+            waiting = len(self._scheduler.waiting) + len(self._added)
             if waiting >= self.max_waiting and waiting >= self.slots - self._scheduler.running:
                 raise EngineFull(f"{waiting} requests wait already, the limit is {self.max_waiting}: try again later.")
             self._idle.clear()
-            self._inbox.append(("add", submission))
+            self._added.append(submission)
         self._wake.set()
         return submission
 
@@ -159,7 +162,7 @@ class Engine:
         scheduler, prefixes = self._scheduler, self._scheduler.slots.prefixes
         return self._counts.snapshot(
             running=scheduler.running,
-            waiting=len(scheduler.waiting) + len(self._inbox),
+            waiting=len(scheduler.waiting) + len(self._added),
             slots=self.slots,
             steps=scheduler.steps,
             cache_usage=min(1.0, scheduler.used_positions / (self.slots * self.max_length)),
@@ -204,7 +207,7 @@ class Engine:
             raise EngineClosed("The engine is shutting down and accepts no more requests.")
 
     def _cancel(self, submission: Submission) -> None:
-        self._inbox.append(("cancel", submission))
+        self._cancelled.append(submission)
         self._wake.set()
 
     def _run(self) -> None:
@@ -227,22 +230,23 @@ class Engine:
     def _rest(self) -> None:
         """Waits for requests."""
         with self._lock:
-            if not self._inbox:
+            if not self._added:
                 self._idle.set()
         self._wake.wait()
         self._wake.clear()
 
     def _receive(self) -> None:
         """Takes new requests and cancellations."""
-        while self._inbox:
-            kind, submission = self._inbox[0]
-            if kind == "add":
-                self._submissions[submission.task] = submission
-                self._scheduler.add(submission.task)
-                self._counts.prompt_tokens += len(submission.prompt)
-            elif self._scheduler.cancel(submission.task):
-                self._deliver([(submission.task, _cancelled(submission.task))])
-            self._inbox.popleft()  # after it has joined the queue, so that it is counted all the time
+        while self._added:
+            submission = self._added[0]
+            self._submissions[submission.task] = submission
+            self._scheduler.add(submission.task)
+            self._counts.prompt_tokens += len(submission.prompt)
+            self._added.popleft()  # after it has joined the queue, so that it is counted all the time
+        while self._cancelled:
+            task = self._cancelled.popleft().task
+            if self._scheduler.cancel(task):
+                self._deliver([(task, _cancelled(task))])
 
     def _step(self) -> list[tuple[Task, Event | Exception]]:
         try:
@@ -266,8 +270,8 @@ class Engine:
 
     def _cancel_all(self) -> None:
         """Ends every request that is left."""
-        self._submissions |= {one.task: one for kind, one in self._inbox if kind == "add"}
-        self._inbox.clear()
+        self._submissions |= {one.task: one for one in self._added}
+        self._added.clear()
         failed = EngineClosed(f"The engine has stopped: {self._failed}") if self._failed else None
         self._deliver([(task, failed or _cancelled(task)) for task in [*self._submissions]])
 

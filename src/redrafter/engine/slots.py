@@ -45,7 +45,8 @@ class Slots:
         slot = source if source in near else prefixes.emptiest(near)
         self.free.remove(slot)
         heapq.heapify(self.free)
-        if source != slot and prefixes.holds(slot) and self.free:
+        continued = source == slot and found >= prefixes.length(slot) - self._runner.lag
+        if prefixes.holds(slot) and not continued and self.free:
             spare = prefixes.emptiest(self.free)
             if not prefixes.holds(spare):  # the text that the row would overwrite is kept elsewhere
                 self._ended[spare] = prefixes.length(slot)
