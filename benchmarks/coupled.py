@@ -30,10 +30,9 @@ def measure(model: PreTrainedModel, drafter: Drafter, prompts: list[list[int]], 
     sampling: dict[str, Any] = {} if seeds is None else {"do_sample": True, "seed": list(range(len(prompts) * seeds))}
     rows = prompts * (seeds or 1)
     stats = generate(model, drafter, rows, max_new_tokens=NEW_TOKENS, batch_size=BATCH, **sampling).stats
-    drafts = stats.steps
     return {
         "tokens_per_step": round(stats.tokens_per_step, 3),
-        "accepted_by_position": [round(count / drafts, 3) for count in stats.accepted_by_position],
+        "accepted_by_position": [round(count / stats.steps, 3) for count in stats.accepted_by_position],
         "tokens": stats.tokens,
     }
 

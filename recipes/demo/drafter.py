@@ -36,10 +36,9 @@ def figures(corpus: Corpus, model, drafter: RecurrentDrafter, tokenizer) -> dict
         found[name] = {}
         for way, law in (("greedy", {}), ("sampled", {"do_sample": True, "seed": 1})):
             stats = generate(model, drafter, prompts, max_new_tokens=ANSWER, **law).stats
-            drafts = stats.steps
             found[name][way] = {
                 "tokens_per_step": round(stats.tokens_per_step, 3),
-                "accepted_by_position": [round(count / drafts, 3) for count in stats.accepted_by_position],
+                "accepted_by_position": [round(count / stats.steps, 3) for count in stats.accepted_by_position],
             }
         print(name, json.dumps(found[name]), flush=True)
     return found

@@ -76,7 +76,7 @@ class Decoder:
         return State.empty(self.target, [self.proposer], batch=batch, slots=slots)
 
     def step(
-        self, state: State, sampler: Sampler, reading: tuple[State, Int[Tensor, "V packed"]] | None = None
+        self, state: State, sampler: Sampler, reading: tuple[State, Int[Tensor, "E packed"]] | None = None
     ) -> Emission:
         """Draft, verify, keep: one forward pass of the target over one tree per row.  Updates the state.
 
@@ -113,7 +113,7 @@ class Decoder:
         return emitted
 
     def _forward_both(
-        self, tree: DraftTree, state: State, whole: State, packed: Int[Tensor, "V packed"]
+        self, tree: DraftTree, state: State, whole: State, packed: Int[Tensor, "E packed"]
     ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B N V"]]:
         """One forward pass over the trees of rows and over parts of prompts."""
         chunk, destination = _unpacked(packed)
@@ -128,7 +128,7 @@ class Decoder:
             alive=torch.cat((state.rows.alive, torch.ones_like(chunk.rows))),
         )
         self._store(whole, chunk, destination, hidden[batch:])
-        return hidden[:batch], logits
+        return hidden[:batch, : tree.size], logits[:, : tree.size]  # without the padding to the width of entries
 
     def draft(self, state: State, noise: SamplingNoise) -> DraftTree:
         """The tree to verify."""
@@ -144,7 +144,7 @@ class Decoder:
         tree = proposed.bounded(root, length=self.length, vocabulary=target.vocab_size)
         return tree.trimmed() if target.device.type == "cpu" else tree
 
-    def read(self, state: State, packed: Int[Tensor, "V packed"], *, from_start: bool = False) -> None:
+    def read(self, state: State, packed: Int[Tensor, "E packed"], *, from_start: bool = False) -> None:
         """Reads prompt tokens, packed by `packed_parts`.  `from_start`: all of them begin at position 0."""
         chunk, destination = _unpacked(packed, from_start)
         hidden = self.target.read_prompt(chunk, state.cache)
@@ -166,7 +166,7 @@ class Decoder:
 
 def packed_parts(
     parts: Sequence[PromptPart], state: State, *, width: int, entries: int | None = None
-) -> Int[Tensor, "V packed"]:
+) -> Int[Tensor, "E packed"]:
     """Parts of prompts as one tensor on the host: entries of `width` tokens, padded to the number of `entries`.
 
     Per entry: the tokens, those after them, the rows of `State.flat_context` that receive their states, the first
@@ -205,7 +205,7 @@ def tokens_of(parts: Sequence[PromptPart]) -> int:
     return sum(part.stop - part.start for part in parts)
 
 
-def _unpacked(packed: Int[Tensor, "V packed"], from_start: bool = False) -> tuple[PromptChunk, Int[Tensor, " tokens"]]:
+def _unpacked(packed: Int[Tensor, "E packed"], from_start: bool = False) -> tuple[PromptChunk, Int[Tensor, " tokens"]]:
     """A chunk, and where the state of each of its tokens goes."""
     width = (packed.shape[1] - 3) // 3
     tokens, following, destination = islice(packed.split(width, dim=1), 3)

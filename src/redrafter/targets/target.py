@@ -125,7 +125,7 @@ class Target:
         rows: Int[Tensor, " B"] | None = None,
         heads: int | None = None,
         alive: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B M V"]]:
+    ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "R M V"]]:
         """Runs the model over trees whose nodes go into slots `length … length + N - 1` of their rows.
 
         Returns the hidden states of all nodes (those of `layers`, then the output head's input), and the logits of all
@@ -189,7 +189,7 @@ class Target:
         cache: SlotCache,
         select: Int[Tensor, "B M"] | None,
         heads: int | None = None,
-    ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "B M V"]]:
+    ) -> tuple[Float[Tensor, "B N state"], Float[Tensor, "R M V"]]:
         if self.context_length is not None:  # nodes beyond the end are never kept, but must not overrun tables
             position = position.clamp(max=self.context_length - 1)
         cache.window.slots = slots
