@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import refusal
+from processes import Fork, signalled
 from redrafter.bench import plots, runner, units
-
-MAIN = "from redrafter.cli import main; main()"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -195,13 +191,9 @@ def test_changed_weights_are_an_error(say, command, drafter_folder):
 
 def test_a_killed_run_resumes(say, command, tmp_path):
     command = [*map(str, command), "--rounds", "2"]
-    words = [sys.executable, "-c", MAIN, *command]
-    killed = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     file = tmp_path / "out" / "measurements.jsonl"
-    while killed.poll() is None and not (file.exists() and file.read_text().count("\n") > 2):
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed = Fork(*command)
+    signalled(killed, signal.SIGKILL, lambda: file.exists() and file.read_text().count("\n") > 2)
     assert not (tmp_path / "out" / "report.html").exists()
     note = json.loads(file.with_name("measurements.jsonl.state").read_text())
     before = file.read_bytes()[: note["bytes"]]
