@@ -136,8 +136,8 @@ def test_the_kernels_give_what_the_plain_way_gives(shape, what, dtype, device):
 def test_any_number_of_parts_gives_the_same(sinks, device):
     from redrafter.kernels.triton import attention as kernels
 
-    tree, length = random_tree(2, 40), torch.tensor([0, 100])
-    query, key, value = inputs(2, 1, 64, 64, 150, tree, length, device=device)
+    tree, length = random_tree(2, 20), torch.tensor([0, 100])
+    query, key, value = inputs(2, 1, 64, 64, 130, tree, length, device=device)
     mask = bit_mask(tree, length).to(device)
     sink = torch.randn(2) if sinks else None
     wanted = reference(*doubles(query, key, value), mask.cpu(), scaling=0.2, sinks=sink)
@@ -204,7 +204,7 @@ def have_kernels(monkeypatch) -> None:
 
 OWN_ATTENTION = {"falcon", "gptj", "codegen"}
 """Families whose attention transformers lets nobody replace."""
-FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "deepseek_v3"] if INTERPRETED else WORKS
+FAMILIES = ["llama", "gemma2", "gpt_oss", "deepseek_v3"] if INTERPRETED else WORKS  # a family of each kind of attention
 
 
 @pytest.mark.filterwarnings("default")  # some families warn of themselves
