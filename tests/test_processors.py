@@ -31,7 +31,7 @@ def test_the_nucleus_is_that_of_transformers(seed, top_p, sharpness, least, forb
 @pytest.mark.parametrize("top_p", [1e-4, 0.5, 0.9, 0.95])
 def test_a_nucleus_of_a_large_vocabulary_is_found_without_a_sort(top_p, monkeypatch):
     """In almost all rows of scores that are as far apart as those of language models."""
-    scores = torch.randn(200, 50_000, generator=torch.Generator().manual_seed(1)) * 3
+    scores = torch.randn(60, 50_000, generator=torch.Generator().manual_seed(1)) * 3
     scores[:, :200] *= 3
     slow = TopPLogitsWarper(top_p)
     expected, left = slow(None, scores), []
@@ -40,7 +40,7 @@ def test_a_nucleus_of_a_large_vocabulary_is_found_without_a_sort(top_p, monkeypa
         TopPLogitsWarper, "__call__", lambda one, ids, row: left.append(len(row)) or sort(one, ids, row)
     )
     assert Nucleus.like(slow)(None, scores).equal(expected)
-    assert sum(left) < 20
+    assert sum(left) < 6
 
 
 def test_the_nucleus_of_other_dtypes_is_that_of_transformers():
