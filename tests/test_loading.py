@@ -42,10 +42,10 @@ def assert_exact(model) -> None:
 @pytest.mark.parametrize("law", [{}, {"do_sample": True, "seed": 2}])
 def test_low_precision_parts_only_within_rounding(family, dtype, law):
     model = tiny_model(family).to(dtype)
-    report = compare(model, drafter(model), PROMPTS * 4, max_new_tokens=14, **law)
+    report = compare(model, drafter(model), PROMPTS * 2, max_new_tokens=14, **law)
     assert all(parting.explained for parting in report.divergences)
-    assert len(report.divergences) <= 6, "and that is rare"
-    assert report.tokens == 14 * 12
+    assert len(report.divergences) <= 3, "and that is rare"
+    assert report.tokens == 14 * 6
 
 
 def test_double_precision_is_exact():

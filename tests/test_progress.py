@@ -69,6 +69,7 @@ def test_a_quiet_console_shows_nothing():
 
 def test_items_are_tracked(capsys, monkeypatch):
     monkeypatch.setattr(module, "FIRST", 0.001)
+    monkeypatch.setattr(module, "INTERVAL", 0.001)
     err = ""
     for item in track([4, 5], "numbers", name=str):
         err += capsys.readouterr().err

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from redrafter import RecurrentDrafter, generate
-from redrafter.bench import runner
+from redrafter.bench import plots, runner
 from redrafter.proposers.loading import load_drafter
 from redrafter.training import clock
 
@@ -69,6 +69,14 @@ def tokenizer(corpus):
     return train_tokenizer(corpus)
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """`bench` measures once, after a warm-up of one token, and draws nothing."""
+    monkeypatch.setattr(runner, "REPEATS", 1)
+    monkeypatch.setattr(runner, "WARM_UP_TOKENS", 1)
+    monkeypatch.setattr(plots, "draw", lambda results: {})
+
+
 def trained(corpus: Corpus, tokenizer, folder: Path, family: str = "llama", layers: int = 2) -> Path:
     """A model of width 64, after 59 steps."""
     pretrain.train(
@@ -92,8 +100,7 @@ def target(corpus, tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("family", shape.FAMILIES)
-def test_every_family_is_trained_drafted_for_and_measured(corpus, tokenizer, family, tmp_path, say, monkeypatch):
-    monkeypatch.setattr(runner, "REPEATS", 1)
+def test_every_family_is_trained_drafted_for_and_measured(corpus, tokenizer, family, tmp_path, say, quick):
     folder = trained(corpus, tokenizer, tmp_path / family, family)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert (model.config.model_type, model.dtype) == (family, torch.float32)
@@ -189,8 +196,9 @@ def test_the_rivals_of_the_demo_are_small_enough_to_ship(data):
     assert all(2 * sum(weight.numel() for weight in one.parameters()) < 4.9e6 for one in made)
 
 
-def test_a_comparison_goes_from_data_to_a_table_and_does_nothing_twice(corpus, tmp_path, monkeypatch, say, capsys):
-    monkeypatch.setattr(runner, "REPEATS", 1)
+def test_a_comparison_goes_from_data_to_a_table_and_does_nothing_twice(
+    corpus, tmp_path, monkeypatch, say, capsys, quick
+):
     monkeypatch.setattr(shape, "corpus", lambda folder: corpus)
     monkeypatch.setattr(shape, "CATEGORIES", {"dialogue": "sgd"})
     monkeypatch.setattr(compare.prompts, "CATEGORIES", {"dialogue": "sgd"})
@@ -210,7 +218,7 @@ def test_a_comparison_goes_from_data_to_a_table_and_does_nothing_twice(corpus, t
     spec.write_text(json.dumps({"category": "coding", "turns": ["book a bus", "no"]}) + "\n")
     words = f"compare --data {corpus.folder} --output {tmp_path} --width 64 --layers 2 --minutes 1 --batch 4"
     words += " --prompts 8 --held-out 2 --new-tokens 8 --each 3 --draft-minutes 0.05 --method-batch 1 --rounds 1"
-    words += " --bench-prompts 2 --grown-prompts 2 --hidden 128 --grown-layers 3 --heads 2 --inner 180"
+    words += " --bench-prompts 1 --grown-prompts 1 --hidden 128 --grown-layers 3 --heads 2 --inner 180"
     words += f" --small-width 64 --small-layers 1 --spec-bench {spec}"
     words += " --methods recurrent draft medusa draft-small eagle"
     monkeypatch.setattr(sys, "argv", words.split())

@@ -144,7 +144,7 @@ SAMPLING_SETTINGS = st.one_of(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     VALUES, SAMPLING_SETTINGS, st.lists(st.lists(st.integers(3, 60), min_size=1, max_size=9), min_size=1, max_size=3),
     st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31),

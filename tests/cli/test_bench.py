@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import refusal
+from processes import Fork, signalled
 from redrafter.bench import plots, runner, units
-
-MAIN = "from redrafter.cli import main; main()"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -195,13 +191,9 @@ def test_changed_weights_are_an_error(say, command, drafter_folder):
 
 def test_a_killed_run_resumes(say, command, tmp_path):
     command = [*map(str, command), "--rounds", "2"]
-    words = [sys.executable, "-c", MAIN, *command]
-    killed = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     file = tmp_path / "out" / "measurements.jsonl"
-    while killed.poll() is None and not (file.exists() and file.read_text().count("\n") > 2):
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed = Fork(*command)
+    signalled(killed, signal.SIGKILL, lambda: file.exists() and file.read_text().count("\n") > 2)
     assert not (tmp_path / "out" / "report.html").exists()
     note = json.loads(file.with_name("measurements.jsonl.state").read_text())
     before = file.read_bytes()[: note["bytes"]]
@@ -264,19 +256,23 @@ def test_a_sweep_varies_shapes_batches_and_temperatures(say, common, drafter_fol
     assert "Wrote" in output
 
 
-def test_the_demo_measures_all_bundled_drafters(say, quick, tmp_path):
+def test_the_demo_measures_all_bundled_drafters(say, quick, tmp_path, monkeypatch):
+    bench = sys.modules["redrafter.cli.bench"]
+    assert set(bench.CATEGORIES) == {"dialogue", "maths", "code", "open question"}
+    for name in ("PROMPTS", "CATEGORIES"):
+        monkeypatch.setattr(bench, name, getattr(bench, name)[3:5])
     words = ["bench", "--demo", "--output", tmp_path, "--rounds", 1, "--limit", 1, "--max-new-tokens", 8]
     words += ["--answers", 4]
     status, output, err = say(*words, "--temperatures", "0", "--device", "cpu")
     assert status == 0, err
-    assert "20 of 20 drafted texts" in output
+    assert "10 of 10 drafted texts" in output
     found = json.loads((tmp_path / "results.json").read_text())
-    assert list(found["data"]["categories"]) == ["dialogue", "maths", "code", "open question"]
+    assert list(found["data"]["categories"]) == ["dialogue", "maths"]
     assert [one["method"] for one in found["methods"]] == [
         "autoregressive", "transformers", "recurrent", "Medusa", "EAGLE", "two models", "prompt lookup",
     ]  # fmt: skip
     assert [(one["method"], one["requests"]) for one in found["calls"]] == [
-        (one["method"], 4) for one in found["methods"]
+        (one["method"], 2) for one in found["methods"]
     ]
     assert set(found["asked"]["methods"].values()) == {"the bundled pair's", "prompt-lookup"}
     assert found["methods"][2] == {
@@ -294,6 +290,7 @@ def test_the_demo_measures_all_bundled_drafters(say, quick, tmp_path):
 
 
 def test_a_sweep_of_the_demo_measures_all_bundled_drafters(say, quick, data, tmp_path):
+    data.write_text(data.read_text().splitlines()[0])
     words = ["sweep", "--demo", "--prompts", data, "--output", tmp_path / "out", "--rounds", 1, "--limit", 1]
     words += ["--max-new-tokens", 4]
     axes = ["--widths", "2", "--lengths", "1", "--budgets", "4", "--batches", "1", "--temperatures", "0"]

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import transformers
 
 from conftest import refusal
-
-MAIN = "from redrafter.cli import main; main()"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-OFTEN = "import redrafter.utils.progress as shown; shown.FIRST = shown.INTERVAL = 0.02; "
-
-
-def command(*words: object, before: str = "") -> list[str]:
-    return [sys.executable, "-W", "ignore", "-c", before + MAIN, *map(str, words)]
+from processes import Fork, signalled
+from redrafter.utils import progress
 
 
 @pytest.fixture
@@ -151,6 +142,10 @@ def test_a_tokenizer_without_a_template(say, words, model_folder, prompts, tmp_p
     assert "other options (chat_template" in refusal(say(*own, "--chat"))
 
 
+def show_progress_often() -> None:
+    progress.FIRST = progress.INTERVAL = 0.02
+
+
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_finished_answers(say, words, prompts, tmp_path, sign, status):
     """Although no checkpoint is due; all rows are in one chunk, and some have a second turn."""
@@ -158,13 +153,12 @@ def test_a_signal_saves_finished_answers(say, words, prompts, tmp_path, sign, st
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = ["--max-new-tokens", 20, "--batch-size", 3, "--save-seconds", 1000, "--device", "cpu"]
     log = tmp_path / "log"
-    with log.open("w") as err:
-        stopped = subprocess.Popen(command(*words, *options, before=OFTEN), env=ENVIRONMENT, stderr=err)
-        while not (seen := re.findall(r"^(\d+) of 24 rows", log.read_text(), re.MULTILINE)) or int(seen[-1]) < 3:
-            assert stopped.poll() is None, log.read_text()
-            time.sleep(0.01)
-        stopped.send_signal(sign)
-        assert stopped.wait() == status, log.read_text()
+
+    def rows_shown() -> int:
+        return max((int(row) for row in re.findall(r"^(\d+) of 24 rows", log.read_text(), re.MULTILINE)), default=0)
+
+    stopped = Fork(*words, *options, log=log, before=show_progress_often)
+    assert signalled(stopped, sign, lambda: rows_shown() >= 3) == status, log.read_text()
     last = log.read_text().splitlines()[-1]
     saved = int(re.fullmatch(r"redrafter: Interrupted; (\d+) finished rows are saved: .*again.*", last)[1])
     assert 1 <= saved < 24
@@ -227,19 +221,13 @@ def test_a_killed_run_resumes_to_the_same_file(say, words, prompts, tmp_path):
         ahead = json.loads(note.read_text())["ahead"] if note.exists() else {}
         return sum(len(own) for result in ahead.values() for own in result.get("part", []))
 
-    killed = subprocess.Popen(command(*words, *options), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    while answers() < 3 and killed.poll() is None:
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL, "it should be killed before its end"
+    assert signalled(Fork(*words, *options), signal.SIGKILL, lambda: answers() >= 3) == -signal.SIGKILL
     assert answers() >= 3, "answers are saved before their row is finished"
     for moment, wait in ((2, 0.05), (6, 0.0)):
-        killed = subprocess.Popen(command(*words, *options), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-        while done() < moment and killed.poll() is None:
-            time.sleep(0.002)
-        time.sleep(wait)
-        killed.send_signal(signal.SIGKILL)
-        assert killed.wait() == -signal.SIGKILL, "it should be killed before its end"
+        ended = signalled(
+            Fork(*words, *options), signal.SIGKILL, lambda m=moment, w=wait: done() >= m and not time.sleep(w)
+        )
+        assert ended == -signal.SIGKILL, "it should be killed before its end"
         assert moment <= done() < 24
         known = json.loads(note.read_text())
         assert own.read_bytes()[: known["bytes"]].count(b"\n") == known["counts"]["rows"] >= 2 * done()

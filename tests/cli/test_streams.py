@@ -56,13 +56,19 @@ def test_generate_in_a_c_locale(model_folder, drafter_folder, tmp_path):
 
 
 HEAVY = """
-import sys
+import contextlib, io, json, sys
 from redrafter.cli import main
-try:
-    main(sys.argv[1:])
-finally:
-    print(sorted({"torch", "transformers", "huggingface_hub"} & sys.modules.keys()))
+for line in sys.stdin:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(json.loads(line))
+        except SystemExit as end:
+            status = end.code
+    loaded = sorted({"torch", "transformers", "huggingface_hub"} & sys.modules.keys())
+    print(json.dumps([status, out.getvalue(), err.getvalue(), loaded]))
 """
+<<<<<<< HEAD
 
 
 @pytest.mark.parametrize(
@@ -87,14 +93,37 @@ finally:
         "info DRAFTER",
         "export DRAFTER --output new",
     ],
+=======
+COMMANDS = (
+    "generate --model MODEL --no-drafter --prompt x",
+    "generate --model here --drafter DRAFTER --prompt x",
+    "check --model MODEL --drafter x --prompts x",
+    "check --model here --drafter DRAFTER --prompts x",
+    "eval --model MODEL --drafter x --prompts x",
+    "eval --model here --drafter DRAFTER --prompts x",
+    "distill --model MODEL --prompts x --output new.jsonl",
+    "distill --model here --drafter DRAFTER --prompts x --output new.jsonl",
+    "train --model MODEL --data x --output new",
+    "data x --model MODEL",
+    "profile --model MODEL",
+    "tune --model MODEL --drafter x --prompts x",
+    "tune --model here --drafter DRAFTER --prompts x",
+    "info --model MODEL",
+    "info DRAFTER",
+    "export DRAFTER --output new",
+>>>>>>> suite
 )
-def test_a_missing_folder_is_reported_before_anything_is_loaded(tmp_path, words):
-    arguments = words.replace("MODEL", str(tmp_path / "none")).replace("DRAFTER", str(tmp_path / "none")).split()
+
+
+def test_a_missing_folder_is_reported_before_anything_is_loaded(tmp_path):
+    """By all commands in one process: what one loads stays loaded."""
     (tmp_path / "here").mkdir()
-    command = [sys.executable, "-c", HEAVY, *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    kind = "model" if "MODEL" in words else "drafter"
-    assert done.returncode == 2
-    assert done.stderr == f"redrafter: There is no {kind} folder at {tmp_path / 'none'}.\n"
-    assert done.stdout == "[]\n"
+    missing = str(tmp_path / "none")
+    lines = [json.dumps(words.replace("MODEL", missing).replace("DRAFTER", missing).split()) for words in COMMANDS]
+    program = [sys.executable, "-c", HEAVY]
+    done = subprocess.run(program, input="\n".join(lines), cwd=tmp_path, capture_output=True, text=True, check=True)
+    for words, line in zip(COMMANDS, done.stdout.splitlines(), strict=True):
+        kind = "model" if "MODEL" in words else "drafter"
+        sentence = f"redrafter: There is no {kind} folder at {missing}.\n"
+        assert json.loads(line) == [2, "", sentence, []], words
     assert os.listdir(tmp_path) == ["here"]

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from conftest import refusal
+from processes import ENVIRONMENT, PYTHON, Fork, new_process, signalled, two_forks
 from redrafter import RedrafterError
+from redrafter.training import states
 from redrafter.training.checks import newest_checkpoint
 
 
@@ -233,145 +236,148 @@ def test_options_of_another_method_are_refused_before_anything_is_loaded(say, tm
     assert message in refusal(say(*command, *words.split()))
 
 
-TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2".split()
-ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
-ACCELERATE += "--dynamo_backend no --main_process_port 0".split()
-MAIN = "from redrafter.cli import main; main()"
-OFTEN = "import redrafter.utils.progress as shown; shown.FIRST = shown.INTERVAL = 0.02; "
-SHARD = 2**13
-SLOWLY = f"""
-import time
-from redrafter.training import states
-save, states.SHARD = states.save_file, {SHARD}
-def save_file(*arguments):
-    time.sleep(0.02)
-    save(*arguments)
-states.save_file = save_file
-"""
-
-
-def command(*words: object, launcher: list[str] | None = None, main: str = MAIN) -> list[str]:
-    """A command line in another process, as a user types it or after lines that change something."""
-    python = [sys.executable, "-W", "ignore"]
-    if launcher is None:
-        return [*python, "-c", main, *map(str, words)]
-    if main == MAIN:
-        return [*python, "-m", *launcher, "-m", "redrafter", *map(str, words)]
-    whole = "--no_python" if launcher is ACCELERATE else "--no-python"
-    return [*python, "-m", *launcher, whole, *python, "-c", main, *map(str, words)]
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def written(answer: tuple[int, str, str], folder: Path) -> dict[str, torch.Tensor]:
     """The weights that a successful run wrote."""
     assert answer[0] == 0, answer[2]
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("launcher", "how"),
-    [(TORCHRUN, []), (ACCELERATE, ["--cache-states"]), (TORCHRUN, ["--shard-target", "--cache-states"])],
-    ids=["torchrun", "accelerate", "sharded"],
-)
-def test_two_processes_train_like_one(say, model_folder, rows, tmp_path, launcher, how):
-    """Also with cached states, of which each process computes a part, and with a sharded target."""
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def small_shards_slowly() -> None:
+    """Cached states are in many files, and each takes its time."""
+    save, states.SHARD = states.save_file, SHARD
+
+    def save_file(*arguments):
+        time.sleep(0.02)
+        save(*arguments)
+
+    states.save_file = save_file
+
+
+SHARD = 2**13
+
+
+@pytest.fixture
+def alone(say, model_folder, rows, tmp_path):
+    """A command line that lacks its batch size and output, and the weights of one process with batches of 4."""
     rows.write_text(
         "\n".join(rows.read_text().splitlines()[10:26])
-    )  # of one length, so that the mean of two halves is the mean of all
+    )  # of one length: the mean of two halves is that of all
     words = ("train", "--model", model_folder, "--data", rows, "--max-steps", "3", "--exit-dim", "16")
     words += ("--device", "cpu", "--held-out", "4", "--kl", "0.5", "--batch-size")
-    how = [*how, tmp_path / "states"] if "--cache-states" in how else how
-    one = written(say(*words, 4, "--output", tmp_path / "one"), tmp_path / "one")
-    main = SLOWLY + MAIN if "--cache-states" in how else MAIN
-    words = command(*words, 2, *how, "--output", tmp_path / "two", launcher=launcher, main=main)
+    return words, written(say(*words, 4, "--output", tmp_path / "one"), tmp_path / "one")
+
+
+def assert_trained_equally(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    found = load_file(folder / "model.safetensors")
+    for name in weights:
+        torch.testing.assert_close(found[name], weights[name], rtol=1e-4, atol=1e-5)
+    assert not (folder / "checkpoints").exists()
+
+
+def test_torchrun_trains_like_one_process(alone, tmp_path):
+    words, weights = alone
+    torchrun = [*PYTHON, *"-m torch.distributed.run --standalone --nproc-per-node 2 -m redrafter".split()]
+    words = [*torchrun, *map(str, (*words, 2, "--output", tmp_path / "two"))]
     ended = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    two = load_file(tmp_path / "two" / "model.safetensors")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
-    assert not (tmp_path / "two" / "checkpoints").exists()
-    assert "--cache-states" not in how or len(list((tmp_path / "states").iterdir())) > 3
+    assert_trained_equally(tmp_path / "two", weights)
 
 
-def killed_at(sign: Path, words: list[str]) -> None:
-    """Runs a command until a file exists and kills it with SIGKILL."""
-    killed = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    while not sign.exists() and killed.poll() is None:
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+ACCELERATE = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+
+
+@pytest.mark.parametrize("how", ["accelerate", "sharded"])
+def test_two_processes_train_like_one(alone, tmp_path, how):
+    """As accelerate's launcher starts them, and with a sharded target; each caches a part of the states."""
+    words, weights = alone
+    words += (2, "--output", tmp_path / "two", "--cache-states", tmp_path / "states")
+    environment = {}
+    if how == "accelerate":
+        options = launch_command_parser().parse_args([*ACCELERATE, "--main_process_port", "0", "redrafter"])
+        environment = {name: value for name, value in prepare_multi_gpu_env(options).items() if "ACCELERATE" in name}
+        assert environment
+    else:
+        words += ("--shard-target",)
+    two_forks(*words, folder=tmp_path, before=small_shards_slowly, **environment)
+    assert_trained_equally(tmp_path / "two", weights)
+    assert len(list((tmp_path / "states").iterdir())) > 3
 
 
 def test_a_run_killed_while_it_caches_states_resumes_from_the_last_complete_file(
     say, model_folder, rows, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("redrafter.training.states.SHARD", SHARD)
+    monkeypatch.setattr(states, "SHARD", SHARD)
     words = ("train", "--model", model_folder, "--data", rows, "--max-steps", "3", "--exit-dim", "16")
     words += ("--device", "cpu", "--cache-states")
     whole = written(say(*words, tmp_path / "all", "--output", tmp_path / "whole"), tmp_path / "whole")
     folder = tmp_path / "states"
     again = (*words, folder, "--output", tmp_path / "killed")
-    killed_at(folder / "states-00002.safetensors", command(*again, main=SLOWLY + MAIN))
+    third = folder / "states-00002.safetensors"
+    assert signalled(Fork(*again, before=small_shards_slowly), signal.SIGKILL, third.exists) == -signal.SIGKILL
     there = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     assert 3 <= len(there) < len(list((tmp_path / "all").glob("*.safetensors")))
     resumed = written(say(*again), tmp_path / "killed")
     assert all(path.stat().st_mtime_ns == moment for path, moment in there.items()), (
         "complete files are not computed again"
     )
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        path.name: path.read_bytes() for path in (tmp_path / "all").iterdir()
-    }
+    assert files_of(folder) == files_of(tmp_path / "all")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.parametrize("moment", [1, 3])
-def test_a_killed_run_resumes_to_the_same_weights(say, model_folder, rows, tmp_path, moment):
-    """Killed after a number of checkpoints."""
+@pytest.mark.parametrize(("start", "step"), [(new_process, 2), (Fork, 6)], ids=["new", "fork"])
+def test_a_killed_run_resumes_to_the_same_weights(say, model_folder, rows, tmp_path, start, step):
+    """Killed when it has written a checkpoint."""
     options = "--max-steps 16 --save-steps 2 --device cpu --batch-size 4 --exit-dim 16 --output".split()
     words = ("train", "--model", model_folder, "--data", rows, *options)
     whole = written(say(*words, tmp_path / "whole"), tmp_path / "whole")
     folder = tmp_path / "killed"
-    killed_at(folder / "checkpoints" / f"checkpoint-{2 * moment}" / "complete", command(*words, folder))
+    signalled(
+        start(*words, folder), signal.SIGKILL, (folder / "checkpoints" / f"checkpoint-{step}" / "complete").exists
+    )
     if not (folder / "model.safetensors").exists():
         assert say(*words, folder, "--resume")[0] == 0
     resumed = load_file(folder / "model.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def stopped_by(sign: int, words: list[str], log: Path, seen) -> int:
-    """The exit status of a command that receives a signal when `seen(stderr)` is true."""
-    with log.open("w") as err:
-        process = subprocess.Popen(words, env=ENVIRONMENT, stderr=err)
-        while not seen(log.read_text()):
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.01)
-        process.send_signal(sign)
-        return process.wait()
+SLOWLY = """
+import time
+from redrafter.training import checkpointing
+from redrafter.utils import progress
+progress.FIRST = progress.INTERVAL = 0.02
+step = checkpointing.Trainer.training_step
+checkpointing.Trainer.training_step = lambda *words: time.sleep(0.1) or step(*words)
+"""
 
 
-def steps_shown(text: str) -> int:
-    """The last step in the progress lines."""
-    return max((int(step) for step in re.findall(r"^(\d+) of \d+ steps", text, re.MULTILINE)), default=0)
-
-
-@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_a_checkpoint_to_resume_from(say, model_folder, rows, tmp_path, sign, status):
+@pytest.mark.parametrize(
+    ("start", "sign", "status"),
+    [
+        (partial(new_process, before=SLOWLY), signal.SIGINT, 130),
+        (partial(Fork, before=lambda: exec(SLOWLY, {})), signal.SIGTERM, 143),
+    ],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_a_signal_saves_a_checkpoint_to_resume_from(say, model_folder, rows, tmp_path, start, sign, status):
     """No checkpoint was due, and the final weights are those of an uninterrupted run."""
-    options = "--max-steps 300 --device cpu --batch-size 4 --exit-dim 16 --held-out 2 --save-steps 1000".split()
+    options = "--max-steps 40 --device cpu --batch-size 4 --exit-dim 16 --held-out 2 --save-steps 1000".split()
     words = ("train", "--model", model_folder, "--data", rows, *options, "--output")
     log, folder = tmp_path / "log", tmp_path / "stopped"
-    main = OFTEN + MAIN
-    assert stopped_by(sign, command(*words, folder, main=main), log, lambda text: steps_shown(text) > 2) == status
+
+    def steps_shown() -> int:
+        return max((int(step) for step in re.findall(r"^(\d+) of \d+ steps", log.read_text(), re.MULTILINE)), default=0)
+
+    assert signalled(start(*words, folder, log=log), sign, lambda: steps_shown() > 2) == status, log.read_text()
     last = log.read_text().splitlines()[-1]
     step = int(re.fullmatch(r"redrafter: Interrupted; .*--resume.* checkpoint-(\d+) .*", last)[1])
-    assert 3 <= step < 300
+    assert 3 <= step < 40
     assert newest_checkpoint(folder / "checkpoints").name == f"checkpoint-{step}"
-    whole, resumed = (subprocess.run(command(*words, *how), env=ENVIRONMENT, capture_output=True, text=True)
-                      for how in ([tmp_path / "whole"], [folder, "--resume"]))  # fmt: skip
-    assert resumed.returncode == 0, resumed.stderr
-    assert whole.returncode == 0, whole.stderr
+    assert say(*words, folder, "--resume")[0] == 0
+    assert say(*words, tmp_path / "whole")[0] == 0
     assert weights_of(tmp_path / "whole") == weights_of(folder)
 
 

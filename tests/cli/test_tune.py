@@ -108,6 +108,7 @@ def test_batch_sizes_that_do_not_fit_into_memory_do_not_stop_the_others(say, com
             raise RedrafterError("Keys and values take too much.")
         return make(target, batch=batch, slots=slots)
 
+    command += ["--widths", "2", "--lengths", "2", "--budgets", "4"]
     make, full = Target.new_cache, [4]
     monkeypatch.setattr(Target, "new_cache", new_cache)
     status, _, err = say(*command)
@@ -122,7 +123,7 @@ def test_batch_sizes_that_do_not_fit_into_memory_do_not_stop_the_others(say, com
 
 def test_a_dry_run_writes_nothing(say, command, times, folder):
     before = (folder / "config.json").read_bytes()
-    status, out, _ = say(*command, "--dry-run")
+    status, out, _ = say(*command, "--dry-run", "--widths", "40", "--lengths", "2")
     assert status == 0
     assert "nothing is written" in out
     assert "40 beams of" in out
@@ -130,6 +131,7 @@ def test_a_dry_run_writes_nothing(say, command, times, folder):
 
 
 def test_a_copy_can_be_tuned_instead(say, command, times, folder, tmp_path):
+    command += ["--widths", "2", "--lengths", "2", "--budgets", "4"]
     assert say(*command, "--output", tmp_path / "copy")[0] == 0
     assert not RecurrentDrafter.from_pretrained(folder).config.shapes
     assert len(RecurrentDrafter.from_pretrained(tmp_path / "copy").config.shapes) == 2
@@ -142,7 +144,8 @@ def test_a_copy_can_be_tuned_instead(say, command, times, folder, tmp_path):
 
 
 def test_real_times_lead_to_a_choice(say, command, folder):
-    status, out, _ = say(*command, "--context", 9)
+    few = ("--max-new-tokens", 5, "--widths", "2", "--lengths", "2", "--budgets", "4")
+    status, out, _ = say(*command, *few, "--context", 9)
     assert status == 0
     assert [one.batch for one in RecurrentDrafter.from_pretrained(folder).config.shapes] == [1, 4]
     assert "median of 9 pairs of a drafted and an undrafted call, with its 95% interval" in " ".join(out.split())

@@ -5,6 +5,7 @@ The interpreter must be chosen, by TRITON_INTERPRET=1, before triton is first im
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -27,6 +28,20 @@ if INTERPRETED:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
+
+    # it replaces the language anew at each call of a function inside a kernel
+    patch_language = interpreter._patch_lang
+
+    def patch_language_once(function):
+        modules = [one for one in function.__globals__.values() if one is tl or one is tl.core]
+        unchanged = any(tl.core.is_builtin(module.arange) for module in modules)
+        return patch_language(function) if unchanged else interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_language_once
+
+    # it checks all integers for overflow, which GPUs do not
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
     # it takes seconds for each of triton's own sorts; a test of test_drafting.py leaves that in place
     sort_of_triton = tl.topk

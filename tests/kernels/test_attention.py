@@ -5,9 +5,6 @@ The kernels' tests run on a GPU (`-m gpu`) and, started once more by test_interp
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from interpreting import INTERPRETED, on_cpu, on_kernels
@@ -149,8 +146,8 @@ def test_rows_may_be_any_rows_of_the_cache(slots, device):
 def test_any_number_of_parts_gives_the_same(sinks, device):
     from redrafter.kernels.triton import attention as kernels
 
-    tree, length = random_tree(2, 40), torch.tensor([0, 100])
-    query, key, value = inputs(2, 1, 64, 64, 150, tree, length, device=device)
+    tree, length = random_tree(2, 20), torch.tensor([0, 100])
+    query, key, value = inputs(2, 1, 64, 64, 130, tree, length, device=device)
     mask = bit_mask(tree, length).to(device)
     sink = torch.randn(2) if sinks else None
     wanted = reference(*doubles(query, key, value), mask.cpu(), scaling=0.2, sinks=sink)
@@ -217,7 +214,7 @@ def have_kernels(monkeypatch) -> None:
 
 OWN_ATTENTION = {"falcon", "gptj", "codegen"}
 """Families whose attention transformers lets nobody replace."""
-FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "deepseek_v3"] if INTERPRETED else WORKS
+FAMILIES = ["llama", "gemma2", "gpt_oss", "deepseek_v3"] if INTERPRETED else WORKS  # a family of each kind of attention
 
 
 @pytest.mark.filterwarnings("default")  # some families warn of themselves
@@ -313,16 +310,6 @@ def test_registering_twice_changes_nothing():
     attention.register()
     attention.register()
     assert ALL_ATTENTION_FUNCTIONS[attention.NAME] is attention.attention_forward
-
-
-@on_cpu
-def test_triton_is_imported_where_kernels_run_and_only_there():
-    code = (
-        "import sys; from redrafter.core import tree_attention as attention; import redrafter.engine.generate; "
-        "attention.register(); "
-        "sys.exit('redrafter.kernels.triton' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 @on_cpu

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import subprocess
-import sys
 import threading
-from pathlib import Path
 from types import MethodType
 
 import accelerate
@@ -74,21 +71,21 @@ def test_an_open_stream_does_not_show_in_the_model(method, options):
 def test_forward_passes_in_other_threads_are_not_affected():
     model = tiny_model(attention_dropout=0.3)
     drafter, expected = methods(model)["recurrent"], logits(model)
-    text = greedy(model, PROMPTS[0], 16)
+    text = greedy(model, PROMPTS[0], 8)
     stop, errors = threading.Event(), []
 
     def decode(**options):
         while not stop.is_set():
-            if generate(model, drafter, PROMPTS[:1], max_new_tokens=16, **options).new_tokens != [text]:
+            if generate(model, drafter, PROMPTS[:1], max_new_tokens=8, **options).new_tokens != [text]:
                 errors.append("another text")
 
     threads = [threading.Thread(target=decode, kwargs={"fast": fast}) for fast in (True, False)]
     for thread in threads:
         thread.start()
     try:
-        for _ in range(60):
+        for _ in range(20):
             torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
-            assert greedy(model, PROMPTS[0], 16) == text
+            assert greedy(model, PROMPTS[0], 8) == text
     finally:
         stop.set()
         for thread in threads:
@@ -112,18 +109,6 @@ def test_a_drafter_may_be_trained_while_it_drafts():
     events = stream(model, drafter, PROMPTS, max_new_tokens=30)
     next(events)
     assert [(type(part), part.training) for part in drafter.modules()] == kinds
-
-
-def test_a_stream_that_is_open_when_python_ends_prints_nothing():
-    program = (
-        "from conftest import tiny_model\nfrom redrafter import RecurrentDrafter, stream\nmodel = tiny_model()\n"
-        "events = stream(model, RecurrentDrafter.for_target(model), [[5, 9]], max_new_tokens=30)\nnext(events)\n"
-    )
-    folder = Path(__file__).parents[1]  # of conftest.py
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "Exception" not in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def _resize(model):

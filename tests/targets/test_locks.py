@@ -45,7 +45,7 @@ def test_threads_that_share_a_model_write_what_each_writes_alone():
     torch.manual_seed(0)
     methods = [None, RecurrentDrafter.for_target(model, beam_width=4, beam_length=3), TwoModel(other), PromptLookup()]
     laws = [{}, {"do_sample": True, "seed": 3}, {"output_scores": True}]
-    expected = [[generate(model, None, [p], max_new_tokens=24, **law).new_tokens for p in PROMPTS] for law in laws]
+    expected = [[generate(model, None, [p], max_new_tokens=10, **law).new_tokens for p in PROMPTS] for law in laws]
     model.train()
 
     def write(number: int) -> bool:
@@ -53,7 +53,7 @@ def test_threads_that_share_a_model_write_what_each_writes_alone():
         if number % 5 == 0:
             next(stream(other, None, PROMPTS, max_new_tokens=24))  # and leaves it
         method = methods[number // 12]
-        found = generate(model, method, [PROMPTS[prompt]], max_new_tokens=24, **laws[law]).new_tokens
+        found = generate(model, method, [PROMPTS[prompt]], max_new_tokens=10, **laws[law]).new_tokens
         return found == expected[law][prompt]
 
     with ThreadPoolExecutor(6) as pool:

@@ -133,7 +133,7 @@ def counted(model, drafter, prompts, **settings) -> list[Acceptance]:
 PROMPTS = [[5], [3, 7, 4, 8], [6, 6], list(range(3, 9)) * 3, [8, 3]]
 
 
-@pytest.mark.parametrize("new_tokens", [1, 2, 5, 16])
+@pytest.mark.parametrize("new_tokens", [1, 2, 16])
 @pytest.mark.parametrize("shape", ["beams", "budget", "vocabulary", "context"])
 def test_walked_counts_equal_those_of_decoding(shape, new_tokens):
     """Also if the last step accepts more tokens than the row may have."""

@@ -3,47 +3,43 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import tiny_model
+from processes import two_forks
 from redrafter import RecurrentDrafter, RedrafterError
+from redrafter.cli.loading import load_model
 from redrafter.data.examples import Row
+from redrafter.targets.target import Target
 from redrafter.training import trainer
 from redrafter.training.objective import Objective
 from redrafter.training.recipe import Recipe
-from redrafter.training.sharding import shard
+from redrafter.training.sharding import bytes_here, is_sharded, shard
 from redrafter.training.trainer import run
 
-SHARDED = """
-import json, os, sys, torch
-from redrafter.cli import _exit
-from redrafter.cli.loading import load_model
-from redrafter.targets.target import Target
-from redrafter.training.sharding import bytes_here, is_sharded
-whole, divided = (load_model(sys.argv[1], device="cpu", divided=divided)[0] for divided in (False, True))
-ids = torch.arange(40).reshape(2, 20)
-with torch.no_grad():
-    states = [Target(model).hidden_states(ids, torch.ones_like(ids)) for model in (whole, divided)]
-    logits = [Target(model).logits(states[0][0]) for model in (whole, divided)]
-found = [torch.equal(*states), torch.equal(*logits), is_sharded(whole), is_sharded(divided)]
-size = [bytes_here(model) for model in (whole, divided)] + [bytes_here(whole.model.layers)]
-with open(sys.argv[2] + os.environ["RANK"], "w") as file:
-    json.dump([found, size], file)
-_exit(0)
-"""
+
+def compute(model_folder: Path, folder: Path) -> None:
+    """States and logits of a whole and of a sharded target; whether they are equal, and their size, into a file."""
+    whole, divided = (load_model(str(model_folder), device="cpu", divided=divided)[0] for divided in (False, True))
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        states = [Target(model).hidden_states(ids, torch.ones_like(ids)) for model in (whole, divided)]
+        logits = [Target(model).logits(states[0][0]) for model in (whole, divided)]
+    found = [torch.equal(*states), torch.equal(*logits), is_sharded(whole), is_sharded(divided)]
+    layers = sum(weight.nbytes for weight in whole.model.layers.parameters())
+    (folder / os.environ["RANK"]).write_text(json.dumps([found, bytes_here(whole), bytes_here(divided), layers]))
 
 
 def test_two_processes_hold_half_of_the_layers_each_and_compute_the_same_states(model_folder, tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", *"torch.distributed.run --standalone --nproc-per-node 2".split()]
-    command += ["--no-python", sys.executable, "-W", "ignore", "-c", SHARDED, str(model_folder), f"{tmp_path}/"]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    """A command of no effect follows, which ends the process group."""
+    two_forks("--version", folder=tmp_path, before=partial(compute, model_folder, tmp_path))
     for rank in "01":
-        found, (whole, here, layers) = json.loads((tmp_path / rank).read_text())
+        found, whole, here, layers = json.loads((tmp_path / rank).read_text())
         assert found == [True, True, False, True]
         assert here == whole - layers / 2
 
