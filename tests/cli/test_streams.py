@@ -68,32 +68,6 @@ for line in sys.stdin:
     loaded = sorted({"torch", "transformers", "huggingface_hub"} & sys.modules.keys())
     print(json.dumps([status, out.getvalue(), err.getvalue(), loaded]))
 """
-<<<<<<< HEAD
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "generate --model MODEL --no-drafter --prompt x",
-        "generate --model here --drafter DRAFTER --prompt x",
-        "check --model MODEL --drafter x --prompts x",
-        "check --model here --drafter DRAFTER --prompts x",
-        "eval --model MODEL --drafter x --prompts x",
-        "eval --model here --drafter DRAFTER --prompts x",
-        "distill --model MODEL --prompts x --output new.jsonl",
-        "distill --model here --drafter DRAFTER --prompts x --output new.jsonl",
-        "train --model MODEL --data x --output new",
-        "data x --model MODEL",
-        "profile --model MODEL",
-        "tune --model MODEL --drafter x --prompts x",
-        "tune --model here --drafter DRAFTER --prompts x",
-        "serve --model MODEL",
-        "serve --model here --drafter DRAFTER",
-        "info --model MODEL",
-        "info DRAFTER",
-        "export DRAFTER --output new",
-    ],
-=======
 COMMANDS = (
     "generate --model MODEL --no-drafter --prompt x",
     "generate --model here --drafter DRAFTER --prompt x",
@@ -108,10 +82,11 @@ COMMANDS = (
     "profile --model MODEL",
     "tune --model MODEL --drafter x --prompts x",
     "tune --model here --drafter DRAFTER --prompts x",
+    "serve --model MODEL",
+    "serve --model here --drafter DRAFTER",
     "info --model MODEL",
     "info DRAFTER",
     "export DRAFTER --output new",
->>>>>>> suite
 )
 
 
