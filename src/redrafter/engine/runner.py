@@ -1,7 +1,7 @@
-"""Runs the steps of one call: model locks, optimised layers, CUDA graph, torch.compile and launch-ahead.
+"""Runs the steps of one state: model locks, optimised layers, CUDA graph, torch.compile and launch-ahead.
 
-Guarantees that other callers cannot observe a step: only the call's own copies of the models are changed, and settings
-of the thread are restored after each step.  Does not know requests or when rows finish.
+Guarantees that other callers cannot observe a step: only the copies of the models that it runs are changed, and
+settings of the thread are restored after each step.  Does not know requests or when rows finish.
 """
 
 from __future__ import annotations
