@@ -122,6 +122,7 @@ def generate(
         texts=None if checked.tokenizer is None else [row.text for row in rows],
         scores=[row.scores for row in rows] if checked.output_scores else None,
         logits=[row.logits for row in rows] if checked.output_logits else None,
+        logprobs=None if checked.rows[0].logprobs is None else [row.logprobs or [] for row in rows],
     )
 
 

@@ -65,7 +65,8 @@ class Runner:
         """
         first = decoders[1]
         self.target = first.target
-        self.backend = Backend.choose(first, fast=fast, compile=compile)
+        single = batch == 1 and all(decoder.proposer is None for decoder in decoders.values())
+        self.backend = Backend.choose(first, fast=fast, compile=compile, single=single)
         self._fast = fast
         models = {id(model): model for decoder in decoders.values() for model in models_of(decoder)}
         self._models = tuple(models.values())
