@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from conftest import greedy, launch_ahead, read_in_parts, tiny_model
 from redrafter import EagleHead, PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, generate, stream
 from redrafter.core.shapes import DraftShape
+from redrafter.core.tree import DraftTree, ancestors_of
 from redrafter.decoding.step import Decoder
 from redrafter.engine import scheduler as scheduling
 from redrafter.engine.request import Task, tasks
 from redrafter.engine.results import Event
 from redrafter.engine.runner import Runner
 from redrafter.engine.scheduler import Scheduler
-from redrafter.proposers import method_of
+from redrafter.proposers import Proposer, method_of
 from redrafter.targets.target import Target
 
 MODEL = tiny_model()
@@ -359,3 +360,43 @@ def test_log_probabilities_are_the_models_own(method, sampling):
     most = generate(MODEL, method, prompts[:1], logprobs=61, on_row=finished.append, **told)
     assert len(finished[-1].logprobs[0].top) == 61
     assert most.new_tokens == plain.new_tokens[:1] or sampling
+
+
+class InTheLastNodes(Proposer):
+    """Proposes what the target writes, in the last nodes of a large tree; the nodes before are padding."""
+
+    modules, positions = (), 1
+
+    def __init__(self, texts: list[list[int]], size: int, length: int):
+        self.texts, self.size, self.length = texts, size, length
+
+    def propose(self, memory, rows, context, noise):
+        tokens = torch.zeros(len(context), self.size, dtype=torch.long)
+        tokens[:, 0] = rows.root
+        for row, (number, length) in enumerate(zip(rows.row.tolist(), rows.length.tolist(), strict=True)):
+            following = torch.tensor(self.texts[number][length + 1 :][: self.length])
+            tokens[row, self.size - self.length :][: len(following)] = following
+        valid, path = torch.zeros_like(tokens).bool(), torch.arange(self.size - self.length, self.size)
+        valid[:, 0] = valid[:, path] = True
+        depth, parents = torch.zeros_like(tokens), torch.zeros_like(tokens)
+        depth[:, path], parents[:, path[1:]] = 1 + torch.arange(self.length), path[:-1]
+        return DraftTree(tokens, parents, depth, valid, ancestors_of(parents, max_depth=self.length))
+
+
+@pytest.mark.parametrize("size", [20, 140, 200, 256])
+def test_large_trees_beside_prompts(size, monkeypatch):
+    """What a pass computes only to have a size that is captured reaches no node of any tree."""
+    fake_kernels(monkeypatch)
+    prompts = [[5, 9, 12], *([7 + i, 8, 9, 11, 13 + i] for i in range(3))]
+    counts = [40, 3, 3, 3]
+    texts = [prompt + greedy(MODEL, prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
+    first, *others = (task(i, prompts[i], max_new_tokens=counts[i]) for i in range(4))
+    made = Decoder(Target(tiny_model()), InTheLastNodes(texts, size, 3))
+    run = Scheduler(Runner({1: made}, batch=4, slots=43))
+    run.add(first)
+    ((_, event),) = run.step()
+    found = results(run, *others)  # whose prompts are read beside steps of the first
+    found[0].insert(0, event)
+    for number, prompt in enumerate(prompts):
+        assert prompt + tokens(found[number]) == texts[number]
+    assert [event.accepted for event in found[0]] == [3] * 10
