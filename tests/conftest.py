@@ -255,6 +255,13 @@ def prompts_read(asked, *, slots: int = 64):
     return runner
 
 
+def launch_ahead(monkeypatch) -> None:
+    """Steps are launched before the last one was read, as on a GPU whose steps are short."""
+    from redrafter.engine.runner import Runner
+
+    monkeypatch.setattr(Runner, "launches_ahead", True)
+
+
 def read_in_parts(monkeypatch, first: int, later: int) -> None:
     """A forward pass reads at most so many tokens of a prompt: from its beginning, and later."""
     from redrafter.engine import scheduler

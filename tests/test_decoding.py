@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import math
 import weakref
 
 import pytest
@@ -14,12 +13,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Given, greedy, prompts_read, random_tree, read_in_parts, tiny_model
+from conftest import Given, greedy, launch_ahead, prompts_read, random_tree, read_in_parts, tiny_model
 from redrafter import EagleHead, RecurrentDrafter, RedrafterError, TwoModel, generate, stream
 from redrafter.core.tree import prefix_tree
 from redrafter.decoding.step import Decoder
-from redrafter.engine import runner
-from redrafter.engine.cuda_graph import Captured
 from redrafter.engine.request import request
 from redrafter.engine.runner import PendingStep, Runner
 from redrafter.engine.scheduler import Scheduler
@@ -322,7 +319,7 @@ def test_rows_go_on_between_the_parts_of_a_long_prompt(monkeypatch):
         run.add(task)
     new = {row: [] for row in range(3)}
     while not run.idle:
-        for event in run.step():
+        for _, event in run.step():
             new[event.row] += event.tokens
     assert new == {
         row: greedy(MODEL, prompt, count) for row, (prompt, count) in enumerate(zip(prompts, (20, 3, 20), strict=True))
@@ -552,12 +549,6 @@ def test_on_a_gpu_text_is_that_of_transformers(family):
     drafter = RecurrentDrafter.for_target(model)
     assert generate(model, None, prompts, max_new_tokens=30).new_tokens == expected
     assert generate(model, drafter, prompts, max_new_tokens=30).new_tokens == expected
-
-
-def launch_ahead(monkeypatch) -> None:
-    """Steps are launched before the last one was read, as on a GPU whose steps are short."""
-    monkeypatch.setattr(runner, "LAUNCH_AHEAD_SECONDS", math.inf)
-    monkeypatch.setattr(Captured, "replaying", True)
 
 
 MANY = [[5, 9, 12], [7], [30, 31, 32, 33, 34], [8, 8], [11], [40, 41, 42], [3] * 9]

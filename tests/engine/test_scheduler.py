@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -11,19 +10,17 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import greedy, read_in_parts, tiny_model
+from conftest import greedy, launch_ahead, read_in_parts, tiny_model
 from redrafter import EagleHead, PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, generate, stream
 from redrafter.core.shapes import DraftShape
+from redrafter.core.tree import DraftTree, ancestors_of
 from redrafter.decoding.step import Decoder
-from redrafter.engine import runner as running
 from redrafter.engine import scheduler as scheduling
-from redrafter.engine.active import Failure
-from redrafter.engine.cuda_graph import Captured
 from redrafter.engine.request import Task, tasks
 from redrafter.engine.results import Event
 from redrafter.engine.runner import Runner
 from redrafter.engine.scheduler import Scheduler
-from redrafter.proposers import method_of
+from redrafter.proposers import Proposer, method_of
 from redrafter.targets.target import Target
 
 MODEL = tiny_model()
@@ -56,14 +53,14 @@ def task(number: int, prompt: list[int], **told) -> Task:
     return one
 
 
-def results(run: Scheduler, *added: Task) -> dict[int, list[Event | Failure]]:
+def results(run: Scheduler, *added: Task) -> dict[int, list[Event | Exception]]:
     """What each row brings until no row is left."""
     for one in added:
         run.add(one)
-    found: dict[int, list[Event | Failure]] = {}
+    found: dict[int, list[Event | Exception]] = {}
     while not run.idle:
-        for one in run.step():
-            found.setdefault(one.task.row.number if isinstance(one, Failure) else one.row, []).append(one)
+        for one, outcome in run.step():
+            found.setdefault(one.row.number, []).append(outcome)
     return found
 
 
@@ -100,12 +97,6 @@ MIXED = [
     ([7, 9], {"drafter": False, "stopping_criteria": [Six()]}),
     ([6, 9], SAMPLED | {"logit_bias": {int(token): 4.0 for token in range(20, 30)}, "no_repeat_ngram_size": 2}),
 ]
-
-
-def launch_ahead(monkeypatch) -> None:
-    """Steps are launched before the last one was read, as on a GPU whose steps are short."""
-    monkeypatch.setattr(running, "LAUNCH_AHEAD_SECONDS", math.inf)
-    monkeypatch.setattr(Captured, "replaying", True)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -230,10 +221,7 @@ def test_an_error_of_the_callers_code_is_raised_as_it_is(told, method):
 def test_a_row_that_fails_ends_alone_and_frees_its_slot(told, method):
     rows = [task(0, [7]), task(1, [5, 9, 12], **told), task(2, [8, 8]), task(3, [11])]
     found = results(scheduler(method, batch=3), *rows)
-    failure = found[1][-1]
-    assert isinstance(failure, Failure)
-    assert failure.task is rows[1]
-    assert isinstance(failure.error, Broken | RedrafterError)
+    assert isinstance(found[1][-1], Broken | RedrafterError)
     for number, prompt in ((0, [7]), (2, [8, 8]), (3, [11])):
         assert tokens(found[number]) == greedy(MODEL, prompt, 12)
 
@@ -249,14 +237,13 @@ def test_rows_are_cancelled_wherever_they_are(ahead, monkeypatch):
     ]  # fmt: skip
     for one in rows[:1]:
         run.add(one)
-    found = {0: run.step()}
+    assert [one is running_row for one, _ in run.step()] == [True]
     for one in rows[1:]:
         run.add(one)
     run.step()
     assert run.running == 2
     assert [run.cancel(one) for one in (waiting, long, running_row)] == [True] * 3
     assert not any(run.cancel(one) for one in (waiting, long, running_row))
-    assert found[0][0].row == 0
     rest = results(run)
     assert rest.keys() == {3}
     assert tokens(rest[3]) == greedy(MODEL, [8, 8], 12)
@@ -373,3 +360,43 @@ def test_log_probabilities_are_the_models_own(method, sampling):
     most = generate(MODEL, method, prompts[:1], logprobs=61, on_row=finished.append, **told)
     assert len(finished[-1].logprobs[0].top) == 61
     assert most.new_tokens == plain.new_tokens[:1] or sampling
+
+
+class InTheLastNodes(Proposer):
+    """Proposes what the target writes, in the last nodes of a large tree; the nodes before are padding."""
+
+    modules, positions = (), 1
+
+    def __init__(self, texts: list[list[int]], size: int, length: int):
+        self.texts, self.size, self.length = texts, size, length
+
+    def propose(self, memory, rows, context, noise):
+        tokens = torch.zeros(len(context), self.size, dtype=torch.long)
+        tokens[:, 0] = rows.root
+        for row, (number, length) in enumerate(zip(rows.row.tolist(), rows.length.tolist(), strict=True)):
+            following = torch.tensor(self.texts[number][length + 1 :][: self.length])
+            tokens[row, self.size - self.length :][: len(following)] = following
+        valid, path = torch.zeros_like(tokens).bool(), torch.arange(self.size - self.length, self.size)
+        valid[:, 0] = valid[:, path] = True
+        depth, parents = torch.zeros_like(tokens), torch.zeros_like(tokens)
+        depth[:, path], parents[:, path[1:]] = 1 + torch.arange(self.length), path[:-1]
+        return DraftTree(tokens, parents, depth, valid, ancestors_of(parents, max_depth=self.length))
+
+
+@pytest.mark.parametrize("size", [20, 140, 200, 256])
+def test_large_trees_beside_prompts(size, monkeypatch):
+    """What a pass computes only to have a size that is captured reaches no node of any tree."""
+    fake_kernels(monkeypatch)
+    prompts = [[5, 9, 12], *([7 + i, 8, 9, 11, 13 + i] for i in range(3))]
+    counts = [40, 3, 3, 3]
+    texts = [prompt + greedy(MODEL, prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
+    first, *others = (task(i, prompts[i], max_new_tokens=counts[i]) for i in range(4))
+    made = Decoder(Target(tiny_model()), InTheLastNodes(texts, size, 3))
+    run = Scheduler(Runner({1: made}, batch=4, slots=43))
+    run.add(first)
+    ((_, event),) = run.step()
+    found = results(run, *others)  # whose prompts are read beside steps of the first
+    found[0].insert(0, event)
+    for number, prompt in enumerate(prompts):
+        assert prompt + tokens(found[number]) == texts[number]
+    assert [event.accepted for event in found[0]] == [3] * 10

@@ -74,8 +74,9 @@ class Runner:
         self._lock = ModelLock(*map(original, self._models))
         with self._lock, kernels_enabled(fast):
             self.decoders = {rows: self.backend.prepare(decoder) for rows, decoder in decoders.items()}
-            # two steps may exceed the budget of a row; padding of prompts is written into the last positions
-            spare = 2 * self.length + 1 + max(READ_WIDTH, self.size) if cache is None else cache.slots - slots
+            # two steps and a tree may exceed the budget of a row; padding of prompts is written behind them
+            spare = 2 * self.length + 1 + self.size + max(READ_WIDTH, self.size)
+            spare = spare if cache is None else cache.slots - slots
             proposers = [one.proposer for one in self.decoders.values()]
             self.state = State.empty(self.target, proposers, batch=batch, slots=slots + spare, cache=cache)
         self.slots = slots
