@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from conftest import refusal
-from processes import Fork, signalled
+from processes import Fork, new_process, signalled
 from redrafter.utils import progress
 
 
@@ -221,14 +221,14 @@ def test_a_killed_run_resumes_to_the_same_file(say, words, prompts, tmp_path):
         ahead = json.loads(note.read_text())["ahead"] if note.exists() else {}
         return sum(len(own) for result in ahead.values() for own in result.get("part", []))
 
-    def kill(count: Callable[[], int], moment: int) -> None:
-        ended = signalled(Fork(*words, *options), signal.SIGKILL, lambda: count() >= moment)
+    def kill(start: Callable, count: Callable[[], int], moment: int) -> None:
+        ended = signalled(start(*words, *options), signal.SIGKILL, lambda: count() >= moment)
         assert ended == -signal.SIGKILL, "it should be killed before its end"
 
-    kill(answers, 3)
+    kill(new_process, answers, 3)
     assert answers() >= 3, "answers are saved before their row is finished"
     for moment in (2, 6):
-        kill(done, moment)
+        kill(Fork, done, moment)
         assert moment <= done() < 24
         known = json.loads(note.read_text())
         assert own.read_bytes()[: known["bytes"]].count(b"\n") == known["counts"]["rows"] >= 2 * done()

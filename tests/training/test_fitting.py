@@ -103,7 +103,7 @@ def test_heads_learn_and_the_folder_holds_the_result(tmp_path):
     before = acceptance(TARGET, proposer_of(heads), rows[:16])
     recipe = Recipe(max_steps=1, batch_size=8, learning_rate=2e-2)
     first = run(MODEL, heads, rows[:16], tmp_path / "a", recipe, resume=False)
-    recipe = Recipe(max_steps=60, batch_size=8, learning_rate=2e-2)
+    recipe = Recipe(max_steps=40, batch_size=8, learning_rate=2e-2)
     last = run(MODEL, heads, rows[:16], tmp_path / "b", recipe, held_out=rows[16:], resume=False)
     assert last.loss < 0.6 * first.loss
     after = acceptance(TARGET, proposer_of(heads), rows[:16])
