@@ -1,6 +1,6 @@
 """Throughput and latency of an `Engine` on one device, without HTTP: saturation, arrivals, one row, long prompts.
 
-    python benchmarks/serving.py [--shape smollm2] [--slots 32 128] [--parts saturation one delay] [--out FILE]
+    python benchmarks/serving.py [--shape smollm2] [--slots 32 128] [--parts saturation one delay clients] [--out FILE]
 
 Models with random weights in the shape of a public one, in bfloat16 on a GPU.  End tokens are disabled; prompts have 16
 to 96 tokens and answers 1 to 256, drawn with a fixed seed.
@@ -8,6 +8,8 @@ to 96 tokens and answers 1 to 256, drawn with a fixed seed.
 - `saturation`: more requests than slots from the start.  Tokens per second while all slots are busy, divided by those
   of as many requests of equal length that start together.
 - `one`: one request in an engine of many slots, and in an engine of one: milliseconds per step.
+- `clients`: the bundled pair, 48 chats of up to 96 new tokens: an engine of 16 slots beside one call of `generate`
+  after another, both with the drafter.
 - `delay`: 16 prompts of 1,000 tokens arrive while 16 requests are being decoded: the longest time between two steps,
   divided by the median.
 
@@ -26,9 +28,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
-from redrafter.engine.engine import Engine
+from redrafter import Engine, RecurrentDrafter, generate
+from redrafter.cli.loading import demo_folder
+
+ASKS = ("Tell me about", "Write a story about", "Why do people like")
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": {
@@ -141,6 +146,30 @@ def delay(model: PreTrainedModel) -> dict[str, float]:
     return {"median step, ms": 1e3 * statistics.median(between[30:100]), "longest / median": min(found[1:])}
 
 
+def clients(slots: int = 16) -> dict[str, float]:
+    """Many clients at once beside one after another."""
+    folder = demo_folder()
+    model = AutoModelForCausalLM.from_pretrained(folder / "redrafter-demo-12m")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "redrafter-demo-12m")
+    drafter = RecurrentDrafter.from_pretrained(folder / "drafter", target=model)
+    words = "sea sun moon cat dog tree car road house king boat fish bird snow rain fire".split()
+    chats = [[{"role": "user", "content": f"{ask} the {word}."}] for word in words for ask in ASKS]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    alone: list[float] = []
+    together: list[float] = []
+    with Engine(model, drafter, slots=slots, max_length=512) as engine:
+        for _ in range(3):
+            begin = time.perf_counter()
+            texts = [generate(model, drafter, [ids], max_new_tokens=96).new_tokens[0] for ids in prompts]
+            alone.append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            submissions = [engine.submit(ids, max_new_tokens=96) for ids in prompts]
+            same = [one.result().new_tokens == text for one, text in zip(submissions, texts, strict=True)]
+            together.append(time.perf_counter() - begin)
+    one, many = statistics.median(alone), statistics.median(together)
+    return {"one at a time, s": one, "together, s": many, "ratio": one / many, "equal texts": sum(same)}
+
+
 def main() -> None:
     """Runs the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,6 +183,8 @@ def main() -> None:
     if "saturation" in options.parts:
         for slots in options.slots:
             figures[f"saturation, {slots} slots"] = saturation(model, slots)
+    if "clients" in options.parts:
+        figures["clients"] = clients()
     if "one" in options.parts:
         figures["one row"] = one_row(model, 32)
     if "delay" in options.parts:
