@@ -104,7 +104,7 @@ REFUSED = {
     "rwkv": ("keeps a recurrent state", BASE),
 }
 
-PROMPTS = [list(range(3, 20)), [9, 8, 7], [5]]
+PROMPTS = [list(range(3, 20)), [5]]
 
 
 def build(family: str, settings: dict, attention: str):

@@ -192,8 +192,7 @@ def test_changed_weights_are_an_error(say, command, drafter_folder):
 def test_a_killed_run_resumes(say, command, tmp_path):
     command = [*map(str, command), "--rounds", "2"]
     file = tmp_path / "out" / "measurements.jsonl"
-    killed = Fork(*command)
-    signalled(killed, signal.SIGKILL, lambda: file.exists() and file.read_text().count("\n") > 2)
+    signalled(Fork(*command), signal.SIGKILL, lambda: file.exists() and file.read_text().count("\n") > 2)
     assert not (tmp_path / "out" / "report.html").exists()
     note = json.loads(file.with_name("measurements.jsonl.state").read_text())
     before = file.read_bytes()[: note["bytes"]]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import signal
-import time
+from collections.abc import Callable
 
 import pytest
 import transformers
 
 from conftest import refusal
-from processes import Fork, signalled
+from processes import Fork, new_process, signalled
 from redrafter.utils import progress
 
 
@@ -221,13 +221,14 @@ def test_a_killed_run_resumes_to_the_same_file(say, words, prompts, tmp_path):
         ahead = json.loads(note.read_text())["ahead"] if note.exists() else {}
         return sum(len(own) for result in ahead.values() for own in result.get("part", []))
 
-    assert signalled(Fork(*words, *options), signal.SIGKILL, lambda: answers() >= 3) == -signal.SIGKILL
-    assert answers() >= 3, "answers are saved before their row is finished"
-    for moment, wait in ((2, 0.05), (6, 0.0)):
-        ended = signalled(
-            Fork(*words, *options), signal.SIGKILL, lambda m=moment, w=wait: done() >= m and not time.sleep(w)
-        )
+    def kill(start: Callable, count: Callable[[], int], moment: int) -> None:
+        ended = signalled(start(*words, *options), signal.SIGKILL, lambda: count() >= moment)
         assert ended == -signal.SIGKILL, "it should be killed before its end"
+
+    kill(new_process, answers, 3)
+    assert answers() >= 3, "answers are saved before their row is finished"
+    for moment in (2, 6):
+        kill(Fork, done, moment)
         assert moment <= done() < 24
         known = json.loads(note.read_text())
         assert own.read_bytes()[: known["bytes"]].count(b"\n") == known["counts"]["rows"] >= 2 * done()

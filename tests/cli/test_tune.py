@@ -37,7 +37,7 @@ def prompts(tmp_path):
 def command(model_folder, folder, prompts):
     words = ["tune", "--model", model_folder, "--drafter", folder, "--prompts", prompts, "--device", "cpu"]
     words += ["--batch-sizes", "1,4", "--widths", "2,40", "--lengths", "2,3", "--budgets", "4,90"]
-    return [*words, "--limit", 3, "--max-new-tokens", 20, "--repeats", 1]
+    return [*words, "--limit", 3, "--max-new-tokens", 12, "--repeats", 1]
 
 
 @pytest.fixture
@@ -77,11 +77,11 @@ def test_the_fastest_shapes_are_printed_stored_and_used(say, command, times, fol
     assert f"Wrote the shapes to {folder}" in " ".join(out.split())
     assert ("sampled" if sampling else "greedy") in drafter.config.tuned_on
     assert "float32" in drafter.config.tuned_on
-    assert "complete calls of up to 20 tokens" in drafter.config.tuned_on
+    assert "complete calls of up to 12 tokens" in drafter.config.tuned_on
 
     ids = [prompt_ids({"prompt": text}, tokenizer, "here") for text in ("Once", "Twice", "Never")]
     options = {"do_sample": True, "temperature": 0.7, "seed": 3} if sampling else {}
-    stats = generate(model, drafter, ids, batch_size=1, max_new_tokens=20, **options).stats
+    stats = generate(model, drafter, ids, batch_size=1, max_new_tokens=12, **options).stats
     assert stats.accepted > 0
     tokens = 1 + stats.accepted / stats.steps
     rows = [line.split() for line in out.splitlines()]

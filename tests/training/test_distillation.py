@@ -628,7 +628,7 @@ def hasty(server):
 
     class Hasty(Endpoint):
         def post(self, path, body):
-            one = replace(patient, timeout=0.2) if server.trouble[:1] == ["slow"] else patient
+            one = replace(patient, timeout=0.05) if server.trouble[:1] == ["slow"] else patient
             return one.post(path, body)
 
     return Hasty(patient.url, patient.model)
@@ -691,7 +691,7 @@ def test_temporary_failures_are_retried(sources, served, trouble):
     ("trouble", "words"),
     [
         (500, "500 Internal Server Error (a reason in two lines)."),
-        ("slow", "within 0.2 s."),
+        ("slow", "within 0.05 s."),
         ("garbage", "not JSON."),
         ("{}", "no text."),
         ("{", "closed in the middle of an answer."),

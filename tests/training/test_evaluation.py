@@ -133,7 +133,7 @@ def counted(model, drafter, prompts, **settings) -> list[Acceptance]:
 PROMPTS = [[5], [3, 7, 4, 8], [6, 6], list(range(3, 9)) * 3, [8, 3]]
 
 
-@pytest.mark.parametrize("new_tokens", [1, 2, 16])
+@pytest.mark.parametrize("new_tokens", [1, 2, 12])
 @pytest.mark.parametrize("shape", ["beams", "budget", "vocabulary", "context"])
 def test_walked_counts_equal_those_of_decoding(shape, new_tokens):
     """Also if the last step accepts more tokens than the row may have."""
@@ -154,10 +154,10 @@ def test_walked_counts_equal_those_of_decoding(shape, new_tokens):
             assert one.teacher_forced.drafts == new_tokens
         total = Measured.total(found[mode])
         assert total.tokens == 5 * new_tokens
-        if new_tokens == 16:
+        if new_tokens == 12:
             assert total.teacher_forced.by_position[1] > 0
             assert 0 < total.walked.accepted < total.teacher_forced.accepted, "otherwise the test would show nothing"
-    assert new_tokens < 16 or found["greedy"] != found["sampled"]
+    assert new_tokens < 12 or found["greedy"] != found["sampled"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_trainer import own_text
 
 from conftest import tiny_model
-from redrafter import RecurrentDrafter, RedrafterError, generate
+from redrafter import RecurrentDrafter, RedrafterError
 from redrafter.data.examples import Row
 from redrafter.evaluation.acceptance import acceptance
 from redrafter.heads.medusa import MedusaHeads, fit_tree
@@ -21,13 +22,6 @@ from test_medusa_heads import random_heads
 
 MODEL = tiny_model()
 TARGET = Target(MODEL)
-
-
-def own_text(count: int) -> list[Row]:
-    """Rows that the model generates."""
-    prompts = [[token] for token in range(3, 3 + count)]
-    texts = generate(MODEL, None, prompts, max_new_tokens=24).new_tokens
-    return [Row(p + n, [False] + [True] * len(n)) for p, n in zip(prompts, texts, strict=True)]
 
 
 def proposer_of(heads: MedusaHeads) -> Proposer:
@@ -109,7 +103,7 @@ def test_heads_learn_and_the_folder_holds_the_result(tmp_path):
     before = acceptance(TARGET, proposer_of(heads), rows[:16])
     recipe = Recipe(max_steps=1, batch_size=8, learning_rate=2e-2)
     first = run(MODEL, heads, rows[:16], tmp_path / "a", recipe, resume=False)
-    recipe = Recipe(max_steps=60, batch_size=8, learning_rate=2e-2)
+    recipe = Recipe(max_steps=40, batch_size=8, learning_rate=2e-2)
     last = run(MODEL, heads, rows[:16], tmp_path / "b", recipe, held_out=rows[16:], resume=False)
     assert last.loss < 0.6 * first.loss
     after = acceptance(TARGET, proposer_of(heads), rows[:16])

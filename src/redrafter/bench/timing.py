@@ -1,7 +1,7 @@
 """Timing of complete calls, as their caller measures them, and of the steps of a stream.
 
 Guarantees that step times exclude prompts and, on CUDA, the first steps of a call, in which a graph is captured or code
-is compiled.  Does not know rounds, results or reports.
+is compiled if no earlier call did.  Does not know rounds, results or reports.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ FIELDS: dict[str, Field] = {
         "use_cache cache_implementation cache_config max_cache_len",
         "memory and speed only: decoding has its own cache",
     ),
-    **_fields("ignored", "prefill_chunk_size", "prompts are always processed in chunks"),
+    **_fields("ignored", "prefill_chunk_size", "prompts are read in passes of up to 8,192 tokens"),
     **_fields("ignored", "compile_config disable_compile", "speed only"),
     **_fields("ignored", "continuous_batching_config", "a finished row always gives its slot to a waiting row"),
     **_fields("ignored", "return_dict_in_generate", "a `Generation` contains everything; `custom_generate` uses it"),

@@ -184,6 +184,7 @@ class State:
             None if self.memory is None else self.memory.view(slice(count)),
         )
 
+    @torch.inference_mode()
     def with_bias(self, vocabulary: int) -> State:
         """The same state, with room for biases."""
         bias = torch.zeros((self.batch, vocabulary), dtype=torch.float32, device=self.table.device)
@@ -195,6 +196,7 @@ class State:
         if self.memory is not None:
             self.memory.window.visible = slots + self.memory.slots - self.cache.slots
 
+    @torch.inference_mode()
     def enter(self, rows: Mapping[int, Row]) -> None:
         """Rows enter slots.  They are decoded once all but the last token of their prompts is read.
 
@@ -214,6 +216,7 @@ class State:
                 if row.sampling.bias:
                     bias[slot, [*row.sampling.bias]] = torch.tensor([*row.sampling.bias.values()], device=bias.device)
 
+    @torch.inference_mode()
     def end(self, slots: Mapping[int, int]) -> None:
         """Frees slots, which keep the given number of positions, at least 1, until other rows enter.
 
@@ -227,6 +230,7 @@ class State:
         """Marks the slots for which `alive` is 1 as being decoded; others keep their state.  Slots may repeat."""
         self.table[:, _ALIVE].scatter_reduce_(0, slots, alive, "amax")
 
+    @torch.inference_mode()
     def copy(self, source: int, target: int, used: int) -> None:
         """Copies the first `used` positions of a slot's text and caches to a free slot."""
         self.rows.text[target, :used] = self.rows.text[source, :used]
@@ -234,6 +238,7 @@ class State:
         if self.memory is not None:
             self.memory.copy_row(source, target, used)
 
+    @torch.inference_mode()
     def move(self, source: int, target: int, used: int) -> None:
         """Moves the row of a slot, whose cache uses `used` positions, to a free slot and frees the first."""
         self.copy(source, target, used)

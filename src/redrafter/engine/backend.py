@@ -35,8 +35,8 @@ class Backend:
     device: torch.device
 
     @classmethod
-    def choose(cls, decoder: Decoder, *, fast: bool, compile: bool) -> Backend:
-        """The decisions for a call on the target's device."""
+    def choose(cls, decoder: Decoder, *, fast: bool, compile: bool, single: bool = False) -> Backend:
+        """The decisions for a call on the target's device.  `single`: a step runs one token of one row."""
         target, models = decoder.target, models_of(decoder)
         device = target.device
         if not fast:
@@ -54,6 +54,8 @@ class Backend:
         grouped = any(map(is_grouped, models))  # by an earlier call with the same copies
         if graph is None:
             linears = None if any(map(groups_of, models)) or grouped else "no groups of plain layers"
+        elif single:
+            linears = "one token at a time gains nothing"
         else:
             linears = None if grouped else why_not_packed(*models)
         return cls(kernels, attention, graph, compiling, linears, device)

@@ -56,7 +56,9 @@ def stream(
     - `seed`: one for each row, or one from which the rows' seeds are derived (default: from torch's generator).  A
       sample depends on the row's seed, the position and the model only, never on the drafter or on other rows;
     - `logits_processor`, `stopping_criteria`: lists of transformers' objects; `prefix_allowed_tokens_fn`;
-    - `presence_penalty`, `frequency_penalty`: of the new tokens, as OpenAI defines them;
+    - `presence_penalty`, `frequency_penalty`: of the new tokens, as OpenAI defines them; `logit_bias`: numbers by token
+      id, which are added to the logits;
+    - `logprobs`: number of most likely tokens whose log-probabilities `Event.logprobs` lists beside that of each token;
     - `tokenizer`: adds text to the events; required for `stop_strings`;
     - `fast=False`: PyTorch only, without the optimisations of `docs/speed.md`; the text is the same;
     - `compile=True`: also compiles the target's layers with torch.compile, if the kernels for tree attention run.  The
@@ -120,6 +122,7 @@ def generate(
         texts=None if checked.tokenizer is None else [row.text for row in rows],
         scores=[row.scores for row in rows] if checked.output_scores else None,
         logits=[row.logits for row in rows] if checked.output_logits else None,
+        logprobs=None if checked.rows[0].logprobs is None else [row.logprobs or [] for row in rows],
     )
 
 

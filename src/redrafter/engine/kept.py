@@ -41,6 +41,10 @@ class _Kept:
     runners: list[tuple[Any, Runner]] = field(default_factory=list)
     """Runners that no call uses, the most recently used last, each with what it was made for."""
 
+    def drop_dead(self) -> None:
+        """Drops runners whose drafter no longer exists."""
+        self.runners = [one for one in self.runners if not any(made.dead for made in one[0][-1].values())]
+
 
 _lock = threading.Lock()
 _models: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
@@ -61,7 +65,7 @@ def target_for(model: nn.Module, layers: Sequence[int], *, fast: bool) -> Target
     if target is not None:
         return target
     target = Target(model, layers)
-    if target.device.type == "cuda":
+    if _keeps(target):
         target.forget_model()
         with _lock:
             target = kept.targets.setdefault(key, target)
@@ -75,11 +79,11 @@ def borrowed(decoders: Mapping[int, Decoder], *, batch: int, slots: int, fast: b
     It is kept afterwards if its steps were captured and no error occurred.
     """
     target = decoders[1].target
-    made_of = {rows: _made_of(one) for rows, one in decoders.items()}
+    made_of = {rows: _Origin.of(one) for rows, one in decoders.items()}
     key = None if None in made_of.values() else (id(target), fast, compile, made_of)
     runner = _taken(target, key, batch, slots)
     if runner is None:
-        rounded = 1 << (slots - 1).bit_length() if target.device.type == "cuda" else slots
+        rounded = 1 << (slots - 1).bit_length() if _keeps(target) else slots
         limit = target.context_length
         room = slots if limit is None else max(slots, min(rounded, limit + 1))
         runner = Runner(decoders, batch=batch, slots=room, fast=fast, compile=compile)
@@ -97,6 +101,7 @@ def _taken(target: Target, key: Any, batch: int, slots: int) -> Runner | None:
         kept = _models.get(target.model)
         if kept is None or target not in kept.targets.values():
             return None
+        kept.drop_dead()
         fitting = [one for one in kept.runners if one[0] == key and one[1].fits(batch, slots)]
         if not fitting:
             return None
@@ -107,32 +112,55 @@ def _taken(target: Target, key: Any, batch: int, slots: int) -> Runner | None:
 
 def _return(target: Target, key: Any, runner: Runner) -> None:
     """Keeps a runner whose steps are captured."""
-    if key is None or not runner.captures:
+    if key is None or not _keeps(target) or not runner.captures:
         return
     runner.clear()
     with _lock:
         kept = _models.get(target.model)
         if kept is None or target not in kept.targets.values():
             return
+        kept.drop_dead()
         smaller = [one for one in kept.runners if one[0] != key or not runner.fits(one[1].state.batch, one[1].slots)]
         kept.runners = [*smaller, (key, runner)][-MAX_RUNNERS:]
         while kept.runners and sum(one.bytes for _, one in kept.runners) > MAX_BYTES:
             kept.runners.pop(0)
 
 
-def _made_of(decoder: Decoder) -> tuple[Any, ...] | None:
-    """What a proposer depends on; None if that is unknown."""
-    proposer = decoder.proposer
-    if proposer is None:
-        return ()
-    if not type(proposer).__module__.startswith("redrafter.proposers."):
-        return None
-    plain = {
-        name: value for name, value in vars(proposer).items() if isinstance(value, str | int | float | bool | None)
-    }
-    shape = getattr(proposer, "shape", None)
-    models = tuple((weakref.ref(original(one)), _signature(original(one))) for one in proposer.modules)
-    return (type(proposer), tuple(sorted(plain.items())), shape, models)
+@dataclass(frozen=True)
+class _Origin:
+    """What a proposer was made of."""
+
+    kind: type | None
+    settings: tuple[Any, ...] = ()
+    models: tuple[weakref.ref[nn.Module], ...] = ()
+    signatures: tuple[Signature, ...] = ()
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> _Origin | None:
+        """None for proposers of other packages, which may depend on anything."""
+        proposer = decoder.proposer
+        if proposer is None:
+            return cls(None)
+        if not type(proposer).__module__.startswith("redrafter.proposers."):
+            return None
+        plain = {name: one for name, one in vars(proposer).items() if isinstance(one, str | int | float | bool | None)}
+        models = [original(one) for one in proposer.modules]
+        return cls(
+            type(proposer),
+            (*sorted(plain.items()), getattr(proposer, "shape", None)),
+            tuple(map(weakref.ref, models)),
+            tuple(map(_signature, models)),
+        )
+
+    @property
+    def dead(self) -> bool:
+        """Whether a model no longer exists."""
+        return any(model() is None for model in self.models)
+
+
+def _keeps(target: Target) -> bool:
+    """Whether there is something to keep: captured steps."""
+    return target.device.type == "cuda"
 
 
 def _signature(model: nn.Module) -> Signature:

@@ -101,7 +101,8 @@ class Generation:
     """`sequences` [B, longest]: prompt and new tokens of every row, padded on the right.
 
     `new_tokens`: new tokens of every row, and `texts` their text, if a tokenizer was given.  `scores` and `logits`
-    [new, V]: what each token was chosen from, after and before the processors, if requested.
+    [new, V]: what each token was chosen from, after and before the processors, and `logprobs`, one entry for each new
+    token, if requested.
     """
 
     sequences: Int[Tensor, "B T"]
@@ -111,6 +112,7 @@ class Generation:
     texts: list[str] | None = None
     scores: list[Tensor] | None = None
     logits: list[Tensor] | None = None
+    logprobs: list[list[TokenLogprob]] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Runs the steps of one call: model locks, optimised layers, CUDA graph, torch.compile and launch-ahead.
+"""Runs the steps of one state: model locks, optimised layers, CUDA graph, torch.compile and launch-ahead.
 
-Guarantees that other callers cannot observe a step: only the call's own copies of the models are changed, and settings
-of the thread are restored after each step.  Does not know requests or when rows finish.
+Guarantees that other callers cannot observe a step: only the copies of the models that it runs are changed, and
+settings of the thread are restored after each step.  Does not know requests or when rows finish.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Runner:
         """
         first = decoders[1]
         self.target = first.target
-        self.backend = Backend.choose(first, fast=fast, compile=compile)
+        single = batch == 1 and all(decoder.proposer is None for decoder in decoders.values())
+        self.backend = Backend.choose(first, fast=fast, compile=compile, single=single)
         self._fast = fast
         models = {id(model): model for decoder in decoders.values() for model in models_of(decoder)}
         self._models = tuple(models.values())
@@ -126,7 +127,7 @@ class Runner:
 
     def clear(self) -> None:
         """Frees all slots."""
-        self.end(dict.fromkeys(range(self.state.batch), 1))
+        self.state.end(dict.fromkeys(range(self.state.batch), 1))
 
     @property
     def reads_while_decoding(self) -> bool:
@@ -180,13 +181,11 @@ class Runner:
 
     def enter(self, rows: Mapping[int, Row]) -> None:
         """Rows enter slots.  See `State.enter`."""
-        with torch.inference_mode():
-            settings = self.state.rows.settings
-            if settings is not None and settings.bias is None and any(row.sampling.bias for row in rows.values()):
-                self.state = self.state.with_bias(self.target.vocab_size)
-                self._views.clear()
-                self._steps.clear()
-            self.state.enter(rows)
+        if self.state.bias is None and any(row.sampling.bias for row in rows.values()):
+            self.state = self.state.with_bias(self.target.vocab_size)
+            self._views.clear()
+            self._steps.clear()
+        self.state.enter(rows)
 
     def read(self, parts: Sequence[PromptPart]) -> None:
         """Reads parts of prompts, in one forward pass if possible: all begin at position 0, or belong to one row.
@@ -234,7 +233,10 @@ class Runner:
             # what a captured step sees cannot grow with the text
             visible = committed + decoder.size if refused else state.cache.slots
             state.set_visible(visible)
-            return PendingStep.launched(owners, step(), begin)
+            emitted = step()
+            if not sampler.synchronizes and sampler.shared is None:
+                self._refused = captured.refused  # what one step has shown is true of all
+            return PendingStep.launched(owners, emitted, begin)
 
     def result(self, pending: PendingStep, *, waited: bool) -> StepResult:
         """Waits for a step.  `waited`: no other step ran at the same time, so that its duration is known."""
@@ -248,21 +250,6 @@ class Runner:
     def launches_ahead(self) -> bool:
         """Whether the next step should be launched before the results of the last one are read."""
         return self.replays and self._between > LAUNCH_AHEAD_SHARE * self._seconds
-
-    def end(self, slots: Mapping[int, int]) -> None:
-        """Frees slots.  See `State.end`."""
-        with torch.inference_mode():
-            self.state.end(slots)
-
-    def copy(self, source: int, target: int, used: int) -> None:
-        """Copies the first positions of a slot's text and caches to another slot."""
-        with torch.inference_mode():
-            self.state.copy(source, target, used)
-
-    def move(self, source: int, target: int, used: int) -> None:
-        """Moves a row to a free slot.  See `State.move`."""
-        with torch.inference_mode():
-            self.state.move(source, target, used)
 
     def _packed(self, parts: Sequence[PromptPart], width: int) -> tuple[State, Tensor]:
         """The complete state, and parts of prompts in one of the sizes that are captured."""
@@ -285,11 +272,9 @@ class Runner:
         if key not in self._steps:
             if len(self._steps) >= MAX_STEPS:
                 del self._steps[next(iter(self._steps))]
-            known = any(step.replaying for step in self._steps.values())
-            state = self.view(
-                count
-            )  # a function that referred to the runner would form a cycle, which keeps its memory
-            self._steps[key] = self.captured(lambda: decoder.step(state, sampler, reading), known=known)
+            state = self.view(count)
+            # a function that referred to the runner would form a cycle, which keeps its memory
+            self._steps[key] = self.captured(lambda: decoder.step(state, sampler, reading), known=self.replays)
         return self._steps[key]
 
     def describe(self) -> dict[str, str]:

@@ -50,10 +50,10 @@ class Slots:
             spare = prefixes.emptiest(self.free)
             if not prefixes.holds(spare):  # the text that the row would overwrite is kept elsewhere
                 self._ended[spare] = prefixes.length(slot)
-                self._runner.copy(slot, spare, self._ended[spare])
+                self._runner.state.copy(slot, spare, self._ended[spare])
                 prefixes.move(slot, spare)
         if source not in (slot, -1):
-            self._runner.copy(source, slot, found)
+            self._runner.state.copy(source, slot, found)
         prefixes.put(slot, row.prompt[:found])
         return slot, found
 
@@ -71,13 +71,13 @@ class Slots:
     def end(self) -> None:
         """Tells the device which slots are free."""
         if self._ended:
-            self._runner.end(self._ended)
+            self._runner.state.end(self._ended)
             self._ended = {}
 
     def move(self, source: int, used: int) -> int:
         """Moves a row, whose cache uses `used` positions, to the first free slot, which is returned."""
         target: int = heapq.heapreplace(self.free, source)
-        self._runner.move(source, target, used)
+        self._runner.state.move(source, target, used)
         self._ended.pop(target, None)
         if self.prefixes is not None:
             self.prefixes.move(source, target)

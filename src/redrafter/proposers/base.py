@@ -38,7 +38,7 @@ class Proposer:
     """Modules that run in a draft, without those of the target."""
 
     def memory(self, *, batch: int, slots: int) -> SlotCache | None:
-        """State kept between steps for texts of `slots` positions, allocated once for a call.  None by default.
+        """State kept between steps for texts of `slots` positions, allocated once for a runner.  None by default.
 
         It may have more slots than requested, for drafts that run more nodes than the tree contains.
         """

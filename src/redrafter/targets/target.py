@@ -142,8 +142,16 @@ class Target:
             masks = mask if self._layer_types is None else dict.fromkeys(self._layer_types, mask)
             with self._attention(NAME):
                 return self._run(tree.tokens, position, slots, masks, cache, select, heads)
+        if self._sees_all(tree, length, cache):
+            return self._run(tree.tokens, position, slots, None, cache, select, heads)
         visible = partial(tree_mask, tree, length, slots=cache.visible)
         return self._run(tree.tokens, position, slots, self._masks(visible), cache, select, heads)
+
+    def _sees_all(self, tree: DraftTree, length: Int[Tensor, " B"], cache: SlotCache) -> bool:
+        """Whether it is one token that attends to all visible slots, so that the model needs no mask (on a CPU)."""
+        full = self._window is None and set(self._layer_types or ()) <= {"full_attention"}
+        alone = tree.tokens.numel() == 1 and self.device.type == "cpu" and full and self.causal_prompts
+        return alone and cache.visible == int(length) + 1
 
     def read_prompt(self, chunk: PromptChunk, cache: SlotCache) -> Float[Tensor, "V N state"]:
         """Runs prompt tokens into their rows of the cache and returns the hidden states of all of them.
