@@ -33,7 +33,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "src" / "redrafter"
-TESTS = ("verify", "tree", "noise", "cache", "sampling", "target", "proposers", "decoding")
+TESTS = (
+    *("test_verify.py", "test_tree.py", "test_noise.py", "test_cache.py", "test_warping.py", "test_sampling.py"),
+    *("test_target.py", "proposers", "test_decoding.py", "engine/test_scheduler.py"),
+)
 """Files or folders of tests that must detect every mutation."""
 SECONDS = 600
 """Time limit of one run of the tests."""
@@ -142,7 +145,7 @@ MUTATIONS = {
         "scheduler", "T.get(O.slot) is not O", "O.slot not in T", "test_a_step_launched_before"
     ),
     "ahead: tokens that are not read yet are not visible": Mutation(
-        "runner", "len(F) * (L + 1)", "0 * len(F) * (L + 1)", "test_a_step_launched_before"
+        "Scheduler._launch", "len(P) * (R.length + 1)", "0 * len(P)", "test_a_step_launched_before"
     ),
     "mask: nodes see their siblings": Mutation(
         "tree_mask", "A.gather(2, N) & I[:, None]", "I[:, None]", "test_tree.py"
@@ -210,10 +213,40 @@ MUTATIONS = {
         "test_two_model.py::test_every_draft_is_that_of_a_plain_search[False-greedy-shape3",
     ),
     "memory: prompts are not read": Mutation(
-        "step", "P.read(M, R, H, S)", "None", "test_eagle_drafts.py::test_every_draft"
+        "step", "P.read(M, C, H)", "None", "test_eagle_drafts.py::test_every_draft"
     ),
-    "memory: a row that enters brings none": Mutation(
-        "State.insert_rows", "self.memory.insert_rows(S, O)", "None", "test_eagle_drafts.py::test_every_draft"
+    "memory: a row that moves leaves it behind": Mutation(
+        "State.copy", "self.memory.copy_row(S, T, U)", "None", "test_rows_move_together"
+    ),
+    "cache: a row that moves leaves it behind": Mutation(
+        "State.copy", "self.cache.copy_row(S, T, U)", "None", "test_rows_move_together"
+    ),
+    "reading: steps move the states of prompts that are being read": Mutation(
+        "Decoder.step", "_latest(C, H, N - 1)", "_latest(C, H, (N - 1).clamp(min=0))", "test_the_drafter_is_given"
+    ),
+    "reading: later parts of a prompt go into the first row": Mutation(
+        "Target.read_prompt", "C.view(slice(R, R + 1))", "C.view(slice(0, 1))", "test_a_prompt_that_is_read_in_parts"
+    ),
+    "settings: all rows have the temperature of the first": Mutation(
+        "warping", "S / _aligned(T, S)", "S / _aligned(T[:1], S)", "test_warping.py"
+    ),
+    "settings: all rows have the smallest top-k": Mutation(
+        "within_top_k", "(K - 1).clamp(0, S - 1)", "(K - 1).clamp(0, S - 1).amin().expand_as(K)", "test_warping.py"
+    ),
+    "settings: a nucleus ends among equal scores": Mutation(
+        "warping", "A & ~B & ~C & ~D", "A & ~B & ~C", "test_warping.py"
+    ),
+    "settings: a row that drafts none has its draft verified": Mutation(
+        "Decoder.step", "T.valid & (D == 1)[:, None]", "T.valid", "test_rows_with_different_settings"
+    ),
+    "penalties: the root is counted twice": Mutation(
+        "occurrences",
+        "torch.cat((torch.zeros_like(B[..., :1]), B[..., 1:]), dim=2)",
+        "B",
+        "test_sampling.py",
+    ),
+    "penalties: tokens of the prompt are counted": Mutation(
+        "occurrences", "W & (I >= P[:, None])", "W", "test_sampling.py"
     ),
     "memory: attention does not reach the beams": Mutation(
         "State.set_visible",
@@ -378,8 +411,8 @@ def ordered(items: list[pytest.Item], mutation: Mutation) -> list[pytest.Item]:
     """The tests that are likely to detect a mutation first, then those of the other files as in `TESTS`."""
 
     def rank(item: pytest.Item) -> tuple[bool, int]:
-        parts = (item.path.parent.name, item.path.stem.removeprefix("test_"))
-        return mutation.tests not in item.nodeid, next(i for i, one in enumerate(TESTS) if one in parts)
+        place = next(i for i, one in enumerate(TESTS) if item.path.is_relative_to(ROOT / "tests" / one))
+        return mutation.tests not in item.nodeid, place
 
     return sorted(items, key=rank)
 
@@ -436,7 +469,7 @@ def main(words: list[str]) -> None:
             raise SystemExit(f"Mutation “{name}” does not apply: {error}.") from None
     sys.path.insert(0, str(SOURCES.parent))  # not an installed copy
     runner = Runner(words)
-    paths = [str(ROOT / "tests" / (one if one == "proposers" else f"test_{one}.py")) for one in TESTS]
+    paths = [str(ROOT / "tests" / one) for one in TESTS]
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "-o", "addopts=", "-m", "not gpu"]
     status = pytest.main(["-s", *options, *paths], plugins=[runner])
     raise SystemExit(int(status) or bool(runner.undetected))

@@ -11,9 +11,9 @@ from conftest import greedy, tiny_model
 from redrafter import RecurrentDrafter, RedrafterError, TwoModel
 from redrafter.core.shapes import DraftShape
 from redrafter.decoding.step import Decoder
-from redrafter.engine import runner
+from redrafter.engine import clock, runner
+from redrafter.engine.clock import milliseconds
 from redrafter.engine.request import request
-from redrafter.engine.runner import milliseconds
 from redrafter.evaluation import profiling
 from redrafter.evaluation.profiling import StepProfiler
 from redrafter.heads.eagle import EagleHead
@@ -47,9 +47,9 @@ def results(monkeypatch):
 
 
 def test_the_median_is_of_the_calls_after_the_warm_up(monkeypatch):
-    took = [9.0] * runner.WARM_UP + [0.001, 0.004, 0.002]  # seconds of each call
+    took = [9.0] * clock.WARM_UP + [0.001, 0.004, 0.002]  # seconds of each call
     ticks = itertools.chain.from_iterable((0.0, one) for one in took)
-    monkeypatch.setattr(runner.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(ticks))
     calls = []
     assert milliseconds(lambda: calls.append(torch.is_inference_mode_enabled()), CPU, 3) == pytest.approx(2.0)
     assert calls == [True] * len(took)

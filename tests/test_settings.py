@@ -173,6 +173,18 @@ def test_under_any_settings_drafted_text_is_undrafted_text(
         assert plain.new_tokens == [transformers_text(p, **arguments) for p in prompts]
 
 
+@pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}])
+def test_a_bias_of_tokens_is_that_of_transformers(more):
+    """Also beside processors that see the text."""
+    bias = {FREQUENT: -30.0, PLAIN[0][1]: -2.5, 40: 6.0}
+    theirs = {"sequence_bias": [[[token], value] for token, value in bias.items()]}
+    expected = [transformers_text(prompt, **ENDS, **theirs, **more) for prompt in PROMPTS]
+    for head in (None, drafter()):
+        found = generate(MODEL, head, PROMPTS, max_new_tokens=14, **ENDS, logit_bias=bias, **more)
+        assert found.new_tokens == expected
+    assert expected != [transformers_text(prompt, **ENDS, **more) for prompt in PROMPTS]
+
+
 def test_top_h_samples_the_same_with_a_drafter():
     arguments = {"do_sample": True, "top_h": 0.4, "seed": 3, "max_new_tokens": 12}
     plain = generate(MODEL, None, PROMPTS, **arguments).new_tokens

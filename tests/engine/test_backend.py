@@ -69,12 +69,12 @@ def test_only_the_calls_own_copies_are_prepared():
     assert layer_types([model, draft]) == before
 
 
-def test_a_graph_is_refused_if_a_processor_must_see_the_text():
+def test_a_step_in_which_a_processor_must_see_the_text_is_not_captured(captured):
     model = tiny_model()
-    with kernels_enabled(False):
-        assert Backend.choose(on_cuda(decoder_of(model)), fast=True, compile=False).graph is None
-        lazy = on_cuda(decoder_of(model, no_repeat_ngram_size=2))
-        assert "processor" in Backend.choose(lazy, fast=True, compile=False).graph
+    generate(model, None, [PROMPT, PROMPT], max_new_tokens=3, no_repeat_ngram_size=2)
+    assert captured == []
+    generate(model, None, [PROMPT, PROMPT], max_new_tokens=3, do_sample=True, typical_p=0.5, repetition_penalty=1.0)
+    assert len(captured) == 1
 
 
 @pytest.mark.parametrize("part", ["target", "drafter"])

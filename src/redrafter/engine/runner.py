@@ -83,6 +83,8 @@ class Runner:
         """Positions of a text."""
         self._views: dict[int, State] = {}
         self._layers = self.target.decoder_layers if self.backend.compile is None else []
+        if self._layers:
+            mark_length_dynamic(self.state.cache)
         self._addresses = _current_addresses(self._models)
         self._steps: dict[Hashable, Captured[Any]] = {}
         self._inputs: dict[Hashable, Tensor] = {}
