@@ -43,26 +43,6 @@ def test_neither_the_package_nor_the_command_line_loads_torch_before_it_is_neede
     assert done.stdout.strip() == "[]"
 
 
-STREAM = """
-import sys
-from transformers import AutoModelForCausalLM
-from redrafter import RecurrentDrafter, stream
-from redrafter.core import tree_attention
-tree_attention.register()
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-events = stream(model, RecurrentDrafter.from_pretrained(sys.argv[2]), [[5, 9]], max_new_tokens=30)
-next(events)
-print("redrafter.kernels.triton" in sys.modules)
-"""
-
-
-def test_without_a_gpu_triton_is_not_imported_and_a_stream_open_at_the_end_prints_nothing(model_folder, drafter_folder):
-    done = subprocess.run([sys.executable, "-c", STREAM, model_folder, drafter_folder], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "False\n")
-    assert "Exception" not in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_the_tests_check_shapes_at_every_call():
     violation = (jaxtyping.TypeCheckError, beartype.roar.BeartypeCallHintViolation)
     with pytest.raises(violation, match="prefix_tree"):

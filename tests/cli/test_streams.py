@@ -37,7 +37,23 @@ def test_characters_that_a_stream_cannot_encode_are_escaped(encoding):
         assert json.loads(line) == {"text": text}
 
 
-def test_generate_in_a_c_locale(model_folder, drafter_folder, tmp_path):
+GENERATE = """
+import sys
+from redrafter.cli import main
+try:
+    main()
+finally:
+    from transformers import AutoModelForCausalLM
+    from redrafter import RecurrentDrafter, stream
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[3])
+    events = stream(model, RecurrentDrafter.from_pretrained(sys.argv[5]), [[5, 9]], max_new_tokens=30)
+    next(events)
+    print("redrafter.kernels.triton" in sys.modules)
+"""
+
+
+def test_a_process_of_its_own_in_a_c_locale(model_folder, drafter_folder, tmp_path):
+    """Text is escaped; without a GPU triton is not imported; a stream that is open when Python ends prints nothing."""
     environment = os.environ | {
         "LC_ALL": "C",
         "PYTHONUTF8": "0",
@@ -47,12 +63,16 @@ def test_generate_in_a_c_locale(model_folder, drafter_folder, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "\u6f22"}', encoding="utf-8")
     words = ["generate", "--model", model_folder, "--drafter", drafter_folder, "--prompts", prompts, "--json"]
-    command = [sys.executable, "-c", "from redrafter.cli import main; main()", *words, "--max-new-tokens", 3]
+    command = [sys.executable, "-c", GENERATE, *words, "--max-new-tokens", 3]
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.decode("cp1252"))["prompt"] == "\u6f22"
+    answer, triton = done.stdout.decode("cp1252").splitlines()
+    assert json.loads(answer)["prompt"] == "\u6f22"
+    assert triton == "False"
     assert b"Failed to load" not in done.stderr
     assert b"Enum subclass" not in done.stderr
+    assert b"Exception" not in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 HEAVY = """

@@ -11,7 +11,7 @@ import os
 import pkgutil
 import re
 import sys
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -38,12 +38,18 @@ def _usage_error(error: Exception) -> str | None:
     return f"{message}; see {command} --help."
 
 
+@cache
+def _command() -> Any:
+    """The command line with all commands, which takes tens of milliseconds to build."""
+    return typer.main.get_command(app)
+
+
 def _with_flags(message: str, words: list[str]) -> str:
     """Replaces names of the library's arguments, such as do_sample, by the command's flags, such as --do-sample.
 
     Names that the user typed are left alone.
     """
-    commands: dict[str, Any] = getattr(typer.main.get_command(app), "commands", {})
+    commands: dict[str, Any] = getattr(_command(), "commands", {})
     running = next((commands[word] for word in words if word in commands), None)
     for option in running.params if running else ():
         if "_" in option.name and option.opts[0].startswith("--") and not any(option.name in word for word in words):
@@ -112,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     failed = 2
     try:
         rest = [word for word in words if word != "--debug"] or ["--help"]
-        status = app(rest, prog_name="redrafter", standalone_mode=False)
+        status = _command()(rest, prog_name="redrafter", standalone_mode=False)
         if status != 130:  # typer's status for an interrupt
             _exit(status or 0)
         message, failed = "Interrupted.", 130
