@@ -95,7 +95,7 @@ def two_forks(*words: object, folder: Path, before: Callable[[], object] = lambd
     """Runs a command line in two processes with the environment that torchrun sets; both must succeed."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
 
     def alone() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)  # of commands that this process ran
