@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -16,6 +17,9 @@ import pytest
 
 from conftest import refusal
 from serving import eventually
+
+from redrafter.cli import main
+from redrafter.server.lifecycle import DrainingServer
 
 KEY = "secret"
 
@@ -69,6 +73,19 @@ def test_a_killed_server_restarts_at_once_and_drains_on_sigterm(tmp_path):
         assert text.count('"finish_reason":"length"') == 1
         assert text.endswith("[DONE]")
         assert process.wait(20) == 0
+
+
+def test_garbage_collections_skip_what_was_loaded(monkeypatch):
+    """They would stop all requests for a quarter of a second."""
+    frozen: list[int] = []
+    monkeypatch.setattr(DrainingServer, "serve_on", lambda self, bound: frozen.append(gc.get_freeze_count()))
+    try:
+        main(["serve", "--demo", "--slots", "1", "--max-length", "64", "--port", "0"])
+    except SystemExit as ended:
+        assert not ended.code
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > len(gc.get_objects()) // 2
 
 
 @pytest.mark.parametrize(
