@@ -216,7 +216,7 @@ def run(options: SharedOptions, batches: list[int], arguments: dict[str, Any], m
         from redrafter.bench.runner import MAX_REQUESTS, RunOptions
 
         tasks = options.tasks()
-        model, _ = load_model(path, options.dtype, options.device)
+        model, _ = load_model(path, options.dtype, options.device, dequantize=options.dequantize)
         methods = load_methods(specs, model, batches, any_target=options.any_target)
         run = RunOptions(options.max_new_tokens, options.seed, options.compile, arguments.get("requests", MAX_REQUESTS))
         arguments |= options.arguments(specs)

@@ -45,7 +45,7 @@ def check(options: CheckOptions) -> None:
     settings = read_settings(options.settings, **values, **sizes)
     records = read_prompts(*options.prompts, limit=options.limit)
     ids = tokenized_prompts(records, options.model, options.template_kwargs)
-    target, tokenizer = load_model(options.model, options.dtype, options.device)
+    target, tokenizer = load_model(options.model, options.dtype, options.device, dequantize=options.dequantize)
     drafter = load_drafter(options.drafter, target, any_target=options.any_target)
     settings = with_stop_strings(target, settings, tokenizer)
     with Progress("texts", 2 * len(ids)) as progress:

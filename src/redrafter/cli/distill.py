@@ -104,7 +104,7 @@ def _model_teacher(options: DistillOptions) -> _Teacher:
     tokenizer = load_tokenizer(path, options.template, reading["template_kwargs"])
 
     def start(total: int, progress: DistillProgress, skip: Skip | None) -> Work:
-        target, _ = load_model(path, options.dtype, options.device)
+        target, _ = load_model(path, options.dtype, options.device, dequantize=options.dequantize)
         drafter = (
             None if options.drafter is None else load_drafter(options.drafter, target, any_target=options.any_target)
         )
@@ -131,7 +131,7 @@ def _continuation_teacher(options: DistillOptions) -> _Teacher:
     checked: dict[str, Any] = {"template_kwargs": variables, "vocab_size": config_value(path, "vocab_size")}
 
     def start(total: int, progress: DistillProgress, skip: Skip | None) -> Work:
-        target, _ = load_model(path, options.dtype, options.device)
+        target, _ = load_model(path, options.dtype, options.device, dequantize=options.dequantize)
         sizes: dict[str, Any] = {"depth": depth, "chunk": options.chunk, "batch_size": options.batch_size}
         more = {"limit": options.max_length, "template_kwargs": variables, "progress": progress}
         return lambda prompts: continue_rows(prompts, target, tokenizer, **sizes, **more)

@@ -70,9 +70,7 @@ class ModelOptions:
 
     PANEL: ClassVar[str] = "A model in this process"
 
-    model: Annotated[
-        str | None, Option(help="The target: a folder or hub id of a Hugging Face causal language model.")
-    ] = None
+    model: Annotated[str | None, Option(help=opt.MODEL)] = None
     drafter: Annotated[
         str | None, Option(help="A drafter for it, a folder or hub id: gives the same answers faster.")
     ] = None

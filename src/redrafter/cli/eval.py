@@ -56,7 +56,7 @@ def evaluate(options: EvalOptions) -> None:
     records = read_prompts(*options.prompts, *(options.more or []), limit=options.limit)
     groups = {} if options.by is None else _grouped(records, options.by)
     ids = tokenized_prompts(records, options.model, options.template_kwargs)
-    target, tokenizer = load_model(options.model, options.dtype, options.device)
+    target, tokenizer = load_model(options.model, options.dtype, options.device, dequantize=options.dequantize)
     drafter = load_drafter(options.drafter, target, any_target=options.any_target)
     with Progress("texts", 2 * len(ids)) as progress:
         results = measure(

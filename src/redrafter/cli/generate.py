@@ -76,7 +76,7 @@ def generate(options: GenerateOptions) -> None:
     prompt = [("--prompt", {"prompt": options.prompt})]
     records = read_prompts(*options.prompts, limit=options.limit) if options.prompts else prompt
     ids = tokenized_prompts(records, options.model, options.template_kwargs, chat=options.chat)
-    target, tokenizer = load_model(options.model, options.dtype, options.device)
+    target, tokenizer = load_model(options.model, options.dtype, options.device, dequantize=options.dequantize)
     drafter, positions = None, 0
     if options.drafter is not None and not options.no_drafter:
         drafter = load_drafter(options.drafter, target, any_target=options.any_target)

@@ -48,7 +48,11 @@ def info(options: InfoOptions) -> None:
     from redrafter.targets.target import Target
 
     head = None if options.path is None else load_head(options.path)
-    model = None if options.model is None else load_model(options.model, options.dtype, options.device)[0]
+    model = (
+        None
+        if options.model is None
+        else load_model(options.model, options.dtype, options.device, dequantize=options.dequantize)[0]
+    )
     console = Console()
     if head is not None:
         console.print(description(_describe(str(options.path), head)))

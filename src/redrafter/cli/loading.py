@@ -13,7 +13,7 @@ import typer
 
 from redrafter.cli.parsing import template_variables
 from redrafter.errors import RedrafterError, reason
-from redrafter.utils.paths import check_model_path
+from redrafter.utils.paths import check_model_path, split_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,10 +46,11 @@ def load_tokenizer(
 
     from redrafter.utils import hub
 
+    folder, gguf_file = split_gguf(path)
     try:
-        with hub.reading(path):
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with hub.reading(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise RedrafterError(f"The tokenizer of {path} cannot be loaded: {reason(error)}.") from error
     if template is not None:
         try:
@@ -72,10 +73,11 @@ def config_value(path: str, name: str) -> int | None:
 
     from redrafter.utils import hub
 
+    folder, gguf_file = split_gguf(path)
     try:
-        with hub.reading(path):
-            config = AutoConfig.from_pretrained(path).get_text_config()
-    except (OSError, ValueError, KeyError, RuntimeError):  # loading the model reports what is wrong
+        with hub.reading(folder):
+            config = AutoConfig.from_pretrained(folder, gguf_file=gguf_file).get_text_config()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError):  # loading the model reports what is wrong
         return None
     value: int | None = getattr(config, name, None)
     return value
@@ -110,28 +112,32 @@ def chosen_device(device: str) -> str:
 
 
 def load_model(
-    path: str, dtype: str = "auto", device: str = "auto", *, divided: bool = False
+    path: str, dtype: str = "auto", device: str = "auto", *, divided: bool = False, dequantize: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The target in eval mode and its tokenizer; `divided` shards it over the processes of a training run.
 
-    Raises RedrafterError if they cannot be loaded.
+    `dequantize` unpacks the weights of a GGUF file.  Raises RedrafterError if they cannot be loaded.
     """
     check_model_path(path)
+    folder, gguf_file = split_gguf(path)
+    if dequantize and gguf_file is None:
+        raise RedrafterError(f"--dequantize is for .gguf files, and {path} is none: leave it out.")
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     from redrafter.utils import hub
 
+    packing = {"quantization_config": GgufConfig(dequantize=True)} if dequantize else {}
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     device = chosen_device(device)
     try:
-        with hub.reading(path):
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        with hub.reading(folder):
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=dtype, **packing)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise RedrafterError(f"The model {path} cannot be loaded: {reason(error)}.") from error
     try:
         if divided:

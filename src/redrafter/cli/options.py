@@ -19,7 +19,7 @@ SOURCES = (
     "OWNER/NAME[:SPLIT]."
 )
 PROMPT_ROWS = f"Rows with `messages`, `turns`, `prompt` or another format of docs/training.md. {SOURCES}"
-MODEL = "Target model: folder or Hub id of a Hugging Face causal language model."
+MODEL = "Target model: folder or Hub id of a Hugging Face causal language model, or a .gguf file in one of them."
 DRAFTER = "Drafter: folder or Hub id.  Also a smaller model with the same vocabulary, or prompt-lookup."
 
 Model = Annotated[str, typer.Option(help=MODEL)]
@@ -33,6 +33,13 @@ Dtype = Annotated[
     typer.Option(help="Data type of the model's weights; auto keeps the stored type."),
 ]
 Device = Annotated[str, typer.Option(help="auto (CUDA if available, else the CPU), cpu, cuda, cuda:1 or mps.")]
+Dequantize = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize",
+        help="Unpack the weights of a .gguf file, instead of keeping them packed where transformers can.",
+    ),
+]
 BeamWidth = Annotated[
     int | None, typer.Option(min=1, help="Number of drafted beams.  \\[default: from the drafter's config]")
 ]
@@ -146,6 +153,7 @@ class LoadingOptions:
     any_target: AnyTarget = False
     dtype: Dtype = "auto"
     device: Device = "auto"
+    dequantize: Dequantize = False
 
 
 def values_of(options: Any, *groups: type) -> dict[str, Any]:

@@ -77,7 +77,11 @@ def profile(options: ProfileOptions) -> None:
     from redrafter.heads.synthetic import random_drafter
     from redrafter.proposers.base import describe_drafts
 
-    model = load_model(options.model, options.dtype, options.device)[0] if options.model else _random_model(options)
+    model = (
+        load_model(options.model, options.dtype, options.device, dequantize=options.dequantize)[0]
+        if options.model
+        else _random_model(options)
+    )
     if options.drafter:
         drafter = load_drafter(options.drafter, model, any_target=options.any_target)
     else:

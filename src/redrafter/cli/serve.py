@@ -122,7 +122,7 @@ def serve(options: ServeOptions) -> None:
     with bind(options.host, options.port) as bound:  # before the model, so that a used port is reported at once
         show_log()
         settings = options.server_settings(model_path)
-        model, tokenizer = load_model(model_path, options.dtype, options.device)
+        model, tokenizer = load_model(model_path, options.dtype, options.device, dequantize=options.dequantize)
         drafter = None
         if drafter_path is not None:
             drafter = load_drafter(drafter_path, model, any_target=options.any_target)

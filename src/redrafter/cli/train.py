@@ -103,7 +103,9 @@ def _load(options: TrainOptions) -> _Inputs:
             vocab_size=config_value(options.model, "vocab_size"),
             skip=skip,
         )
-    model, _ = load_model(options.model, options.dtype, options.device, divided=options.shard_target)
+    model, _ = load_model(
+        options.model, options.dtype, options.device, divided=options.shard_target, dequantize=options.dequantize
+    )
     positions = Target(model).context_length
     rows = rows if positions is None else [row.cut(positions) for row in rows]
     held_out = min(64, len(rows) // 20) if options.held_out is None else options.held_out

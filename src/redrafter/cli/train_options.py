@@ -68,6 +68,7 @@ class DataOptions:
     ] = False
     dtype: opt.Dtype = "auto"
     device: opt.Device = "auto"
+    dequantize: opt.Dequantize = False
 
     @property
     def sources(self) -> list[str]:

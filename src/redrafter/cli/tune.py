@@ -97,7 +97,7 @@ def tune(options: TuneOptions) -> None:
     with nullcontext() if options.dry_run else locked(folder):
         records = read_prompts(*options.prompts, limit=options.limit)
         ids = tokenized_prompts(records, options.model, options.template_kwargs)
-        model, tokenizer = load_model(options.model, options.dtype, options.device)
+        model, tokenizer = load_model(options.model, options.dtype, options.device, dequantize=options.dequantize)
         check_context(options.context, model)
         drafter = load_drafter(options.drafter, model, any_target=options.any_target)
         tuned = _measure(options, model, tokenizer, drafter, ids, batches, shapes)

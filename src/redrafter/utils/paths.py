@@ -13,6 +13,9 @@ from redrafter.errors import RedrafterError
 PROMPT_LOOKUP = "prompt-lookup"
 """The name to give instead of a drafter folder, for prompt lookup."""
 
+GGUF = ".gguf"
+"""Ending of model files that llama.cpp reads, usually quantised."""
+
 _REPO_ID = re.compile(r"(?=.{1,96}$)[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 """Hub ids with or without a namespace, as in `huggingface_hub.utils.validate_repo_id`."""
 
@@ -26,13 +29,26 @@ def may_be_on_the_hub(path: str | Path) -> bool:
     return bool(well_formed) and name[-1] not in ".-" and not name.endswith(".git") and not Path(path).exists()
 
 
+def split_gguf(path: str) -> tuple[str, str | None]:
+    """The folder or Hub id in the path of a GGUF file, and the file's name; other paths as they are, and None."""
+    if not path.endswith(GGUF):
+        return path, None
+    folder, _, name = path.rpartition("/")
+    return folder or ".", name
+
+
 def check_model_path(path: str | Path | None) -> None:
-    """Raises RedrafterError if `path` is neither None, a folder nor a possible Hub id."""
-    if path is None or Path(path).is_dir() or may_be_on_the_hub(path):
+    """Raises RedrafterError if `path` is neither None, a folder, a possible Hub id nor a GGUF file in one of them."""
+    if path is None:
         return
-    if Path(path).exists():
-        raise RedrafterError(f"{path} is a file, not a model folder.")
-    raise RedrafterError(f"There is no model folder at {path}.")
+    folder, name = split_gguf(str(path))
+    if Path(folder).is_dir() if name is None else Path(path).is_file():
+        return
+    if may_be_on_the_hub(folder):
+        return
+    if Path(path).is_file():
+        raise RedrafterError(f"{path} is a file, neither a model folder nor a {GGUF} file.")
+    raise RedrafterError(f"There is no model {'folder' if name is None else 'file'} at {path}.")
 
 
 def check_drafter_path(path: str | Path | None) -> None:
