@@ -5,8 +5,8 @@
 - `clients`: 1, 8, 32 and 64 clients, each of which sends its next request when the last one has ended: tokens per
   second without and with the drafter.
 - `arrivals`: requests arrive at random times, at 0.3, 0.6 and 0.9 of the rate at which 64 clients are answered without
-  the drafter.  Time to first token, and between tokens (those of one step share its time equally), at the median and the
-  99th percentile.
+  the drafter.  Time to first token, and between tokens (those of one step share its time equally), at the median and
+  the 99th percentile.
 
 Requests are greedy, with up to `--max-new-tokens` tokens.  Writes serving.json and serving.png to `--out`.
 """

@@ -78,7 +78,7 @@ def test_garbage_collections_skip_what_was_loaded(monkeypatch):
     """They would stop all requests for a quarter of a second."""
     frozen: list[int] = []
     monkeypatch.setattr(DrainingServer, "serve_on", lambda self, bound: frozen.append(gc.get_freeze_count()))
-    with pytest.raises(SystemExit, match="^(0|None)?$"):
+    with pytest.raises(SystemExit, match=r"^(0|None)?$"):
         main(["serve", "--demo", "--slots", "1", "--max-length", "64", "--port", "0"])
     gc.unfreeze()
     assert frozen[0] > len(gc.get_objects()) // 2
