@@ -274,7 +274,10 @@ def record(source: Path, shapes: Sequence[DraftShape], tuned_on: str, output: Pa
     """
     check_drafter_folder(output or source)
     config = json.loads((source / hub.CONFIG).read_bytes())
-    config |= {"shapes": [shape.model_dump(exclude_none=True) for shape in shapes], "tuned_on": tuned_on}
+    config |= {
+        "shapes": [shape.model_dump(exclude_none=True, exclude={"lookup"}) for shape in shapes],
+        "tuned_on": tuned_on,
+    }
     HEADS.get(str(config.get("model_type")), RecurrentDrafter).config_type.model_validate(config)
     contents = {}
     if output is not None:

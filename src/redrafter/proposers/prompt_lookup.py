@@ -39,9 +39,11 @@ class PromptLookup:
         return DraftShape(beam_width=1, beam_length=LOOKUP_LENGTH)
 
     def proposer(self, target: Target, shape: DraftShape) -> LookupProposer | None:
-        """A proposer of that shape; None for a length of 0.  Raises RedrafterError if `ngram` is out of range."""
+        """A proposer of that shape; None for a length of 0.  Raises RedrafterError for a bad `ngram` or shape."""
         if not 1 <= self.ngram <= NGRAM:
             raise RedrafterError(f"ngram must lie between 1 and {NGRAM}, not {self.ngram}.")
+        if shape.lookup:
+            raise RedrafterError("Prompt lookup drafts what it finds in the text already: leave out lookup.")
         if not shape.beam_length:
             return None
         size = 1 + shape.beam_width * shape.beam_length
