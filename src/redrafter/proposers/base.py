@@ -131,4 +131,4 @@ def describe_drafts(proposer: Proposer, shape: DraftShape) -> str:
     uses_beams = all(getattr(module, "by_beams", True) for module in proposer.modules)
     if uses_beams and proposer.size == shape.max_nodes:
         return shape.description
-    return f"a tree of {proposer.size} nodes, {proposer.length} deep"
+    return f"a tree of {proposer.size} nodes, {proposer.length} deep{', with lookup' if shape.lookup else ''}"
