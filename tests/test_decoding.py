@@ -130,7 +130,9 @@ def test_a_tree_of_another_form_is_an_error(wrong):
                 return tree
             if wrong == "rows":
                 fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
-                return type(tree)(**{name: torch.cat((value, value)) for name, value in fields.items()})
+                return type(tree)(
+                    **{name: value if value is None else torch.cat((value, value)) for name, value in fields.items()}
+                )
             return dataclasses.replace(tree, depth=tree.depth.int())
 
     with pytest.raises(RedrafterError, match="tree"):

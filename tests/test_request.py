@@ -252,7 +252,7 @@ def tuned() -> RecurrentDrafter:
 )
 def test_drafts_are_tuned_to_the_batch_unless_a_shape_is_given(rows, batch_size, told, expected):
     proposer = request(MODEL, tuned(), [[5]] * rows, batch_size=batch_size, **told).decoder.proposer
-    found = None if proposer is None else proposer.shape
+    found = None if proposer is None else proposer.inner.shape
     assert (found and (found.beam_width, found.beam_length, found.node_budget)) == expected
 
 

@@ -91,7 +91,7 @@ def test_a_shape_without_a_node_budget_drafts_complete_beams(text, shape):
     found = one.shape(1)
     assert (found.beam_width, found.beam_length, found.node_budget) == shape
     proposer = one.proposer(Target(MODEL), 1)
-    assert (proposer.size, proposer.length) == (found.max_nodes, found.beam_length)
+    assert (proposer.size, proposer.length) == (found.max_nodes, found.depth)
 
 
 def test_coupling_can_be_set_without_a_shape():
@@ -164,12 +164,18 @@ def test_drafts_are_described():
     target = Target(MODEL)
     drafts = [
         BenchMethod("a", "b", MethodVariant(method(), shape)).drafts_description(target, 1)
-        for shape in (shape_of(1, 2), shape_of(4, 3, 9))
+        for shape in (shape_of(1, 2), shape_of(4, 3, 9), shape_of(2, 3).with_lookup())
     ]
-    assert drafts == ["one beam of 2 tokens", "4 beams of 3 tokens, the 9 most probable nodes"]
+    assert drafts == [
+        "one beam of 2 tokens",
+        "4 beams of 3 tokens, the 9 most probable nodes",
+        "2 beams of 3 tokens, with lookup",
+    ]
     fitted = method_of(MedusaHeads.fresh(MODEL, heads=3, nodes=20))
     alike = method_of(MedusaHeads.fresh(MODEL, heads=3, nodes=20, beam_width=20, node_budget=20))
-    assert alike.shape(1).max_nodes == 20, "as many nodes as beams would have"
-    for medusa in (fitted, alike, MethodVariant(alike, None, False)):
+    alone = alike.shape(1).with_lookup(False)
+    assert alone.max_nodes == 20, "as many nodes as beams would have"
+    for medusa in (MethodVariant(alike, alone), MethodVariant(alike, alone, False)):
         assert BenchMethod("a", "b", medusa).drafts_description(target, 1) == "a tree of 20 nodes, 3 deep"
+    assert BenchMethod("a", "b", fitted).drafts_description(target, 1) == "a tree of 30 nodes, 10 deep, with lookup"
     assert BenchMethod(AUTOREGRESSIVE).drafts_description(target, 1) == ""

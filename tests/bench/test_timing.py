@@ -96,7 +96,7 @@ def test_a_run_has_the_statistics_of_generate():
     torch.manual_seed(0)
     drafter = RecurrentDrafter.for_target(MODEL, beam_length=3)
     settings = {"max_new_tokens": 20, "batch_size": 2}
-    run = time_stream(stream(MODEL, drafter, PROMPTS, **settings), positions=3)
+    run = time_stream(stream(MODEL, drafter, PROMPTS, **settings), positions=10)
     expected = generate(MODEL, drafter, PROMPTS, **settings)
     assert [run.texts[number] for number in range(3)] == expected.new_tokens
     assert run.stats.accepted_by_position == expected.stats.accepted_by_position

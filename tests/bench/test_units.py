@@ -181,7 +181,7 @@ def test_parts_are_timed_at_the_average_text_length(monkeypatch):
     undrafted, ours = (own.measure(Unit("parts", name, ALL, 0.0, 2, 0)) for name in (AUTOREGRESSIVE, "ours"))
     assert undrafted["context"] == ours["context"] == (3 + 12 + 2 + 12) // 2
     assert (undrafted["nodes"], undrafted["draft_ms"]) == (1, 0.0)
-    assert 1 < ours["nodes"] <= 13
+    assert 1 < ours["nodes"] <= 13 + 10
     assert all(one > 0 for one in (undrafted["step_ms"], ours["step_ms"], ours["draft_ms"], ours["verify_ms"]))
 
 

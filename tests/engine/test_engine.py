@@ -20,7 +20,7 @@ from redrafter import Engine, PromptLookup, RedrafterError, generate
 from redrafter.core.shapes import DraftShape
 from redrafter.engine import prefixes
 from redrafter.engine.engine import EngineClosed, EngineFull
-from redrafter.proposers.prompt_lookup import PromptLookupProposer
+from redrafter.proposers.prompt_lookup import LookupProposer
 
 MODEL = tiny_model().double()
 
@@ -133,7 +133,7 @@ def test_a_failing_request_ends_alone():
 def test_a_proposer_that_fails_ends_what_runs_and_nothing_else():
     """The engine goes on with requests that come later."""
 
-    class Fails(PromptLookupProposer):
+    class Fails(LookupProposer):
         fails = True
 
         def propose(self, memory, rows, context, noise):
@@ -141,7 +141,7 @@ def test_a_proposer_that_fails_ends_what_runs_and_nothing_else():
                 raise RuntimeError("the drafter is broken")
             return super().propose(memory, rows, context, noise)
 
-    proposer = Fails(3, 2)
+    proposer = Fails(None, length=3, size=4, chains=1)
     with engine(Given(proposer)) as own:
         one = own.submit([5, 9], max_new_tokens=5, eos_token_id=())
         with pytest.raises(RedrafterError, match="the drafter is broken"):

@@ -20,7 +20,8 @@ VOCABULARY = 9
 
 
 def shaped(width: int, length: int, budget: int | None) -> dict:
-    return {"beam_width": width, "beam_length": length, "node_budget": budget}
+    """The shape of a beam search alone."""
+    return {"beam_width": width, "beam_length": length, "node_budget": budget, "lookup": False}
 
 
 def small(prompts: list[list[int]]) -> list[list[int]]:

@@ -19,12 +19,13 @@ from redrafter.utils.outputs import _TYPES
 def test_a_drafter_that_is_tuned_not_to_draft_is_measured_in_its_default_shape():
     shapes = (DraftShape(batch=1, beam_width=4, beam_length=2), DraftShape(batch=4, beam_width=1, beam_length=0))
     drafter = RecurrentDrafter(DrafterConfig(vocab_size=100, hidden_size=8, beam_width=6, beam_length=3, shapes=shapes))
-    method, default = method_of(drafter), DraftShape(beam_width=6, beam_length=3)
+    method, default = method_of(drafter), DraftShape(beam_width=6, beam_length=3).with_lookup()
     assert method.shape(4).beam_length == 0
     assert measured_shape(method, 4, ShapeOverrides()) == default
-    assert measured_shape(method, 1, ShapeOverrides()) == method.shape(1) == shapes[0]
+    assert measured_shape(method, 1, ShapeOverrides()) == method.shape(1) == shapes[0].with_lookup()
     assert measured_shape(method, 4, ShapeOverrides(beam_length=0)).beam_length == 0
-    assert measured_shape(method, 4, ShapeOverrides(beam_width=7)) == DraftShape(beam_width=7, beam_length=3)
+    assert measured_shape(method, 4, ShapeOverrides(beam_width=7)) == default.model_copy(update={"beam_width": 7})
+    assert measured_shape(method, 4, ShapeOverrides(lookup=False)) == default.with_lookup(False)
 
 
 @pytest.mark.parametrize(

@@ -107,10 +107,10 @@ def test_generate_and_check_draft_by_each(say, model_folder, drafter_folder, dra
     assert (plain[0], drafted[0]) == (0, 0)
     plain, drafted = json.loads(plain[1]), json.loads(drafted[1])
     assert drafted["text"] == plain["text"]
-    assert (plain["drafted"], len(drafted["accepted_by_position"])) == (
-        0,
-        {"recurrent": 3, "two-model": 5}.get(way, 10),
-    )
+    assert (plain["drafted"], len(drafted["accepted_by_position"])) == (0, 10)
+    alone = say("generate", *given, "--prompt", "abcabcab", "--drafter", path, "--no-lookup", "--json")
+    positions = json.loads(alone[1])["accepted_by_position"]
+    assert len(positions) == {"recurrent": 3, "two-model": 5}.get(way, 10)
     assert drafted["drafted"] > 0
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "abcabcab"}\n{"prompt": "xyz"}\n')
     status, out, _ = say("check", *given, "--drafter", path, "--prompts", tmp_path / "prompts.jsonl")
@@ -119,7 +119,6 @@ def test_generate_and_check_draft_by_each(say, model_folder, drafter_folder, dra
 
 def test_what_a_method_cannot_do_is_refused_on_the_command_line(say, model_folder, draft_folder, tmp_path):
     given = ["generate", "--model", model_folder, "--prompt", "abc", "--drafter"]
-    assert "Prompt lookup drafts one beam, not 3" in refusal(say(*given, "prompt-lookup", "--beam-width", 3))
     tiny_model(vocab_size=100).save_pretrained(tmp_path)
     assert "a vocabulary of 100 tokens, the model one of 259" in refusal(say(*given, tmp_path))
     assert "There is no drafter folder at /none" in refusal(say(*given, "/none"))

@@ -108,7 +108,7 @@ def counting_heads(model, spoilt: int | None = None) -> MedusaHeads:
 
 def test_heads_that_know_what_follows_write_four_tokens_in_a_step():
     model = counting_model()
-    out = generate(model, counting_heads(model), [[3], [9, 10]], max_new_tokens=13)
+    out = generate(model, counting_heads(model), [[3], [9, 10]], max_new_tokens=13, lookup=False)
     assert out.new_tokens == [list(range(4, 17)), list(range(11, 24))]
     assert [row.steps for row in out.stats.rows] == [4, 4], "three steps of 3 + 1 and one token"
     assert out.stats.accepted_by_position == [7, 6, 6]  # the heads have seen nothing before a text of one token
@@ -132,7 +132,7 @@ def test_on_a_gpu_a_step_is_one_graph(captured, shape, law):
 
 def test_a_head_that_is_wrong_stops_the_path_there():
     model = counting_model()
-    out = generate(model, counting_heads(model, spoilt=1), [[3]], max_new_tokens=13, beam_width=1)
+    out = generate(model, counting_heads(model, spoilt=1), [[3]], max_new_tokens=13, beam_width=1, lookup=False)
     assert out.new_tokens == [list(range(4, 17))]
     assert out.stats.accepted_by_position == [6, 0, 0]
     assert out.stats.rows[0].steps == 7, "one token, then six steps of 1 + 1"
@@ -142,7 +142,7 @@ def test_the_tree_that_is_drafted_is_the_first_of_what_was_fitted():
     heads = random_heads()
     tree = fit_tree([[0.6, 0.3, 0.2], [0.5, 0.2], [0.4]], 12)
     heads.config = heads.config.model_copy(update={"tree": tree})
-    assert method_of(heads).shape(1) == DraftShape(beam_width=10, beam_length=3)
+    assert method_of(heads).shape(1) == DraftShape(beam_width=10, beam_length=3).with_lookup()
     for nodes in range(4, 13):
         proposer = proposer_of(heads, 10, 3, nodes)
         assert proposer.size == nodes

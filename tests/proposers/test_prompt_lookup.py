@@ -1,4 +1,4 @@
-"""Chains that are looked up in the text, against a plain search with lists."""
+"""Drafts that are looked up in the text, alone and merged into those of every other method."""
 
 from __future__ import annotations
 
@@ -7,52 +7,94 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import AsksNothing, greedy, prompts_read, tiny_model
-from redrafter import PromptLookup, RedrafterError, generate, stream
+from conftest import AsksNothing, Given, greedy, prompts_read, tiny_model
+from redrafter import EagleHead, MedusaHeads, PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, generate, stream
 from redrafter.core.rows import RowState, SamplingNoise
-from redrafter.core.tree import ancestors_of
+from redrafter.core.shapes import DraftShape
+from redrafter.core.tree import chain
 from redrafter.engine.request import request
-from redrafter.proposers.prompt_lookup import PromptLookupProposer
+from redrafter.proposers import Proposer
+from redrafter.proposers.prompt_lookup import with_lookup
+from redrafter.targets.target import Target
 
 MODEL = tiny_model()
+KINDS = ["recurrent", "medusa", "eagle", "two models"]
 LAWS = {"greedy": {}, "sampled": {"do_sample": True, "seed": 3, "temperature": 0.8}}
 MANY = [[5, 9, 12, 5, 9], [7], [30, 31, 32, 33, 34] * 3, [8, 8], [11], [40, 41, 42], [3] * 9]
 
 
-def looked_up(text: list[int], length: int, ngram: int) -> list[int]:
-    """Plain reference: longest n-gram first, its occurrences from the left."""
-    for size in range(min(ngram, len(text) - 1), 0, -1):
-        for begin in range(len(text) - size):
-            if text[begin : begin + size] == text[-size:]:
-                return text[begin + size : begin + size + length]
-    return []
+def path_of(tree, row: int, node: int) -> tuple[int, ...]:
+    """The drafted tokens from the root to a node."""
+    above = () if node == 0 else path_of(tree, row, int(tree.parents[row, node]))
+    return above if node == 0 else (*above, int(tree.tokens[row, node]))
 
 
-texts = st.lists(st.integers(3, 6), min_size=1, max_size=16)
+def random_method(kind: str, model):
+    """A drafting method with random weights, and its shape."""
+    torch.manual_seed(5)
+    if kind == "two models":
+        return TwoModel(tiny_model(vocab_size=model.config.vocab_size, seed=4)), {"beam_width": 2, "beam_length": 3}
+    if kind == "medusa":
+        head = MedusaHeads.fresh(model, heads=3)
+    elif kind == "eagle":
+        head = EagleHead.fresh(model, beam_width=3, beam_length=3)
+    else:
+        head = RecurrentDrafter.for_target(model, beam_width=3, beam_length=3)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return head, {}
 
 
-@settings(max_examples=200)
-@given(st.lists(texts, min_size=1, max_size=4), st.integers(1, 6), st.integers(1, 5), st.integers(0, 5))
-def test_agrees_with_the_plain_search(rows, length, ngram, spare):
-    """What stands behind a text is not looked at."""
-    slots = max(map(len, rows)) + spare
-    text = torch.full((len(rows), slots), 3)
-    for row, tokens in enumerate(rows):
-        text[row, : len(tokens)] = torch.tensor(tokens)
-    none = torch.zeros(len(rows), dtype=torch.long)
-    end = torch.tensor([len(tokens) - 1 for tokens in rows])
-    place = RowState(none, none, text, length=end, alive=none + 1)
-    tree = PromptLookupProposer(length, ngram).propose(None, place, torch.zeros(len(rows), 1, 4), SamplingNoise())
-    assert tree.size == length + 1
-    assert tree.tokens[:, 0].tolist() == [tokens[-1] for tokens in rows]
-    for row, tokens in enumerate(rows):
-        expected = looked_up(tokens, length, ngram)
-        count = 1 + len(expected)
-        assert tree.valid[row].tolist() == [True] * count + [False] * (length + 1 - count)
-        assert tree.tokens[row, 1:count].tolist() == expected
-        assert tree.depth[row].tolist() == [*range(count), *[0] * (length + 1 - count)]
-        assert tree.parents[row].tolist() == [0, *range(count - 1), *[0] * (length + 1 - count)]
-    assert tree.ancestors.equal(ancestors_of(tree.parents, max_depth=length))
+@pytest.mark.parametrize("budget", [None, 5, 16])
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_drafts_leave_the_text_unchanged(kind, law, budget):
+    """While rows of several lengths enter and leave."""
+    model = tiny_model(vocab_size=9)
+    method, shape = random_method(kind, model)
+    prompts = [[t % 9 for t in prompt] for prompt in MANY]
+    told = {"max_new_tokens": 24, "batch_size": 3, "eos_token_id": greedy(model, prompts[2], 12)[5], **LAWS[law]}
+    if budget is not None:
+        shape = shape | {"node_budget": budget}
+    alone = generate(model, method, prompts, lookup=False, **told, **shape)
+    out = generate(model, method, prompts, **told, **shape)
+    assert out.new_tokens == alone.new_tokens == generate(model, None, prompts, **told).new_tokens
+    if budget is None:
+        assert out.stats.tokens_per_step > alone.stats.tokens_per_step
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_that_repeats_itself_takes_fewer_steps_than_with_the_head_alone(kind):
+    model, prompt = circling()
+    method, shape = random_method(kind, model)
+    alone = generate(model, method, [prompt], max_new_tokens=44, lookup=False, **shape)
+    out = generate(model, method, [prompt], max_new_tokens=44, **shape)
+    assert out.new_tokens == alone.new_tokens
+    assert out.stats.steps == 4, "four steps of 10 + 1"
+    assert alone.stats.steps > 8
+
+
+def test_a_proposer_without_probabilities_is_refused():
+    class Bare(Proposer):
+        length, size = 3, 4
+
+        def propose(self, memory, rows, context, noise):
+            return chain(rows.root[:, None])
+
+    merged = with_lookup(Bare(), DraftShape(beam_width=1, beam_length=3).with_lookup())
+    with pytest.raises(RedrafterError, match="Bare returns trees without log_probs"):
+        generate(MODEL, Given(merged), [[5]], max_new_tokens=4)
+
+
+def test_a_chain_is_the_best_continuation():
+    text = torch.tensor([[3, 4, 5, 6, 3, 4, 7, 8, 3, 4, 0, 0]])
+    none = torch.zeros(1, dtype=torch.long)
+    rows = RowState(none, none, text, length=none + 9, alive=none + 1)
+    for width, paths in ((1, {(7,), (7, 8), (7, 8, 3)}), (2, {(7,), (7, 8), (7, 8, 3), (5,), (5, 6), (5, 6, 3)})):
+        proposer = PromptLookup().proposer(Target(MODEL), DraftShape(beam_width=width, beam_length=3))
+        tree = proposer.propose(None, rows, torch.zeros(1, 1, 4), SamplingNoise())
+        assert tree.size == proposer.size == 1 + 3 * width
+        assert {path_of(tree, 0, node) for node in range(1, int(tree.valid.sum()))} == paths
 
 
 @settings(max_examples=25)
@@ -79,23 +121,30 @@ def test_rows_of_a_batch_come_and_go(family, law):
     assert 0 < out.stats.accepted < out.stats.drafted < 10 * out.stats.steps, "chains of several lengths"
 
 
-def test_a_text_that_repeats_itself_is_drafted_whole():
-    """What it wrote before tells what it writes next."""
+def circling():
+    """A model whose text runs in a circle, and a prompt that has run through it."""
     model = tiny_model()
-    for layer in model.model.layers:  # it looks at its last token alone, so its text runs in a circle
+    for layer in model.model.layers:  # it looks at its last token alone
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
     new = greedy(model, [5], 100)
     circle = new[::-1].index(new[-1], 1)
     assert circle <= 20, "a circle too long for the prompt"
-    prompt = [5, *new[:60]]
+    return model, [5, *new[:60]]
+
+
+def test_a_text_that_repeats_itself_is_drafted_whole():
+    """What it wrote before tells what it writes next."""
+    model, prompt = circling()
     out = generate(model, PromptLookup(), [prompt], max_new_tokens=45, beam_length=10)
     assert out.stats.accepted_by_position == [5] + [4] * 9  # four steps of 10 + 1, then one token
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_a_draft_asks_the_device_nothing(law):
-    asked = request(MODEL, PromptLookup(), [[5, 9, 12], [7]], max_new_tokens=6, **LAWS[law])
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+def test_a_draft_asks_the_device_nothing(kind, law):
+    method, shape = (PromptLookup(), {}) if kind == "none" else random_method(kind, MODEL)
+    asked = request(MODEL, method, [[5, 9, 12], [7]], max_new_tokens=6, **LAWS[law], **shape)
     decoder, state = asked.decoder, prompts_read(asked).state
     with torch.inference_mode():
         noise = asked.sampler.noise(state.rows, depths=decoder.length + 1, vocabulary=61)
@@ -106,10 +155,9 @@ def test_a_draft_asks_the_device_nothing(law):
 @pytest.mark.parametrize(
     ("method", "told", "sentence"),
     [
-        (PromptLookup(), {"beam_width": 4}, "Prompt lookup drafts one beam, not 4: leave out beam_width"),
-        (PromptLookup(), {"node_budget": 40}, "supports no node_budget"),
         (PromptLookup(), {"beam_length": -1}, "beam_length must be at least 1, or 0 to decode without drafting"),
-        (PromptLookup(0), {}, "ngram must be at least 1, not 0"),
+        (PromptLookup(), {"lookup": True}, "leave out lookup"),
+        (PromptLookup(0), {}, "ngram must lie between 1 and 16, not 0"),
     ],
 )
 def test_unsupported_settings_are_refused(method, told, sentence):
@@ -124,11 +172,14 @@ def test_no_drafting_is_a_length_of_zero():
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("law", LAWS)
-def test_on_a_gpu_a_step_is_one_graph(captured, law):
-    model = tiny_model(vocab_size=9).cuda()
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+def test_on_a_gpu_a_step_is_one_graph(captured, kind, law):
+    model = tiny_model(vocab_size=9)
+    method, shape = (PromptLookup(), {}) if kind == "none" else random_method(kind, model)
+    method = TwoModel(method.model.cuda()) if kind == "two models" else method if kind == "none" else method.cuda()
     prompts = [[t % 9 for t in prompt] for prompt in MANY]
     told = {"max_new_tokens": 41, "batch_size": 3, **LAWS[law]}
-    out = generate(model, PromptLookup(), prompts, **told)
+    out = generate(model.cuda(), method, prompts, **told, **shape)
     assert captured[-1].refused is None
     assert out.stats.accepted > 0
     assert out.new_tokens == generate(model, None, prompts, fast=False, **told).new_tokens

@@ -74,5 +74,5 @@ def test_a_drafter_that_knows_the_target_has_every_draft_accepted(monkeypatch, l
     drafter = RecurrentDrafter.for_target(model, beam_length=3, beam_width=1)
     monkeypatch.setattr(RecurrentDrafter, "step", lambda self, state, embedding: model.model.norm(embedding))
     monkeypatch.setattr(RecurrentDrafter, "logits", lambda self, context, state, read: model.lm_head(state))
-    out = generate(model, drafter, [[5], [7, 8]], max_new_tokens=41, do_sample=True, seed=3, **law)
+    out = generate(model, drafter, [[5], [7, 8]], max_new_tokens=41, lookup=False, do_sample=True, seed=3, **law)
     assert out.stats.accepted_by_position == [22, 20, 20]  # two rows: ten steps of 3 + 1, then one token

@@ -12,6 +12,7 @@ from plain import LAWS, MANY, SHAPES, check_every_draft, shaped
 
 from conftest import AsksNothing, greedy, prompts_read, read_in_parts, tiny_model
 from redrafter import RedrafterError, TwoModel, generate, stream
+from redrafter.core.shapes import DraftShape
 from redrafter.engine.request import request
 from redrafter.targets.target import Target
 
@@ -39,7 +40,7 @@ def test_a_target_that_drafts_for_itself_past_its_window_is_always_right(family,
     model = tiny_model(family, **({"sliding_window": 6} if family == "mistral" else {})).double()
     prompts = [list(range(3, 23)), [9, 8, 7], [4]]
     told = {"max_new_tokens": 25, **LAWS[law]}
-    out = generate(model, TwoModel(model, coupled=True), prompts, beam_length=3, **told)
+    out = generate(model, TwoModel(model, coupled=True), prompts, beam_length=3, lookup=False, **told)
     assert out.new_tokens == generate(model, None, prompts, **told).new_tokens
     assert out.stats.accepted_by_position == [21, 18, 18]  # three rows: six steps of 3 + 1, then one token
     other = TwoModel(tiny_model("llama", seed=4).double())
@@ -54,7 +55,7 @@ def test_nothing_is_forgotten_when_rows_come_and_go(monkeypatch, law, part):
     model = tiny_model().double()
     drafter = TwoModel(model, coupled=True)
     told = {"max_new_tokens": 16, "batch_size": 3, "eos_token_id": greedy(model, MANY[2], 12)[3], **LAWS[law]}
-    events = list(stream(model, drafter, MANY, beam_length=4, **told))
+    events = list(stream(model, drafter, MANY, beam_length=4, lookup=False, **told))
     lengths = {len(event.tokens) for event in events if event.finish_reason is None and event.drafted}
     assert lengths == {5}, "only a row's end cuts a draft short"
     written = [[t for event in events if event.row == row for t in event.tokens] for row in range(len(MANY))]
@@ -82,7 +83,8 @@ def test_known_noise_is_worth_something():
     """Ranked by its own probabilities alone even a perfect draft model cannot know what the target will draw."""
     told = {"max_new_tokens": 30, "do_sample": True, "seed": 5, "temperature": 1.5}
     accepted = [
-        generate(MODEL, TwoModel(MODEL, coupled=coupled), MANY, **told).stats.accepted for coupled in (False, True)
+        generate(MODEL, TwoModel(MODEL, coupled=coupled), MANY, lookup=False, **told).stats.accepted
+        for coupled in (False, True)
     ]
     assert 0 < accepted[0] < accepted[1]
 
@@ -117,7 +119,7 @@ def test_the_draft_model_drafts_without_dropout_and_is_put_back():
     model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
     target = tiny_model("gpt2")
     assert not target.training
-    out = generate(target, TwoModel(model), [[5, 9]], max_new_tokens=25, beam_length=3)
+    out = generate(target, TwoModel(model), [[5, 9]], max_new_tokens=25, beam_length=3, lookup=False)
     assert out.stats.accepted_by_position == [7, 6, 6]  # of equal weights
     assert model.training
 
@@ -148,7 +150,8 @@ def test_a_step_runs_the_draft_model_as_often_as_the_draft_is_long(monkeypatch):
         sizes.append((self.model is OTHER, tree.size))
         return run(self, tree, *args, **kwargs)
 
-    asked = request(MODEL, TwoModel(OTHER), [[5, 9, 12]], beam_width=2, beam_length=4, max_new_tokens=6)
+    shape = DraftShape(beam_width=2, beam_length=4)
+    asked = request(MODEL, TwoModel(OTHER), [[5, 9, 12]], shape=shape, max_new_tokens=6)
     steps = prompts_read(asked)
     monkeypatch.setattr(Target, "forward", counted)
     with steps.running():

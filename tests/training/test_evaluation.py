@@ -142,7 +142,7 @@ def test_walked_counts_equal_those_of_decoding(shape, new_tokens):
         "context": {"context_layers": (1,), "context_positions": 3},
     }
     drafter = random_drafter(FEW, **forms.get(shape, {}))
-    drafting = {"beam_width": 3, "beam_length": 4, "node_budget": 7 if shape == "budget" else None}
+    drafting = {"beam_width": 3, "beam_length": 4, "node_budget": 7 if shape == "budget" else None, "lookup": False}
     common = {"max_new_tokens": new_tokens, "batch_size": 2}
     found = evaluate(FEW, drafter, PROMPTS, temperature=0.8, seed=11, **common, **drafting)
     modes = {"greedy": {}, "sampled": {"do_sample": True, "temperature": 0.8, "seed": 11}}
@@ -185,7 +185,7 @@ def test_sampled_drafts_receive_the_noise_of_their_rows():
     drafter.step = lambda state, embedding: model.model.norm(embedding)
     drafter.logits = lambda context, state, read: model.lm_head(state)
     prompts = [[5], [7, 8]]
-    for text in evaluate(model, drafter, prompts, max_new_tokens=41, seed=3)["sampled"]:
+    for text in evaluate(model, drafter, prompts, max_new_tokens=41, seed=3, lookup=False)["sampled"]:
         assert text.walked == text.decoding == Acceptance(11, 33, 31, [11, 10, 10])
         assert text.teacher_forced == Acceptance(41, 123, 120, [41, 40, 39]), "the last drafts are longer than the text"
 

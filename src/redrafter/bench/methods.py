@@ -88,7 +88,7 @@ class MethodSpec:
         if (self.width, self.length, self.budget) != (None, None, None):
             default = method.shape(0)
             width, length = self.width or default.beam_width, self.length or default.beam_length
-            shape = DraftShape(beam_width=width, beam_length=length, node_budget=self.budget)
+            shape = DraftShape(beam_width=width, beam_length=length, node_budget=self.budget, lookup=default.lookup)
         return method if shape is None and self.coupled is None else MethodVariant(method, shape, self.coupled)
 
 

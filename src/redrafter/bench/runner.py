@@ -191,7 +191,7 @@ class Runner:
         settings |= {"batch_size": unit.batch, "max_new_tokens": new_tokens, "compile": self.options.compile}
         return time_stream(
             stream(self.model, method.method, prompts, **settings),
-            positions=shape.beam_length if shape else 0,
+            positions=shape.depth if shape else 0,
             skip=untimed_steps(self.model.device),
             fixed_batch=unit.kind == "together",
         )

@@ -52,7 +52,7 @@ class MethodVariant:
             proposer = _ChangedProposer(proposer, noise=partial(_with_coupling, coupled=self.coupled))
         if self.flat:
             # a beam search scores more candidates than its beams hold; a fixed tree, such as Medusa's, does not
-            complete = shape.node_budget is None and proposer.size == shape.max_nodes
+            complete = shape.node_budget is None and not shape.lookup and proposer.size == shape.max_nodes
             all_candidates = shape.model_copy(update={"node_budget": shape.num_candidates})
             largest = self.method.proposer(target, all_candidates) if complete else None
             if largest is None or largest.size != shape.num_candidates:

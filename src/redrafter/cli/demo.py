@@ -64,7 +64,7 @@ def demo(options: DemoOptions) -> None:
     console = Console(highlight=False)
     if not options.as_json:
         console.print("[green]Green[/green]: drafted and accepted; plain: chosen by the model itself.")
-    rows, accepted = [], [0] * resolved_shape(method_of(pair.drafter), 1, options.overrides()).beam_length
+    rows, accepted = [], [0] * resolved_shape(method_of(pair.drafter), 1, options.overrides()).depth
     for text in options.prompt or PROMPTS:
         ids = prompt_ids({"messages": [{"role": "user", "content": text}]}, tokenizer, "--prompt")
         if not options.as_json:

@@ -81,7 +81,7 @@ def generate(options: GenerateOptions) -> None:
     if options.drafter is not None and not options.no_drafter:
         drafter = load_drafter(options.drafter, target, any_target=options.any_target)
         batch = min(options.batch_size, len(ids))
-        positions = resolved_shape(method_of(drafter), batch, options.overrides()).beam_length
+        positions = resolved_shape(method_of(drafter), batch, options.overrides()).depth
     settings = with_stop_strings(target, settings, tokenizer) | ONE_TEXT
     events = stream(target, drafter, ids, **settings)
 

@@ -57,6 +57,14 @@ NodeBudget = Annotated[
         "\\[default: from the drafter's config]",
     ),
 ]
+Lookup = Annotated[
+    bool | None,
+    typer.Option(
+        "--lookup/--no-lookup",
+        help="Also draft what followed earlier occurrences of the text's last tokens.  \\[default: with a trained "
+        "drafter or a smaller model]",
+    ),
+]
 Fast = Annotated[
     bool,
     typer.Option(help="Use CUDA graphs and Triton kernels on a GPU, packed weights on a CPU.  The text is the same."),
@@ -122,12 +130,13 @@ class ShapeOptions:
     beam_width: BeamWidth = None
     beam_length: BeamLength = None
     node_budget: NodeBudget = None
+    lookup: Lookup = None
 
     def overrides(self) -> ShapeOverrides:
         """The parts of the draft's shape that the user set."""
         from redrafter.core.shapes import ShapeOverrides
 
-        return ShapeOverrides(self.beam_width, self.beam_length, self.node_budget)
+        return ShapeOverrides(self.beam_width, self.beam_length, self.node_budget, self.lookup)
 
 
 @dataclass(kw_only=True)

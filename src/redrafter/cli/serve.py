@@ -134,6 +134,7 @@ def serve(options: ServeOptions) -> None:
             max_length=options.max_length,
             max_waiting=options.max_waiting,
             shape=_shape(options, drafter),
+            lookup=options.lookup,
             fast=options.fast,
             compile=options.compile,
         )
@@ -167,7 +168,7 @@ def _shape(options: ServeOptions, drafter: Drafter | None) -> DraftShape | None:
 
     overrides = options.overrides()
     if drafter is None or not overrides:
-        return None
+        return None  # `lookup` alone leaves the shape to the load
     return resolved_shape(method_of(drafter), options.slots, overrides)
 
 

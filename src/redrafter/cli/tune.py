@@ -130,6 +130,7 @@ def _measure(
     from redrafter.utils.progress import Progress, track
 
     method = method_of(drafter)
+    shapes = [one.with_lookup(bool(method.shape(0).lookup)) for one in shapes]  # as `generate` drafts
     candidates, rejected = draftable(method, Target(model, method.layers), shapes)
     if not candidates:
         raise RedrafterError(f"The drafter supports none of the shapes: {rejected[0]}")

@@ -34,6 +34,10 @@ class DraftTree:
     valid: Bool[Tensor, "B N"]
     ancestors: Bool[Tensor, "B N N"]
     """`ancestors[b, n, m]`: node m is n or lies between n and the root.  Padding sees itself and the root."""
+    log_probs: Float[Tensor, "B N"] | None = None
+    """The proposer's estimate of the log-probability that a node is accepted, undefined for padding; None if unknown.
+
+    At most that of the parent.  Decoding ignores it."""
 
     @property
     def size(self) -> int:
@@ -73,10 +77,10 @@ class DraftTree:
                     f"{field.device}; expected {shape} and {dtype} on {root.device}."
                 )
         tokens = torch.cat((root[:, None], self.tokens[:, 1:].clamp(0, vocabulary - 1)), dim=1)
-        return replace(self, tokens=tokens, depth=self.depth.clamp(0, length))
+        return replace(self, tokens=tokens, depth=self.depth.clamp(0, length), log_probs=None)
 
     def padded(self, size: int) -> DraftTree:
-        """With padding up to `size` nodes."""
+        """With padding up to `size` nodes and without `log_probs`."""
         missing = size - self.size
         if not missing:
             return self
@@ -90,7 +94,10 @@ class DraftTree:
         return DraftTree(tokens, parents, depth, valid, ancestors)
 
     def trimmed(self) -> DraftTree:
-        """Without padding that no row needs.  Synchronizes with the device, so it is meant for the CPU."""
+        """Without padding that no row needs and without `log_probs`.
+
+        Synchronizes with the device, so it is meant for the CPU.
+        """
         node = torch.arange(self.size, device=self.valid.device)
         size = 1 + int((self.valid * node).max())
         if size == self.size:
@@ -105,10 +112,11 @@ class DraftTree:
 
 
 def concatenated(first: DraftTree, second: DraftTree) -> DraftTree:
-    """The rows of both batches of trees.  Trees of fewer nodes are padded."""
+    """The rows of both batches of trees, without `log_probs`.  Trees of fewer nodes are padded."""
     size = max(first.size, second.size)
-    fields = zip(vars(first.padded(size)).items(), vars(second.padded(size)).values(), strict=True)
-    return DraftTree(**{name: torch.cat((own, other)) for (name, own), other in fields})
+    both = first.padded(size), second.padded(size)
+    names = ("tokens", "parents", "depth", "valid", "ancestors")
+    return DraftTree(*(torch.cat([getattr(one, name) for one in both]) for name in names))
 
 
 def chain(tokens: Int[Tensor, "B N"], valid: Bool[Tensor, "B N"] | None = None) -> DraftTree:
@@ -224,24 +232,41 @@ def plain_most_probable(
 ) -> DraftTree:
     """`most_probable` in PyTorch, for any device."""
     tokens, scores = (torch.cat([level[i] for level in levels], dim=1) for i in (0, 2))
-    batch, count = tokens.shape
+    count = tokens.shape[1]
     starts = [sum(level[0].shape[1] for level in levels[:i]) for i in range(len(levels))]
     above = [torch.full_like(level[1], count) if i == 0 else level[1] + starts[i - 1] for i, level in enumerate(levels)]
     parents = torch.cat(above, dim=1)  # `count` represents the root
     depth = torch.cat([torch.full_like(level[0], i + 1) for i, level in enumerate(levels)], dim=1)
 
-    order = scores.sort(dim=1, descending=True, stable=True).indices[
-        :, : size - 1
-    ]  # stable: parents precede children of equal score
+    return selected(root, tokens, parents, depth, scores, size=size, max_depth=len(levels))
+
+
+def selected(
+    root: Int[Tensor, " B"],
+    tokens: Int[Tensor, "B M"],
+    parents: Int[Tensor, "B M"],
+    depth: Int[Tensor, "B M"],
+    scores: Float[Tensor, "B M"],
+    *,
+    size: int,
+    max_depth: int,
+) -> DraftTree:
+    """The tree of the `size - 1` candidates with the best scores; see `most_probable`.
+
+    Candidates follow their parents; a parent M is the root.
+    """
+    count = tokens.shape[1]
+    order = scores.sort(dim=1, descending=True, stable=True).indices  # stable: parents precede children of equal score
+    order = order[:, : size - 1]
     kept = torch.where(scores.gather(1, order) > -torch.inf, order, count).sort(dim=1).values  # padding comes last
-    number = kept.new_zeros((batch, count + 1))
+    number = kept.new_zeros((len(root), count + 1))
     number.scatter_(1, kept, torch.arange(1, kept.shape[1] + 1, device=kept.device).expand_as(kept))
     number[:, count] = 0
     valid = kept < count
     place = kept.clamp(max=count - 1)
 
     def nodes(values: Tensor, first: Tensor) -> Tensor:
-        return torch.cat((first[:, None], torch.where(valid, values.gather(1, place), 0)), dim=1)
+        return torch.cat((first[:, None].to(values.dtype), torch.where(valid, values.gather(1, place), 0)), dim=1)
 
     none = torch.zeros_like(root)
     above_nodes = nodes(number.gather(1, parents), none)
@@ -250,7 +275,8 @@ def plain_most_probable(
         above_nodes,
         nodes(depth, none),
         torch.cat((torch.ones_like(valid[:, :1]), valid), dim=1),
-        ancestors_of(above_nodes, max_depth=len(levels)),
+        ancestors_of(above_nodes, max_depth=max_depth),
+        nodes(scores, none),
     )
 
 

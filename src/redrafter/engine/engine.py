@@ -59,6 +59,7 @@ class Engine:
         max_length: int | None = None,
         max_waiting: int = 256,
         shape: DraftShape | None = None,
+        lookup: bool | None = None,
         read_tokens: int | None = None,
         fast: bool = True,
         compile: bool = False,
@@ -72,6 +73,7 @@ class Engine:
         - `max_waiting`: the maximum number of requests that wait for a slot;
         - `shape`: how to draft.  By default the drafter's tuned shape for the current number of requests, which may
           switch drafting off;
+        - `lookup`: as for `generate`;
         - `read_tokens`: prompt tokens that are read between two steps of other requests, which bounds their delay.
           Default: 64 to 512, fewer for larger models;
         - `fast`, `compile`: as for `generate`.
@@ -85,7 +87,7 @@ class Engine:
         method = method_for(model, drafter)
         with kernels_enabled(fast):
             self._target = Target(model, () if method is None else method.layers)
-            decoders = decoders_for(self._target, method, shape, slots)
+            decoders = decoders_for(self._target, method, shape, slots, lookup)
         self.slots = slots
         self.vocab_size = self._target.vocab_size
         self.context_length = self._target.context_length

@@ -50,7 +50,9 @@ def stream(
     - `generation_config`: such a config.  Unset fields come from the model's own config, as in `model.generate`;
     - `beam_width`, `beam_length` (drafted tokens only), `node_budget`: the draft shape.  If all are None, uses the
       tuned shape for the batch size, or the shape that the drafter was trained for;
-    - `shape`: a complete `DraftShape` instead of these three;
+    - `lookup`: whether continuations found in the text itself (prompt lookup) join the drafts.  By default they do, for
+      heads and draft models;
+    - `shape`: a complete `DraftShape` instead of these four;
     - `batch_size`: maximum number of rows decoded together (default: all); a waiting row enters a slot that becomes
       free;
     - `seed`: one for each row, or one from which the rows' seeds are derived (default: from torch's generator).  A

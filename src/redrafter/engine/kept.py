@@ -19,6 +19,7 @@ from torch import nn
 
 from redrafter.decoding.step import Decoder
 from redrafter.engine.runner import Runner
+from redrafter.proposers import Proposer
 from redrafter.targets.isolation import original
 from redrafter.targets.structure import unwrapped
 from redrafter.targets.target import Target
@@ -143,11 +144,10 @@ class _Origin:
             return cls(None)
         if not type(proposer).__module__.startswith("redrafter.proposers."):
             return None
-        plain = {name: one for name, one in vars(proposer).items() if isinstance(one, str | int | float | bool | None)}
         models = [original(one) for one in proposer.modules]
         return cls(
             type(proposer),
-            (*sorted(plain.items()), getattr(proposer, "shape", None)),
+            _settings(proposer),
             tuple(map(weakref.ref, models)),
             tuple(map(_signature, models)),
         )
@@ -156,6 +156,14 @@ class _Origin:
     def dead(self) -> bool:
         """Whether a model no longer exists."""
         return any(model() is None for model in self.models)
+
+
+def _settings(proposer: Proposer) -> tuple[Any, ...]:
+    """The values that a proposer's drafts depend on, with those of the proposer that it contains."""
+    plain = {name: one for name, one in vars(proposer).items() if isinstance(one, str | int | float | bool | None)}
+    inner = getattr(proposer, "inner", None)
+    own = (type(proposer), *sorted(plain.items()), getattr(proposer, "shape", None))
+    return own if inner is None else (*own, _settings(inner))
 
 
 def _keeps(target: Target) -> bool:

@@ -102,6 +102,7 @@ def request(
     beam_width: int | None = None,
     beam_length: int | None = None,
     node_budget: int | None = None,
+    lookup: bool | None = None,
     shape: DraftShape | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     fast: bool = True,
@@ -122,7 +123,7 @@ def request(
     proposer = None
     if method is not None:
         with kernels_enabled(fast):
-            proposer = method.proposer(target, _shape(method, batch, ShapeOverrides(**sizes), shape))
+            proposer = method.proposer(target, _shape(method, batch, ShapeOverrides(**sizes, lookup=lookup), shape))
     return Request(
         model,
         Decoder(target, proposer),
@@ -199,8 +200,8 @@ def _shape(method: Method, batch: int, overrides: ShapeOverrides, shape: DraftSh
     """The draft shape of a call."""
     if shape is None:
         return resolved_shape(method, batch, overrides)
-    if overrides:
-        raise RedrafterError("Pass either shape, or beam_width, beam_length and node_budget.")
+    if overrides or overrides.lookup is not None:
+        raise RedrafterError("Pass either shape, or beam_width, beam_length, node_budget and lookup.")
     return shape
 
 

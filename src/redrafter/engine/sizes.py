@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from redrafter.core.shapes import DraftShape
+from redrafter.core.shapes import DraftShape, ShapeOverrides
 from redrafter.decoding.step import Decoder
 from redrafter.proposers import Method
+from redrafter.proposers.base import resolved_shape
 from redrafter.targets.target import Target
 from redrafter.utils.memory import memory_left
 
@@ -20,17 +21,21 @@ MEMORY_SHARE = 0.8
 """Share of the memory that is left for keys and values if `max_length` is not given."""
 
 
-def decoders_for(target: Target, method: Method | None, shape: DraftShape | None, slots: int) -> dict[int, Decoder]:
+def decoders_for(
+    target: Target, method: Method | None, shape: DraftShape | None, slots: int, lookup: bool | None = None
+) -> dict[int, Decoder]:
     """Decoders by the smallest number of requests that they are meant for."""
+    overrides = ShapeOverrides(lookup=lookup)
     if method is None:
         return {1: Decoder(target, None)}
-    first = Decoder(target, method.proposer(target, shape or method.shape(1)))
-    decoders, last = {1: first}, shape or method.shape(1)
+    last = shape or resolved_shape(method, 1, overrides)
+    first = Decoder(target, method.proposer(target, last))
+    decoders = {1: first}
     with_memory = first.proposer is not None and first.proposer.memory(batch=1, slots=1) is not None
     if shape is not None or with_memory:  # a memory belongs to one shape
         return decoders
     for rows in (1 << bit for bit in range(1, slots.bit_length())):
-        tuned = method.shape(rows)
+        tuned = resolved_shape(method, rows, overrides)
         if tuned.model_copy(update={"batch": 1}) != last.model_copy(update={"batch": 1}):
             decoders[rows], last = Decoder(target, method.proposer(target, tuned)), tuned
     return decoders

@@ -256,6 +256,7 @@ def evaluate(
     beam_width: int | None = None,
     beam_length: int | None = None,
     node_budget: int | None = None,
+    lookup: bool | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     on_row: Callable[[Finished], object] | None = None,
 ) -> dict[str, list[Measured]]:
@@ -268,7 +269,7 @@ def evaluate(
     if tokenizer is not None:
         common = with_stop_strings(unwrapped(model), common, tokenizer)
     batch = min(batch_size, len(prompts))
-    overrides = ShapeOverrides(beam_width, beam_length, node_budget)
+    overrides = ShapeOverrides(beam_width, beam_length, node_budget, lookup)
     common["shape"] = measured_shape(method_of(drafter), batch, overrides)
     modes: dict[str, dict[str, Any]] = {
         "greedy": common | {"do_sample": False},

@@ -70,6 +70,7 @@ def compare(
     beam_width: int | None = None,
     beam_length: int | None = None,
     node_budget: int | None = None,
+    lookup: bool | None = None,
     on_row: Callable[[Finished], object] | None = None,
     **settings: Any,
 ) -> Report:
@@ -82,7 +83,7 @@ def compare(
         settings["seed"] = row_seeds(settings.get("seed"), len(prompts))
     plain = generate(model, None, prompts, on_row=on_row, **settings)
     batch = min(batch_size, len(prompts))
-    shape = measured_shape(method_of(drafter), batch, ShapeOverrides(beam_width, beam_length, node_budget))
+    shape = measured_shape(method_of(drafter), batch, ShapeOverrides(beam_width, beam_length, node_budget, lookup))
     drafted = generate(model, drafter, prompts, on_row=on_row, shape=shape, **settings)
     divergences = [
         find_divergence(model, prompts, row, one, other, settings)

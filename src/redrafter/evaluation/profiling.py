@@ -159,7 +159,7 @@ class StepProfiler:
 
         def rest() -> None:
             choice = self._sampler.choose(self._noise(shape), tree, logits, rows)
-            path, _ = walk(tree, choice.tokens, length=shape.beam_length)
+            path, _ = walk(tree, choice.tokens, length=shape.depth)
             cache.keep(path, rows.length)
 
         return self._timed(rest, runner, tree.size)
@@ -172,7 +172,7 @@ class StepProfiler:
             return runner.decoders[1].draft(runner.state, self._noise(shape))
 
     def _noise(self, shape: DraftShape) -> SamplingNoise:
-        rows, depths = self.runner(shape).state.rows, shape.beam_length + 1
+        rows, depths = self.runner(shape).state.rows, shape.depth + 1
         return self._sampler.noise(rows, depths=depths, vocabulary=self.target.vocab_size)
 
     def _timed(self, function: Callable[[], object], runner: Runner, nodes: int) -> float:

@@ -193,7 +193,7 @@ class Texts:
             from_start=True,
         )
         found = torch.cat([walked(one) for one in verdicts])
-        return Acceptance.of(found, shape.beam_length).mean_acceptance_length
+        return Acceptance.of(found, proposer.length).mean_acceptance_length
 
 
 def promising(profiler: StepProfiler, tokens_per_step: Mapping[DraftShape, float]) -> list[DraftShape]:
@@ -209,7 +209,7 @@ def promising(profiler: StepProfiler, tokens_per_step: Mapping[DraftShape, float
         return known[key]
 
     def parts(shape: DraftShape) -> float:
-        nodes, length, whole = profiler.tree(shape).size, shape.beam_length, shape.node_budget is None
+        nodes, length, whole = profiler.tree(shape).size, shape.depth, shape.node_budget is None
         return (
             once(("draft", shape.beam_width, length, whole), lambda: profiler.draft_ms(shape))
             + once(("verify", nodes), lambda: profiler.verify_ms(nodes))
@@ -274,7 +274,10 @@ def record(source: Path, shapes: Sequence[DraftShape], tuned_on: str, output: Pa
     """
     check_drafter_folder(output or source)
     config = json.loads((source / hub.CONFIG).read_bytes())
-    config |= {"shapes": [shape.model_dump(exclude_none=True) for shape in shapes], "tuned_on": tuned_on}
+    config |= {
+        "shapes": [shape.model_dump(exclude_none=True, exclude={"lookup"}) for shape in shapes],
+        "tuned_on": tuned_on,
+    }
     HEADS.get(str(config.get("model_type")), RecurrentDrafter).config_type.model_validate(config)
     contents = {}
     if output is not None:

@@ -99,7 +99,8 @@ def resolved_shape(method: Method, batch: int, overrides: ShapeOverrides) -> Dra
     Without overrides it is the method's tuned or default shape; otherwise they replace parts of the shape that the
     method was trained for.  Raises RedrafterError for impossible values.
     """
-    return overrides.applied_to(method.shape(0)) if overrides else method.shape(batch)
+    shape = overrides.applied_to(method.shape(0)) if overrides else method.shape(batch)
+    return shape if overrides.lookup is None else shape.with_lookup(overrides.lookup)
 
 
 def measured_shape(method: Method, batch: int, overrides: ShapeOverrides) -> DraftShape:
@@ -130,4 +131,4 @@ def describe_drafts(proposer: Proposer, shape: DraftShape) -> str:
     uses_beams = all(getattr(module, "by_beams", True) for module in proposer.modules)
     if uses_beams and proposer.size == shape.max_nodes:
         return shape.description
-    return f"a tree of {proposer.size} nodes, {shape.beam_length} deep"
+    return f"a tree of {proposer.size} nodes, {proposer.length} deep{', with lookup' if shape.lookup else ''}"

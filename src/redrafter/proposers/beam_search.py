@@ -80,10 +80,10 @@ def search(
 
 
 def tree_of(root: Int[Tensor, " B"], found: Search, shape: DraftShape) -> DraftTree:
-    """The prefix tree of the beams; with a node budget, the tree of the most probable candidates."""
-    if not shape.node_budget:
+    """The prefix tree of the beams; with a node budget or lookup, the tree of the most probable candidates."""
+    if not shape.node_budget and not shape.lookup:
         return prefix_tree(root, found.beams)
-    return most_probable(root, found.levels, size=shape.max_nodes)
+    return most_probable(root, found.levels, size=shape.beam_nodes)
 
 
 def extend_beams(

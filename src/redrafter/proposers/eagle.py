@@ -32,8 +32,8 @@ class EagleProposer(Proposer):
 
     def __init__(self, head: EagleHead, target: Target, shape: DraftShape):
         self.head, self.target, self.shape = head, target, shape
-        self.length, self.size = shape.beam_length, shape.max_nodes
-        self.positions = shape.beam_length + 1
+        self.length, self.size = shape.depth, shape.beam_nodes
+        self.positions = shape.depth + 1
         self.modules = (head,)
 
     def memory(self, *, batch: int, slots: int) -> SlotCache:

@@ -54,12 +54,16 @@ class MedusaProposer(Proposer):
         logits = self.heads.logits(context[:, -1].to(self.heads.dtype), self.depths)
         if adjust := noise.ranking(names=self.heads.draft_vocabulary):
             logits = torch.cat([adjust(one, depth) for depth, one in enumerate(logits.split(1, dim=1))], dim=1)
-        best = topk(logits.flatten(0, 1), self.ranks).ids.view(batch, -1)  # [B, depths · ranks]
-        tokens = self.heads.to_target_ids(best[:, self._picked])
+        best = topk(logits.flatten(0, 1), self.ranks)
+        picked = best.ids.view(batch, -1)[:, self._picked]  # of [B, depths · ranks]
+        tokens = self.heads.to_target_ids(picked)
+        gains = (best.values - best.logsumexp[:, None]).view(batch, -1)[:, self._picked]
+        along = torch.nn.functional.pad(gains, (1, 0))[:, None].where(self._ancestors, 0)
         return DraftTree(
             torch.cat((rows.root[:, None], tokens), dim=1),
             self._parents.expand(batch, -1),
             self._depth.expand(batch, -1),
             self._valid.expand(batch, -1),
             self._ancestors.expand(batch, -1, -1),
+            along.sum(dim=2),
         )

@@ -17,6 +17,7 @@ from redrafter.heads.recurrent import RecurrentDrafter
 from redrafter.proposers.base import Method, Proposer
 from redrafter.proposers.eagle import EagleProposer
 from redrafter.proposers.medusa import MedusaProposer
+from redrafter.proposers.prompt_lookup import with_lookup
 from redrafter.proposers.recurrent import RecurrentProposer
 from redrafter.targets.isolation import isolated
 from redrafter.targets.target import Target
@@ -44,8 +45,8 @@ class HeadMethod:
         return self.head.layers
 
     def shape(self, batch: int) -> DraftShape:
-        """The tuned or default shape, from the head's config."""
-        return self.head.config.shape(batch)
+        """The tuned or default shape, from the head's config, with lookup."""
+        return self.head.config.shape(batch).with_lookup()
 
     def proposer(self, target: Target, shape: DraftShape) -> Proposer | None:
         """A proposer that runs a copy of the head's modules; None for a length of 0.
@@ -60,7 +61,7 @@ class HeadMethod:
         if not shape.beam_length:
             return None
         make = next(make for kind, make in PROPOSERS.items() if isinstance(head, kind))
-        return make(isolated(head), target, shape)
+        return with_lookup(make(isolated(head), target, shape), shape)
 
 
 Drafter = Head | Method

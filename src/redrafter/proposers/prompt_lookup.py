@@ -1,21 +1,23 @@
-"""Prompt lookup: drafts what followed an earlier occurrence of the text's last tokens (Saxena 2023).
+"""Prompt lookup: drafts what followed earlier occurrences of the text's last tokens (Saxena 2023).
 
-After https://github.com/apoorvumang/prompt-lookup-decoding (`prompt_lookup_num_tokens` in transformers): the longest
-n-gram that ends the text and occurred before gives the tokens that followed its first occurrence.  All rows are
-searched at once, without synchronizing with the device.  Needs no model, memory or training.
+After https://github.com/apoorvumang/prompt-lookup-decoding (`prompt_lookup_num_tokens` in transformers), alone or
+merged into the trees of another proposer.  Several earlier places are used, those that match most tokens first.  All
+rows are searched at once, without synchronizing with the device.  Needs no model, memory or training.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from redrafter.core.cache import SlotCache
-from redrafter.core.rows import RowState, SamplingNoise
-from redrafter.core.shapes import DraftShape
+from redrafter.core.continuations import NGRAM, continuations
+from redrafter.core.merging import merged
+from redrafter.core.rows import PromptChunk, RowState, SamplingNoise
+from redrafter.core.shapes import LOOKUP_CHAINS, LOOKUP_LENGTH, DraftShape
 from redrafter.core.tree import DraftTree, chain
 from redrafter.errors import RedrafterError
 from redrafter.proposers.base import Proposer
@@ -24,31 +26,67 @@ from redrafter.targets.target import Target
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """Looks up the last `ngram` tokens, or fewer, in the text before them.  Drafts a chain of ten tokens by default."""
+    """Looks up the last `ngram` tokens, or fewer, in the text before them.  Drafts a chain of ten tokens by default.
 
-    ngram: int = 3
+    A `beam_width` above 1 drafts the tree of that many continuations; a `node_budget` keeps the most probable nodes.
+    """
+
+    ngram: int = NGRAM
     layers: tuple[int, ...] = ()
 
     def shape(self, batch: int) -> DraftShape:
         """One beam, for every batch size."""
-        return DraftShape(beam_width=1, beam_length=10)
+        return DraftShape(beam_width=1, beam_length=LOOKUP_LENGTH)
 
-    def proposer(self, target: Target, shape: DraftShape) -> PromptLookupProposer | None:
-        """A proposer of that shape; None for a length of 0.  Raises RedrafterError for several beams or a budget."""
-        if self.ngram < 1:
-            raise RedrafterError(f"ngram must be at least 1, not {self.ngram}.")
-        if shape.beam_width != 1:
-            raise RedrafterError(f"Prompt lookup drafts one beam, not {shape.beam_width}: leave out beam_width.")
-        if shape.node_budget is not None:
-            raise RedrafterError("Prompt lookup drafts one beam and supports no node_budget: leave it out.")
-        return PromptLookupProposer(shape.beam_length, self.ngram) if shape.beam_length else None
+    def proposer(self, target: Target, shape: DraftShape) -> LookupProposer | None:
+        """A proposer of that shape; None for a length of 0.  Raises RedrafterError for a bad `ngram` or shape."""
+        if not 1 <= self.ngram <= NGRAM:
+            raise RedrafterError(f"ngram must lie between 1 and {NGRAM}, not {self.ngram}.")
+        if shape.lookup:
+            raise RedrafterError("Prompt lookup drafts what it finds in the text already: leave out lookup.")
+        if not shape.beam_length:
+            return None
+        size = 1 + shape.beam_width * shape.beam_length
+        return LookupProposer(
+            None,
+            length=shape.beam_length,
+            size=min(size, shape.node_budget or size),
+            chains=shape.beam_width,
+            ngram=self.ngram,
+        )
 
 
-class PromptLookupProposer(Proposer):
-    """Drafts a chain of at most `length` tokens, or none if nothing matches."""
+class LookupProposer(Proposer):
+    """Drafts continuations found in the text, merged into the trees of another proposer if there is one.
 
-    def __init__(self, length: int, ngram: int):
-        self.length, self.ngram, self.size = length, ngram, 1 + length
+    The tree holds the most probable nodes of both.  The other proposer must return `log_probs` and expect texts to grow
+    by up to `length + 1` tokens in a step.
+    """
+
+    def __init__(
+        self,
+        inner: Proposer | None,
+        *,
+        length: int,
+        size: int,
+        lookup: int | None = None,
+        chains: int = LOOKUP_CHAINS,
+        ngram: int = NGRAM,
+    ):
+        """`lookup`: tokens of each of the `chains` continuations; default `length`."""
+        self.inner, self.length, self.size = inner, length, size
+        self.lookup, self.chains, self.ngram = lookup or length, chains, ngram
+        if inner is not None:
+            self.positions, self.modules = inner.positions, inner.modules
+
+    def memory(self, *, batch: int, slots: int) -> SlotCache | None:
+        """That of the other proposer."""
+        return None if self.inner is None else self.inner.memory(batch=batch, slots=slots)
+
+    def read(self, memory: SlotCache | None, chunk: PromptChunk, states: Float[Tensor, "V N state"]) -> None:
+        """As the other proposer."""
+        if self.inner is not None:
+            self.inner.read(memory, chunk, states)
 
     def propose(
         self,
@@ -57,25 +95,42 @@ class PromptLookupProposer(Proposer):
         context: Float[Tensor, "B positions state"],
         noise: SamplingNoise,
     ) -> DraftTree:
-        """Chains below the root."""
-        text, end = rows.text, rows.length[:, None]
-        start = self._match(text, end)
-        index = start + torch.arange(self.length, device=text.device)
-        valid = (start > 0) & (index <= end)
-        drafted = text.gather(1, index.clamp(max=text.shape[1] - 1))
-        root = rows.root[:, None]
-        return chain(torch.cat((root, drafted), dim=1), torch.cat((torch.ones_like(valid[:, :1]), valid), dim=1))
+        """Trees of the most probable nodes.  Raises RedrafterError if the other proposer's have no `log_probs`."""
+        if self.inner is None:
+            tree = chain(rows.root[:, None])
+            tree = replace(tree, log_probs=torch.zeros_like(tree.tokens, dtype=torch.float32))
+        else:
+            tree = self.inner.propose(memory, rows, context, noise)
+            if tree.log_probs is None:
+                raise RedrafterError(
+                    f"{type(self.inner).__name__} returns trees without log_probs, which lookup needs: switch it off."
+                )
+        found = continuations(rows.text, rows.length, count=self.chains, length=self.lookup, ngram=self.ngram)
+        return merged(tree, found, size=self.size, max_depth=self.length)
 
-    def _match(self, text: Int[Tensor, "B S"], end: Int[Tensor, "B 1"]) -> Int[Tensor, "B 1"]:
-        """The position after the first occurrence of the longest n-gram; 0 if there is none."""
-        slots = text.shape[1]
-        position = torch.arange(slots, device=text.device)
-        equal = (position < end).expand_as(text)  # n-grams that end at a position and match so far
-        matched = torch.zeros_like(text)
-        for back in range(min(self.ngram, slots)):
-            last = text.gather(1, (end - back).clamp(min=0))
-            before = text.roll(back, dims=1)  # [B, S]: the token `back` positions earlier
-            equal = equal & (position >= back) & (before == last)
-            matched = matched + equal
-        longest, first = (matched * slots - position).max(dim=1, keepdim=True)
-        return torch.where(longest > 0, first + 1, 0)
+    def prepare(self) -> Proposer:
+        """With the other proposer prepared."""
+        if self.inner is None:
+            return self
+        prepared = self.inner.prepare()
+        return (
+            self
+            if prepared is self.inner
+            else LookupProposer(
+                prepared, length=self.length, size=self.size, lookup=self.lookup, chains=self.chains, ngram=self.ngram
+            )
+        )
+
+
+def with_lookup(proposer: Proposer, shape: DraftShape) -> Proposer:
+    """A proposer that also drafts `shape.lookup` tokens of continuations; the same one if that is 0.
+
+    `proposer` drafts in this shape and returns trees with `log_probs`.
+    """
+    if not shape.lookup:
+        return proposer
+    size = proposer.size + shape.lookup
+    if shape.node_budget:
+        size = min(shape.node_budget, proposer.size + LOOKUP_CHAINS * shape.lookup)
+    lookup = min(shape.lookup, size - 1)
+    return LookupProposer(proposer, length=max(shape.beam_length, lookup), size=size, lookup=lookup)

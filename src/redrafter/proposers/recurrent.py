@@ -28,7 +28,7 @@ class RecurrentProposer(Proposer):
     def __init__(self, drafter: RecurrentDrafter, target: Target, shape: DraftShape, fused: FusedDrafter | None = None):
         """`fused`: the drafter's layers combined into fewer products, made by `prepare`."""
         self.drafter, self.target, self.shape, self.fused = drafter, target, shape, fused
-        self.length, self.size = shape.beam_length, shape.max_nodes
+        self.length, self.size = shape.depth, shape.beam_nodes
         self.positions = drafter.config.context_positions
         self.modules = (drafter,)
 

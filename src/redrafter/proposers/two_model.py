@@ -20,6 +20,7 @@ from redrafter.core.tree import DraftTree, chain, parallel_chains
 from redrafter.errors import RedrafterError
 from redrafter.proposers.base import Proposer
 from redrafter.proposers.beam_search import search, tree_of
+from redrafter.proposers.prompt_lookup import with_lookup
 from redrafter.targets.target import Target
 
 
@@ -37,10 +38,10 @@ class TwoModel:
     layers: tuple[int, ...] = ()
 
     def shape(self, batch: int) -> DraftShape:
-        """One beam, for every batch size."""
-        return DraftShape(beam_width=1, beam_length=5)
+        """One beam and lookup, for every batch size."""
+        return DraftShape(beam_width=1, beam_length=5).with_lookup()
 
-    def proposer(self, target: Target, shape: DraftShape) -> TwoModelProposer | None:
+    def proposer(self, target: Target, shape: DraftShape) -> Proposer | None:
         """A proposer of that shape; None for a length of 0.
 
         Raises RedrafterError if the draft model has another vocabulary, is on another device or cannot run trees.
@@ -56,7 +57,9 @@ class TwoModel:
                 f"The draft model is on {draft.device}, the model on {target.device}; move one of them."
             )
         shape.check(vocabulary=draft.vocab_size)
-        return TwoModelProposer(draft, shape, self.coupled) if shape.beam_length else None
+        if not shape.beam_length:
+            return None
+        return with_lookup(TwoModelProposer(draft, shape, self.coupled), shape)
 
 
 class TwoModelProposer(Proposer):
@@ -69,7 +72,7 @@ class TwoModelProposer(Proposer):
 
     def __init__(self, draft: Target, shape: DraftShape, coupled: bool = True):
         self.draft, self.shape, self.coupled = draft, shape, coupled
-        self.length, self.size = shape.beam_length, shape.max_nodes
+        self.length, self.size = shape.depth, shape.beam_nodes
         self.modules = (draft.module,)
 
     def memory(self, *, batch: int, slots: int) -> SlotCache:

@@ -101,11 +101,13 @@ class ModelAnswers:
             settings["seed"] = [dialogue.seed for dialogue in dialogues]
         settings = with_stop_strings(self.model, settings, self.tokenizer)
         prompts = [dialogue.rows[-1].input_ids for dialogue in dialogues]
-        overrides = ShapeOverrides(*(settings.get(name) for name in ("beam_width", "beam_length", "node_budget")))
+        overrides = ShapeOverrides(
+            *(settings.get(name) for name in ("beam_width", "beam_length", "node_budget", "lookup"))
+        )
         batch = min(settings.get("batch_size") or len(prompts), len(prompts))
         length = 0
         if self.drafter is not None:
-            length = resolved_shape(method_of(self.drafter), batch, overrides).beam_length
+            length = resolved_shape(method_of(self.drafter), batch, overrides).depth
         events = self.progress.watch(stream(self.model, self.drafter, prompts, **settings))
         for row in finished(events, rows=len(dialogues), positions=length):
             yield active[row.row], (row.new_tokens, row.finish_reason, row.stats.steps)

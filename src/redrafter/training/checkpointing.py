@@ -143,7 +143,7 @@ def held_out_acceptance(module: Unrolled, rows: list[Row], batch_size: int = 8) 
     """Teacher-forced acceptance of a drafter in training, at every window of held-out rows."""
     drafter, (target,) = module.drafter, module.target
     method = method_of(drafter)
-    proposer = method.proposer(target, method.shape(0))
+    proposer = method.proposer(target, method.shape(0).with_lookup(False))
     assert proposer is not None
     training = drafter.training
     drafter.eval()

@@ -268,11 +268,11 @@ def prefix_tree(root: Tensor, beams: Tensor) -> tuple[Tensor, ...]:
 
 @triton.jit(do_not_specialize=["first", "each", "entries", "size"])
 def _most_probable(
-    root, level_tokens, level_parents, level_scores, numbers, tokens, parents, depth, valid, ancestors,
+    root, level_tokens, level_parents, level_scores, numbers, tokens, parents, depth, valid, ancestors, log_probs,
     first, each, entries, size,
     DEPTHS: tl.constexpr, ENTRIES: tl.constexpr, K: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
-    """Builds the tree of the best `size - 1` candidates of a row.  The outputs are zero before."""
+    """Builds the tree of the best `size - 1` candidates of a row.  The outputs but `log_probs` are zero before."""
     row = tl.program_id(0).to(tl.int64)
     entry = tl.arange(0, ENTRIES)
     there = entry < entries
@@ -293,6 +293,8 @@ def _most_probable(
     tl.store(tokens + node, tl.load(level_tokens + read, mask=kept, other=0), mask=kept)
     tl.store(depth + node, below.to(tl.int64), mask=kept)
     tl.store(valid + node, 1, mask=kept)
+    tl.store(log_probs + row * size, 0.0)
+    tl.store(log_probs + node, score, mask=kept)
     tl.debug_barrier()  # all numbers are written
     above = tl.load(numbers + row * entries + parent, mask=kept & (below > 1), other=0)
     tl.store(parents + node, above.to(tl.int64), mask=kept)
@@ -308,7 +310,7 @@ def _most_probable(
 def most_probable(
     root: Tensor, levels: tuple[Tensor, Tensor, Tensor], first: int, each: int, depths: int, size: int
 ) -> tuple[Tensor, ...]:
-    """Tokens, parents, depth, valid and ancestors, as of `redrafter.core.tree.most_probable`.
+    """Tokens, parents, depth, valid, ancestors and log-probabilities, as of `redrafter.core.tree.most_probable`.
 
     `levels` holds the concatenated tokens, parents and scores of a level of `first` candidates and levels of `each`
     candidates.  `size` is at least 2 and at most 1 plus the number of candidates.
@@ -316,13 +318,14 @@ def most_probable(
     batch, entries = levels[0].shape
     tree = _blank_tree(batch, size, root.device)
     numbers = torch.empty((batch, entries), dtype=torch.int32, device=root.device)
+    log_probs = torch.empty((batch, size), dtype=torch.float32, device=root.device)
     block = _power(entries)
     _most_probable[(batch,)](
-        root.contiguous(), *levels, numbers, *tree[:3], *(flag.view(torch.int8) for flag in tree[3:]),
+        root.contiguous(), *levels, numbers, *tree[:3], *(flag.view(torch.int8) for flag in tree[3:]), log_probs,
         first, each, entries, size,
         DEPTHS=depths, ENTRIES=block, K=_power(size - 1), NODES=_power(size), num_warps=_warps(block),
     )  # fmt: skip
-    return tree
+    return *tree, log_probs
 
 
 @triton.jit
