@@ -70,7 +70,7 @@ def test_a_shape_needs_no_model(say, timed):
 
 def test_the_random_drafter_takes_a_shape(say, timed):
     _, record = profile(say, "--shape", "tiny", "--exit-dim", 48, "--draft-vocab", 12, "--beam-width", 3)
-    assert record["shape"] == {"beam_width": 3, "beam_length": 4, "node_budget": None}
+    assert record["shape"] == {"beam_width": 3, "beam_length": 4, "node_budget": None, "lookup": 10}
     assert record["context"] == 256  # what fits
     assert "--beam-width" in refusal(say("profile", "--shape", "tiny", "--draft-vocab", 12, "--beam-width", 13, *QUICK))
 
@@ -78,7 +78,7 @@ def test_the_random_drafter_takes_a_shape(say, timed):
 def test_a_model_and_its_drafter(say, timed, model_folder, drafter_folder, tmp_path):
     words = ["--model", model_folder, "--drafter", drafter_folder]
     _, record = profile(say, *words)
-    assert record["shape"] == {"beam_width": 4, "beam_length": 3, "node_budget": None}
+    assert record["shape"] == {"beam_width": 4, "beam_length": 3, "node_budget": None, "lookup": 10}
     assert record["context"] == 128
     tuned = shutil.copytree(drafter_folder, tmp_path / "tuned")
     shapes = [DraftShape(batch=2, beam_width=2, beam_length=2, node_budget=5)]
@@ -92,15 +92,16 @@ def test_other_drafting_methods(say, timed, model_folder, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     MedusaHeads.fresh(model, heads=2, nodes=9).save_pretrained(tmp_path / "medusa")
     EagleHead.fresh(model).save_pretrained(tmp_path / "eagle")
-    every = {tmp_path / "medusa": [1, 4], tmp_path / "eagle": [1, 4], model_folder: [1, 4], "prompt-lookup": [1]}
+    every = {tmp_path / "medusa": [1, 4], tmp_path / "eagle": [1, 4], model_folder: [1, 4]}
+    every["prompt-lookup"] = [1, 4, 300]
     for drafter, widths in every.items():
         lines, record = profile(say, "--model", model_folder, "--drafter", drafter, "--context", 20)
         drafted = [one["size"] for one in record["pieces"] if one["name"] == "draft, beams"]
-        assert drafted == widths, "no method has 300 beams here"
+        assert drafted == widths, "no head or model has 300 beams here"
         assert record["pieces"][-1]["name"] == "drafted step"
-        assert "nodes, 2 deep" in lines[-1] if "medusa" in str(drafter) else "tokens" in lines[-1]
-    words = ["profile", "--model", model_folder, "--drafter", "prompt-lookup", "--beam-width", 2]
-    assert "one beam" in refusal(say(*words, *QUICK))
+        assert "nodes, 10 deep, with lookup" in lines[-1] if "medusa" in str(drafter) else "tokens" in lines[-1]
+    words = ["profile", "--model", model_folder, "--drafter", "prompt-lookup", "--lookup"]
+    assert "leave out lookup" in refusal(say(*words, *QUICK))
 
 
 def test_real_times_are_positive(say):

@@ -183,6 +183,7 @@ def test_the_most_probable(shape, ties, device):
     assert found.size > 1
     for name in FIELDS:
         assert getattr(found, name).equal(getattr(wanted, name)), name
+    assert found.log_probs[found.valid].equal(wanted.log_probs[found.valid])
 
 
 @on_kernels

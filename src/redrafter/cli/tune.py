@@ -130,12 +130,12 @@ def _measure(
     from redrafter.utils.progress import Progress, track
 
     method = method_of(drafter)
-    shapes = [one.with_lookup(bool(method.shape(0).lookup)) for one in shapes]  # as `generate` drafts
     candidates, rejected = draftable(method, Target(model, method.layers), shapes)
     if not candidates:
         raise RedrafterError(f"The drafter supports none of the shapes: {rejected[0]}")
     for message in rejected:
         typer.echo(f"not tried: {message}", err=True)
+    candidates = [one.with_lookup(bool(method.shape(0).lookup)) for one in candidates]  # as `generate` drafts
     settings = read_settings(None, **opt.values_of(options, opt.SamplingOptions))
     settings = with_stop_strings(model, settings, tokenizer) | {"max_new_tokens": options.max_new_tokens}
     _print_estimate(tuning.estimate(model, ids, batches, compile=options.compile, **settings))
@@ -194,7 +194,7 @@ def _print_table(tuned: list[Tuned]) -> None:
     rows = [
         (
             str(one.candidate.batch),
-            one.candidate.description,
+            one.candidate.with_lookup(False).description,
             f"{one.tokens_per_step:.2f}",
             f"{statistics.median(one.drafted):,.0f}",
             f"{statistics.median(one.undrafted):,.0f}",
