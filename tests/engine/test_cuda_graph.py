@@ -179,8 +179,9 @@ def test_compiled_text_is_plain_text_by_one_code_for_all_layers(monkeypatch, cap
     torch._dynamo.reset()
     model = tiny_model().cuda()
     drafter = RecurrentDrafter.for_target(model, beam_width=4, beam_length=3)
-    plain = generate(model, drafter, PROMPTS, max_new_tokens=20, fast=False)
-    assert generate(model, drafter, PROMPTS, max_new_tokens=20, compile=True).new_tokens == plain.new_tokens
+    told = {"max_new_tokens": 20, "lookup": False}  # with lookup, rows that repeat themselves end before the others
+    plain = generate(model, drafter, PROMPTS, fast=False, **told)
+    assert generate(model, drafter, PROMPTS, compile=True, **told).new_tokens == plain.new_tokens
     assert [one.name for one in caplog.records].count("redrafter") == 1
     assert not any("forward" in vars(module) for module in model.modules())
 
