@@ -45,16 +45,18 @@ class Settings(BaseModel):
         if not isinstance(config.get("model"), str):
             raise RedrafterError("The speculative config needs a field model: the folder or Hub id of a drafter.")
         own = {name: value for name, value in config.items() if name not in VLLM_FIELDS}
+        known = [name for name in cls.model_fields if name != "drafter"]
+        for name in own:
+            if name not in known:
+                raise RedrafterError(
+                    f"Method redrafter has no field {name} in the speculative config; its fields are "
+                    f"{', '.join([*VLLM_FIELDS, *known])}."
+                )
         try:
-            return cls(drafter=config["model"], **{name: value for name, value in own.items() if name != "drafter"})
+            return cls(drafter=config["model"], **own)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
-            if first["type"] == "extra_forbidden":
-                known = ", ".join([*VLLM_FIELDS, *(name for name in cls.model_fields if name != "drafter")])
-                raise RedrafterError(
-                    f"Method redrafter has no field {field} in the speculative config; its fields are {known}."
-                ) from None
             raise RedrafterError(f"Field {field} of the speculative config: {first['msg']}.") from None
 
 
