@@ -47,7 +47,10 @@ SEEDED_CASES = {
 
 
 def batches(params: list) -> list[dict]:
-    return [{"prompts": prompts(), "params": one} for one in params]
+    """Batches of all prompts; of few for texts that fill the context."""
+    return [
+        {"prompts": prompts()[:4] if one == GREEDY_CASES["context"] else prompts(), "params": one} for one in params
+    ]
 
 
 def rate(metrics: dict, before: dict | None = None) -> float:

@@ -21,7 +21,7 @@ from redrafter.kernels import has_kernels
 from redrafter.proposers.fused_drafter import FusedDrafter
 from redrafter.proposers.recurrent import beam_search
 
-MAX_CAPTURED = 256
+MAX_CAPTURED = 64
 """The largest number of requests that is captured."""
 
 Embed = Callable[[Tensor], Tensor]
