@@ -213,3 +213,4 @@ def _server_texts(
         return list(pool.map(text, ids, bodies))
     finally:
         pool.shutdown(cancel_futures=True)
+        endpoint.client.close()

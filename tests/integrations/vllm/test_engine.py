@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from vllm_jobs import DRAFTER, LENGTH, MODEL, error, needs_vllm, prompts, run, speculative, tokens
 
 import redrafter
+from redrafter.cli.loading import demo_folder
 from redrafter.core.shapes import DraftShape
 
 pytestmark = needs_vllm
@@ -18,6 +19,7 @@ GREEDY_CASES = {
     "plain": GREEDY,
     "penalties": GREEDY | {"presence_penalty": 0.7, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
     "bias": GREEDY | {"logit_bias": {"100": 3.0, "200": -5.0}, "logprobs": 3},
+    "bias and penalties": GREEDY | {"logit_bias": {"300": 9.0, "261": 7.0}, "repetition_penalty": 1.3},
     "long": GREEDY | {"max_tokens": 256, "ignore_eos": True},
     "context": GREEDY | {"max_tokens": 600, "ignore_eos": True},
     "stops": GREEDY | {"stop": ["the"], "min_tokens": 5},
@@ -218,9 +220,9 @@ def test_other_methods_are_unaffected():
     ("config", "options", "environment", "words"),
     [
         (speculative(model="missing-folder/x"), {}, {}, ["missing-folder/x"]),
-        (speculative(model=DRAFTER.replace("drafter", "medusa")), {}, {}, ["recurrent drafter"]),
+        (speculative(model=str(demo_folder() / "medusa")), {}, {}, ["recurrent drafter"]),
         (speculative(typo=1), {}, {}, ["typo", "max_verified_tokens"]),
-        (speculative(), {"model": "OTHER"}, {}, ["redrafter-demo-12m", "vocabulary"]),
+        (speculative(), {"model": "OTHER", "max_model_len": 128}, {}, ["redrafter-demo-12m", "vocabulary"]),
         (speculative(), {"pipeline_parallel_size": 2}, {}, ["pipeline parallelism"]),
         (speculative(), {}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}, ["V1 model runner", "VLLM_USE_V2_MODEL_RUNNER"]),
     ],
@@ -228,7 +230,7 @@ def test_other_methods_are_unaffected():
 )
 def test_what_is_not_supported_is_refused_at_start(config, options, environment, words, tmp_path):
     if options.get("model") == "OTHER":
-        options = {"model": str(small_model(tmp_path))}
+        options = options | {"model": str(small_model(tmp_path))}
     printed = error(config, environment, **options)
     assert all(word in printed for word in words), printed[-3000:]
 

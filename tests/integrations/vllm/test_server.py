@@ -28,14 +28,14 @@ def start_server(folder, config: dict):
     arguments = ["--model", MODEL, "--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--max-model-len", 512]
     arguments += ["--enforce-eager", "--max-num-seqs", 8, "--speculative-config", json.dumps(config)]
     environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    log = (folder / "server.log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, arguments)],
-        stdout=log,
-        stderr=log,
-        cwd=folder,
-        env=environment,
-    )
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, arguments)],
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env=environment,
+        )
     url = f"http://127.0.0.1:{port}"
     for _ in range(300):
         if process.poll() is not None:
@@ -70,9 +70,10 @@ def metric(url: str, name: str) -> float:
     return sum(float(value) for value in re.findall(rf"^vllm:{name}_total{{.*}} (\S+)$", text, re.MULTILINE))
 
 
-def test_chats_of_concurrent_clients_and_metrics(server):
+def test_chats_of_concurrent_clients_and_metrics(server, request):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+    request.addfinalizer(client.close)
     before = metric(server, "spec_decode_num_accepted_tokens")
 
     def chat(text: str, stream: bool) -> str:

@@ -159,12 +159,11 @@ def _bias_drafted_positions() -> None:
 
     @functools.wraps(original)
     def apply_logits_processors(self: Any, logits: Tensor, sampling_metadata: Any, metadata: Any) -> Any:
-        logits = original(self, logits, sampling_metadata, metadata)
         for processor in sampling_metadata.logitsprocs.non_argmax_invariant:
             if isinstance(processor, LogitBiasLogitsProcessor) and processor.biases:
                 counts = metadata.num_draft_tokens
                 bias = processor.apply(logits.new_zeros((len(counts), logits.shape[-1])))
                 logits = logits + bias[DraftedRows.of(counts).to(logits.device).request]
-        return logits
+        return original(self, logits, sampling_metadata, metadata)  # penalties come after the bias, as without drafts
 
     sampler.apply_logits_processors = apply_logits_processors
