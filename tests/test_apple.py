@@ -84,3 +84,9 @@ def test_the_command(say, drafter_folder, tmp_path):
     assert "already holds a drafter" in refusal(say("export", drafter_folder, "--output", tmp_path / "theirs"))
     assert say("export", drafter_folder, "--output", tmp_path / "theirs", "--overwrite")[0] == 0
     assert "apple" in refusal(say("export", drafter_folder, "--output", tmp_path / "b", "--format", "gguf"))
+
+
+def test_a_format_without_recurrent_drafters_is_refused(say, drafter_folder, tmp_path):
+    refused = refusal(say("export", drafter_folder, "--output", tmp_path / "b", "--format", "speculators"))
+    assert "vLLM" in refused
+    assert not (tmp_path / "b").exists()

@@ -12,8 +12,8 @@ SOURCES = Path(__file__).resolve().parents[1] / "src" / "redrafter"
 LAZY = ("cli", "assets")
 """Folders whose functions may import: commands start fast because they import heavy modules late."""
 
-OPTIONAL = ("redrafter.kernels.triton", "redrafter.bench.plots")
-"""Modules that import packages which may be absent: triton and matplotlib."""
+OPTIONAL = ("redrafter.kernels.triton", "redrafter.bench.plots", "redrafter.integrations.vllm")
+"""Modules that import packages which may be absent: triton, matplotlib and vllm."""
 
 
 def inner_imports(tree: ast.Module) -> Iterator[str]:

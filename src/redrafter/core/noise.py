@@ -19,8 +19,13 @@ SEEDS = 2**63
 """Seeds are below this."""
 
 
-def gumbel(seed: Int[Tensor, " B"], position: Int[Tensor, "B D"], vocabulary: int) -> Float[Tensor, "B D V"]:
-    """Standard Gumbel noise in float32, between -2.8 and 22.2.
+def gumbel(
+    seed: Int[Tensor, " B"],
+    position: Int[Tensor, "B D"],
+    vocabulary: int,
+    tokens: Int[Tensor, " V"] | None = None,
+) -> Float[Tensor, "B D V"]:
+    """Standard Gumbel noise in float32, between -2.8 and 22.2, for all tokens of a vocabulary or only for `tokens`.
 
     The value is `-log(E)` of an exponential variable `E = -log(1 - v)`, where `v` is a multiple of 2**-32 in (0, 1].
     The largest noise comes from the smallest `v`, which have full resolution: `v` is split into 23 high bits, whose
@@ -29,7 +34,7 @@ def gumbel(seed: Int[Tensor, " B"], position: Int[Tensor, "B D"], vocabulary: in
     bounds the distance from the softmax distribution.
     """
     first, second = _keys(seed, position)
-    token = torch.arange(vocabulary, dtype=torch.int32, device=position.device)
+    token = torch.arange(vocabulary, dtype=torch.int32, device=position.device) if tokens is None else tokens.int()
     bits = token * _GOLDEN + first[..., None]
     _mix(bits, 16).mul_(-0x7A143595).add_(second[..., None])  # 0x85EBCA6B, murmur3's finalizer with a key in between
     _mix(bits, 13).mul_(-0x3D4D51CB)  # 0xC2B2AE35

@@ -85,12 +85,27 @@ def compare(
     batch = min(batch_size, len(prompts))
     shape = measured_shape(method_of(drafter), batch, ShapeOverrides(beam_width, beam_length, node_budget, lookup))
     drafted = generate(model, drafter, prompts, on_row=on_row, shape=shape, **settings)
-    divergences = [
-        find_divergence(model, prompts, row, one, other, settings)
-        for row, (one, other) in enumerate(zip(plain.new_tokens, drafted.new_tokens, strict=True))
-        if one != other
-    ]
+    divergences = compare_texts(lambda: model, prompts, plain.new_tokens, drafted.new_tokens, settings)
     return Report(divergences, drafted.stats.tokens, drafted.stats.tokens_per_step)
+
+
+def compare_texts(
+    model: Callable[[], nn.Module],
+    prompts: list[list[int]],
+    texts: list[list[int]],
+    others: list[list[int]],
+    settings: dict[str, Any],
+) -> list[Divergence]:
+    """All divergences between undrafted `texts` of the prompts and `others`, wherever they were generated.
+
+    `model` loads the model whose logits decide about rounding; it is called only if texts differ.  `settings` are those
+    that the texts were generated with; if sampled, with the same seeds.
+    """
+    different = [row for row, (one, other) in enumerate(zip(texts, others, strict=True)) if one != other]
+    if not different:
+        return []
+    loaded = model()
+    return [find_divergence(loaded, prompts, row, texts[row], others[row], settings) for row in different]
 
 
 def find_divergence(

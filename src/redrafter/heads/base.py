@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from redrafter.errors import RedrafterError
 from redrafter.heads.config import HeadConfig
+from redrafter.targets.fingerprint import Identified
 from redrafter.targets.structure import base_name
 from redrafter.targets.target import Target
 from redrafter.utils import hub
@@ -156,11 +157,15 @@ class Head(nn.Module):
         """
         compared = _checked.setdefault(self, weakref.WeakSet())
         weights = self.was_loaded and target.model not in compared
-        self._refuse_other(target, weights, any_target=self.any_target or target.model in compared)
+        self.refuse_other(target, weights=weights, any_target=self.any_target or target.model in compared)
         if weights:
             compared.add(target.model)
 
-    def _refuse_other(self, target: Target, weights: bool, any_target: bool) -> None:
+    def refuse_other(self, target: Identified, *, weights: bool, any_target: bool) -> None:
+        """Raises RedrafterError if the head was trained for another model than `target`.
+
+        Fingerprints are compared only with `weights`.  With `any_target`, only the shape must match.
+        """
         config = self.config
         trained_for = config.target or "a model that it does not name"
         this = target.name or "this model"

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -44,6 +46,20 @@ class Fingerprint(BaseModel):
         if False in results:
             return False
         return True if True in results else None
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A model as far as a head must know it to decide whether it was trained for that model."""
+
+    vocab_size: int
+    hidden_size: int
+    name: str | None
+    """Hub id or name of the folder; None if unknown."""
+
+    def fingerprint(self) -> Fingerprint:
+        """Digests that identify the weights; empty if they cannot be read."""
+        ...
 
 
 def _equal(one: dict[str, str], other: dict[str, str]) -> bool | None:
@@ -90,8 +106,9 @@ def fingerprint(model: nn.Module, embedding: nn.Module, vocab_size: int) -> Fing
     shapes = sorted((name, list(one.shape)) for name, one in rest.items())
     quantised = getattr(model.config, "quantization_config", None) is not None
     layers = None if quantised else _samples([rest[name] for name, _ in shapes], 1, VALUES)
-    structure = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16] if layers else ""
-    return Fingerprint(embedding=_digests(rows), layers=_digests(layers), structure=structure)
+    return Fingerprint(
+        embedding=_digests(rows), layers=_digests(layers), structure=_structure(shapes) if layers else ""
+    )
 
 
 def _samples(parameters: Iterable[Any], rows: int, values: int, limit: int | None = None) -> list[Tensor] | None:
@@ -108,11 +125,66 @@ def _samples(parameters: Iterable[Any], rows: int, values: int, limit: int | Non
         if limit is not None:
             shape[0] = min(shape[0], limit)
         size = torch.Size(shape).numel()
-        count = min(size, rows * values)
-        indices = torch.arange(count) * size // count  # evenly spaced
-        index = torch.unravel_index(indices.to(data.device), shape) if shape else ()
+        index = torch.unravel_index(_spaced(size, rows * values).to(data.device), shape) if shape else ()
         found.append(data[index].reshape(-1).cpu())
     return found
+
+
+def _spaced(size: int, most: int) -> Tensor:
+    """At most `most` evenly spaced indices of `size` elements."""
+    count = min(size, most)
+    return torch.arange(count) * size // count
+
+
+@torch.no_grad()
+def embedding_digests(embed: Callable[[Tensor], Tensor], vocab_size: int, hidden_size: int) -> dict[str, str]:
+    """`Fingerprint.embedding` of a table that can only be looked up, such as one that is divided between devices.
+
+    `embed` returns rows of the table for ids on the CPU.
+    """
+    index = _spaced(vocab_size * hidden_size, ROWS * VALUES)
+    parts = []
+    for part in index.split(1024):  # a lookup of all rows at once could take gigabytes
+        rows = embed(part // hidden_size).cpu()
+        parts.append(rows[torch.arange(len(part)), part % hidden_size])
+    return _digests([torch.cat(parts)])
+
+
+def checkpoint_fingerprint(folder: Path, embedding: str) -> Fingerprint:
+    """The fingerprint of all weights but the token embedding, from the safetensors files of a model's folder.
+
+    `embedding` is the end of the name of the embedding's tensor.  Empty if there are no such files, or if the names in
+    the files are not those of the model in transformers, whose structure then differs.
+    """
+    samples: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if not name.endswith(embedding):
+                        samples[name], shapes[name] = _sample_of(tensors.get_slice(name))
+        except (OSError, SafetensorError):
+            return Fingerprint()
+    if not samples or any(one.dtype not in (*_ROUNDED, torch.float64) for one in samples.values()):
+        return Fingerprint()
+    ordered = sorted(shapes.items())
+    return Fingerprint(layers=_digests([samples[name] for name, _ in ordered]), structure=_structure(ordered))
+
+
+def _sample_of(stored: Any) -> tuple[Tensor, list[int]]:
+    """The elements of a stored tensor that a fingerprint contains, and its shape.  Reads little more than these."""
+    shape = stored.get_shape()
+    if len(shape) < 2:
+        return stored[:][_spaced(shape[0] if shape else 1, VALUES)], shape
+    row = torch.Size(shape[1:]).numel()
+    index = _spaced(shape[0] * row, VALUES)
+    elements = [stored[one // row : one // row + 1].flatten()[[one % row]] for one in index.tolist()]
+    return torch.cat(elements), shape
+
+
+def _structure(shapes: Sequence[tuple[str, list[int]]]) -> str:
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
 def _digests(samples: list[Tensor] | None) -> dict[str, str]:

@@ -10,10 +10,11 @@ import contextlib
 import json
 import ssl
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
@@ -21,6 +22,8 @@ from tenacity.wait import wait_exponential
 
 from redrafter.data.messages import Message
 from redrafter.errors import RedrafterError
+
+T = TypeVar("T")
 
 ATTEMPTS = 6
 """Maximum number of times that a request is sent."""
@@ -121,11 +124,26 @@ class Endpoint:
         plain = isinstance(prompt, str)
         path, name = ("completions", "prompt") if plain else ("chat/completions", "messages")
         body = {"model": self.model, name: prompt, **settings}
+        return self._retried(lambda: _parse(self.post(path, body), plain=plain))
+
+    def completion(self, prompt: list[int], settings: dict[str, Any]) -> list[int]:
+        """The new tokens after a prompt of token ids.  Raises RedrafterError as `answer` does.
+
+        Needs a server with vLLM's extension `return_token_ids`; raises RedrafterError for others.
+        """
+        body = {"model": self.model, "prompt": prompt, "return_token_ids": True, **settings}
+        choice = self._retried(lambda: _first_choice(self.post("completions", body)))
+        tokens = choice.get("token_ids")
+        if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
+            raise RedrafterError(f"{self.url} returns no token ids (return_token_ids), which vLLM's server does.")
+        return tokens
+
+    def _retried(self, call: Callable[[], T]) -> T:
         retrying = Retrying(
             stop=stop_after_attempt(ATTEMPTS), wait=_pause, retry=retry_if_exception_type(TemporaryError), reraise=True
         )
         try:
-            return retrying(lambda: _parse(self.post(path, body), plain=plain))
+            return retrying(call)
         except TemporaryError as error:
             raise RedrafterError(f"{self.url} failed {ATTEMPTS} times, the last time because {error}.") from None
 
@@ -169,6 +187,14 @@ class Endpoint:
             return TemporaryError(sentence, pause)
         kind = BadPrompt if response.status_code in BAD_PROMPT else RedrafterError
         return kind(f"{self.url}: {sentence}.")
+
+
+def _first_choice(body: Any) -> dict[str, Any]:
+    with contextlib.suppress(LookupError, TypeError):
+        choice = body["choices"][0]
+        if isinstance(choice, dict):
+            return choice
+    raise TemporaryError("its answer holds no text")
 
 
 def _parse(body: Any, *, plain: bool) -> tuple[str | Message, str, int]:
