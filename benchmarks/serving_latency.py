@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redrafter import Engine
 from redrafter.data.prompts import prompt_ids, read_prompts
+from redrafter.proposers.loading import load_drafter
 
 CLIENTS = (1, 8, 32, 64)
 LOADS = (0.3, 0.6, 0.9)
@@ -143,9 +144,10 @@ def main() -> None:
     gc.freeze()  # as the server does
     figures: dict[str, Any] = {}
     requests_per_second = 0.0
-    for name, drafter in {"undrafted": None, "drafted": given.drafter}.items():
-        if name == "drafted" and drafter is None:
-            continue
+    methods: dict[str, Any] = {"undrafted": None}
+    if given.drafter:
+        methods["drafted"] = load_drafter(given.drafter, model, any_target=True)
+    for name, drafter in methods.items():
         with Engine(model, drafter, slots=SLOTS, max_length=2048, max_waiting=10_000) as engine:
             measured = lambda run, *words: asyncio.run(  # noqa: E731
                 run(engine, itertools.cycle(prompts), *words, given.max_new_tokens)
