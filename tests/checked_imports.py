@@ -1,8 +1,9 @@
 """An import hook that checks shapes and types of arguments and results, by jaxtyping and beartype.
 
 As `jaxtyping.install_import_hook`, but several times as fast: it does not bind signatures at each call, and functions
-without shapes are checked without a scope for the names of dimensions.  `jaxtyping.config.jaxtyping_disable` switches
-all checks off.
+without shapes are checked without a scope for the names of dimensions.  In each test the first calls of a function are
+checked, and of later ones a share: a decode step makes thousands of calls with the same shapes.
+`jaxtyping.config.jaxtyping_disable` switches all checks off.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import decode_source
@@ -23,16 +25,31 @@ CHECKERS: dict[tuple[Any, ...], Any] = {}
 """Checkers of nested functions, by module, name, code and annotations."""
 
 
+FIRST, EVERY = 12, 16
+"""In each test, all of a function's first calls and one in so many of the later ones are checked."""
+
+CALLS: Counter[Any] = Counter()
+"""Calls in this test, by function."""
+
+
 def install(modules: Sequence[str]) -> None:
     """Checks the functions of these modules, and of modules inside them, from their import on."""
     sys.meta_path.insert(0, Finder(modules))
+
+
+def is_due(function: Any) -> bool:
+    """Counts a call; whether it is to be checked."""
+    count = CALLS[function]
+    CALLS[function] = count + 1
+    return (count < FIRST or count % EVERY == 0) and not jaxtyping.config.jaxtyping_disable
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that raises if an argument or its result has another type or shape than annotated."""
     shaped = any("[Tensor, " in str(annotation) for annotation in function.__annotations__.values())
     if "<locals>" in function.__qualname__:  # defined at every call: building a checker takes longer than calling it
-        return jaxtyping.jaxtyped(typechecker=cached_checker)(function) if shaped else function
+        due = shaped and is_due(function.__code__)
+        return jaxtyping.jaxtyped(typechecker=cached_checker)(function) if due else function
     function.__annotations__ = {name: resolved(hint, function) for name, hint in function.__annotations__.items()}
     try:
         checker = beartype.beartype(function)
@@ -41,7 +58,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def scoped(*args: Any, **kwargs: Any) -> Any:
-        if jaxtyping.config.jaxtyping_disable:
+        if not is_due(function):
             return function(*args, **kwargs)
         if not shaped:
             return checker(*args, **kwargs)

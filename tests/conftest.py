@@ -74,6 +74,11 @@ def pytest_collection_finish():
     gc.enable()
 
 
+def pytest_runtest_setup():
+    """In every test the first calls are checked."""
+    checked_imports.CALLS.clear()
+
+
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
 """Models that others trained; tests that use them are skipped if they are absent."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -100,8 +101,10 @@ MIXED = [
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("batch", [1, 4, len(MIXED)])
-@pytest.mark.parametrize("method", [*METHODS, "prompt lookup"])
+@pytest.mark.parametrize(
+    ("method", "batch"),
+    [("recurrent", 1), *itertools.product([*METHODS, "prompt lookup"], [4, len(MIXED)])],
+)
 def test_rows_with_different_settings_are_decoded_as_if_alone(method, batch, ahead, monkeypatch):
     if ahead:
         launch_ahead(monkeypatch)
@@ -268,8 +271,10 @@ def test_after_an_error_of_a_step_rows_are_abandoned_and_others_enter(monkeypatc
     assert tokens(results(run)[2]) == greedy(MODEL, [8, 8], 12)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "ahead"),
+    [("none", False), ("recurrent", False), ("recurrent", True), ("eagle", True), ("two models", False)],
+)
 def test_rows_move_together_when_others_end(method, ahead, monkeypatch):
     """Later steps then compute fewer slots, and no text changes: a row takes all that belongs to it along."""
     monkeypatch.setattr(scheduling, "SHRINK_AFTER", 2)
