@@ -28,6 +28,11 @@ class LayerShape:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value."""
+        return self.heads * (self.key_size + self.value_size) * self.dtype.itemsize
+
 
 @dataclass
 class Window:

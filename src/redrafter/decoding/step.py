@@ -71,10 +71,6 @@ class Decoder:
         """N, the number of nodes of a tree."""
         return 1 if self.proposer is None else self.proposer.size
 
-    def empty(self, *, batch: int, slots: int) -> State:
-        """A state of `batch` free slots for texts of `slots` positions each."""
-        return State.empty(self.target, [self.proposer], batch=batch, slots=slots)
-
     def step(
         self, state: State, sampler: Sampler, reading: tuple[State, Int[Tensor, "E packed"]] | None = None
     ) -> Emission:

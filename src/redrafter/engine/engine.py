@@ -97,7 +97,7 @@ class Engine:
         if self.context_length is not None:
             self.max_length = min(self.max_length, self.context_length + 1)
         self.max_waiting = max_waiting
-        self._tokenizer, self._drafter = tokenizer, drafter
+        self._tokenizer = tokenizer
         self._remedy = f"lower slots (now {slots}) or max_length (now {self.max_length:,})"
         with within_memory(self._target.device, self._remedy):
             self._runner = Runner(decoders, batch=slots, slots=self.max_length, fast=fast, compile=compile)
@@ -174,15 +174,13 @@ class Engine:
 
     def describe(self) -> dict[str, str]:
         """What is loaded and how it runs, in words."""
-        state = self._runner.state
-        size = sum(pool.nbytes for cache in (state.cache, state.memory) if cache is not None for pool in cache.pools)
         shapes = [(rows, describe_decoder(decoder)) for rows, decoder in sorted(self._runner.decoders.items())]
         return {
             "model": self._target.name or type(self._target.model).__name__,
             "device": f"{self._target.device}, {str(self._target.dtype).removeprefix('torch.')}",
             "drafts": "; ".join(f"from {rows} requests: {shape}" if rows > 1 else shape for rows, shape in shapes),
             "slots": f"{self.slots} requests of up to {self.max_length:,} tokens",
-            "keys and values": f"{size / 2**30:.2f} GiB",
+            "keys and values": f"{self._runner.bytes / 2**30:.2f} GiB",
             **self._runner.describe(),
         }
 

@@ -33,18 +33,31 @@ MAX_BYTES = 2**31
 Signature = tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class _Purpose:
+    """What a runner was made for."""
+
+    target: int
+    """The target's `id`: entries go with their target."""
+    fast: bool
+    compile: bool
+    origins: Mapping[int, _Origin]
+    """What the proposers were made of, by the number of rows that they are meant for."""
+
+    @property
+    def dead(self) -> bool:
+        """Whether a drafter no longer exists."""
+        return any(origin.dead for origin in self.origins.values())
+
+
 @dataclass
 class _Kept:
     """What is kept for one model in one state."""
 
     signature: Signature
     targets: dict[tuple[bool, tuple[int, ...]], Target] = field(default_factory=dict)
-    runners: list[tuple[Any, Runner]] = field(default_factory=list)
-    """Runners that no call uses, the most recently used last, each with what it was made for."""
-
-    def drop_dead(self) -> None:
-        """Drops runners whose drafter no longer exists."""
-        self.runners = [one for one in self.runners if not any(made.dead for made in one[0][-1].values())]
+    runners: list[tuple[_Purpose, Runner]] = field(default_factory=list)
+    """Runners that no call uses, the most recently used last."""
 
 
 _lock = threading.Lock()
@@ -80,9 +93,9 @@ def borrowed(decoders: Mapping[int, Decoder], *, batch: int, slots: int, fast: b
     It is kept afterwards if its steps were captured and no error occurred.
     """
     target = decoders[1].target
-    made_of = {rows: _Origin.of(one) for rows, one in decoders.items()}
-    key = None if None in made_of.values() else (id(target), fast, compile, made_of)
-    runner = _taken(target, key, batch, slots)
+    origins = {rows: origin for rows, one in decoders.items() if (origin := _Origin.of(one)) is not None}
+    purpose = _Purpose(id(target), fast, compile, origins) if len(origins) == len(decoders) else None
+    runner = _taken(target, purpose, batch, slots)
     if runner is None:
         rounded = 1 << (slots - 1).bit_length() if _keeps(target) else slots
         limit = target.context_length
@@ -91,38 +104,45 @@ def borrowed(decoders: Mapping[int, Decoder], *, batch: int, slots: int, fast: b
     try:
         yield runner
     except GeneratorExit:  # the caller wants no more events
-        _return(target, key, runner)
+        _return(target, purpose, runner)
         raise
-    _return(target, key, runner)
+    _return(target, purpose, runner)
 
 
-def _taken(target: Target, key: Any, batch: int, slots: int) -> Runner | None:
+def _kept_with(target: Target) -> _Kept | None:
+    """What is kept with a target, without runners whose drafter no longer exists.  Call it with the lock."""
+    kept = _models.get(target.model)
+    if kept is None or target not in kept.targets.values():
+        return None
+    kept.runners = [(purpose, runner) for purpose, runner in kept.runners if not purpose.dead]
+    return kept
+
+
+def _taken(target: Target, purpose: _Purpose | None, batch: int, slots: int) -> Runner | None:
     """The smallest kept runner of sufficient size, which is no longer kept."""
     with _lock:
-        kept = _models.get(target.model)
-        if kept is None or target not in kept.targets.values():
-            return None
-        kept.drop_dead()
-        fitting = [one for one in kept.runners if one[0] == key and one[1].fits(batch, slots)]
-        if not fitting:
+        kept = _kept_with(target)
+        fitting = [one for one in kept.runners if one[0] == purpose and one[1].fits(batch, slots)] if kept else []
+        if kept is None or not fitting:
             return None
         found = min(fitting, key=lambda one: one[1].bytes)
         kept.runners.remove(found)
         return found[1]
 
 
-def _return(target: Target, key: Any, runner: Runner) -> None:
+def _return(target: Target, purpose: _Purpose | None, runner: Runner) -> None:
     """Keeps a runner whose steps are captured."""
-    if key is None or not _keeps(target) or not runner.captures:
+    if purpose is None or not _keeps(target) or not runner.captures:
         return
     runner.clear()
     with _lock:
-        kept = _models.get(target.model)
-        if kept is None or target not in kept.targets.values():
+        kept = _kept_with(target)
+        if kept is None:
             return
-        kept.drop_dead()
-        smaller = [one for one in kept.runners if one[0] != key or not runner.fits(one[1].state.batch, one[1].slots)]
-        kept.runners = [*smaller, (key, runner)][-MAX_RUNNERS:]
+        smaller = [
+            one for one in kept.runners if one[0] != purpose or not runner.fits(one[1].state.batch, one[1].slots)
+        ]
+        kept.runners = [*smaller, (purpose, runner)][-MAX_RUNNERS:]
         while kept.runners and sum(one.bytes for _, one in kept.runners) > MAX_BYTES:
             kept.runners.pop(0)
 

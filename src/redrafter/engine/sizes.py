@@ -61,5 +61,4 @@ def longest_text(target: Target, slots: int) -> int:
     context = target.context_length or 4096
     if left is None:
         return context
-    each = sum(one.heads * (one.key_size + one.value_size) * one.dtype.itemsize for one in target.shapes)
-    return max(1, min(context, int(MEMORY_SHARE * left) // (each * slots)))
+    return max(1, min(context, int(MEMORY_SHARE * left) // (slots * sum(one.token_bytes for one in target.shapes))))

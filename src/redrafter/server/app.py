@@ -19,7 +19,7 @@ from redrafter.server.protocol import ChatRequest, CompletionRequest
 from redrafter.server.responses import ChatCompletion, Completion, Health, Model, ModelList
 from redrafter.server.service import Service
 
-_PAGE = files("redrafter.server") / "static" / "index.html"
+_PAGE = (files("redrafter.server") / "static" / "index.html").read_bytes()
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; frame-ancestors 'none'; "
     "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
@@ -64,7 +64,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         """The page for trying the model."""
-        return Response(_PAGE.read_bytes(), media_type="text/html", headers=_PAGE_HEADERS)
+        return Response(_PAGE, media_type="text/html", headers=_PAGE_HEADERS)
 
     @app.get("/v1/models")
     async def models() -> ModelList:

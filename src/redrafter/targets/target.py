@@ -106,7 +106,7 @@ class Target:
 
         Raises RedrafterError, with the required and available memory, if there is not enough.
         """
-        token = sum(one.heads * (one.key_size + one.value_size) * one.dtype.itemsize for one in self.shapes)
+        token = sum(one.token_bytes for one in self.shapes)
         check_left(
             self.device,
             batch * slots * token,
