@@ -51,8 +51,8 @@ def continuations(
 
     Texts end at position `end`; later entries are ignored.  A place matches with the number of equal tokens before and
     including it and the end, at most `ngram`.  A continuation that reaches the end of the text goes on with its own
-    tokens, so that a text which repeats itself is continued for all `length` tokens.  `sampled` is 1 for rows that sample,
-    whose tokens agree with an earlier place less often; None if no row does.
+    tokens, so that a text which repeats itself is continued for all `length` tokens.  `sampled` is 1 for rows that
+    sample, whose tokens agree with an earlier place less often; None if no row does.
     """
     slots, device = text.shape[1], text.device
     ngram, count = min(ngram, slots), min(count, slots)

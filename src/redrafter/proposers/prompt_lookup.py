@@ -38,6 +38,8 @@ class PromptLookup:
 
     ngram: int = NGRAM
     layers: tuple[int, ...] = ()
+    least: float = 0.0
+    """Tokens with a smaller estimated probability are not drafted."""
 
     def shape(self, batch: int) -> DraftShape:
         """One beam, for every batch size."""
@@ -58,6 +60,7 @@ class PromptLookup:
             size=min(size, shape.node_budget or size),
             chains=shape.beam_width,
             ngram=self.ngram,
+            least=self.least,
         )
 
 
