@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import AsksNothing
-from redrafter.core.continuations import ACCEPTANCE, ALTERNATIVE, NGRAM, Continuations, continuations
+from redrafter.core.continuations import (
+    ACCEPTANCE,
+    ACCEPTANCE_SAMPLED,
+    ALTERNATIVE,
+    NGRAM,
+    Continuations,
+    continuations,
+)
 from redrafter.core.merging import merged
 from redrafter.core.tree import ancestors_of, most_probable
 
@@ -60,6 +67,18 @@ def test_continuations_agree_with_a_plain_search(rows, count, length, ngram, spa
                 assert found.tokens[row, k].tolist() == [-1] * length
                 assert found.log_probs[row, k].tolist() == [-math.inf] * length
         assert len(wanted) <= found.tokens.shape[1] or count > slots
+
+
+def test_rows_that_sample_are_less_likely_to_repeat_themselves():
+    """Each row by its own setting, which the host does not read."""
+    text = torch.tensor([[3, 4, 5, 3, 4]] * 2)
+    end = torch.tensor([4, 4])
+    with AsksNothing():
+        found = continuations(text, end, count=1, length=2, sampled=torch.tensor([0, 1]))
+    assert found.tokens.tolist() == [[[5, 3]]] * 2
+    for row, table in enumerate((ACCEPTANCE, ACCEPTANCE_SAMPLED)):
+        assert found.log_probs[row, 0].tolist() == pytest.approx([math.log(table[2]), math.log(table[2] * table[3])])
+    assert all(one < other for one, other in zip(ACCEPTANCE_SAMPLED[1:], ACCEPTANCE[1:], strict=True))
 
 
 def random_levels(generator: torch.Generator, batch: int, width: int, length: int):
@@ -121,8 +140,10 @@ def test_merged_trees_hold_the_most_probable_nodes(seed, batch, width, length, c
     assert out.ancestors.equal(ancestors_of(out.parents, max_depth=max(length, chain)))
     for row in range(batch):
         own = [(tokens[row, k].tolist(), found.log_probs[row, k].tolist()) for k in range(int(number[row]))]
-        wanted = plain_merge(nodes_of(tree, row), own)
-        ranked = sorted((path for path in wanted if math.exp(wanted[path]) >= least), key=lambda path: -wanted[path])
+        before = nodes_of(tree, row)
+        wanted = plain_merge(before, own)
+        likely = [path for path in wanted if path in before or math.exp(wanted[path]) >= least]
+        ranked = sorted(likely, key=lambda path: -wanted[path])
         kept = nodes_of(out, row)
         assert len(kept) == min(size, len(ranked))
         assert sorted(kept.values(), reverse=True) == pytest.approx([wanted[p] for p in ranked[: len(kept)]], abs=1e-5)

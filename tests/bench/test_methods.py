@@ -54,6 +54,8 @@ def method(**fields) -> HeadMethod:
         ("at=me@home/folder", MethodSpec("at", "me@home/folder")),
         ("a=b@uncoupled", MethodSpec("a", "b", coupled=False)),
         ("b@2x3:4,coupled", MethodSpec("b 2x3:4,coupled", "b", 2, 3, 4, True)),
+        ("head=b@nolookup", MethodSpec("head", "b", lookup=False)),
+        ("a=b@:32,lookup,uncoupled", MethodSpec("a", "b", None, None, 32, False, True)),
     ],
 )
 def test_a_method_option_is_parsed(text, spec):
@@ -63,7 +65,19 @@ def test_a_method_option_is_parsed(text, spec):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "=folder", "a=", "a=folder@10x", "a=folder@0x4", "a=folder@x", "a=b@1:2:3", "a=b@2x3uncoupled", "a=b@10y4"],
+    [
+        "",
+        "=folder",
+        "a=",
+        "a=folder@10x",
+        "a=folder@0x4",
+        "a=folder@x",
+        "a=b@1:2:3",
+        "a=b@2x3uncoupled",
+        "a=b@10y4",
+        "a=b@lookup,nolookup",
+        "a=b@lookup,2x3",
+    ],
 )
 def test_an_invalid_method_option_is_an_error(text):
     with pytest.raises(RedrafterError, match="--method takes NAME=PATH"):
@@ -98,6 +112,15 @@ def test_coupling_can_be_set_without_a_shape():
     spec, plain = MethodSpec.parse("a=b@uncoupled"), method(node_budget=9)
     assert spec.apply(plain) == MethodVariant(plain, None, coupled=False)
     assert BenchMethod("a", "b", spec.apply(plain)).shape(1) == BenchMethod("a", "b", plain).shape(1)
+
+
+@pytest.mark.parametrize("shape", ["", "2x2:5,"])
+def test_lookup_can_be_switched_off_and_on(shape):
+    def drafts(option: str) -> DraftShape | None:
+        return BenchMethod("a", "b", MethodSpec.parse(f"a=b@{shape}{option}").apply(method())).shape(1)
+
+    assert drafts("nolookup") == drafts("lookup").with_lookup(False) != drafts("lookup")
+    assert drafts("lookup") == drafts("coupled"), "on by default"
 
 
 def test_methods_that_differ_only_in_coupling_are_equal_in_greedy_decoding():

@@ -298,8 +298,19 @@ def test_bad_options(say, model_folder, drafter_folder, words, sentence):
     assert sentence in refusal(say("generate", "--model", model_folder, "--drafter", drafter_folder, *words))
 
 
-def test_generate_needs_a_drafter_or_no_drafter(say, model_folder):
-    assert "--no-drafter" in refusal(say("generate", "--model", model_folder, "--prompt", "a"))
+def test_generate_chooses_a_drafter_and_says_which(say, model_folder, drafter_folder, tmp_path):
+    words = ["--prompt", "abcabcab", "--max-new-tokens", 12]
+    alone = say("generate", "--model", model_folder, *words, "--no-drafter")
+    assert "Drafter" not in alone[2]
+    status, out, err = say("generate", "--model", model_folder, *words)
+    assert (status, out) == alone[:2]
+    assert err.count("Drafter: ") == 1
+    assert "prompt lookup" in err
+    own = shutil.copytree(model_folder, tmp_path / "model")
+    shutil.copytree(drafter_folder, own / "drafter")
+    status, out, err = say("generate", "--model", own, *words)
+    assert (status, out) == alone[:2]
+    assert f"Drafter: {own / 'drafter'}" in err
 
 
 def test_the_error_names_the_bad_training_row(say, model_folder, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,12 +11,13 @@ from hypothesis import strategies as st
 
 from conftest import AsksNothing, Given, greedy, prompts_read, tiny_model
 from redrafter import EagleHead, MedusaHeads, PromptLookup, RecurrentDrafter, RedrafterError, TwoModel, generate, stream
+from redrafter.core.continuations import ACCEPTANCE
 from redrafter.core.rows import RowState, SamplingNoise
 from redrafter.core.shapes import DraftShape
 from redrafter.core.tree import chain
 from redrafter.engine.request import request
 from redrafter.proposers import Proposer
-from redrafter.proposers.prompt_lookup import with_lookup
+from redrafter.proposers.prompt_lookup import LEAST_ON_CPU, LookupProposer, with_lookup
 from redrafter.targets.target import Target
 
 MODEL = tiny_model()
@@ -95,6 +98,35 @@ def test_a_chain_is_the_best_continuation():
         tree = proposer.propose(None, rows, torch.zeros(1, 1, 4), SamplingNoise())
         assert tree.size == proposer.size == 1 + 3 * width
         assert {path_of(tree, 0, node) for node in range(1, int(tree.valid.sum()))} == paths
+
+
+def test_on_a_cpu_unlikely_nodes_are_left_out():
+    """The last token alone occurred before, so that every further token is less likely."""
+    text = torch.tensor([[3, *range(10, 30), 3]])
+    none = torch.zeros(1, dtype=torch.long)
+    rows = RowState(none, none, text, length=none + 21, alive=none + 1)
+    likely = [math.prod(ACCEPTANCE[1 : depth + 1]) >= LEAST_ON_CPU for depth in range(1, 11)]
+    assert 0 < sum(likely) < 10
+    for width in (1, 2):  # a chain is made in another way
+        tree = PromptLookup().proposer(Target(MODEL), DraftShape(beam_width=width, beam_length=10)).propose(
+            None, rows, torch.zeros(1, 1, 4), SamplingNoise()
+        )  # fmt: skip
+        assert tree.tokens[0, tree.valid[0]].tolist() == [3, *range(10, 10 + sum(likely))]
+
+
+def test_on_a_cpu_drafts_see_the_used_part_of_the_texts_alone():
+    seen = []
+
+    class Looking(LookupProposer):
+        def propose(self, memory, rows, context, noise):
+            seen.append((rows.text.shape[1], int(rows.length.max())))
+            return super().propose(memory, rows, context, noise)
+
+    prompts = [[5, 9, 12, 5, 9], [7]]
+    out = generate(MODEL, Given(Looking(None, length=4, size=5)), prompts, max_new_tokens=20)
+    assert out.new_tokens == generate(MODEL, None, prompts, max_new_tokens=20).new_tokens
+    assert all(width == longest + 5 for width, longest in seen)
+    assert len({width for width, _ in seen}) > 1
 
 
 @settings(max_examples=25)

@@ -17,6 +17,7 @@ import pytest
 
 from conftest import refusal
 from redrafter.cli import main
+from redrafter.cli.serve import ServeOptions
 from redrafter.server.lifecycle import DrainingServer
 from serving import eventually
 
@@ -97,6 +98,15 @@ def test_garbage_collections_skip_what_was_loaded(monkeypatch):
 )
 def test_options_that_do_not_go_together(say, words, sentence):
     assert sentence in refusal(say("serve", *words))
+
+
+def test_the_drafter_is_chosen_unless_one_is_named(model_folder, drafter_folder):
+    def paths(**told):
+        return ServeOptions(model=str(model_folder), **told).paths()[1]
+
+    assert paths() == paths(drafter="auto") == paths(beam_length=3) == "auto"
+    assert paths(drafter=str(drafter_folder)) == str(drafter_folder)
+    assert paths(no_drafter=True) is None
 
 
 def test_missing_packages_are_named(say, monkeypatch):

@@ -31,12 +31,17 @@ TRANSFORMERS = "transformers"
 """Label of transformers' own generate."""
 
 _SHAPE = re.compile(r"(\d+)?(?:x(\d+))?(?::(\d+))?")
-_OPTIONS = re.compile(r"([\dx:]+)?(?:(?(1),|)(coupled|uncoupled))?")
+_SWITCHES = {
+    "coupled": ("coupled", True),
+    "uncoupled": ("coupled", False),
+    "lookup": ("lookup", True),
+    "nolookup": ("lookup", False),
+}
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A parsed `--method`: `LABEL=PATH@WIDTHxLENGTH:NODES,uncoupled`, of which only the path is required."""
+    """A parsed `--method`: `LABEL=PATH@WIDTHxLENGTH:NODES,uncoupled,nolookup`, of which only the path is required."""
 
     label: str
     path: str
@@ -44,29 +49,29 @@ class MethodSpec:
     length: int | None = None
     budget: int | None = None
     coupled: bool | None = None
+    lookup: bool | None = None
 
     @classmethod
     def parse(cls, text: str) -> MethodSpec:
-        """Parses `ours=folder`, `folder@10x4:32` or `folder@:32,uncoupled`.  Raises RedrafterError for other text."""
+        """Parses `ours=folder`, `folder@10x4:32` or `folder@:32,nolookup`.  Raises RedrafterError for other text."""
         label, equals, rest = text.partition("=")
         label, rest = (label.strip(), rest.strip()) if equals else ("", text.strip())
         path, at, suffix = rest.rpartition("@")
-        options = _OPTIONS.fullmatch(suffix) if at and suffix else None
+        options = _parse_options(suffix) if at and suffix else None
         invalid_suffix = bool(at and options is None and "/" not in suffix and not Path(rest).exists())
         if options is None:
             path, suffix = rest, ""
-        shape_text, coupling = options.groups() if options else (None, None)
-        shape = _SHAPE.fullmatch(shape_text or "")
+        shape_text, switches = options or ("", {})
+        shape = _SHAPE.fullmatch(shape_text)
         numbers = [None if group is None else int(group) for group in shape.groups()] if shape else []
         if shape is None or 0 in numbers or not path or (equals and not label) or invalid_suffix:
             raise RedrafterError(
                 "--method takes NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES, with numbers from 1, "
-                f"such as ours=folder@10x4:32 or ours=folder@:32,uncoupled, not {text!r}."
+                f"such as ours=folder@10x4:32 or ours=folder@:32,uncoupled,nolookup, not {text!r}."
             )
         name = Path(path).name or path
-        coupled = None if coupling is None else coupling == "coupled"
         width, length, budget = numbers
-        return cls(label or (f"{name} {suffix}" if suffix else name), path, width, length, budget, coupled)
+        return cls(label or (f"{name} {suffix}" if suffix else name), path, width, length, budget, **switches)
 
     @property
     def location(self) -> str:
@@ -74,12 +79,13 @@ class MethodSpec:
         shape = "" if self.width is None else str(self.width)
         shape += "" if self.length is None else f"x{self.length}"
         shape += "" if self.budget is None else f":{self.budget}"
-        coupling = {None: "", True: "coupled", False: "uncoupled"}[self.coupled]
-        options = ",".join(filter(None, (shape, coupling)))
+        set_here = (("coupled", self.coupled), ("lookup", self.lookup))
+        switches = [word for word, switch in _SWITCHES.items() if switch in set_here]
+        options = ",".join(filter(None, (shape, *switches)))
         return f"{self.path}@{options}" if options else self.path
 
     def apply(self, method: Method) -> Method:
-        """The method with this shape and coupling.
+        """The method with this shape, coupling and lookup.
 
         Parts of the shape that are not given are the method's defaults, except that without a budget complete beams
         are drafted.
@@ -89,7 +95,20 @@ class MethodSpec:
             default = method.shape(0)
             width, length = self.width or default.beam_width, self.length or default.beam_length
             shape = DraftShape(beam_width=width, beam_length=length, node_budget=self.budget, lookup=default.lookup)
-        return method if shape is None and self.coupled is None else MethodVariant(method, shape, self.coupled)
+        if shape is None and self.coupled is None and self.lookup is None:
+            return method
+        return MethodVariant(method, shape, self.coupled, lookup=self.lookup)
+
+
+def _parse_options(text: str) -> tuple[str, dict[str, bool]] | None:
+    """The shape and the switches in `10x4:32,uncoupled,nolookup`; None if it is something else."""
+    first, *words = text.split(",")
+    if not re.fullmatch(r"[\dx:]+", first):
+        first, words = "", [first, *words]
+    if not all(word in _SWITCHES for word in words):
+        return None
+    switches = dict(_SWITCHES[word] for word in words)
+    return (first, switches) if len(switches) == len(words) else None
 
 
 def parse_methods(texts: Sequence[str]) -> list[MethodSpec]:

@@ -1,6 +1,6 @@
-"""Drafting methods with one property changed: a fixed shape, with or without coupled drafts, or flat beams.
+"""Drafting methods with properties changed: a fixed shape, with or without coupled drafts or lookup, or flat beams.
 
-Guarantees that a variant differs from its method in that property only and never changes the generated text.
+Guarantees that a variant differs from its method in these properties only and never changes the generated text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from redrafter.targets.target import Target
 
 @dataclass(frozen=True)
 class MethodVariant:
-    """A method with a fixed shape, a fixed coupling, or flat beams."""
+    """A method with a fixed shape, a fixed coupling, with or without lookup, or flat beams."""
 
     method: Method
     fixed: DraftShape | None = None
@@ -33,6 +33,8 @@ class MethodVariant:
     """Whether drafts are ranked with the noise that the target samples with; None keeps the method's default."""
     flat: bool = False
     """Whether the target verifies each beam as a separate chain instead of sharing common prefixes."""
+    lookup: bool | None = None
+    """Whether continuations found in the text join the drafts; None keeps the shape's own lookup."""
 
     @property
     def layers(self) -> Sequence[int]:
@@ -40,8 +42,9 @@ class MethodVariant:
         return self.method.layers
 
     def shape(self, batch: int) -> DraftShape:
-        """The fixed shape, or the method's."""
-        return self.fixed or self.method.shape(batch)
+        """The fixed shape, or the method's, with or without lookup."""
+        shape = self.fixed or self.method.shape(batch)
+        return shape if self.lookup is None else shape.with_lookup(self.lookup)
 
     def proposer(self, target: Target, shape: DraftShape) -> Proposer | None:
         """The method's proposer with the change.  Raises RedrafterError if flat beams are requested of a fixed tree."""

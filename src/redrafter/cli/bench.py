@@ -40,7 +40,8 @@ DEMO_REQUESTS = 3
 METHOD = (
     "NAME=PATH or NAME=PATH@WIDTHxLENGTH:NODES: a label, a folder or Hub id, and optionally a draft shape: @10x4 for "
     "10 complete beams of 4 tokens, @10x4:32 for the 32 most probable candidates of that search, @:32 with the default "
-    "beams.  @uncoupled or @10x4,coupled sets whether drafts are ranked with the sampling noise."
+    "beams.  @uncoupled or @10x4,coupled sets whether drafts are ranked with the sampling noise, "
+    "@nolookup or @lookup whether prompt lookup joins them."
 )
 
 

@@ -13,7 +13,7 @@ import typer
 from redrafter.cli import options as opt
 from redrafter.cli.app import command
 from redrafter.errors import RedrafterError
-from redrafter.utils.paths import check_drafter_path, check_model_path
+from redrafter.utils.paths import AUTO, check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
     from redrafter.engine.results import Finished
@@ -24,7 +24,7 @@ class GenerateOptions(opt.ShapeOptions, opt.SamplingOptions, opt.LoadingOptions)
     """Options of `redrafter generate`."""
 
     model: opt.Model
-    drafter: Annotated[str | None, typer.Option(help=opt.DRAFTER)] = None
+    drafter: opt.Drafter = AUTO
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Generate without drafting, for comparison.")] = False
     prompt: Annotated[str | None, typer.Option(help="One prompt, as plain text.")] = None
     prompts: Annotated[list[str] | None, typer.Option(metavar="FILE", help=opt.PROMPT_ROWS)] = None
@@ -44,8 +44,6 @@ class GenerateOptions(opt.ShapeOptions, opt.SamplingOptions, opt.LoadingOptions)
             raise RedrafterError("Give either --prompt or --prompts.")
         if self.limit is not None and not self.prompts:
             raise RedrafterError("--limit needs --prompts.")
-        if self.drafter is None and not self.no_drafter:
-            raise RedrafterError("Give a --drafter, or --no-drafter to generate without one.")
         check_model_path(self.model)
         check_drafter_path(None if self.no_drafter else self.drafter)
 
@@ -78,7 +76,7 @@ def generate(options: GenerateOptions) -> None:
     ids = tokenized_prompts(records, options.model, options.template_kwargs, chat=options.chat)
     target, tokenizer = load_model(options.model, options.dtype, options.device, dequantize=options.dequantize)
     drafter, positions = None, 0
-    if options.drafter is not None and not options.no_drafter:
+    if not options.no_drafter:
         drafter = load_drafter(options.drafter, target, any_target=options.any_target)
         batch = min(options.batch_size, len(ids))
         positions = resolved_shape(method_of(drafter), batch, options.overrides()).depth

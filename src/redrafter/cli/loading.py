@@ -13,7 +13,7 @@ import typer
 
 from redrafter.cli.parsing import template_variables
 from redrafter.errors import RedrafterError, reason
-from redrafter.utils.paths import check_model_path, split_gguf
+from redrafter.utils.paths import AUTO, check_model_path, split_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -150,9 +150,15 @@ def load_model(
 
 
 def load_drafter(path: str, model: PreTrainedModel, *, any_target: bool = False) -> Drafter:
-    """A drafter on its target's device: from a folder or Hub id, a smaller model, or prompt lookup by its name."""
-    from redrafter.proposers import loading
+    """A drafter on its target's device: from a folder or Hub id, a smaller model, or prompt lookup by its name.
 
+    For "auto", prints what was chosen on stderr.
+    """
+    from redrafter.proposers import loading
+    from redrafter.proposers.automatic import automatic
+
+    if path == AUTO:
+        typer.echo(automatic(model).reason, err=True)
     return loading.load_drafter(path, model, any_target=any_target)
 
 

@@ -20,7 +20,10 @@ SOURCES = (
 )
 PROMPT_ROWS = f"Rows with `messages`, `turns`, `prompt` or another format of docs/training.md. {SOURCES}"
 MODEL = "Target model: folder or Hub id of a Hugging Face causal language model, or a .gguf file in one of them."
-DRAFTER = "Drafter: folder or Hub id.  Also a smaller model with the same vocabulary, or prompt-lookup."
+DRAFTER = (
+    "Drafter: folder or Hub id.  Also a smaller model with the same vocabulary, or prompt-lookup, or auto "
+    "for the model's own drafter if one is known, else prompt lookup."
+)
 
 Model = Annotated[str, typer.Option(help=MODEL)]
 Drafter = Annotated[str, typer.Option(help=DRAFTER)]

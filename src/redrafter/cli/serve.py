@@ -14,7 +14,7 @@ import typer
 from redrafter.cli import options as opt
 from redrafter.cli.app import command
 from redrafter.errors import RedrafterError
-from redrafter.utils.paths import check_drafter_path, check_model_path
+from redrafter.utils.paths import AUTO, check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
     from redrafter.core.shapes import DraftShape
@@ -57,7 +57,7 @@ class ServeOptions(opt.ShapeOptions, HttpOptions, opt.LoadingOptions):
     """Options of `redrafter serve`."""
 
     model: Annotated[str | None, typer.Option(help=opt.MODEL)] = None
-    drafter: Annotated[str | None, typer.Option(help=opt.DRAFTER)] = None
+    drafter: Annotated[str | None, typer.Option(help=f"{opt.DRAFTER}  \\[default: auto]")] = None
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Serve without drafting.")] = False
     demo: Annotated[bool, typer.Option("--demo", help="Serve the bundled model with its drafter.")] = False
     slots: Annotated[int, typer.Option(min=1, help="Number of requests decoded together.")] = 32
@@ -83,7 +83,7 @@ class ServeOptions(opt.ShapeOptions, HttpOptions, opt.LoadingOptions):
         if self.demo and self.drafter is not None:
             raise RedrafterError("--demo has its own drafter: leave --drafter out.")
         model = str(demo_folder() / "redrafter-demo-12m") if self.model is None else self.model
-        drafter = str(demo_folder() / "drafter") if self.demo else self.drafter
+        drafter: str | None = str(demo_folder() / "drafter") if self.demo else self.drafter or AUTO
         if self.no_drafter:
             drafter = None
         if drafter is None and self.overrides():

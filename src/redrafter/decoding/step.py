@@ -128,17 +128,20 @@ class Decoder:
 
     def draft(self, state: State, noise: SamplingNoise) -> DraftTree:
         """The tree to verify."""
-        root, target = state.rows.root, self.target
+        rows, root, target = state.rows, state.rows.root, self.target
         if self.proposer is None:
             return chain(root[:, None])
-        proposed = self.proposer.propose(state.memory, state.rows, state.context[:, -self.proposer.positions :], noise)
+        on_cpu = target.device.type == "cpu"
+        if on_cpu:  # reads the lengths, which a GPU would have to be waited for
+            rows = replace(rows, text=rows.text[:, : int(rows.length.max()) + self.length + 1])
+        proposed = self.proposer.propose(state.memory, rows, state.context[:, -self.proposer.positions :], noise)
         if proposed.size > self.proposer.size:
             raise RedrafterError(
                 f"{type(self.proposer).__name__} proposed a tree of {proposed.size} nodes; its size is "
                 f"{self.proposer.size}."
             )
         tree = proposed.bounded(root, length=self.length, vocabulary=target.vocab_size)
-        return tree.trimmed() if target.device.type == "cpu" else tree
+        return tree.trimmed() if on_cpu else tree
 
     def read(self, state: State, packed: Int[Tensor, "E packed"], *, from_start: bool = False) -> None:
         """Reads prompt tokens, packed by `packed_parts`.  `from_start`: all of them begin at position 0."""

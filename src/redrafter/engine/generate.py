@@ -41,7 +41,8 @@ def stream(
 
     `model` is a transformers causal language model, or a wrapper of PEFT or `torch.compile` around one.  `drafter` is a
     `RecurrentDrafter` or another head, a `TwoModel`, a `PromptLookup`, a custom `Method`, or a name: the folder or hub
-    id of a head or model, or "prompt-lookup".  What a name refers to is loaded once per model.  None, or
+    id of a head or model, "prompt-lookup", or "auto": the model's own drafter if one lies in its folder or is
+    published, else prompt lookup where it is likely to pay.  What a name refers to is loaded once per model.  None, or
     `beam_length=0`, decodes autoregressively.  `input_ids` is a padded tensor or NumPy array [B, P] with its
     `attention_mask`, or a list of unpadded rows of any lengths.  Without `attention_mask`, padding is inferred as in
     `model.generate`: from the padding token, unless it is also an end token.  `settings` are all fields of a

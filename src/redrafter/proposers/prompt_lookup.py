@@ -7,14 +7,16 @@ rows are searched at once, without synchronizing with the device.  Needs no mode
 
 from __future__ import annotations
 
+import math
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from redrafter.core.cache import SlotCache
-from redrafter.core.continuations import NGRAM, continuations
+from redrafter.core.continuations import NGRAM, Continuations, continuations
 from redrafter.core.merging import merged
 from redrafter.core.rows import PromptChunk, RowState, SamplingNoise
 from redrafter.core.shapes import LOOKUP_CHAINS, LOOKUP_LENGTH, DraftShape
@@ -22,6 +24,9 @@ from redrafter.core.tree import DraftTree, chain
 from redrafter.errors import RedrafterError
 from redrafter.proposers.base import Proposer
 from redrafter.targets.target import Target
+
+LEAST_ON_CPU = 0.05
+"""Least probability of a found node on a CPU, where every node costs time.  `docs/methods.md` has the measurement."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class PromptLookup:
 
     ngram: int = NGRAM
     layers: tuple[int, ...] = ()
+    least: float = 0.0
+    """Tokens with a smaller estimated probability are not drafted."""
 
     def shape(self, batch: int) -> DraftShape:
         """One beam, for every batch size."""
@@ -53,6 +60,7 @@ class PromptLookup:
             size=min(size, shape.node_budget or size),
             chains=shape.beam_width,
             ngram=self.ngram,
+            least=self.least,
         )
 
 
@@ -72,10 +80,14 @@ class LookupProposer(Proposer):
         lookup: int | None = None,
         chains: int = LOOKUP_CHAINS,
         ngram: int = NGRAM,
+        least: float = 0.0,
     ):
-        """`lookup`: tokens of each of the `chains` continuations; default `length`."""
+        """`lookup`: tokens of each of the `chains` continuations; default `length`.
+
+        Found nodes with a probability below `least` are left out.
+        """
         self.inner, self.length, self.size = inner, length, size
-        self.lookup, self.chains, self.ngram = lookup or length, chains, ngram
+        self.lookup, self.chains, self.ngram, self.least = lookup or length, chains, ngram, least
         if inner is not None:
             self.positions, self.modules = inner.positions, inner.modules
 
@@ -95,7 +107,18 @@ class LookupProposer(Proposer):
         context: Float[Tensor, "B positions state"],
         noise: SamplingNoise,
     ) -> DraftTree:
-        """Trees of the most probable nodes.  Raises RedrafterError if the other proposer's have no `log_probs`."""
+        """Trees of the most probable nodes.  Raises RedrafterError if the other proposer's have no `log_probs`.
+
+        On a CPU, where trees are trimmed, found nodes with a probability below LEAST_ON_CPU are left out.
+        """
+        on_cpu = rows.text.device.type == "cpu"
+        least = max(self.least, LEAST_ON_CPU) if on_cpu else self.least
+        sampled = None if rows.settings is None else rows.settings.sampled
+        found = continuations(
+            rows.text, rows.length, count=self.chains, length=self.lookup, ngram=self.ngram, sampled=sampled
+        )
+        if self.inner is None and self.chains == 1:
+            return _chain(rows.root, found, size=self.size, least=least)
         if self.inner is None:
             tree = chain(rows.root[:, None])
             tree = replace(tree, log_probs=torch.zeros_like(tree.tokens, dtype=torch.float32))
@@ -105,21 +128,27 @@ class LookupProposer(Proposer):
                 raise RedrafterError(
                     f"{type(self.inner).__name__} returns trees without log_probs, which lookup needs: switch it off."
                 )
-        found = continuations(rows.text, rows.length, count=self.chains, length=self.lookup, ngram=self.ngram)
-        return merged(tree, found, size=self.size, max_depth=self.length)
+        return merged(tree, found, size=self.size, max_depth=self.length, least=least)
 
     def prepare(self) -> Proposer:
         """With the other proposer prepared."""
-        if self.inner is None:
+        prepared = None if self.inner is None else self.inner.prepare()
+        if prepared is self.inner:
             return self
-        prepared = self.inner.prepare()
-        return (
-            self
-            if prepared is self.inner
-            else LookupProposer(
-                prepared, length=self.length, size=self.size, lookup=self.lookup, chains=self.chains, ngram=self.ngram
-            )
-        )
+        changed = copy(self)
+        changed.inner, changed.modules = prepared, () if prepared is None else prepared.modules
+        return changed
+
+
+def _chain(root: Int[Tensor, " B"], found: Continuations, *, size: int, least: float) -> DraftTree:
+    """The best continuation up to `size - 1` tokens, as far as its probability is at least `least`.
+
+    The same as `merged` with the root alone, in fewer operations.
+    """
+    tokens = torch.cat((root[:, None], found.tokens[:, 0, : size - 1]), dim=1)
+    probable = found.log_probs[:, 0, : size - 1]
+    valid = probable >= math.log(least) if least else probable > -math.inf
+    return chain(tokens, torch.cat((torch.ones_like(valid[:, :1]), valid), dim=1))
 
 
 def with_lookup(proposer: Proposer, shape: DraftShape) -> Proposer:

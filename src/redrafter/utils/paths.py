@@ -13,6 +13,9 @@ from redrafter.errors import RedrafterError
 PROMPT_LOOKUP = "prompt-lookup"
 """The name to give instead of a drafter folder, for prompt lookup."""
 
+AUTO = "auto"
+"""The name to give instead of a drafter folder, for the drafter of the model if one is known, else prompt lookup."""
+
 GGUF = ".gguf"
 """Ending of model files that llama.cpp reads, usually quantised."""
 
@@ -23,7 +26,7 @@ _REPO_ID = re.compile(r"(?=.{1,96}$)[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 def may_be_on_the_hub(path: str | Path) -> bool:
     """Whether `path` does not exist locally and has the form of a Hub id: `OWNER/NAME` or `NAME`."""
     name = str(path)
-    if name == PROMPT_LOOKUP:
+    if name in (PROMPT_LOOKUP, AUTO):
         return False
     well_formed = _REPO_ID.fullmatch(name) and "--" not in name and ".." not in name
     return bool(well_formed) and name[-1] not in ".-" and not name.endswith(".git") and not Path(path).exists()
@@ -52,7 +55,7 @@ def check_model_path(path: str | Path | None) -> None:
 
 
 def check_drafter_path(path: str | Path | None) -> None:
-    """Raises RedrafterError if `path` is neither None, a folder, a possible Hub id nor prompt lookup."""
-    if path is None or str(path) == PROMPT_LOOKUP or Path(path).is_dir() or may_be_on_the_hub(path):
+    """Raises RedrafterError if `path` is neither None, a folder, a possible Hub id nor one of the two names."""
+    if path is None or str(path) in (PROMPT_LOOKUP, AUTO) or Path(path).is_dir() or may_be_on_the_hub(path):
         return
     raise RedrafterError(f"There is no drafter folder at {path}.")
