@@ -395,6 +395,19 @@ def test_the_demo_shows_its_text_and_a_table(say):
     assert "the prompt is empty" in refusal(say("demo", "--json", "--prompt", ""))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_demo_shows_any_model(say, model_folder, drafter_folder, dtype):
+    """In bfloat16 texts may differ, which is no failure."""
+    words = ("--prompt", "Hello", "--repeats", 1, "--max-new-tokens", 8, "--device", "cpu", "--dtype", dtype)
+    for drafter in ((), ("--drafter", drafter_folder)):
+        status, out, err = say("demo", "--model", model_folder, *drafter, *words)
+        assert status == 0
+        assert "same text" in out
+        assert ("prompt lookup" in err) == (not drafter), "says which drafter was chosen"
+    assert "--model" in refusal(say("demo", "--drafter", drafter_folder))
+    assert "nowhere" in refusal(say("demo", "--model", "nowhere/at/all"))
+
+
 def test_the_demo_times_complete_calls(say, monkeypatch):
     import redrafter.cli.demo  # noqa: F401
     from redrafter.engine import generate as decoding

@@ -1,4 +1,4 @@
-"""`redrafter demo`: compares the bundled model with and without its drafter on this machine."""
+"""`redrafter demo`: compares a model with and without its drafter on this machine, by default the bundled pair."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import typer
 
 from redrafter.cli import options as opt
 from redrafter.cli.app import command
+from redrafter.errors import RedrafterError
+from redrafter.utils.paths import AUTO, check_drafter_path, check_model_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,9 +35,13 @@ PROMPTS = (
 
 
 @dataclass(kw_only=True)
-class DemoOptions(opt.ShapeOptions):
+class DemoOptions(opt.ShapeOptions, opt.LoadingOptions):
     """Options of `redrafter demo`."""
 
+    model: Annotated[str | None, typer.Option(help=f"{opt.MODEL}  \\[default: the bundled model, on the CPU]")] = None
+    drafter: Annotated[
+        str | None, typer.Option(help=f"{opt.DRAFTER}  \\[default: the bundled drafter; with --model: auto]")
+    ] = None
     prompt: Annotated[
         list[str] | None, typer.Option(help="Your own prompt instead of the built-in ones; may be repeated.")
     ] = None
@@ -45,10 +51,17 @@ class DemoOptions(opt.ShapeOptions):
     ] = 3
     as_json: opt.AsJson = False
 
+    def check(self) -> None:
+        """Raises RedrafterError for options that do not go together."""
+        if self.model is None and self.drafter is not None:
+            raise RedrafterError("--drafter needs a --model.")
+        check_model_path(self.model)
+        check_drafter_path(self.drafter)
+
 
 @command("Generate text")
 def demo(options: DemoOptions) -> None:
-    """Generate with the bundled model, with and without its drafter: the same text, sooner.
+    """Generate with a model, with and without its drafter: the same text, sooner.
 
     Times and speed-ups are end to end: complete calls of `generate`, prompts included.
     """
@@ -59,8 +72,16 @@ def demo(options: DemoOptions) -> None:
     from redrafter.proposers import method_of
     from redrafter.proposers.base import resolved_shape
 
-    model, tokenizer = load_model(str(demo_folder() / "redrafter-demo-12m"), device="cpu")
-    pair = _Pair(model, tokenizer, load_drafter(str(demo_folder() / "drafter"), model), options)
+    options.check()
+    loading: dict[str, Any] = {"dtype": options.dtype, "device": options.device, "dequantize": options.dequantize}
+    if options.model is None:
+        bundled = demo_folder()
+        model, tokenizer = load_model(str(bundled / "redrafter-demo-12m"), **loading | {"device": "cpu"})
+        drafter = load_drafter(str(bundled / "drafter"), model)
+    else:
+        model, tokenizer = load_model(options.model, **loading)
+        drafter = load_drafter(options.drafter or AUTO, model, any_target=options.any_target)
+    pair = _Pair(model, tokenizer, drafter, options)
     console = Console(highlight=False)
     if not options.as_json:
         console.print("[green]Green[/green]: drafted and accepted; plain: chosen by the model itself.")
@@ -78,11 +99,17 @@ def demo(options: DemoOptions) -> None:
     else:
         _print_table(rows, accepted, speed_up)
     if not all(row["same_text"] for row in rows):
-        raise typer.Exit(1)
+        if pair.rounds:
+            typer.echo(
+                f"In {str(model.dtype).removeprefix('torch.')} texts may differ where two tokens are nearly tied.",
+                err=True,
+            )
+        else:
+            raise typer.Exit(1)
 
 
 class _Pair:
-    """The bundled model and drafter, with the settings of `generate`."""
+    """A model and its drafter, with the settings of `generate`."""
 
     def __init__(
         self,
@@ -94,6 +121,11 @@ class _Pair:
         self.model, self.tokenizer, self.drafter, self.repeats = model, tokenizer, drafter, options.repeats
         self.settings: dict[str, Any] = opt.values_of(options, opt.ShapeOptions)
         self.settings["max_new_tokens"] = options.max_new_tokens
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the model computes in less than float32."""
+        return bool(self.model.dtype.itemsize < 4)
 
     def show(self, console: Console, text: str, ids: list[int]) -> None:
         """Streams the answer, with accepted draft tokens in green."""
