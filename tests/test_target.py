@@ -137,6 +137,11 @@ def test_names_that_leave_the_machine_hold_no_path(tmp_path):
     assert base_name("/cache/models--someone--tiny/snapshots/0123") == "tiny"
 
 
+@pytest.mark.parametrize("ending", ["", ".Q4_1", "-Q4_K_M", "-IQ3_XS", ".f16", "-BF16"])
+def test_a_gguf_file_has_the_name_of_its_model(ending):
+    assert base_name(f"models/Tiny-7B-Q8-Instruct{ending}.gguf") == "Tiny-7B-Q8-Instruct"
+
+
 @pytest.mark.parametrize("family", ["llama", "cohere", "gemma2", "granite"])
 @torch.no_grad()
 def test_logits_from_states_are_the_models_own(family):

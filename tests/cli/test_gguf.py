@@ -89,6 +89,20 @@ def test_drafted_text_equals_undrafted_text(gguf_file, tmp_path, say, words):
     assert len(alone) > 10
 
 
+def test_a_drafter_without_fingerprint_is_recognised_by_the_models_name(gguf_file, tmp_path, say):
+    from redrafter.cli.loading import load_model
+
+    model, _ = load_model(str(gguf_file))
+    folder = tmp_path / "drafter"
+    words = ["generate", "--model", gguf_file, "--prompt", "Hello", "--max-new-tokens", 4, "--device", "cpu"]
+    for target, fits in (("someone/tiny", True), ("someone/other", False)):
+        drafter = RecurrentDrafter.for_target(model, beam_width=2, beam_length=3)
+        drafter.config = drafter.config.model_copy(update={"target": target, "target_fingerprint": None})
+        drafter.save_pretrained(folder)
+        status, _, err = say(*words, "--drafter", folder)
+        assert (status, "someone/other" in err) == ((0, False) if fits else (2, True))
+
+
 def test_dequantize_needs_a_gguf_file(model_folder, say):
     answer = say("generate", "--model", model_folder, "--no-drafter", "--prompt", "a", "--dequantize")
     assert "--dequantize" in refusal(answer)

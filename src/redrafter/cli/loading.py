@@ -137,6 +137,8 @@ def load_model(
         with hub.reading(folder):
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=dtype, **packing)
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        if gguf_file is not None:
+            model.config._name_or_path = path  # transformers keeps the folder, which may hold several models
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise RedrafterError(f"The model {path} cannot be loaded: {reason(error)}.") from error
     try:

@@ -6,6 +6,7 @@ Raises RedrafterError for models whose structure rules out draft trees, with the
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from redrafter.errors import RedrafterError
+from redrafter.utils.paths import GGUF
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -117,7 +119,16 @@ def public_name(name: str | None) -> str | None:
 
 
 def base_name(name: str) -> str:
-    """The last part of a hub id or path, also inside the hub's cache folders."""
+    """The last part of a hub id or path, also inside the hub's cache folders.
+
+    For a GGUF file it is the model's name, without the ending for the kind of quantisation.
+    """
     parts = Path(name).parts
+    if parts[-1].endswith(GGUF):
+        return _QUANTISATION.sub("", parts[-1].removesuffix(GGUF))
     cached = [part for part in parts if part.startswith("models--")]
     return cached[-1].split("--")[-1] if cached else parts[-1]
+
+
+_QUANTISATION = re.compile(r"[.-](I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)
+"""How names of GGUF files end: `.Q4_1`, `-Q4_K_M`, `-IQ3_XS`, `.F16`."""
