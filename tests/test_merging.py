@@ -142,7 +142,7 @@ def test_merged_trees_hold_the_most_probable_nodes(seed, batch, width, length, c
         own = [(tokens[row, k].tolist(), found.log_probs[row, k].tolist()) for k in range(int(number[row]))]
         before = nodes_of(tree, row)
         wanted = plain_merge(before, own)
-        likely = [path for path in wanted if math.exp(wanted[path]) >= least]
+        likely = [path for path in wanted if path in before or math.exp(wanted[path]) >= least]
         ranked = sorted(likely, key=lambda path: -wanted[path])
         kept = nodes_of(out, row)
         assert len(kept) == min(size, len(ranked))

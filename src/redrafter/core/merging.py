@@ -21,7 +21,7 @@ def merged(tree: DraftTree, found: Continuations, *, size: int, max_depth: int, 
 
     A node of several sources has the largest of their probabilities.  Below a node that the tree shares with a
     continuation, the continuation's tokens are as probable, given that node, as they are within the continuation.
-    Nodes with a probability below `least` are left out.  No path is longer than `max_depth`.
+    Continuations' own nodes with a probability below `least` are left out.  No path is longer than `max_depth`.
     """
     assert tree.log_probs is not None
     count, length = found.tokens.shape[1:]
@@ -44,9 +44,9 @@ def merged(tree: DraftTree, found: Continuations, *, size: int, max_depth: int, 
     def candidates(nodes: Tensor, continuations: Tensor) -> Tensor:
         return torch.cat((nodes[:, 1:], continuations.transpose(1, 2).flatten(1)), dim=1)
 
-    probable = candidates(raised.where(tree.valid, -torch.inf), scores.where(owned, -torch.inf))
     if least:
-        probable = torch.where(probable < math.log(least), -torch.inf, probable)
+        owned = owned & (scores >= math.log(least))
+    probable = candidates(raised.where(tree.valid, -torch.inf), scores.where(owned, -torch.inf))
     return selected(
         tree.tokens[:, 0],
         candidates(tree.tokens, found.tokens),

@@ -25,8 +25,8 @@ from redrafter.errors import RedrafterError
 from redrafter.proposers.base import Proposer
 from redrafter.targets.target import Target
 
-LEAST_ON_CPU = 0.08
-"""Least probability of a node on a CPU, where every node costs time.  `docs/methods.md` has the measurement."""
+LEAST_ON_CPU = 0.05
+"""Least probability of a found node on a CPU, where every node costs time.  `docs/methods.md` has the measurement."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class LookupProposer(Proposer):
     ):
         """`lookup`: tokens of each of the `chains` continuations; default `length`.
 
-        Nodes with a probability below `least` are left out.
+        Found nodes with a probability below `least` are left out.
         """
         self.inner, self.length, self.size = inner, length, size
         self.lookup, self.chains, self.ngram, self.least = lookup or length, chains, ngram, least
@@ -109,7 +109,7 @@ class LookupProposer(Proposer):
     ) -> DraftTree:
         """Trees of the most probable nodes.  Raises RedrafterError if the other proposer's have no `log_probs`.
 
-        On a CPU, where trees are trimmed, nodes with a probability below LEAST_ON_CPU are left out.
+        On a CPU, where trees are trimmed, found nodes with a probability below LEAST_ON_CPU are left out.
         """
         on_cpu = rows.text.device.type == "cpu"
         least = max(self.least, LEAST_ON_CPU) if on_cpu else self.least
