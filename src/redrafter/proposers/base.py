@@ -109,7 +109,10 @@ def measured_shape(method: Method, batch: int, overrides: ShapeOverrides) -> Dra
     Tuning may switch drafting off; a measurement of the drafter then uses the shape that it was trained for.
     """
     shape = resolved_shape(method, batch, overrides)
-    return method.shape(0) if overrides.beam_length is None and not shape.beam_length else shape
+    if overrides.beam_length is not None or shape.beam_length:
+        return shape
+    default = method.shape(0)
+    return default if overrides.lookup is None else default.with_lookup(overrides.lookup)
 
 
 def draftable(method: Method, target: Target, shapes: Iterable[DraftShape]) -> tuple[list[DraftShape], list[str]]:
