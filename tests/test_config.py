@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from redrafter import DrafterConfig, RecurrentDrafter, RedrafterError
 from redrafter.core.shapes import DraftShape, ShapeOverrides
@@ -116,6 +117,19 @@ def test_the_shape_is_that_of_the_largest_tuned_batch_below_unless_it_is_overrid
         assert sizes(resolved_shape(method_of(RecurrentDrafter(DrafterConfig(**fields))), batch, parts)) == expected
     else:
         assert sizes(config.shape(batch)) == expected
+
+
+def test_a_cpu_has_a_default_shape_of_its_own():
+    """Unless a shape was tuned for the batch."""
+    small = DraftShape(beam_width=1, beam_length=2, node_budget=3)
+    fields = {"vocab_size": 100, "hidden_size": 8, "beam_width": 5, "beam_length": 6, "cpu_shape": small}
+    config = DrafterConfig.model_validate_json(DrafterConfig(**fields).to_json())
+    assert sizes(method_of(RecurrentDrafter(config)).shape(4)) == sizes(small)
+    assert sizes(method_of(RecurrentDrafter(config).to("meta")).shape(4)) == (5, 6, None)
+    tuned = DrafterConfig(**fields, shapes=TUNED)
+    assert sizes(method_of(RecurrentDrafter(tuned)).shape(2)) == (3, 4, 9)
+    with pytest.raises(ValidationError, match="cannot be drafted"):
+        DrafterConfig(**fields | {"cpu_shape": DraftShape(beam_width=1, beam_length=3, node_budget=2)})
 
 
 @pytest.mark.parametrize(

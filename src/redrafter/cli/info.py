@@ -75,6 +75,7 @@ def _describe(path: str, head: Head) -> dict[str, str]:
         "head": config.head_description,
         "context": config.context_description,
         "default drafts": config.shape_description,
+        **({"on a CPU": config.cpu_shape.description} if config.cpu_shape else {}),
         "lookup": "continuations found in the text join the drafts (--no-lookup switches this off)",
         **{f"from batch {shape.batch} on": shape.description for shape in config.shapes},
         **({"tuned on": config.tuned_on} if config.tuned_on else {}),

@@ -24,8 +24,9 @@ class HeadConfig(BaseModel):
     `vocab_size` and `hidden_size` are those of the target.  `draft_vocab_size` is set if only part of the vocabulary is
     scored.  `target` and `target_revision` name the model that the head was trained for; `target_fingerprint`
     identifies its weights.  `beam_length` is the draft length in training (the guaranteed token is not counted);
-    `beam_width` and `node_budget` complete the default draft shape.  `shapes`, sorted by batch size, are the fastest
-    shapes that `redrafter tune` measured on the machine `tuned_on`.
+    `beam_width` and `node_budget` complete the default draft shape; `cpu_shape` replaces it on a CPU, where every node
+    costs time.  `shapes`, sorted by batch size, are the fastest shapes that `redrafter tune` measured on the machine
+    `tuned_on`.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -41,6 +42,7 @@ class HeadConfig(BaseModel):
     beam_width: PositiveInt = 10
     beam_length: PositiveInt = 4
     node_budget: PositiveInt | None = None
+    cpu_shape: DraftShape | None = None
     shapes: tuple[DraftShape, ...] = ()
     tuned_on: str | None = None
     target_fingerprint: Fingerprint | None = None
@@ -52,7 +54,7 @@ class HeadConfig(BaseModel):
         batches = [shape.batch for shape in self.shapes]
         if batches != sorted(set(batches)):
             raise ValueError("shapes must be sorted by batch, without duplicates")
-        for shape in self.shapes:
+        for shape in (*self.shapes, *([self.cpu_shape] if self.cpu_shape else [])):
             if shape.beam_width > self.head_size or (shape.node_budget or shape.beam_length + 1) <= shape.beam_length:
                 raise ValueError(f"the shape of batch {shape.batch} cannot be drafted")
         return self
@@ -67,9 +69,10 @@ class HeadConfig(BaseModel):
         """The draft shape that the head was trained for."""
         return DraftShape(beam_width=self.beam_width, beam_length=self.beam_length, node_budget=self.node_budget)
 
-    def shape(self, batch: int) -> DraftShape:
+    def shape(self, batch: int, *, on_cpu: bool = False) -> DraftShape:
         """The shape tuned for the largest batch size that is not above `batch`; the default shape if there is none."""
-        return next((shape for shape in reversed(self.shapes) if shape.batch <= batch), self.default_shape)
+        default = self.cpu_shape if on_cpu and self.cpu_shape else self.default_shape
+        return next((shape for shape in reversed(self.shapes) if shape.batch <= batch), default)
 
     @property
     def vocabulary_description(self) -> str:

@@ -46,7 +46,7 @@ class HeadMethod:
 
     def shape(self, batch: int) -> DraftShape:
         """The tuned or default shape, from the head's config, with lookup."""
-        return self.head.config.shape(batch).with_lookup()
+        return self.head.config.shape(batch, on_cpu=self.head.device.type == "cpu").with_lookup()
 
     def proposer(self, target: Target, shape: DraftShape) -> Proposer | None:
         """A proposer that runs a copy of the head's modules; None for a length of 0.
