@@ -39,9 +39,11 @@ def install(modules: Sequence[str]) -> None:
 
 def is_due(function: Any) -> bool:
     """Counts a call; whether it is to be checked."""
+    if jaxtyping.config.jaxtyping_disable:  # torch.compile would compile anew for every count
+        return False
     count = CALLS[function]
     CALLS[function] = count + 1
-    return (count < FIRST or count % EVERY == 0) and not jaxtyping.config.jaxtyping_disable
+    return count < FIRST or count % EVERY == 0
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
