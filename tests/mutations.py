@@ -256,10 +256,10 @@ MUTATIONS = {
     ),
     "draft: beams see their neighbours": Mutation("parallel_chains", "A % W == 0", "A % W >= 0", "test_tree.py"),
     "draft: the root is found at its own position": Mutation(
-        "prompt_lookup", "(P < E).expand_as(T)", "(P <= E).expand_as(T)", "test_prompt_lookup"
+        "continuations", "torch.where(P < E, R, -1)", "torch.where(P <= E, R, -1)", "test_prompt_lookup"
     ),
     "draft: what follows the text is drafted": Mutation(
-        "prompt_lookup", "(A > 0) & (I <= E)", "(A > 0) & (I <= E + 1)", "test_prompt_lookup"
+        "continuations", "A + 1 + I % P", "A + 1 + I % (P + 1)", "test_prompt_lookup"
     ),
 }
 
