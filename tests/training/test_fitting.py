@@ -25,8 +25,9 @@ TARGET = Target(MODEL)
 
 
 def proposer_of(heads: MedusaHeads) -> Proposer:
+    """Of the heads alone, without lookup."""
     method = method_of(heads)
-    return method.proposer(TARGET, method.shape(0))
+    return method.proposer(TARGET, method.shape(0).with_lookup(False))
 
 
 @torch.no_grad()
