@@ -40,7 +40,7 @@ def name_in_file(name: str) -> str:
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory) -> Path:
     """A Llama of two layers whose matrices are packed in blocks of 8 bits, with a tokenizer of bytes."""
-    model: LlamaForCausalLM = tiny_model(hidden_size=64, intermediate_size=96, vocab_size=257)
+    model: LlamaForCausalLM = tiny_model(hidden_size=64, intermediate_size=96, vocab_size=258)
     config = model.config
     file = tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf"
     writer = gguf.GGUFWriter(file, "llama")
@@ -54,10 +54,10 @@ def gguf_file(tmp_path_factory) -> Path:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    tokens = [*sorted(ByteLevel.alphabet()), "ab"]
+    tokens = [*sorted(ByteLevel.alphabet()), "ab", "ba"]
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b a"])
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(0)
     kind = gguf.GGMLQuantizationType.Q8_0
