@@ -26,7 +26,7 @@ from redrafter.proposers.base import Proposer
 from redrafter.targets.target import Target
 
 LEAST_ON_CPU = 0.05
-"""Least probability of a found node on a CPU, where every node costs time.  `docs/methods.md` has the measurement."""
+"""Least probability of a found node on a CPU, where every node costs time.  `docs/log.md` has the measurement."""
 
 
 @dataclass(frozen=True)
