@@ -160,7 +160,9 @@ def load_drafter(path: str, model: PreTrainedModel, *, any_target: bool = False)
     from redrafter.proposers.automatic import automatic
 
     if path == AUTO:
-        typer.echo(automatic(model).reason, err=True)
+        chosen = automatic(model)
+        typer.echo(chosen.reason, err=True)
+        path = str(chosen.path or AUTO)
     return loading.load_drafter(path, model, any_target=any_target)
 
 
